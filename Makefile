@@ -1,0 +1,75 @@
+# localmig: the one door. Every target first sets up what it needs; `make` alone lists them.
+#
+# Set-up is remembered by stamps in .venv: the tools come again when pyproject.toml changes, the Rust core is
+# built again when its sources do.
+
+PYTHON ?= python3
+CARGO ?= cargo
+PYTEST_ARGS ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+
+# What the guest tier runs on, from Debian's packages. The guest kernel itself is downloaded and unpacked into .lab
+# by the tests, never installed.
+GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
+
+RUST_SOURCES := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.toml $(wildcard Cargo.lock)
+
+# The binding and cargo's own runs must agree on the interpreter, or each would rebuild the other's work.
+export PYO3_PYTHON := $(BIN)/python
+export VIRTUAL_ENV := $(VENV)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check clean guest-packages
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(VENV)/core.stamp ## make .venv and build localmig into it
+
+demo: setup ## show the main job: ten handovers under traffic, beside ten restarts
+	@$(BIN)/python -m localmig.testing.demo
+
+test: setup guest-packages ## run all tests; as root on Debian install what the guest tier needs
+	$(CARGO) test --quiet --workspace
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup ## formats, lints, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest localmig.dataplane._dataplane
+	$(BIN)/lint-imports
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
+
+clean: ## remove everything the other targets made
+	rm -rf .venv .lab target .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src -name '*.so' -delete
+
+$(VENV)/tools.stamp: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "localmig needs Python 3.11 or newer, and there is no '$(PYTHON)': install python3, or say PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "localmig needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1): say PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' # the first one that reads dependency groups
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
+	@command -v $(CARGO) >/dev/null || { echo "localmig's packet path needs a Rust toolchain, and there is no '$(CARGO)': see https://rustup.rs" >&2; exit 1; }
+	$(BIN)/maturin develop --release --quiet
+	@touch $@
+
+guest-packages:
+	@missing=; for package in $(GUEST_PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+	done; \
+	if [ -z "$$missing" ]; then :; \
+	elif ! command -v apt-get >/dev/null; then echo "not Debian: the guest tier runs only if these are here by other means:$$missing"; \
+	elif [ "$$(id -u)" != 0 ]; then echo "not root: the guest tier may be skipped; to have it, apt-get install$$missing"; \
+	else echo "installing for the guest tier:$$missing"; \
+	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi

@@ -1,0 +1,15 @@
+//! The Python face of the packet path: types and errors translated, nothing else.
+//!
+//! Owns:        argument conversion, which error becomes which exception, where the GIL is let go.
+//! Never sees:  how anything works; that is `localmig-dataplane`.
+
+use pyo3::prelude::*;
+
+mod driver;
+mod memory;
+
+#[pymodule]
+fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<memory::GuestMemory>()?;
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! Binding of guest memory.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use dataplane::memory::{MemoryError, RegionSpec};
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+/// Guest memory, mapped shared and writable into this process.
+#[pyclass(frozen, module = "localmig.dataplane._dataplane")]
+pub struct GuestMemory {
+    pub inner: Arc<dataplane::memory::GuestMemory>,
+}
+
+fn outside(guest_address: u64, size: usize) -> PyErr {
+    PyValueError::new_err(format!("{size:#x} bytes at {guest_address:#x} are not inside guest memory"))
+}
+
+#[pymethods]
+impl GuestMemory {
+    #[new]
+    fn new(py: Python<'_>, regions: Vec<(u64, u64, u64, u64, RawFd)>) -> PyResult<Self> {
+        let specs: Vec<_> = regions
+            .into_iter()
+            .map(|(guest_address, size, user_address, mmap_offset, fd)| RegionSpec {
+                guest_address,
+                size,
+                user_address,
+                mmap_offset,
+                fd,
+            })
+            .collect();
+        match py.detach(|| dataplane::memory::GuestMemory::new(&specs)) {
+            Ok(inner) => Ok(Self { inner: Arc::new(inner) }),
+            Err(MemoryError::Invalid(reason)) => Err(PyValueError::new_err(reason)),
+            Err(MemoryError::System(error)) => {
+                Err(PyOSError::new_err((error.raw_os_error(), error.to_string())))
+            }
+        }
+    }
+
+    /// Maps the pages that already exist; gives the number of bytes.
+    fn populate(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.inner.populate())
+    }
+
+    /// The guest address of `size` bytes at a frontend's user address.
+    fn translate(&self, user_address: u64, size: u64) -> PyResult<u64> {
+        self.inner.translate(user_address, size).ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "no memory region holds {size:#x} bytes at user address {user_address:#x}"
+            ))
+        })
+    }
+
+    /// Copies `size` bytes out.
+    fn read<'py>(&self, py: Python<'py>, guest_address: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+        PyBytes::new_with(py, size, |data| {
+            if self.inner.read(guest_address, data) {
+                Ok(())
+            } else {
+                Err(outside(guest_address, size))
+            }
+        })
+    }
+
+    /// Copies `data` in.
+    fn write(&self, guest_address: u64, data: &[u8]) -> PyResult<()> {
+        if self.inner.write(guest_address, data) {
+            Ok(())
+        } else {
+            Err(outside(guest_address, data.len()))
+        }
+    }
+}

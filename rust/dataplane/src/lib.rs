@@ -1,0 +1,13 @@
+//! The packet path: a vhost in miniature, without Python.
+//!
+//! Given guest memory, ring addresses, starting positions and descriptors it runs one thread a queue pair, which
+//! moves packets between a TAP and the guest's rings; `stop` gives the positions back.
+//!
+//! Owns:        guest memory as mapped here, split rings, the queue pair's thread; a driver for tests.
+//! Never sees:  vhost-user, migration, Python.
+//! Read next:   `memory`, then `split` (one ring), then `queue_pair` (the thread). `driver` is the guest's side.
+
+pub mod driver;
+pub mod memory;
+pub mod split;
+pub mod sys;

@@ -1,0 +1,64 @@
+//! The few system calls the packet path makes on borrowed descriptors.
+//!
+//! Owns:        eventfds as signal and as doorbell, the monotonic clock, vectored I/O.
+//! Never sees:  what a descriptor stands for.
+
+use std::io;
+use std::os::fd::RawFd;
+
+/// Adds one to an eventfd: rings it. An eventfd that is full was rung already, so errors mean nothing here.
+pub fn signal(fd: RawFd) {
+    let one = 1u64;
+    // SAFETY: `one` lives across the call and is 8 bytes long, as an eventfd wants.
+    unsafe { libc::write(fd, (&raw const one).cast(), 8) };
+}
+
+/// Takes what an eventfd has counted: `Ok(true)` if it had been rung, never blocks.
+///
+/// # Errors
+/// The descriptor is no eventfd, or is closed.
+pub fn drain(fd: RawFd) -> io::Result<bool> {
+    let mut count = 0u64;
+    let iovec = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: 8 };
+    // A peer's eventfd may be in blocking mode, and O_NONBLOCK is not ours to set: it belongs to the open file
+    // description, which the peer shares. RWF_NOWAIT says the same for one call.
+    // SAFETY: the iovec describes `count`, which lives across the call.
+    let done = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
+    match done {
+        8 => Ok(true),
+        0.. => Err(io::Error::new(io::ErrorKind::InvalidData, "not an eventfd")),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid timespec; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// `poll` without a timeout; interrupted calls come back with no events.
+///
+/// # Errors
+/// As poll(2), which leaves no room for any in a correct caller but lack of memory.
+pub fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
+    let count = libc::nfds_t::try_from(fds.len()).expect("a handful of descriptors");
+    // SAFETY: the slice is valid for `count` entries.
+    if unsafe { libc::poll(fds.as_mut_ptr(), count, -1) } >= 0 {
+        return Ok(());
+    }
+    for fd in fds {
+        fd.revents = 0;
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
+}

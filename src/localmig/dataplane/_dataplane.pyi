@@ -1,0 +1,206 @@
+"""The Rust packet path, as Python sees it.
+
+Descriptors are lent: the caller keeps each one open for as long as the object that got it uses it.
+"""
+
+from typing import final
+
+@final
+class GuestMemory:
+    """Guest memory, mapped shared and writable into this process. Immutable: another table is another object.
+
+    Args:
+        regions: (guest_address, size, user_address, mmap_offset, fd) of each region, in bytes. `fd` is only used
+            during the call; the mapping keeps the memory alive.
+
+    Raises:
+        ValueError: regions overlap, are empty, wrap around, or the file behind `fd` is smaller than announced.
+        OSError: `mmap` failed.
+    """
+
+    def __new__(cls, regions: list[tuple[int, int, int, int, int]]) -> GuestMemory: ...
+    def populate(self) -> int:
+        """Maps the pages that already exist (it creates none), so that the first packets meet no page fault.
+
+        Returns the number of bytes populated. Releases the GIL.
+        """
+
+    def translate(self, user_address: int, size: int) -> int:
+        """The guest address of `size` bytes at a frontend's user address.
+
+        Raises:
+            ValueError: no single region holds all of them.
+        """
+
+    def read(self, guest_address: int, size: int) -> bytes:
+        """Copies `size` bytes out. ValueError if they are not all inside guest memory."""
+
+    def write(self, guest_address: int, data: bytes) -> None:
+        """Copies `data` in. ValueError if it does not fit inside guest memory."""
+
+@final
+class Ring:
+    """Where one split virtqueue is, plain numbers: `size` entries, three guest addresses, borrowed eventfds.
+
+    `next_avail` is the position to start from; None means: the used index that stands in guest memory.
+    """
+
+    def __new__(
+        cls,
+        *,
+        size: int,
+        descriptor_table: int,
+        avail_ring: int,
+        used_ring: int,
+        kick_fd: int,
+        call_fd: int | None,
+        error_fd: int | None,
+        next_avail: int | None,
+    ) -> Ring: ...
+
+@final
+class Counters:
+    """What a queue pair did, in the guest's view: rx is TAP to guest. All start at 0 and only grow."""
+
+    rx_packets: int
+    rx_bytes: int
+    rx_dropped: int
+    tx_packets: int
+    tx_bytes: int
+    tx_dropped: int
+    kicks: int
+    calls: int
+    def __new__(
+        cls,
+        *,
+        rx_packets: int = 0,
+        rx_bytes: int = 0,
+        rx_dropped: int = 0,
+        tx_packets: int = 0,
+        tx_bytes: int = 0,
+        tx_dropped: int = 0,
+        kicks: int = 0,
+        calls: int = 0,
+    ) -> Counters: ...
+
+@final
+class QueuePair:
+    """One queue pair of a NIC and its thread, which runs without the GIL.
+
+    The thread is created at once and parks until `start`. A ring the guest broke stops alone: its error eventfd
+    fires, `event_fd` is signalled, and `take_ring_errors` tells the reason.
+
+    Args:
+        name: the thread's name, cut to 15 bytes.
+        event_fd: a borrowed eventfd, signalled when there is a ring error to take.
+    """
+
+    def __new__(cls, name: str, event_fd: int) -> QueuePair: ...
+    def configure(
+        self,
+        *,
+        memory: GuestMemory,
+        tap_fd: int,
+        header_length: int,
+        frame_length_max: int,
+        event_index: bool,
+        indirect: bool,
+        mergeable: bool,
+        rx: Ring | None,
+        tx: Ring | None,
+    ) -> None:
+        """Sets all there is to know; None is a ring that does not run. Touches neither the TAP nor guest memory.
+
+        `header_length` is the virtio-net header's, 10 or 12 bytes, and the TAP's vnet header has the same;
+        `frame_length_max` is the longest frame the TAP may deliver, without that header.
+
+        Raises:
+            ValueError: a ring's size or alignment is wrong, or it lies outside guest memory. Nothing changed.
+            RuntimeError: the pair runs.
+        """
+
+    def set_positions(self, rx_next_avail: int | None, tx_next_avail: int | None) -> None:
+        """Sets where the rings go on; None means the used index in guest memory. RuntimeError if the pair runs."""
+
+    def start(self) -> None:
+        """Lets the thread run. It scans both rings and the TAP once before it sleeps, and signals both call eventfds.
+
+        Returns at once. Raises RuntimeError if the pair runs already or was never configured.
+        """
+
+    def wait_started(self, timeout_ms: int) -> int:
+        """CLOCK_MONOTONIC nanoseconds at which the thread began its first scan after `start`. Releases the GIL.
+
+        Raises TimeoutError after `timeout_ms`.
+        """
+
+    def stop(self) -> tuple[int | None, int | None]:
+        """Stops between two packets and gives (rx_next_avail, tx_next_avail), None for a ring that is not configured.
+
+        Afterwards the thread touches no ring and no TAP, every used buffer has been told to the guest, and no
+        packet is held. Takes tens of microseconds; releases the GIL. Stopping a stopped pair gives the same answer.
+        """
+
+    def positions(self) -> tuple[int | None, int | None]:
+        """Where the rings would go on; exact while stopped."""
+
+    def is_running(self) -> bool: ...
+    def counters(self) -> Counters: ...
+    def set_counters(self, counters: Counters) -> None:
+        """Counting goes on from `counters`. RuntimeError if the pair runs."""
+
+    def take_ring_errors(self) -> list[tuple[str, str]]:
+        """("rx" or "tx", reason) of each ring that failed since the last call."""
+
+    def release(self) -> None:
+        """Stops and forgets rings, memory and descriptors; the thread stays parked. `configure` makes it usable again."""
+
+    def close(self) -> None:
+        """Stops, ends the thread and joins it. Idempotent; also done when the object goes away."""
+
+@final
+class DriverPair:
+    """The other side of one queue pair: a virtio-net driver (the guest's part) between its rings and a TAP.
+
+    For tests, demonstrations and benchmarks: it lays its rings and buffers into guest memory it shares with the
+    backend, keeps the receive ring filled, and moves packets between the rings and a TAP that belongs to the "guest".
+
+    Args:
+        name: the thread's name.
+        memory: the guest's memory; rings and buffers are laid from `guest_address` on.
+        guest_address: first byte to use; `layout_size` tells how many are used.
+        queue_size: entries of each ring, a power of two up to 1024.
+        features: the acknowledged virtio feature bits.
+        rx_kick_fd, rx_call_fd, tx_kick_fd, tx_call_fd: borrowed eventfds.
+        tap_fd: a borrowed, non-blocking TAP with a vnet header as long as the features say, or None for no pump.
+    """
+
+    def __new__(
+        cls,
+        *,
+        name: str,
+        memory: GuestMemory,
+        guest_address: int,
+        queue_size: int,
+        features: int,
+        rx_kick_fd: int,
+        rx_call_fd: int,
+        tx_kick_fd: int,
+        tx_call_fd: int,
+        tap_fd: int | None,
+    ) -> DriverPair: ...
+    @staticmethod
+    def layout_size(queue_size: int) -> int:
+        """Bytes of guest memory that one pair uses, a multiple of 4096."""
+
+    def ring_addresses(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """((descriptor table, avail ring, used ring) of rx, the same of tx), guest addresses."""
+
+    def start(self) -> None:
+        """Fills the receive ring and lets the thread pump."""
+
+    def stop(self) -> None:
+        """Stops pumping and joins the thread. Idempotent."""
+
+    def counters(self) -> Counters:
+        """rx is what came from the backend, tx what went to it."""

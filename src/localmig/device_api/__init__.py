@@ -1,0 +1,119 @@
+"""What a device author imports: the contract between a device (or netdev) and the daemon that hands it over.
+
+Owns:        Part, the life of a part across a handover, in words and types.
+Never sees:  a particular device, a socket, the stream.
+Read next:   devices/virtio_net/ for a whole example; migration/outgoing.py and incoming.py for who calls what, when.
+
+A part is born frozen (its control sockets are not read) and stopped (its rings stand still). Its life:
+
+    open → resume → thaw → … → close                              a fresh daemon
+
+    freeze → save_setup → stop → save_switchover → release        the source: it moved
+                                   └→ resume → thaw               it stays: any step before COMMIT may lead here
+                                   └→ recover → resume → thaw     it came back: the destination died after COMMIT
+
+    adopt_setup → adopt_switchover → resume → thaw → source_released        the destination
+         │       └→ recover ────────────┘     the source died: ring positions come from guest memory
+         └→ discard                           at any time before COMMIT
+
+Until `resume` in the destination the source may still run: a part touches no descriptor it shares with it. No
+ioctl, no fcntl, no read, no write, no shutdown; closing is allowed, for it only drops this process's copy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from localmig.vmstate import Description
+
+__all__ = ["Part"]
+
+
+class Part(ABC):
+    """Something a handover moves: a device, or the host side of one.
+
+    Attributes:
+        id: the user's name for it, unique in the daemon.
+        setup: describes what travels while the guest runs.
+        switchover: describes what travels inside the downtime, None where nothing does. Keep it small and of a
+            size that does not change while the rings run.
+    """
+
+    id: str
+    setup: ClassVar[Description[Any]]
+    switchover: ClassVar[Description[Any] | None] = None
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open(self) -> None:
+        """Opens what a fresh daemon needs: interfaces, sockets. Raises ConfigError or KernelError, nothing kept."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Lets rings run from where they stand. Idempotent. Fails for nothing that a check could have found."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stops touching the guest's rings, in microseconds. Idempotent."""
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """Stops reading control sockets; rings run on. What is unread stays in the kernel. Idempotent."""
+
+    @abstractmethod
+    def thaw(self) -> None:
+        """Reads control sockets (again). Idempotent, and bears a `freeze` that failed half-way."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the part for good with all it owns, sockets unlinked, scripts run: the daemon quits."""
+
+    # -- source -------------------------------------------------------------------------------------------------
+
+    def local_migration_blocker(self) -> str | None:
+        """Why the descriptors of this part stay home, None where they move."""
+        return None
+
+    @abstractmethod
+    def save_setup(self, *, with_descriptors: bool) -> Any:
+        """The state that `setup` describes. Descriptors in it are lent until `thaw` or `release`."""
+
+    def save_switchover(self) -> Any:
+        """The state that `switchover` describes. Called before `stop` for its shape, and after it for its values."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drops every copy without a side effect: no shutdown, no unlink, no script. It moved."""
+
+    # -- destination --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_setup(self, state: Any) -> None:
+        """Raises PeerError where this daemon cannot serve the state; changes nothing."""
+
+    @abstractmethod
+    def adopt_setup(self, state: Any) -> None:
+        """Takes the descriptors out of a checked state and builds everything, parked.
+
+        Raises PeerError, ConfigError or KernelError; `discard` follows.
+        """
+
+    def check_switchover(self, state: Any) -> None:
+        """Raises PeerError where the state does not fit what was set up; changes nothing."""
+
+    def adopt_switchover(self, state: Any) -> None:
+        """Applies a checked state. Must not fail."""
+
+    @abstractmethod
+    def recover(self) -> None:
+        """Takes ring positions from guest memory, for the process that knew them is dead."""
+
+    def source_released(self) -> None:
+        """The source holds nothing any more: what could not be opened beside it can be now."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Drops all that was adopted without a side effect: the source goes on serving."""

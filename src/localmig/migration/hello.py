@@ -1,0 +1,159 @@
+"""HELLO, DONE and the reasons: the JSON that frames a handover. No I/O.
+
+Owns:        their fields, their encoding, the check of what a hostile other side wrote.
+Never sees:  sockets, parts, what an object's options mean.
+Read next:   daemon/objects.py, which reads the objects' options.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Final
+
+from localmig.errors import PeerError
+
+PROTOCOL: Final = 1
+"""Version of the handover protocol: frames, their order, what they promise."""
+
+OBJECT_COUNT_MAX: Final = 20_000
+"""Objects one daemon may hand over: 10,000 NICs with a netdev each."""
+
+REASON_LENGTH_MAX: Final = 4096
+"""Characters of a reason that are kept: some lines for people; the rest is noise."""
+
+
+def program_version() -> str:
+    """This program's version."""
+    return metadata.version("localmig")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandoverObject:
+    """A netdev or a device with its options, in the form of the command line's JSON; untrusted when it arrived."""
+
+    kind: str
+    options: dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What each side says of itself first.
+
+    Attributes:
+        version: the program's version, for people: the stream's sections carry their own.
+        local: the side's `local` parameter.
+        running: whether the guest's rings run (source), or will run (destination: as the source).
+        objects: what is handed over; the destination says none.
+    """
+
+    version: str
+    local: bool
+    running: bool
+    objects: tuple[HandoverObject, ...] = ()
+
+    def encode(self) -> bytes:
+        """The frame's payload, without the descriptor's byte."""
+        return json.dumps(
+            {
+                "protocol": PROTOCOL,
+                "version": self.version,
+                "local": self.local,
+                "running": self.running,
+                "objects": [{"kind": each.kind, "options": each.options} for each in self.objects],
+            }
+        ).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Hello:
+        """What the other side said of itself.
+
+        Raises:
+            PeerError: another protocol version, or no HELLO at all.
+        """
+        fields = _read_object(data, "HELLO")
+        if fields.get("protocol") != PROTOCOL:
+            raise PeerError(
+                f"handover protocol is {str(fields.get('protocol'))[:32]} there and {PROTOCOL} here: "
+                "hand over between releases that share one"
+            )
+        version, local, running = (fields.get(name) for name in ("version", "local", "running"))
+        objects = fields.get("objects")
+        if not (
+            isinstance(version, str)
+            and isinstance(local, bool)
+            and isinstance(running, bool)
+            and isinstance(objects, list)
+        ):
+            raise PeerError("HELLO lacks 'version', 'local', 'running' or 'objects'")
+        if len(objects) > OBJECT_COUNT_MAX:
+            raise PeerError(f"HELLO has {len(objects)} objects, limit is {OBJECT_COUNT_MAX}")
+        return cls(
+            version=version[:64],
+            local=local,
+            running=running,
+            objects=tuple(_read_handover_object(each) for each in objects),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """What the destination reports once it serves.
+
+    Attributes:
+        serving_ns: CLOCK_MONOTONIC when the last ring ran again; of no use to a source on another machine.
+        phases: (name, nanoseconds) of the destination's steps.
+    """
+
+    serving_ns: int
+    phases: tuple[tuple[str, int], ...]
+
+    def encode(self) -> bytes:
+        """The frame's payload."""
+        return json.dumps({"serving-ns": self.serving_ns, "phases": self.phases}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Done:
+        """Reads it. Raises PeerError if it is none."""
+        fields = _read_object(data, "DONE")
+        serving_ns, phases = fields.get("serving-ns"), fields.get("phases")
+        if not (
+            isinstance(serving_ns, int)
+            and isinstance(phases, list)
+            and all(
+                isinstance(phase, list) and len(phase) == 2 and isinstance(phase[0], str) and isinstance(phase[1], int)
+                for phase in phases
+            )
+        ):
+            raise PeerError("DONE lacks 'serving-ns' or 'phases'")
+        return cls(serving_ns=serving_ns, phases=tuple((name[:64], ns) for name, ns in phases))
+
+
+def encode_reason(reason: str) -> bytes:
+    """A reason as the payload of REFUSE or CANCEL."""
+    return reason[:REASON_LENGTH_MAX].encode()
+
+
+def decode_reason(data: bytes) -> str:
+    """The reason in REFUSE or CANCEL, fit to be shown."""
+    return "".join(c if c.isprintable() else " " for c in data.decode(errors="replace")[:REASON_LENGTH_MAX])
+
+
+def _read_object(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PeerError(f"{name} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise PeerError(f"{name} is no JSON object")
+    return fields
+
+
+def _read_handover_object(fields: object) -> HandoverObject:
+    if not isinstance(fields, dict):
+        raise PeerError("HELLO has an object that is no JSON object")
+    kind, options = fields.get("kind"), fields.get("options")
+    if not (isinstance(kind, str) and isinstance(options, dict)):
+        raise PeerError("HELLO has an object without 'kind' or 'options'")
+    return HandoverObject(kind=kind[:64], options=options)

@@ -1,0 +1,306 @@
+"""The destination's side of a handover: build everything, touch nothing, then serve on one word.
+
+Owns:        the order of the steps, when descriptors of a failed handover are dropped, taking over from a dead source.
+Never sees:  what a part is, how a frame travels, QMP.
+Read next:   handover.py for the table these steps walk, outgoing.py for the other side.
+
+Theory of operation. Everything that arrives is decoded whole, then checked whole, then adopted; until COMMIT every
+part is parked and touches nothing that it shares with the running source. A channel that ends is first read to its
+end and only then believed: the source may have taken the handover back before it died. A destination that failed
+ends its process, which is how a source in doubt learns that nobody else serves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from localmig.device_api import Part
+from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.handover import (
+    DESTINATION_STATUS,
+    DestinationEvent,
+    DestinationState,
+    destination_machine,
+)
+from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version
+from localmig.migration.outgoing import COMMIT_TIMEOUT_S, HELLO_TIMEOUT_S, SETUP_TIMEOUT_S, on_off, take_peer
+from localmig.migration.parameters import Parameters
+from localmig.migration.peer import Peer, own_pidfd
+from localmig.migration.status import MigrationInfo, Phase
+from localmig.migration.stream import IncomingStream, section_name
+from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
+from localmig.vmstate import close_descriptors
+
+DEATH_GRACE_S: Final = 1.0
+"""How much later than its sockets' end a dead process may be seen as dead: in between the kernel frees its memory."""
+
+
+class _SourceDiedError(PeerLostError):
+    """The source is known dead."""
+
+
+class _CancelledError(PeerError):
+    """The source took the handover back."""
+
+
+class Incoming:
+    """One handover as the destination sees it. `run` it once.
+
+    Args:
+        parameters: gives the `local` both sides must agree on, at the moment the source's HELLO arrives.
+        build: makes the parts for what HELLO says, netdevs before the devices on them, all of them parked. Raises
+            LocalmigError where they do not fit.
+        tracer: where facts go.
+    """
+
+    def __init__(
+        self,
+        *,
+        parameters: Callable[[], Parameters],
+        build: Callable[[Hello], Sequence[Part]],
+        tracer: Tracer,
+    ) -> None:
+        self._parameters = parameters
+        self._build = build
+        self._tracer = tracer
+        self._machine = destination_machine()
+        self._parts: Sequence[Part] = ()
+        self._adopted: list[Part] = []
+        self._peer: Peer | None = None
+        self._stream = IncomingStream(setup={}, switchover={})
+        self._hello: Hello | None = None
+        self._error: str | None = None
+        self._note: str | None = None
+        self._phases: list[tuple[str, int]] = []
+        self._started_ns = time.monotonic_ns()
+        self._ended_ns: int | None = None
+        self._prepared_ns: int | None = None
+        self._stopped_ns: int | None = None
+        self._serving_ns: int | None = None
+        self._descriptors = 0
+
+    # -- what others may ask ------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> DestinationState:
+        """Where the destination stands."""
+        return self._machine.state
+
+    @property
+    def source_was_running(self) -> bool:
+        """Whether the guest's rings ran in the source."""
+        return self._hello is not None and self._hello.running
+
+    def info(self) -> MigrationInfo:
+        """The facts so far."""
+        end_ns = self._ended_ns or time.monotonic_ns()
+        downtime_us = None
+        if self._stopped_ns is not None and self._serving_ns is not None:
+            downtime_us = (self._serving_ns - self._stopped_ns) // 1000
+        return MigrationInfo(
+            status=DESTINATION_STATUS[self.state],
+            error_desc=self._error,
+            note=self._note,
+            total_time_ms=(end_ns - self._started_ns) // 1_000_000,
+            setup_time_ms=None if self._prepared_ns is None else (self._prepared_ns - self._started_ns) // 1_000_000,
+            downtime_us=downtime_us,
+            phases=tuple(Phase(name=name, duration_us=ns // 1000) for name, ns in self._phases),
+            descriptors=self._descriptors,
+        )
+
+    # -- the handover -------------------------------------------------------------------------------------------
+
+    async def run(self, channel: Channel) -> DestinationState:
+        """Takes over what comes through `channel`, which it closes. Gives COMPLETED or FAILED."""
+        self._started_ns = time.monotonic_ns()
+        self._fire(DestinationEvent.CONNECTED)
+        try:
+            await self._take_over(channel)
+        except _SourceDiedError as error:
+            if self._machine.allows(DestinationEvent.SOURCE_DIED):
+                self._fire(DestinationEvent.SOURCE_DIED)
+            if self.state is DestinationState.RECOVERING:
+                self._recover()
+            else:
+                self._give_up(None, f"{error} before it had sent everything: nothing to recover")
+        except _CancelledError as error:
+            self._give_up(DestinationEvent.CANCELLED, str(error))
+        except PeerLostError as error:
+            self._give_up(DestinationEvent.CHANNEL_LOST, f"source lost while '{self.state}': {error}")
+        except TimeoutError as error:
+            self._give_up(DestinationEvent.TIMED_OUT, str(error) or "the source does not read")
+        except (LocalmigError, OSError) as error:
+            self._give_up(DestinationEvent.FAILED_HERE, str(error))
+            channel.try_send(FrameKind.REFUSE, encode_reason(str(error)))
+        finally:
+            channel.close()
+            if self._peer is not None:
+                self._peer.close()
+            self._ended_ns = time.monotonic_ns()
+        return self.state
+
+    async def _take_over(self, channel: Channel) -> None:
+        with self._phase("hello"):
+            await self._greet(channel)
+        self._fire(DestinationEvent.HELLO_ACCEPTED)
+        frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
+        with self._phase("setup"):
+            self._adopt_setup(frame)
+        self._prepared_ns = time.monotonic_ns()
+        await channel.send(FrameKind.SETUP_ACK, timeout_s=HELLO_TIMEOUT_S)
+        self._fire(DestinationEvent.SETUP_ADOPTED)
+
+        # The operator may let the source pause here, and past READY the source alone decides: both waits end with it.
+        frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
+        begun_ns = time.monotonic_ns()
+        self._adopt_switchover(frame)
+        await channel.send(FrameKind.READY, timeout_s=HELLO_TIMEOUT_S)
+        self._fire(DestinationEvent.SWITCHOVER_ADOPTED)
+        ready_ns = time.monotonic_ns()
+        frame = await self._expect(channel, FrameKind.COMMIT, None)
+        # Whatever COMMIT says besides, from here on this process owns the guest.
+        self._fire(DestinationEvent.COMMIT_RECEIVED)
+        committed_ns = time.monotonic_ns()
+        self._serve()
+        self._stopped_ns = int.from_bytes(frame.data[:8], "big")
+        assert self._serving_ns is not None
+        own_phases = (
+            ("adopt", ready_ns - begun_ns),
+            ("await-commit", committed_ns - ready_ns),
+            ("start", self._serving_ns - committed_ns),
+        )
+        channel.try_send(FrameKind.DONE, Done(serving_ns=self._serving_ns, phases=own_phases).encode())
+        for name, duration_ns in own_phases:
+            self._note_phase(name, duration_ns)
+        try:
+            await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
+        except (TimeoutError, PeerError) as error:
+            self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
+        for part in self._parts:
+            part.source_released()
+
+    async def _greet(self, channel: Channel) -> None:
+        frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)
+        try:
+            hello = Hello.decode(frame.data)
+            local = self._parameters().local
+            if hello.local != local:
+                raise PeerError(
+                    f"parameter 'local' is {on_off(hello.local)} in the source and {on_off(local)} in the destination"
+                )
+            self._peer = take_peer(frame, required=local)
+        finally:
+            frame.close()
+        self._hello = hello
+        self._parts = self._build(hello)
+        self._stream = IncomingStream(
+            setup={section_name(part.id, part.setup): part.setup for part in self._parts},
+            switchover={
+                section_name(part.id, part.switchover): part.switchover
+                for part in self._parts
+                if part.switchover is not None
+            },
+        )
+        answer = Hello(version=program_version(), local=local, running=hello.running).encode()
+        if channel.passes_descriptors:
+            with own_pidfd() as pidfd:
+                place = (len(answer), pidfd.fileno())
+                await channel.send(FrameKind.HELLO, answer + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
+        else:
+            await channel.send(FrameKind.HELLO, answer, timeout_s=HELLO_TIMEOUT_S)
+
+    def _adopt_setup(self, frame: Frame) -> None:
+        self._descriptors = len(frame.fds)
+        states = {section.name: section.state for section in self._stream.setup(frame.data, frame.fds)}
+        pairs = [(part, states[section_name(part.id, part.setup)]) for part in self._parts]
+        try:
+            for part, state in pairs:
+                part.check_setup(state)
+            for part, state in pairs:
+                self._adopted.append(part)
+                part.adopt_setup(state)
+        finally:
+            # What was taken out of a state is out of it: this closes what nobody took.
+            for part, state in pairs:
+                close_descriptors(part.setup, state)
+
+    def _adopt_switchover(self, frame: Frame) -> None:
+        states = {section.name: section.state for section in self._stream.switchover(frame.data, frame.fds)}
+        pairs = [
+            (part, states[section_name(part.id, part.switchover)])
+            for part in self._parts
+            if part.switchover is not None
+        ]
+        for part, state in pairs:
+            part.check_switchover(state)
+        for part, state in pairs:
+            part.adopt_switchover(state)
+
+    def _serve(self) -> None:
+        if self.source_was_running:
+            for part in self._parts:
+                part.resume()
+        for part in self._parts:
+            part.thaw()
+        self._serving_ns = time.monotonic_ns()
+        self._fire(DestinationEvent.STARTED)
+
+    def _recover(self) -> None:
+        """The source is dead: serve from what arrived whole and from what stands in guest memory."""
+        for part in self._parts:
+            part.recover()
+        self._note = "the source died during the handover; this daemon took over from guest memory"
+        self._serve()
+        for part in self._parts:
+            part.source_released()
+
+    def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
+        self._error = reason
+        for part in reversed(self._adopted):
+            part.discard()
+        self._adopted = []
+        if event is not None:
+            self._fire(event)
+
+    # -- small things -------------------------------------------------------------------------------------------
+
+    async def _expect(self, channel: Channel, kind: FrameKind, timeout_s: float | None) -> Frame:
+        """The next frame, which must be a `kind`."""
+        try:
+            frame = await channel.receive(timeout_s=timeout_s, eager=True)
+        except TimeoutError:
+            raise TimeoutError(f"the source sent no {kind.name} in {timeout_s:g} s") from None
+        except PeerLostError as error:
+            # What the source said is read to the end now. Sockets end a little before their process counts as dead.
+            if self._peer is not None and await self._peer.wait_dead(timeout_s=DEATH_GRACE_S):
+                raise _SourceDiedError(f"the source died while '{self.state}'") from error
+            raise
+        if frame.kind is FrameKind.CANCEL:
+            frame.close()
+            raise _CancelledError(f"the source took the handover back: {decode_reason(frame.data)}")
+        if frame.kind is not kind:
+            frame.close()
+            raise PeerError(f"{frame.kind.name} came where {kind.name} was expected")
+        return frame
+
+    def _fire(self, event: DestinationEvent) -> None:
+        before = DESTINATION_STATUS[self.state]
+        status = DESTINATION_STATUS[self._machine.fire(event)]
+        if status != before or event is DestinationEvent.CONNECTED:
+            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._error))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun_ns = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self._note_phase(name, time.monotonic_ns() - begun_ns)
+
+    def _note_phase(self, name: str, duration_ns: int) -> None:
+        self._phases.append((name, duration_ns))
+        self._tracer.emit(PhaseEnded(role="destination", name=name, duration_ns=duration_ns))

@@ -1,0 +1,473 @@
+"""The source's side of a handover: everything slow while the guest runs, then a few hundred bytes.
+
+Owns:        the order of the steps, what each one undoes, the waits and their bounds.
+Never sees:  what a part is, how a frame travels, QMP.
+Read next:   handover.py for the table these steps walk, incoming.py for the other side.
+
+Theory of operation. The steps up to COMMIT each leave an undo behind; any failure, refusal, timeout or cancel runs
+the undos, newest first, and the source serves on. COMMIT is in no list: past it the source serves again only if the
+destination is known dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from localmig.device_api import Part
+from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.fds import OwnedFd
+from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.handover import (
+    SOURCE_ENDED,
+    SOURCE_STATUS,
+    SourceEvent,
+    SourceState,
+    source_machine,
+)
+from localmig.migration.hello import (
+    Done,
+    HandoverObject,
+    Hello,
+    decode_reason,
+    encode_reason,
+    program_version,
+)
+from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.peer import Peer, own_pidfd
+from localmig.migration.status import MigrationInfo, Phase
+from localmig.migration.stream import OutgoingStream, Section, section_name
+from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
+
+HELLO_TIMEOUT_S: Final = 10.0
+"""A destination answers HELLO after it looked at its options; it opens nothing slow."""
+
+SETUP_TIMEOUT_S: Final = 120.0
+"""The destination maps and populates guest memory: about a second per hundred gigabytes, on a loaded machine ten times
+that."""
+
+COMMIT_TIMEOUT_S: Final = 5.0
+"""How long DONE may take: starting rings takes microseconds, so a destination silent for this long hangs, and by then
+a guest's TCP has barely begun to retransmit slowly."""
+
+DEATH_TIMEOUT_S: Final = 5.0
+"""How long a killed process may take to be gone: the kernel first frees what it holds, guest memory above all."""
+
+
+class Outgoing:
+    """One handover as the source sees it. `run` it once.
+
+    Args:
+        connect: opens the channel.
+        parameters: as they were when the migration began.
+        capabilities: likewise.
+        parts: what is handed over, netdevs before the devices on them.
+        objects: the same as HELLO tells them.
+        running: whether rings run; where they do not, the destination leaves them stopped too.
+        tracer: where facts go.
+    """
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], Awaitable[Channel]],
+        parameters: Parameters,
+        capabilities: Capabilities,
+        parts: Sequence[Part],
+        objects: Sequence[HandoverObject],
+        running: bool,
+        tracer: Tracer,
+    ) -> None:
+        self._connect = connect
+        self._parameters = parameters
+        self._parts = parts
+        self._objects = tuple(objects)
+        self._running = running
+        self._tracer = tracer
+        self._machine = source_machine()
+        self._channel: Channel | None = None
+        self._peer: Peer | None = None
+        self._stream = OutgoingStream()
+        self._frozen: list[Part] = []
+        self._stopped: list[Part] = []
+        self._continued = asyncio.Event()
+        if not capabilities.pause_before_switchover:
+            self._continued.set()
+        self._pausing = False
+        self._cancelling = False
+        self._task: asyncio.Task[None] | None = None
+        self._error: str | None = None
+        self._note: str | None = None
+        self._phases: list[tuple[str, int]] = []
+        self._started_ns = time.monotonic_ns()
+        self._ended_ns: int | None = None
+        self._prepared_ns: int | None = None
+        self._stopped_ns: int | None = None
+        self._serving_ns: int | None = None
+
+    # -- what others may ask ------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> SourceState:
+        """Where the source stands."""
+        return self._machine.state
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `run` is over, also where the outcome stays unknown."""
+        return self._ended_ns is not None
+
+    def info(self) -> MigrationInfo:
+        """The facts so far."""
+        end_ns = self._ended_ns or time.monotonic_ns()
+        downtime_ns = None
+        if self._stopped_ns is not None and self._serving_ns is not None:
+            downtime_ns = self._serving_ns - self._stopped_ns
+        return MigrationInfo(
+            status=self._status(),
+            error_desc=self._error,
+            note=self._note,
+            total_time_ms=(end_ns - self._started_ns) // 1_000_000,
+            setup_time_ms=None if self._prepared_ns is None else (self._prepared_ns - self._started_ns) // 1_000_000,
+            downtime_us=None if downtime_ns is None else downtime_ns // 1000,
+            phases=tuple(Phase(name=name, duration_us=ns // 1000) for name, ns in self._phases),
+            descriptors=0 if self._channel is None else self._channel.descriptors_sent,
+        )
+
+    def cancel(self) -> bool:
+        """Takes the handover back if it is not committed; whether it can be. `run` then ends soon."""
+        if not self._machine.allows(SourceEvent.CANCEL) or self._task is None or self.has_ended:
+            return False
+        if not self._cancelling:
+            self._cancelling = True
+            self._tracer.emit(MigrationStatusChanged(status="cancelling"))
+            self._task.cancel()
+        return True
+
+    def continue_switchover(self) -> bool:
+        """Ends the pause before switchover; whether there was one."""
+        if not self._pausing:
+            return False
+        self._continued.set()
+        return True
+
+    # -- the handover -------------------------------------------------------------------------------------------
+
+    async def run(self) -> SourceState:
+        """Hands over. Gives the state it ended in: an ended one, or IN_DOUBT where nobody can know.
+
+        To stop it early use `cancel`; cancelling the task past COMMIT would leave the outcome unknown.
+        """
+        self._task = asyncio.current_task()
+        try:
+            await self._prepare()
+            await self._switch_over()
+        except asyncio.CancelledError:
+            assert self._task is not None
+            self._task.uncancel()
+            self._abandon(SourceEvent.CANCEL, "cancelled by the operator")
+        except TimeoutError as error:
+            self._abandon(SourceEvent.TIMED_OUT, str(error) or "the destination does not read")
+        except PeerLostError as error:
+            self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost while '{self.state}': {error}")
+        except PeerError as error:
+            self._abandon(SourceEvent.REFUSED, str(error))
+        except (LocalmigError, OSError) as error:
+            self._abandon(SourceEvent.FAILED_HERE, str(error))
+        except BaseException as error:
+            self._abandon(SourceEvent.FAILED_HERE, f"internal error: {error!r}")
+            self._end()
+            raise
+        else:
+            await self._conclude()
+        self._end()
+        return self.state
+
+    async def _prepare(self) -> None:
+        self._fire(SourceEvent.START)
+        with self._phase("connect"):
+            channel = self._channel = await self._connect()
+        self._fire(SourceEvent.CONNECTED)
+        with self._phase("hello"):
+            await self._greet(channel)
+        self._fire(SourceEvent.HELLO_ACCEPTED)
+        with self._phase("setup"):
+            for part in self._parts:
+                self._frozen.append(part)
+                part.freeze()
+            blob = self._stream.setup([self._setup_section(part) for part in self._parts])
+            await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
+            self._stream.prepare(self._switchover_sections())
+        with self._phase("setup-ack"):
+            await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
+        self._prepared_ns = time.monotonic_ns()
+        self._fire(SourceEvent.SETUP_ACKED)
+        if not self._continued.is_set():
+            await self._pause(channel)
+        self._fire(SourceEvent.CONTINUED)
+
+    async def _greet(self, channel: Channel) -> None:
+        hello = Hello(
+            version=program_version(),
+            local=self._parameters.local,
+            running=self._running,
+            objects=self._objects,
+        )
+        data = hello.encode()
+        if channel.passes_descriptors:
+            with own_pidfd() as pidfd:
+                place = (len(data), pidfd.fileno())
+                await channel.send(FrameKind.HELLO, data + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
+        else:
+            await channel.send(FrameKind.HELLO, data, timeout_s=HELLO_TIMEOUT_S)
+        answer = await self._expect(FrameKind.HELLO, HELLO_TIMEOUT_S, "answer HELLO")
+        try:
+            theirs = Hello.decode(answer.data)
+            if theirs.local != self._parameters.local:
+                raise PeerError(
+                    f"parameter 'local' is {on_off(self._parameters.local)} here and {on_off(theirs.local)} there"
+                )
+            self._peer = take_peer(answer, required=self._parameters.local)
+        finally:
+            answer.close()
+
+    async def _pause(self, channel: Channel) -> None:
+        """Waits for the operator, as long as the destination is there: it has nothing to say now."""
+        self._pausing = True
+        self._tracer.emit(MigrationStatusChanged(status="pre-switchover"))
+        waits = [
+            asyncio.ensure_future(self._continued.wait()),
+            asyncio.ensure_future(channel.receive(timeout_s=None)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._pausing = False
+            for wait in waits:
+                wait.cancel()
+            results = await asyncio.gather(*waits, return_exceptions=True)
+        match results[1]:
+            case Frame() as frame:
+                frame.close()
+                raise _unexpected(frame, "nothing")
+            case LocalmigError() as error:
+                raise error
+
+    async def _switch_over(self) -> None:
+        channel = self._channel
+        assert channel is not None
+        limit_s = self._parameters.downtime_limit_ms / 1000
+        with _without_garbage_collection():
+            stopped_ns = self._stopped_ns = time.monotonic_ns()
+            for part in self._parts:
+                if self._running:
+                    self._stopped.append(part)
+                part.stop()
+            saved_ns = time.monotonic_ns()
+            blob = self._stream.switchover(self._switchover_sections())
+            await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
+            sent_ns = time.monotonic_ns()
+            await self._expect(FrameKind.READY, limit_s, "say READY within downtime-limit", eager=True)
+            self._fire(SourceEvent.READY_RECEIVED)
+            await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=limit_s)
+            self._fire(SourceEvent.COMMIT_SENT)
+            ready_ns = time.monotonic_ns()
+        self._note_phase("stop", saved_ns - stopped_ns)
+        self._note_phase("switchover", sent_ns - saved_ns)
+        self._note_phase("ready", ready_ns - sent_ns)
+
+    async def _conclude(self) -> None:
+        """Past COMMIT: ends when the destination serves, or is known dead and the source serves again."""
+        while self.state not in SOURCE_ENDED:
+            match self.state:
+                case SourceState.COMMITTED:
+                    await self._await_done()
+                case SourceState.FENCING:
+                    await self._fence()
+                case SourceState.IN_DOUBT:
+                    if self._peer is None:
+                        # Nothing is shared without a pidfd: the frontend is free to go to whoever answers it.
+                        self._error = (
+                            "the channel broke after COMMIT and nobody can tell whether the destination serves: "
+                            "look there; 'cont' serves here again, 'quit' ends this daemon"
+                        )
+                        return
+                    dead = await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S)
+                    self._fire(SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT)
+                    if not dead:
+                        self._note = "the channel broke after COMMIT; the destination lives and serves"
+                case _:
+                    raise AssertionError(self.state)
+        if self.state is SourceState.TAKEN_BACK:
+            self._error = "the destination died after COMMIT: this daemon serves again"
+            self._take_back()
+        else:
+            for part in self._parts:
+                part.release()
+
+    async def _await_done(self) -> None:
+        assert self._channel is not None
+        begun_ns = time.monotonic_ns()
+        try:
+            frame = await self._channel.receive(timeout_s=COMMIT_TIMEOUT_S)
+            frame.close()
+            if frame.kind is not FrameKind.DONE:
+                raise _unexpected(frame, "DONE")
+            done = Done.decode(frame.data)
+        except TimeoutError:
+            self._fire(SourceEvent.TIMED_OUT)
+        except PeerLostError:
+            died = self._peer is not None and self._peer.is_dead
+            self._fire(SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST)
+        except PeerError:
+            self._fire(SourceEvent.REFUSED)
+        else:
+            self._serving_ns = done.serving_ns
+            self._note_phase("done", time.monotonic_ns() - begun_ns)
+            self._phases += [(f"destination-{name}", ns) for name, ns in done.phases]
+            self._fire(SourceEvent.DONE_RECEIVED)
+
+    async def _fence(self) -> None:
+        dead = self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S)
+        self._fire(SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT)
+
+    # -- going back ---------------------------------------------------------------------------------------------
+
+    def _abandon(self, event: SourceEvent, reason: str) -> None:
+        """Before COMMIT: the source serves on, the destination is told so."""
+        self._error = None if event is SourceEvent.CANCEL else reason
+        for part in reversed(self._stopped):
+            part.resume()
+        # Told before control planes thaw: whoever took over from here later would hold old control state.
+        told = self._channel is None or self._channel.try_send(FrameKind.CANCEL, encode_reason(reason))
+        if not told and self._peer is not None:
+            # It owns nothing and cannot even be told; it must not take over when this process ends one day.
+            self._peer.kill()
+        for part in reversed(self._frozen):
+            part.thaw()
+        self._fire(event if self._machine.allows(event) else SourceEvent.FAILED_HERE)
+
+    def _take_back(self) -> None:
+        for part in self._parts:
+            part.recover()
+        if self._running:
+            for part in self._parts:
+                part.resume()
+        for part in self._parts:
+            part.thaw()
+
+    def _end(self) -> None:
+        self._ended_ns = time.monotonic_ns()
+        # The end of the channel tells the destination that the source holds nothing any more.
+        if self._channel is not None:
+            self._channel.close()
+        if self._peer is not None:
+            self._peer.close()
+
+    # -- small things -------------------------------------------------------------------------------------------
+
+    def _setup_section(self, part: Part) -> Section:
+        with_descriptors = self._parameters.local and part.local_migration_blocker() is None
+        state = part.save_setup(with_descriptors=with_descriptors)
+        return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
+
+    def _switchover_sections(self) -> list[Section]:
+        return [
+            Section(
+                name=section_name(part.id, part.switchover),
+                description=part.switchover,
+                state=part.save_switchover(),
+            )
+            for part in self._parts
+            if part.switchover is not None
+        ]
+
+    async def _expect(self, kind: FrameKind, timeout_s: float, what: str, *, eager: bool = False) -> Frame:
+        """The next frame, which must be a `kind`; PeerError with the destination's reason if it refuses."""
+        assert self._channel is not None
+        try:
+            frame = await self._channel.receive(timeout_s=timeout_s, eager=eager)
+        except TimeoutError:
+            raise TimeoutError(f"the destination did not {what} ({timeout_s * 1000:g} ms)") from None
+        if frame.kind is FrameKind.REFUSE:
+            frame.close()
+            raise PeerError(f"the destination refused: {decode_reason(frame.data)}")
+        if frame.kind is not kind:
+            frame.close()
+            raise _unexpected(frame, kind.name)
+        return frame
+
+    def _fire(self, event: SourceEvent) -> None:
+        before = self._status()
+        self._machine.fire(event)
+        if self._status() != before:
+            self._tracer.emit(MigrationStatusChanged(status=self._status(), reason=self._error))
+
+    def _status(self) -> str:
+        if self._pausing:
+            return "pre-switchover"
+        if self._cancelling and self.state not in SOURCE_ENDED:
+            return "cancelling"
+        if self.state is SourceState.IN_DOUBT and self.has_ended:
+            return "failed"
+        return SOURCE_STATUS[self.state]
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun_ns = time.monotonic_ns()
+        try:
+            yield
+        except BaseException as error:
+            self._note_phase(name, time.monotonic_ns() - begun_ns, error=str(error) or type(error).__name__)
+            raise
+        self._note_phase(name, time.monotonic_ns() - begun_ns)
+
+    def _note_phase(self, name: str, duration_ns: int, *, error: str | None = None) -> None:
+        self._phases.append((name, duration_ns))
+        self._tracer.emit(PhaseEnded(role="source", name=name, duration_ns=duration_ns, error=error))
+
+
+def take_peer(frame: Frame, *, required: bool) -> Peer | None:
+    """The sender of HELLO, by the pidfd at the payload's last byte.
+
+    Raises:
+        PeerError: `required`, and no descriptor arrived with a HELLO that came over a channel meant to carry them.
+    """
+    if not frame.fds:
+        if required:
+            raise PeerError(
+                "parameter 'local' is on, but the descriptor sent with HELLO did not arrive: something between source "
+                "and destination (a proxy?) does not pass descriptors; connect them directly, or set local to false"
+            )
+        return None
+    if len(frame.fds) > 1 or frame.fds[0][0] != len(frame.data) - 1:
+        raise PeerError(f"HELLO came with {len(frame.fds)} descriptors, expected one at its end")
+    _, fd = frame.fds[0]
+    return Peer.from_descriptor(OwnedFd(fd.release()))
+
+
+def _unexpected(frame: Frame, expected: str) -> PeerError:
+    if frame.kind is FrameKind.CANCEL:
+        return PeerError(f"the other side took the handover back: {decode_reason(frame.data)}")
+    return PeerError(f"{frame.kind.name} came where {expected} was expected")
+
+
+def on_off(value: bool) -> str:  # noqa: FBT001 - a value to be shown
+    """How a switch is written."""
+    return "on" if value else "off"
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A collection takes milliseconds in a large daemon, and nothing in the downtime makes garbage worth it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

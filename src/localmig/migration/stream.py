@@ -1,0 +1,297 @@
+"""The migration stream: one handover as bytes, in QEMU's format, version 3.
+
+Owns:        magic, configuration, section headers and footers, the end mark, the vmdesc around all sections.
+Never sees:  sockets, devices, clocks.
+Read next:   vmstate/ for the inside of a section, channel.py for how a piece travels.
+
+    setup piece        magic u32, version u32, CONFIGURATION u8, machine name
+                       sections that travel while the guest runs
+    switchover piece   sections that travel inside the downtime
+                       EOF u8
+                       VMDESCRIPTION u8, size u32, JSON
+
+    a section          FULL u8, id u32, name (u8 size, UTF-8), instance u32, version u32
+                       its fields and subsections
+                       FOOTER u8, id u32
+
+The two pieces, one after the other, are a stream that QEMU's scripts/analyze-migration.py reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from localmig.errors import ConfigError, PeerError
+from localmig.fds import OwnedFd
+from localmig.vmstate import NAME_SIZE_MAX, Blob, Description, Reader, explain, load, save, text
+
+MACHINE: Final = "localmig"
+"""The machine name in the configuration section: a QEMU that gets this stream by mistake refuses it."""
+
+VMDESC_SIZE_MAX: Final = 10 * 1024 * 1024 - 5
+"""Bytes of the vmdesc's JSON: analyze-migration.py looks for it and its 5-byte header in the last 10 MiB."""
+
+_PAGE_SIZE: Final = 4096
+"""Only there because analyze-migration.py insists on it: no memory is in this stream."""
+
+_MAGIC: Final = 0x5145564D
+_VERSION: Final = 3
+_EOF: Final = 0x00
+_SECTION_FULL: Final = 0x04
+_VMDESCRIPTION: Final = 0x06
+_CONFIGURATION: Final = 0x07
+_SECTION_FOOTER: Final = 0x7E
+
+_U32: Final = struct.Struct(">I")
+_FILE_HEADER: Final = struct.Struct(">IIB")
+_NAME_HEADER: Final = struct.Struct(">BIB")
+_VERSION_HEADER: Final = struct.Struct(">II")
+_FOOTER: Final = struct.Struct(">BI")
+_VMDESC_HEADER: Final = struct.Struct(">BI")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Configuration:
+    machine: str
+
+
+_CONFIGURATION_SECTION: Final = Description(
+    name="configuration",
+    version=1,
+    oldest_version=1,
+    state=_Configuration,
+    fields=(text("machine", size_max=64),),  # QEMU's longest machine names have half of that
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One part's state, on its way.
+
+    Attributes:
+        name: unique in the stream, see `section_name`.
+        description: what `state` is.
+        state: the state; once read, whoever takes the section owns the descriptors in it.
+    """
+
+    name: str
+    description: Description[Any]
+    state: Any
+
+
+def section_name(part_id: str, description: Description[Any]) -> str:
+    """The name of a part's section: the part's id, a slash, the description's name."""
+    return f"{part_id}/{description.name}"
+
+
+class OutgoingStream:
+    """Writes one stream: `setup`, then `prepare` while the guest still runs, then `switchover`."""
+
+    def __init__(self) -> None:
+        self._section_count = 0
+        self._devices: list[dict[str, Any]] = []
+        self._prepared_shape: list[Any] | None = None
+        self._prepared_end = b""
+
+    def setup(self, sections: Sequence[Section]) -> Blob:
+        """The setup piece. Its descriptors are lent: the states keep them open until it is sent.
+
+        Raises:
+            StateError: a state does not fit its description, or a descriptor of it was given away.
+            ConfigError: a section's name is too long for the format.
+        """
+        piece = Blob()
+        piece.data += _FILE_HEADER.pack(_MAGIC, _VERSION, _CONFIGURATION)
+        save(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE), piece)
+        self._append(sections, piece)
+        self._devices = _explain_each(sections)
+        return piece
+
+    def prepare(self, sections: Sequence[Section]) -> None:
+        """Does what is slow about `switchover`, with states of the same shape: writes the vmdesc.
+
+        Raises:
+            StateError: as `setup`.
+            ConfigError: as `setup`, or there are too many sections to describe.
+        """
+        sample = Blob()
+        _append_sections(sections, sample, self._section_count)
+        self._prepared_end = self._end(sections)
+        self._prepared_shape = _shape(sections, sample)
+
+    def switchover(self, sections: Sequence[Section]) -> Blob:
+        """The switchover piece. Quick where the sections have the shape that was prepared, else merely right.
+
+        Raises:
+            StateError: as `setup`.
+            ConfigError: as `prepare`.
+        """
+        piece = Blob()
+        self._append(sections, piece)
+        is_prepared = _shape(sections, piece) == self._prepared_shape
+        piece.data += self._prepared_end if is_prepared else self._end(sections)
+        return piece
+
+    def _append(self, sections: Sequence[Section], piece: Blob) -> None:
+        _append_sections(sections, piece, self._section_count)
+        self._section_count += len(sections)
+
+    def _end(self, sections: Sequence[Section]) -> bytes:
+        """All that follows the last section."""
+        vmdesc = _vmdesc([*self._devices, *_explain_each(sections)])
+        return bytes([_EOF]) + _VMDESC_HEADER.pack(_VMDESCRIPTION, len(vmdesc)) + vmdesc
+
+
+def _append_sections(sections: Sequence[Section], piece: Blob, first_id: int) -> None:
+    for section_id, section in enumerate(sections, first_id):
+        name = section.name.encode()
+        if len(name) > NAME_SIZE_MAX:
+            raise ConfigError(f'section name "{section.name}" has {len(name)} bytes, limit is {NAME_SIZE_MAX}')
+        piece.data += _NAME_HEADER.pack(_SECTION_FULL, section_id, len(name)) + name
+        piece.data += _VERSION_HEADER.pack(0, section.description.version)
+        save(section.description, section.state, piece, section=section.name)
+        piece.data += _FOOTER.pack(_SECTION_FOOTER, section_id)
+
+
+def _shape(sections: Sequence[Section], piece: Blob) -> list[Any]:
+    """What the vmdesc of the sections in `piece` depends on."""
+    return [*piece.shape, *((section.name, section.description) for section in sections)]
+
+
+def _explain_each(sections: Iterable[Section]) -> list[dict[str, Any]]:
+    return [
+        {"name": section.name, "instance_id": 0, **explain(section.description, section.state)} for section in sections
+    ]
+
+
+def _vmdesc(devices: list[dict[str, Any]]) -> bytes:
+    """The JSON that describes the whole stream, so that analyze-migration.py finds it.
+
+    The script looks for the last NUL of the file and takes the first `{` behind it for the beginning. The last
+    NUL is in the u32 size before the JSON: so the JSON has none, and no byte of the size may be a `{`.
+    """
+    configuration = explain(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE))
+    document = {"configuration": configuration, "page_size": _PAGE_SIZE, "devices": devices}
+    encoded = json.dumps(document, separators=(",", ":")).encode("ascii")
+    while b"{" in _U32.pack(len(encoded)):
+        encoded += b" "
+    if len(encoded) > VMDESC_SIZE_MAX:
+        raise ConfigError(f"the stream's description has {len(encoded)} bytes, limit is {VMDESC_SIZE_MAX}")
+    return encoded
+
+
+class IncomingStream:
+    """Reads one stream: `setup`, then `switchover`.
+
+    Args:
+        setup: descriptions by name of the sections that the setup piece must have, each once, in any order.
+        switchover: likewise for the switchover piece.
+    """
+
+    def __init__(self, *, setup: Mapping[str, Description[Any]], switchover: Mapping[str, Description[Any]]) -> None:
+        self._expected_setup = setup
+        self._expected_switchover = switchover
+        self._section_count = 0
+
+    def setup(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
+        """Reads the setup piece; the caller owns the descriptors in the states.
+
+        Args:
+            data: the whole piece.
+            fds: (offset in `data`, descriptor) of each that came with it.
+
+        Raises:
+            PeerError: the piece is not what was expected; every descriptor of it is closed.
+        """
+        with _reading("setup", data, fds) as reader:
+            _read_start(reader)
+            return self._read_sections(reader, self._expected_setup)
+
+    def switchover(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
+        """Reads the switchover piece to the stream's end; the rest is as in `setup`."""
+        with _reading("switchover", data, fds) as reader:
+            sections = self._read_sections(reader, self._expected_switchover)
+            _read_end(reader)
+            return sections
+
+    def _read_sections(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> list[Section]:
+        sections: dict[str, Section] = {}
+        while reader.peek() == _SECTION_FULL:
+            section = self._read_section(reader, expected)
+            if section.name in sections:
+                raise PeerError(f'section "{section.name}" came twice')
+            sections[section.name] = section
+        missing = [name for name in expected if name not in sections]
+        if missing:
+            raise PeerError(f'section "{missing[0]}" is missing at offset {reader.position}')
+        return list(sections.values())
+
+    def _read_section(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> Section:
+        _, section_id, name_size = reader.unpack(_NAME_HEADER)
+        name = reader.take(name_size).decode(errors="replace")
+        instance, version = reader.unpack(_VERSION_HEADER)
+        description = expected.get(name)
+        if description is None:
+            raise PeerError(f'section "{name}" was not expected, but one of {", ".join(expected) or "none"}')
+        if section_id != self._section_count or instance:
+            raise PeerError(
+                f'section "{name}" is number {section_id} instance {instance}, '
+                f"expected number {self._section_count} instance 0"
+            )
+        state = load(description, version, reader, section=name)
+        marker, footer_id = reader.unpack(_FOOTER)
+        if marker != _SECTION_FOOTER or footer_id != section_id:
+            raise PeerError(
+                f'section "{name}" ends with {marker:#04x} {footer_id}, expected {_SECTION_FOOTER:#04x} {section_id}'
+            )
+        self._section_count += 1
+        return Section(name=name, description=description, state=state)
+
+
+@contextlib.contextmanager
+def _reading(piece: str, data: bytes, fds: Iterable[tuple[int, OwnedFd]]) -> Iterator[Reader]:
+    """All of `data` is read inside, or every descriptor is closed."""
+    try:
+        reader = Reader(data, fds)
+        try:
+            yield reader
+            reader.finish()
+        except BaseException:
+            reader.close()
+            raise
+    except PeerError as error:
+        raise PeerError(f"{piece} piece of the migration stream: {error}") from None
+
+
+def _read_start(reader: Reader) -> None:
+    magic, version, marker = reader.unpack(_FILE_HEADER)
+    if magic != _MAGIC:
+        raise PeerError(f"starts with {magic:#010x}, expected {_MAGIC:#010x}")
+    if version != _VERSION:
+        raise PeerError(f"has version {version}, expected {_VERSION}")
+    if marker != _CONFIGURATION:
+        raise PeerError(f"goes on with {marker:#04x}, expected a configuration, {_CONFIGURATION:#04x}")
+    machine = load(_CONFIGURATION_SECTION, _CONFIGURATION_SECTION.version, reader).machine
+    if machine != MACHINE:
+        raise PeerError(f'is of machine "{machine}", expected "{MACHINE}"')
+
+
+def _read_end(reader: Reader) -> None:
+    """Reads the end mark and the vmdesc. The JSON is for people: it is bounded and passed over."""
+    end = reader.take(1)[0]
+    if end != _EOF:
+        raise PeerError(f"goes on with {end:#04x}, expected a section {_SECTION_FULL:#04x} or the end {_EOF:#04x}")
+    marker, size = reader.unpack(_VMDESC_HEADER)
+    if marker != _VMDESCRIPTION:
+        raise PeerError(f"goes on with {marker:#04x}, expected a vmdesc, {_VMDESCRIPTION:#04x}")
+    if size > VMDESC_SIZE_MAX:
+        raise PeerError(f"has a vmdesc of {size} bytes, limit is {VMDESC_SIZE_MAX}")
+    vmdesc = reader.take(size).rstrip()
+    # To parse megabytes inside the downtime would cost the guest more than a wrong description does.
+    if not vmdesc.startswith(b"{") or not vmdesc.endswith(b"}"):
+        raise PeerError(f"has a vmdesc that is no JSON object: {vmdesc[:16]!r}")

@@ -1,0 +1,525 @@
+"""The netdev `tap`: a TAP interface as the host side of a NIC, and how it moves to another process.
+
+Owns:        /dev/net/tun (no other file opens it), the TAP's descriptor, its MTU and vnet header, its scripts.
+Never sees:  rings, vhost-user, options as text.
+Read next:   device_api/ for when each method is called, dataplane/ for who reads and writes the frames.
+
+What belongs to whom, which is what makes a handover delicate:
+
+    the interface               name, MTU, up             the machine's; vanishes with its last descriptor unless persistent
+    the open file description   O_NONBLOCK, vnet header   shared by source and destination during a handover:
+                                length, offloads          only the process that serves may set them
+    the descriptor              close-on-exec             this process's
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, StateError
+from localmig.fds import OwnedFd
+from localmig.netdev.interface import Interface, hardware_address, pack_request, unpack_request
+from localmig.netdev.script import NO_SCRIPT, run_script
+from localmig.vmstate import Description, array, fd, optional, text, u16
+from localmig.vmstate import struct as nested
+
+_logger = logging.getLogger(__name__)
+
+_DEVICE: Final = "/dev/net/tun"
+
+# linux/if_tun.h
+_TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
+_TUNGETIFF: Final = 0x800454D2
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+_TUNSETVNETLE: Final = 0x400454DC
+_IFF_TAP: Final = 0x0002
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+
+VNET_HEADER_LENGTHS: Final = (10, 12)
+"""The virtio-net header without and with `num_buffers`, which VERSION_1 and mergeable buffers bring (virtio 5.1.6)."""
+
+_ETHERNET_HEADER_LENGTH: Final = 14
+_VLAN_TAG_LENGTH: Final = 4
+
+QUEUE_COUNT_MAX: Final = 1
+"""This version serves one queue pair."""
+
+_STREAM_QUEUE_COUNT_MAX: Final = 256
+"""Queues the kernel lets a TAP have (MAX_TAP_QUEUES in drivers/net/tun.c)."""
+
+_NAME_BYTES_MAX: Final = 15
+"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
+
+_PATH_BYTES_MAX: Final = 4095
+"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapDescriptors:
+    """What comes with a TAP only where the TAP itself moves.
+
+    The downscript is here because the process that serves last must run it. A program's name from another
+    process is believed only beside descriptors: who can pass those was let in by the migration socket's owner.
+    """
+
+    queues: tuple[OwnedFd, ...]
+    downscript: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapState:
+    """A TAP as it travels: untrusted until `Tap.check_setup`."""
+
+    ifname: str
+    mtu: int
+    vnet_header_length: int
+    descriptors: TapDescriptors | None
+
+
+TAP_DESCRIPTORS: Final = Description(
+    name="tap-descriptors",
+    version=1,
+    oldest_version=1,
+    state=TapDescriptors,
+    fields=(
+        array("queues", fd, count_max=_STREAM_QUEUE_COUNT_MAX),
+        text("downscript", size_max=_PATH_BYTES_MAX),
+    ),
+)
+
+TAP: Final = Description(
+    name="tap",
+    version=1,
+    oldest_version=1,
+    state=TapState,
+    fields=(
+        text("ifname", size_max=_NAME_BYTES_MAX),
+        u16("mtu"),
+        u16("vnet_header_length"),
+        optional(nested("descriptors", TAP_DESCRIPTORS)),
+    ),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class _OpenTap:
+    """What exists only while the TAP is open. `arrived`: by a handover; else this process opened it."""
+
+    fd: OwnedFd
+    ifname: str
+    mtu: int
+    vnet_header_length: int
+    downscript: str
+    arrived: bool
+
+
+class Tap:
+    """A TAP, closed until `start` opens it or `adopt_setup` receives it.
+
+    It has the methods of `device_api.Part`, which this layer cannot name.
+
+    Args:
+        id: the user's name for it.
+        ifname: the interface to open, created where it does not exist; None: the kernel chooses its name, and on
+            arrival the source's TAP decides.
+        script: program to run once this process has opened the TAP, "no" for none. Never run for one that arrived.
+        downscript: program to run before the TAP is closed for good, "no" for none. It moves with the TAP.
+        mtu: what to give the interface, in bytes; None leaves it as it is.
+        fd: an open TAP inherited from the parent process; this object owns it from `start` on.
+    """
+
+    setup: ClassVar[Description[Any]] = TAP
+    switchover: ClassVar[Description[Any] | None] = None
+
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 - the user's word
+        ifname: str | None = None,
+        script: str = NO_SCRIPT,
+        downscript: str = NO_SCRIPT,
+        mtu: int | None = None,
+        fd: int | None = None,
+    ) -> None:
+        self.id = id
+        self._ifname = ifname
+        self._script = script
+        self._downscript = downscript
+        self._mtu = mtu
+        self._inherited_fd = fd
+        self._open: _OpenTap | None = None
+        self._awaited_ifname: str | None = None
+        """The interface to open once the source has let go of it."""
+
+    # -- for the device on the other side -----------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a TAP to read and write."""
+        return self._open is not None
+
+    def fileno(self) -> int:
+        """The TAP's descriptor, lent. StateError if the TAP is not open, as for all that follows."""
+        return self._opened().fd.fileno()
+
+    @property
+    def ifname(self) -> str:
+        """The interface's name."""
+        return self._opened().ifname
+
+    @property
+    def mtu(self) -> int:
+        """The interface's MTU in bytes, as it was when the TAP was opened."""
+        return self._opened().mtu
+
+    @property
+    def frame_length_max(self) -> int:
+        """Bytes of the longest frame the TAP delivers, without its vnet header, with a VLAN tag."""
+        return self.mtu + _ETHERNET_HEADER_LENGTH + _VLAN_TAG_LENGTH
+
+    @property
+    def vnet_header_length(self) -> int:
+        """Bytes in front of each frame."""
+        return self._opened().vnet_header_length
+
+    def set_vnet_header_length(self, length: int) -> None:
+        """Sets the bytes in front of each frame to 10 or 12. Only the process that serves may call this.
+
+        Raises:
+            KernelError: the TAP keeps the length it has.
+        """
+        assert length in VNET_HEADER_LENGTHS, length
+        tap = self._opened()
+        if length != tap.vnet_header_length:
+            with self._kernel_errors(f"cannot set the vnet header of TAP '{tap.ifname}' to {length} bytes"):
+                _set_int(tap.fd, _TUNSETVNETHDRSZ, length)
+            tap.vnet_header_length = length
+
+    def inject(self, frame: bytes) -> None:
+        """Sends one Ethernet frame into the network, as if the guest had sent it. For the process that serves.
+
+        Raises:
+            KernelError: the frame was not sent; EIO where the interface is down.
+        """
+        tap = self._opened()
+        with self._kernel_errors(f"cannot send a frame into TAP '{tap.ifname}'"):
+            # All zero is a vnet header that asks for nothing: no checksum, no segmentation.
+            os.writev(tap.fd.fileno(), [bytes(tap.vnet_header_length), frame])
+
+    # -- both sides ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Opens the TAP, unless it is open (it arrived) or still the source's (`source_released` opens it).
+
+        Raises:
+            ConfigError: fd= is no TAP of ours, or the script failed. The TAP is closed.
+            KernelError: the TAP cannot be opened or configured; the text says what to do. The TAP is closed.
+        """
+        if self._open is not None or self._awaited_ifname is not None:
+            return
+        if self._inherited_fd is not None:
+            self._open = self._take_inherited(self._inherited_fd)
+        else:
+            self._open = self._open_by_name(self._ifname or "")
+
+    def stop(self) -> None:
+        """Nothing: who reads and writes frames has stopped."""
+
+    def close(self) -> None:
+        """Runs the downscript, closes the TAP. A downscript that fails is logged."""
+        if self._open is not None:
+            try:
+                run_script(self._open.downscript, self._open.ifname)
+            except LocalmigError as error:
+                _logger.warning("netdev '%s': %s", self.id, error)
+        self.release()
+
+    # -- source -------------------------------------------------------------------------------------------------
+
+    def local_migration_blocker(self) -> str | None:
+        """A TAP that is not open cannot move."""
+        return None if self._open is not None else "its TAP is not open"
+
+    def freeze(self) -> None:
+        """Nothing: a TAP has no control plane."""
+
+    def thaw(self) -> None:
+        """Nothing, as `freeze`."""
+
+    def save_setup(self, *, with_descriptors: bool) -> TapState:
+        """The TAP as it is. StateError if it is not open."""
+        tap = self._opened()
+        descriptors = TapDescriptors(queues=(tap.fd,), downscript=_absolute(tap.downscript))
+        return TapState(
+            ifname=tap.ifname,
+            mtu=tap.mtu,
+            vnet_header_length=tap.vnet_header_length,
+            descriptors=descriptors if with_descriptors else None,
+        )
+
+    def save_switchover(self) -> Any:
+        """Never called: nothing of a TAP travels inside the downtime."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Nothing, as `stop`."""
+
+    def take_back(self) -> None:
+        """Nothing: the TAP is as it was, for no destination configures one that arrived."""
+
+    def release(self) -> None:
+        """Closes this process's copy. The interface stays as long as another process has it open."""
+        self._awaited_ifname = None
+        if self._open is not None:
+            self._open.fd.close()
+            self._open = None
+
+    # -- destination --------------------------------------------------------------------------------------------
+
+    def check_setup(self, state: TapState) -> None:
+        """Raises PeerError where `state` is no TAP, or not the one this netdev was configured for."""
+        if not state.ifname or "\0" in state.ifname:
+            raise PeerError(f"netdev '{self.id}': {state.ifname!r} is no interface name")
+        if state.vnet_header_length not in VNET_HEADER_LENGTHS:
+            raise PeerError(
+                f"netdev '{self.id}': vnet header has {state.vnet_header_length} bytes, "
+                f"possible are {' and '.join(map(str, VNET_HEADER_LENGTHS))}"
+            )
+        if state.descriptors is not None:
+            self._check_arriving(state, state.descriptors)
+
+    def adopt_setup(self, state: TapState) -> None:
+        """Takes the TAP out of `state`, or opens one of its own where none came.
+
+        Raises:
+            ConfigError: as `start`, for a TAP of its own.
+            KernelError: the TAP of its own cannot be opened. Not for one the source has open still: it is opened
+                by `source_released`.
+        """
+        assert self._open is None, self.id
+        if state.descriptors is not None:
+            self._open = _OpenTap(
+                fd=state.descriptors.queues[0].take(),
+                ifname=state.ifname,
+                mtu=state.mtu,
+                vnet_header_length=state.vnet_header_length,
+                downscript=state.descriptors.downscript
+                if self._downscript == NO_SCRIPT
+                else self._downscript,
+                arrived=True,
+            )
+            return
+        if self._inherited_fd is not None:
+            self._open = self._take_inherited(self._inherited_fd)
+            return
+        ifname = self._ifname or state.ifname
+        try:
+            self._open = self._open_by_name(ifname)
+        except KernelError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self._awaited_ifname = ifname
+
+    def check_switchover(self, state: Any) -> None:
+        """Never called, as `save_switchover`."""
+        raise NotImplementedError
+
+    def adopt_switchover(self, state: Any | None) -> None:
+        """Nothing, as `save_switchover`."""
+
+    def source_released(self) -> None:
+        """Opens the interface that was the source's until now. Does nothing where none is awaited.
+
+        Raises:
+            ConfigError: the script failed; calling again tries again, as below.
+            KernelError: it cannot be opened. EBUSY: the source has it open still; calling again tries again.
+        """
+        if self._awaited_ifname is not None:
+            self._open = self._open_by_name(self._awaited_ifname)
+            self._awaited_ifname = None
+
+    def discard(self) -> None:
+        """Closes what arrived without a side effect; undoes what this process opened itself."""
+        if self._open is not None and not self._open.arrived:
+            self.close()
+        self.release()
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _opened(self) -> _OpenTap:
+        if self._open is None:
+            raise StateError(f"netdev '{self.id}': its TAP is not open")
+        return self._open
+
+    def _check_arriving(self, state: TapState, descriptors: TapDescriptors) -> None:
+        if len(descriptors.queues) != QUEUE_COUNT_MAX:
+            raise PeerError(
+                f"netdev '{self.id}': TAP with {len(descriptors.queues)} queues, limit is {QUEUE_COUNT_MAX}"
+            )
+        for wanted, name, actual in ((self._ifname, "ifname", state.ifname), (self._mtu, "mtu", state.mtu)):
+            if wanted is not None and wanted != actual:
+                raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
+        if descriptors.downscript != NO_SCRIPT and not os.path.isabs(descriptors.downscript):
+            raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
+        for queue in descriptors.queues:
+            # fstat reads the inode and touches nothing that the source shares. More cannot be found out here.
+            if not stat.S_ISCHR(os.fstat(queue.fileno()).st_mode):
+                raise PeerError(f"netdev '{self.id}': a descriptor that came for its TAP is no TAP")
+
+    def _open_by_name(self, ifname: str) -> _OpenTap:
+        """Opens the TAP, configures it and runs the script; an empty name lets the kernel choose one."""
+        with contextlib.ExitStack() as undo:
+            queue = OwnedFd(self._open_device())
+            undo.callback(queue.close)
+            request = pack_request(ifname, struct.pack("H", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+            with self._kernel_errors(f"cannot open TAP '{ifname}'", _open_advice(ifname)):
+                answer = fcntl.ioctl(queue.fileno(), _TUNSETIFF, request)
+            tap = self._configure(queue, unpack_request(answer)[0])
+            with Interface(tap.ifname) as interface:
+                self._set_up(interface)
+                tap.mtu = interface.mtu()
+            run_script(self._script, tap.ifname)
+            undo.pop_all()
+            return tap
+
+    def _take_inherited(self, number: int) -> _OpenTap:
+        """Checks and configures fd=; the parent process set up the interface, perhaps in another namespace."""
+        queue = self._checked_inherited(number)
+        with contextlib.ExitStack() as undo:
+            undo.callback(queue.close)
+            self._inherited_fd = None
+            ifname, _ = unpack_request(fcntl.ioctl(queue.fileno(), _TUNGETIFF, pack_request("")))
+            os.set_inheritable(queue.fileno(), False)
+            os.set_blocking(queue.fileno(), False)
+            tap = self._configure(queue, ifname)
+            with Interface(ifname) as interface:
+                if _is_same(interface, queue):
+                    self._set_up(interface)
+                    tap.mtu = interface.mtu()
+                elif self._mtu is None:
+                    raise ConfigError(
+                        f"netdev '{self.id}': the interface of fd={number} ('{ifname}') is in another network "
+                        "namespace, so its MTU cannot be read; say it with mtu="
+                    )
+                else:
+                    tap.mtu = self._mtu
+            undo.pop_all()
+            return tap
+
+    def _checked_inherited(self, number: int) -> OwnedFd:
+        try:
+            answer = fcntl.ioctl(number, _TUNGETIFF, pack_request(""))
+        except OSError as error:
+            what = "is not open" if error.errno == errno.EBADF else "is no TAP"
+            raise ConfigError(f"netdev '{self.id}': fd={number} {what}") from error
+        ifname, value = unpack_request(answer)
+        (flags,) = struct.unpack_from("H", value)
+        for flag, name in ((_IFF_TAP, "IFF_TAP"), (_IFF_NO_PI, "IFF_NO_PI"), (_IFF_VNET_HDR, "IFF_VNET_HDR")):
+            if not flags & flag:
+                raise ConfigError(f"netdev '{self.id}': fd={number} ('{ifname}') was opened without {name}")
+        return OwnedFd(number)
+
+    def _configure(self, queue: OwnedFd, ifname: str) -> _OpenTap:
+        """Sets what an earlier user may have left otherwise: header 12 bytes and little endian, no offloads."""
+        with self._kernel_errors(f"cannot configure TAP '{ifname}'"):
+            _set_int(queue, _TUNSETVNETHDRSZ, max(VNET_HEADER_LENGTHS))
+            _set_int(queue, _TUNSETVNETLE, 1)
+            # No offloads: the guest was told that every frame comes whole and with its checksum.
+            fcntl.ioctl(queue.fileno(), _TUNSETOFFLOAD, 0)
+        return _OpenTap(
+            fd=queue,
+            ifname=ifname,
+            mtu=0,
+            vnet_header_length=max(VNET_HEADER_LENGTHS),
+            downscript=self._downscript,
+            arrived=False,
+        )
+
+    def _set_up(self, interface: Interface) -> None:
+        """Gives the interface its MTU and brings it up, each only if it is not so already: both need privilege."""
+        name = interface.name
+        with self._kernel_errors(f"cannot read the state of '{name}'"):
+            has_mtu = self._mtu in (None, interface.mtu())
+            is_up = interface.is_up()
+        if self._mtu is not None and not has_mtu:
+            advice = f"set it beforehand: ip link set {name} mtu {self._mtu}"
+            with self._kernel_errors(f"cannot set the MTU of '{name}' to {self._mtu}", {errno.EPERM: advice}):
+                interface.set_mtu(self._mtu)
+        if not is_up:
+            advice = f"bring it up beforehand: ip link set {name} up"
+            with self._kernel_errors(f"cannot bring '{name}' up", {errno.EPERM: advice}):
+                interface.bring_up()
+
+    def _open_device(self) -> int:
+        advice = {
+            errno.ENOENT: "load the kernel module: modprobe tun",
+            errno.ENODEV: "load the kernel module: modprobe tun",
+            errno.EACCES: "give this user access to it",
+        }
+        with self._kernel_errors(f"cannot open {_DEVICE}", advice):
+            return os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def _kernel_errors(self, what: str, advice: Mapping[int, str] | None = None) -> Iterator[None]:
+        """Turns an OSError into a KernelError that says what failed, why, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            number = error.errno or 0
+            hint = (advice or {}).get(number)
+            reason = f"{error.strerror}; {hint}" if hint else f"{error.strerror}"
+            raise KernelError(f"netdev '{self.id}': {what}: {reason}", errno=number) from error
+
+
+def _set_int(queue: OwnedFd, request: int, value: int) -> None:
+    fcntl.ioctl(queue.fileno(), request, struct.pack("i", value))
+
+
+def _absolute(script: str) -> str:
+    """A script's path as it reads from any working directory."""
+    return script if script == NO_SCRIPT else os.path.abspath(script)
+
+
+def _is_same(interface: Interface, queue: OwnedFd) -> bool:
+    """Whether the interface of that name in this namespace is the one behind `queue`."""
+    try:
+        return interface.hardware_address() == hardware_address(queue.fileno(), interface.name)
+    except OSError:
+        return False
+
+
+def _open_advice(ifname: str) -> dict[int, str]:
+    """What to do about each error of TUNSETIFF."""
+    return {
+        errno.EBUSY: "another process has it open; stop that one or name another interface",
+        errno.EPERM: "run with CAP_NET_ADMIN, or have it made beforehand: "
+        f"ip tuntap add dev {ifname or 'NAME'} mode tap vnet_hdr user {os.geteuid()}",
+        errno.EINVAL: "an interface of that name exists and is no TAP, or one made with multi_queue; "
+        f"look at it: ip -d link show {ifname}",
+    }
+
+
+def holders(ifname: str) -> list[int]:
+    """The processes that have a TAP called `ifname` open, as far as this user may look."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            for link in (process / "fd").iterdir():
+                if link.readlink() == Path(_DEVICE):
+                    info = (process / "fdinfo" / link.name).read_text()
+                    if f"iff:\t{ifname}\n" in info:
+                        found.append(int(process.name))
+                        break
+    return found

@@ -1,0 +1,58 @@
+"""Options: command line text and mappings from another daemon become frozen specs.
+
+Owns:        what can be asked for: objects with their options, addresses.
+Never sees:  the machine: no file is opened, no name looked up, nothing is tried.
+Read next:   specs.py for the tables, address.py for where migrations go.
+"""
+
+from localmig.options.address import (
+    Address,
+    Defer,
+    FdAddress,
+    IncomingSpec,
+    TcpAddress,
+    UnixAddress,
+    parse_address,
+    parse_incoming,
+)
+from localmig.options.specs import (
+    AnySpec,
+    DeviceSpec,
+    MonitorSpec,
+    NetdevSpec,
+    TapSpec,
+    VirtioNetSpec,
+    check_together,
+    differences,
+    from_mapping,
+    help_for,
+    parse_device,
+    parse_monitor,
+    parse_netdev,
+    to_mapping,
+)
+
+__all__ = [
+    "Address",
+    "AnySpec",
+    "Defer",
+    "DeviceSpec",
+    "FdAddress",
+    "IncomingSpec",
+    "MonitorSpec",
+    "NetdevSpec",
+    "TapSpec",
+    "TcpAddress",
+    "UnixAddress",
+    "VirtioNetSpec",
+    "check_together",
+    "differences",
+    "from_mapping",
+    "help_for",
+    "parse_address",
+    "parse_device",
+    "parse_incoming",
+    "parse_monitor",
+    "parse_netdev",
+    "to_mapping",
+]

@@ -1,0 +1,482 @@
+"""The objects a user asks for: one declared table of options per type, and everything derived from it.
+
+Owns:        the specs, their options (type, range, default, help), their text, mapping and help forms.
+Never sees:  files, sockets, interfaces: a spec that exists can still be impossible on this machine.
+Read next:   values.py for the types in the tables, daemon/ for what is built from a spec.
+
+A spec is its own table: each dataclass field is an option, its metadata says the rest. Whichever way a spec
+is made (text, JSON, a mapping from another daemon, Python), the same checks run when it is constructed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from localmig.errors import ConfigError, PeerError
+from localmig.options.address import IncomingSpec, UnixAddress, check_socket_path
+from localmig.options.keyval import is_json, parse_json, parse_keyval
+from localmig.options.values import (
+    FilePath,
+    Identifier,
+    InterfaceName,
+    Number,
+    SocketPath,
+    Switch,
+    Value,
+    ValueType,
+)
+
+MTU_MIN: Final = 68
+"""Smallest MTU of IPv4 (RFC 791) and of a TAP; virtio names the same bound for the MTU a device gives."""
+
+MTU_MAX: Final = 65521
+"""Largest MTU the kernel lets a TAP have: 65535 less the Ethernet header."""
+
+FD_MIN: Final = 3
+"""0, 1 and 2 are the standard streams."""
+
+FD_MAX: Final = 1048575
+"""Highest descriptor the kernel gives out unless fs.nr_open was raised."""
+
+
+class Fit(enum.Enum):
+    """When an option of the destination must agree with the source's."""
+
+    ALWAYS = "always"
+    WITH_DESCRIPTORS = "with-descriptors"
+    """Only where descriptors move: without them the destination opens its own."""
+    NEVER = "never"
+    """It is a matter of one process: it is not compared and does not travel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One row of a type's table."""
+
+    name: str
+    attribute: str
+    value: ValueType
+    default: Value | None
+    required: bool
+    fit: Fit
+    help: str
+
+    def help_line(self) -> str:
+        """The row as help prints it."""
+        left = f"  {self.name}={self.value.word}"
+        note = "" if self.default is None else f" (default: {_text(self.default)})"
+        return f"{left:<29} {self.help}{' (required)' if self.required else note}"
+
+
+def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS) -> dict[str, Any]:
+    """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'."""
+    return {"value": value, "help": help_text, "fit": fit}
+
+
+class Spec:
+    """What all specs share: every option is checked when the spec is constructed.
+
+    Attributes:
+        kind: the command line option that makes it, without the dashes.
+        selector: the key that names the type in text and mappings, QEMU's word for it.
+        type_name: the value of that key.
+        summary: what the type is, for help.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+    selector: ClassVar[str]
+    type_name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)):
+            value = getattr(self, option.attribute)
+            # None is an option that was not given; no other value stands for that.
+            if value is not None or option.required:
+                option.value.check(option.name, value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapSpec(Spec):
+    """`--netdev tap,…`: the host side of a NIC, a TAP interface.
+
+    Neither `ifname` nor `fd`: the kernel chooses a name, or what arrives by migration decides.
+    """
+
+    kind: ClassVar[str] = "netdev"
+    selector: ClassVar[str] = "type"
+    type_name: ClassVar[str] = "tap"
+    summary: ClassVar[str] = "a TAP interface of this machine"
+
+    id: str = field(metadata=_option(Identifier(), "name of this netdev, for a device's netdev="))
+    ifname: str | None = field(
+        default=None,
+        metadata=_option(
+            InterfaceName(),
+            "interface to open, created where it does not exist; without it the kernel chooses a name",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    script: str = field(
+        default="no",
+        metadata=_option(
+            FilePath(), "program to run with the name of the interface once it is open", fit=Fit.NEVER
+        ),
+    )
+    downscript: str = field(
+        default="no",
+        metadata=_option(
+            FilePath(), "program to run with the name of the interface before it is closed", fit=Fit.NEVER
+        ),
+    )
+    mtu: int | None = field(
+        default=None,
+        metadata=_option(
+            Number(lowest=MTU_MIN, highest=MTU_MAX, reason="what the kernel lets a TAP have"),
+            "MTU to give the interface; without it the interface keeps its own",
+        ),
+    )
+    queues: int = field(
+        default=1,
+        metadata=_option(
+            Number(lowest=1, highest=1, reason="this version serves one queue pair"),
+            "queue pairs of the interface",
+        ),
+    )
+    fd: int | None = field(
+        default=None,
+        metadata=_option(
+            Number(lowest=FD_MIN, highest=FD_MAX, reason="a descriptor beyond the standard streams"),
+            "an open TAP with a vnet header, inherited from the parent process, in place of ifname",
+            fit=Fit.NEVER,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        Spec.__post_init__(self)
+        if self.fd is not None and (
+            self.ifname is not None or self.script != "no" or self.downscript != "no"
+        ):
+            raise ConfigError(
+                "ifname=, script= and downscript= are invalid with fd=: who opened the TAP set it up"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VirtioNetSpec(Spec):
+    """`--device virtio-net,…`: the guest side of a NIC, served over vhost-user."""
+
+    kind: ClassVar[str] = "device"
+    selector: ClassVar[str] = "driver"
+    type_name: ClassVar[str] = "virtio-net"
+    summary: ClassVar[str] = "a virtio NIC, served to a VMM over vhost-user"
+
+    id: str = field(metadata=_option(Identifier(), "name of this device"))
+    netdev: str = field(metadata=_option(Identifier(), "id of the netdev that is its host side"))
+    socket: str = field(
+        metadata=_option(
+            SocketPath(),
+            "UNIX socket to listen on for the VMM's vhost-user connection",
+            fit=Fit.WITH_DESCRIPTORS,
+        )
+    )
+    local_migration: bool = field(
+        default=True,
+        metadata=_option(
+            Switch(),
+            "whether a local migration moves this device's descriptors; off: its plain state only",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorSpec:
+    """`--qmp unix:PATH`: where the daemon answers QMP."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        check_socket_path(self.path)
+
+
+NetdevSpec = TapSpec
+DeviceSpec = VirtioNetSpec
+AnySpec = NetdevSpec | DeviceSpec
+
+_TYPES: Final[Mapping[str, type[AnySpec]]] = {
+    spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)
+}
+
+
+def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
+    """The table of a type, in the order help prints it."""
+    return tuple(
+        Option(
+            name=row.name.replace("_", "-"),
+            attribute=row.name,
+            value=row.metadata["value"],
+            default=None if row.default is dataclasses.MISSING else row.default,
+            required=row.default is dataclasses.MISSING,
+            fit=row.metadata["fit"],
+            help=row.metadata["help"],
+        )
+        for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
+    )
+
+
+# -- text -> spec -------------------------------------------------------------------------------------------
+
+
+def parse_netdev(text: str) -> NetdevSpec:
+    """Reads what `--netdev` takes.
+
+    Raises:
+        ConfigError: with the option it is about, its text, and what is wrong.
+    """
+    spec = _parse("netdev", text)
+    assert isinstance(spec, NetdevSpec), spec
+    return spec
+
+
+def parse_device(text: str) -> DeviceSpec:
+    """Reads what `--device` takes.
+
+    Raises:
+        ConfigError: with the option it is about, its text, and what is wrong.
+    """
+    spec = _parse("device", text)
+    assert isinstance(spec, DeviceSpec), spec
+    return spec
+
+
+def parse_monitor(text: str) -> MonitorSpec:
+    """Reads what `--qmp` takes: `unix:PATH`. QEMU's `,server=on,wait=off` may follow: so it always is.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return _read_monitor(parse_keyval(text, "address"))
+    except ConfigError as error:
+        raise ConfigError(f"--qmp {text}: {error}") from error
+
+
+def help_for(kind: str, text: str) -> str | None:
+    """The help that `text` asks for (`help`, `?`, or `TYPE,help`), None where it asks for none.
+
+    Args:
+        kind: "netdev" or "device".
+        text: what the user gave to that option.
+    """
+    name, _, rest = text.partition(",")
+    if name in ("help", "?"):
+        return "\n".join(
+            [f"{kind} types:", *(f"  {t.type_name:<27} {t.summary}" for t in _types(kind).values())]
+        )
+    spec_type = _types(kind).get(name)
+    if spec_type is None or not {"help", "?"} & set(rest.split(",")):
+        return None
+    return "\n".join([f"{name} options:", *(option.help_line() for option in options_of(spec_type))])
+
+
+def _read_monitor(values: dict[str, str]) -> MonitorSpec:
+    address = values.pop("address", "")
+    protocol, _, path = address.partition(":")
+    if protocol != "unix":
+        raise ConfigError(f"'{address}' is no UNIX socket, expected unix:PATH")
+    for key, value in values.items():
+        if (key, value) not in (("server", "on"), ("wait", "off")):
+            raise ConfigError(
+                f"Parameter '{key}={value}' is unexpected, only server=on and wait=off may be there"
+            )
+    return MonitorSpec(path=path)
+
+
+def _parse(kind: str, text: str) -> AnySpec:
+    try:
+        if is_json(text):
+            return _build(kind, parse_json(text))
+        return _build(kind, _read(kind, parse_keyval(text, _selector(kind))))
+    except ConfigError as error:
+        raise ConfigError(f"--{kind} {text}: {error}") from error
+
+
+def _read(kind: str, texts: Mapping[str, str]) -> dict[str, object]:
+    """Texts to values of the types the table says; a key in no table is left for `_build` to refuse."""
+    spec_type = _types(kind).get(texts.get(_selector(kind), ""))
+    options = {option.name: option for option in options_of(spec_type)} if spec_type else {}
+    return {
+        key: options[key].value.read(key, text) if key in options else text for key, text in texts.items()
+    }
+
+
+def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
+    """The spec that `values` describe; each may be of any type and value.
+
+    Raises:
+        ConfigError: in QEMU's words where it has them.
+    """
+    selector = _selector(kind)
+    types = _types(kind)
+    if selector not in values:
+        raise ConfigError(f"Parameter '{selector}' is missing, one of: {', '.join(types)}")
+    type_name = values[selector]
+    if not isinstance(type_name, str):
+        raise ConfigError(f"Invalid parameter type for '{selector}', expected: string")
+    if type_name not in types:
+        raise ConfigError(
+            f"Parameter '{selector}' does not accept value '{type_name}', one of: {', '.join(types)}"
+        )
+    options = {option.name: option for option in options_of(types[type_name])}
+    for key in values:
+        if key != selector and key not in options:
+            raise ConfigError(f"Parameter '{key}' is unexpected, {type_name} has: {', '.join(options)}")
+    for option in options.values():
+        if option.required and option.name not in values:
+            raise ConfigError(f"Parameter '{option.name}' is missing")
+        if option.name in values:
+            option.value.check(option.name, values[option.name])
+    arguments: dict[str, Any] = {
+        options[key].attribute: value for key, value in values.items() if key != selector
+    }
+    return types[type_name](**arguments)
+
+
+def _types(kind: str) -> dict[str, type[AnySpec]]:
+    return {name: spec_type for name, spec_type in _TYPES.items() if spec_type.kind == kind}
+
+
+def _selector(kind: str) -> str:
+    return next(iter(_types(kind).values())).selector
+
+
+# -- spec <-> mapping ---------------------------------------------------------------------------------------
+
+
+def to_mapping(spec: AnySpec) -> dict[str, Value]:
+    """The form that travels in HELLO, which is the JSON form of the command line too.
+
+    Left out: what stands at its default (an older daemon need not know it then) and what is a matter of this
+    process alone, such as a descriptor's number.
+    """
+    mapping: dict[str, Value] = {spec.selector: spec.type_name}
+    for option in options_of(type(spec)):
+        value = getattr(spec, option.attribute)
+        if option.fit is not Fit.NEVER and value != option.default:
+            mapping[option.name] = value
+    return mapping
+
+
+def from_mapping(kind: str, mapping: Mapping[str, object]) -> AnySpec:
+    """The spec another daemon sent. Nothing of `mapping` is trusted.
+
+    Args:
+        kind: "netdev" or "device".
+        mapping: what `to_mapping` gave over there.
+
+    Raises:
+        PeerError: it describes no such object of ours.
+    """
+    try:
+        spec = _build(kind, mapping)
+    except ConfigError as error:
+        raise PeerError(f"{kind} {_name(mapping)} of the other side: {error}") from error
+    for option in options_of(type(spec)):
+        if option.fit is Fit.NEVER and option.name in mapping:
+            raise PeerError(
+                f"{kind} '{spec.id}' of the other side: Parameter '{option.name}' does not travel"
+            )
+    return spec
+
+
+def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> list[str]:
+    """Where two specs of one object do not fit, each as a text that names the option and both values.
+
+    An option that one side left out fits every value: the state is checked later against what really is.
+
+    Args:
+        ours: the spec given to this daemon.
+        theirs: the spec the other daemon sent.
+        with_descriptors: whether the object's descriptors move.
+    """
+    if type(ours) is not type(theirs):
+        return [f"{ours.kind} '{ours.id}' is a {ours.type_name} here and a {theirs.type_name} there"]
+    compared = {Fit.ALWAYS, Fit.WITH_DESCRIPTORS} if with_descriptors else {Fit.ALWAYS}
+    texts = []
+    for option in options_of(type(ours)):
+        here, there = getattr(ours, option.attribute), getattr(theirs, option.attribute)
+        if option.fit in compared and here != there and here is not None and there is not None:
+            texts.append(
+                f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there"
+            )
+    return texts
+
+
+def _name(mapping: Mapping[str, object]) -> str:
+    identifier = mapping.get("id")
+    # Cut: it comes from the other side and may have any length.
+    return f"'{identifier[:64]}'" if isinstance(identifier, str) else "without id"
+
+
+def _text(value: Value) -> str:
+    match value:
+        case bool():
+            return "on" if value else "off"
+        case _:
+            return str(value)
+
+
+# -- all specs of a daemon ----------------------------------------------------------------------------------
+
+
+def check_together(
+    netdevs: Sequence[NetdevSpec],
+    devices: Sequence[DeviceSpec],
+    *,
+    monitor: MonitorSpec | None = None,
+    incoming: IncomingSpec | None = None,
+) -> None:
+    """Checks what no spec can know alone: ids, references, and names that only one can have.
+
+    Raises:
+        ConfigError: the first thing that does not fit, in QEMU's words where it has them.
+    """
+    specs: list[AnySpec] = [*netdevs, *devices]
+    seen: dict[str, AnySpec] = {}
+    for spec in specs:
+        # QEMU lets a netdev and a device share an id; here both are parts of a handover, told apart by id.
+        if (other := seen.setdefault(spec.id, spec)) is not spec:
+            raise ConfigError(f"Duplicate ID '{spec.id}' for {spec.kind}, a {other.kind} has it already")
+    users: dict[str, str] = {}
+    for device in devices:
+        if device.netdev not in {netdev.id for netdev in netdevs}:
+            have = ", ".join(f"'{netdev.id}'" for netdev in netdevs) or "none"
+            raise ConfigError(f"device '{device.id}': can't find netdev '{device.netdev}', there is {have}")
+        if (user := users.setdefault(device.netdev, device.id)) != device.id:
+            raise ConfigError(
+                f"device '{device.id}': can't take netdev '{device.netdev}', it's in use by device '{user}'"
+            )
+    _check_distinct("interface", [(f"netdev '{netdev.id}'", netdev.ifname) for netdev in netdevs])
+    _check_distinct("descriptor", [(f"netdev '{netdev.id}'", netdev.fd) for netdev in netdevs])
+    _check_distinct(
+        "socket",
+        [
+            *((f"device '{device.id}'", device.socket) for device in devices),
+            ("--qmp", monitor.path if monitor else None),
+            ("--incoming", incoming.path if isinstance(incoming, UnixAddress) else None),
+        ],
+    )
+
+
+def _check_distinct(what: str, claims: Sequence[tuple[str, str | int | None]]) -> None:
+    seen: dict[str | int, str] = {}
+    for owner, name in claims:
+        if name is not None and (other := seen.setdefault(name, owner)) != owner:
+            raise ConfigError(f"{owner}: {what} '{name}' is used by {other} already")

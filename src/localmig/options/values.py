@@ -1,0 +1,183 @@
+"""What an option's value can be: how its text is read, what range it has and why.
+
+Owns:        value types, their limits, QEMU's words for a wrong value.
+Never sees:  which object has which option.
+Read next:   specs.py, the tables these stand in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
+
+from localmig.errors import ConfigError
+from localmig.options.address import check_socket_path
+
+ID_LENGTH_MAX: Final = 63
+"""An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
+
+INTERFACE_NAME_LENGTH_MAX: Final = 15
+"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
+
+PATH_BYTES_MAX: Final = 4095
+"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
+
+_DIGITS_MAX: Final = 20
+"""Digits of the largest unsigned 64-bit number: what is longer is no number of ours, and slow to read."""
+
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
+_INTERFACE_NAME_WRONG: Final = re.compile(r"[\s/:%\0]")
+
+
+Value = str | int | bool
+
+
+class ValueType(Protocol):
+    """One type of value: from text to value, and the check that every value passes wherever it came from."""
+
+    word: ClassVar[str]
+    """How help writes a value of this type."""
+
+    def read(self, name: str, text: str) -> Value:
+        """The value that `text` writes. Raises ConfigError where it writes none; the range is `check`'s."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raises ConfigError where `value` is of another type or out of range."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """A whole number in a range that has a reason."""
+
+    word: ClassVar[str] = "<number>"
+    lowest: int
+    highest: int
+    reason: str
+
+    def read(self, name: str, text: str) -> int:
+        """Reads decimal digits."""
+        if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
+            raise ConfigError(f"Parameter '{name}' expects a number, not '{text}'")
+        return int(text)
+
+    def check(self, name: str, value: object) -> None:
+        """Checks type and range."""
+        # bool is an int in Python, but `true` is no number in JSON.
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: integer")
+        if not self.lowest <= value <= self.highest:
+            span = (
+                f"a value between {self.lowest} and {self.highest}"
+                if self.lowest < self.highest
+                else f"{self.lowest}"
+            )
+            raise ConfigError(f"Parameter '{name}' expects {span}, not {value}: {self.reason}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Switch:
+    """`on` or `off`."""
+
+    word: ClassVar[str] = "<on|off>"
+
+    def read(self, name: str, text: str) -> bool:
+        """Reads `on` and `off`, as QEMU's keyval syntax does."""
+        if text not in ("on", "off"):
+            raise ConfigError(f"Parameter '{name}' expects 'on' or 'off', not '{text}'")
+        return text == "on"
+
+    def check(self, name: str, value: object) -> None:
+        """Checks the type."""
+        if not isinstance(value, bool):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: boolean")
+
+
+class _Text:
+    """What all values that are text share: reading is taking it as it stands."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<str>"
+
+    def read(self, name: str, text: str) -> str:
+        """Takes `text` as it stands."""
+        del name
+        return text
+
+    def check(self, name: str, value: object) -> None:
+        """Checks the type, then the text."""
+        if not isinstance(value, str):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: string")
+        if "\0" in value:
+            raise ConfigError(f"Parameter '{name}' has a NUL byte in its value")
+        self.check_text(name, value)
+
+    def check_text(self, name: str, text: str) -> None:
+        """Raises ConfigError where `text` cannot be."""
+        raise NotImplementedError
+
+
+class Identifier(_Text):
+    """The id of an object."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<id>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """QEMU's rule for ids, and a limit."""
+        if not _ID.fullmatch(text):
+            raise ConfigError(
+                f"Parameter '{name}' expects an identifier, not '{text}': "
+                "identifiers consist of letters, digits, '-', '.', '_', starting with a letter"
+            )
+        if len(text) > ID_LENGTH_MAX:
+            raise ConfigError(
+                f"Parameter '{name}' has {len(text)} letters, limit is {ID_LENGTH_MAX}: '{text}'"
+            )
+
+
+class InterfaceName(_Text):
+    """The name of a network interface."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<name>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """The kernel's rule (dev_valid_name), and no '%': the kernel would put a number in its place."""
+        size = len(text.encode("utf-8", "surrogateescape"))
+        if not 0 < size <= INTERFACE_NAME_LENGTH_MAX:
+            raise ConfigError(
+                f"Parameter '{name}' expects 1 to {INTERFACE_NAME_LENGTH_MAX} bytes, not {size}: '{text}'"
+            )
+        if text in (".", "..") or _INTERFACE_NAME_WRONG.search(text):
+            raise ConfigError(
+                f"Parameter '{name}' expects an interface name, not '{text}': "
+                "no space, '/', ':' or '%', not '.' or '..'"
+            )
+
+
+class FilePath(_Text):
+    """The path of a file."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<file>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Not empty, no longer than the kernel takes."""
+        size = len(text.encode("utf-8", "surrogateescape"))
+        if not 0 < size <= PATH_BYTES_MAX:
+            raise ConfigError(f"Parameter '{name}' expects a path of 1 to {PATH_BYTES_MAX} bytes, not {size}")
+
+
+class SocketPath(_Text):
+    """The path of a UNIX socket."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<path>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """As long as `sun_path` can hold."""
+        try:
+            check_socket_path(text)
+        except ConfigError as error:
+            raise ConfigError(f"Parameter '{name}': {error}") from error

@@ -1,0 +1,108 @@
+"""Every traceable fact as a typed event. query-migrate, benchmarks and tests read the same ones.
+
+Owns:        the list of events, the tracer that hands them out, their form as JSON lines.
+Never sees:  who listens.
+Read next:   daemon/ for the subscribers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One fact. `at_ns` is CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share."""
+
+    at_ns: int = field(default_factory=time.monotonic_ns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingsStarted(Event):
+    """A queue pair runs: from `at_ns` this process serves the guest's rings."""
+
+    device: str
+    queue_pair: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingsStopped(Event):
+    """A queue pair stands still: after `at_ns` this process touches no ring of it."""
+
+    device: str
+    queue_pair: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingFailed(Event):
+    """A ring was stopped because what the guest wrote into it cannot be."""
+
+    device: str
+    vring: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionOpened(Event):
+    """A frontend connected to the device's socket."""
+
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionClosed(Event):
+    """The frontend's connection ended; `reason` is None where the frontend simply left."""
+
+    device: str
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrationStatusChanged(Event):
+    """The migration's status, in QEMU's words."""
+
+    status: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseEnded(Event):
+    """A step of the handover ended, well or with an error."""
+
+    role: str
+    name: str
+    duration_ns: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStateChanged(Event):
+    """The daemon's run state, in QEMU's words."""
+
+    state: str
+
+
+class Tracer:
+    """Hands each event to every subscriber, in order, on the caller's thread."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Adds a subscriber; the returned function removes it again."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber)
+
+    def emit(self, event: Event) -> None:
+        """Hands `event` out. A subscriber must not raise."""
+        for subscriber in tuple(self._subscribers):
+            subscriber(event)
+
+
+def to_json(event: Event) -> str:
+    """One event as one line of JSON: its class name as `event`, then its fields."""
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})

@@ -1,0 +1,85 @@
+"""The table of guest memory a frontend shares: what a region is, which tables can be, addresses in them.
+
+Owns:        MemoryRegion, the rules of the table, user address to guest address.
+Never sees:  a mapping; nothing is mapped here.
+Read next:   dataplane/ for what maps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from localmig.errors import PeerError
+from localmig.fds import OwnedFd
+
+REGION_COUNT_MAX: Final = 509
+"""Regions a frontend may add one by one. KVM on x86 had 509 memory slots to give for years and VMMs size themselves
+by it; each region holds a descriptor, and 509 leave room for the rest under the usual RLIMIT_NOFILE of 1024."""
+
+_ADDRESS_MAX: Final = (1 << 64) - 1
+_FILE_OFFSET_MAX: Final = (1 << 63) - 1  # off_t is signed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryRegion:
+    """A piece of guest memory, in bytes: `size` bytes of the file `fd`, from `mmap_offset` on."""
+
+    guest_address: int
+    size: int
+    user_address: int
+    mmap_offset: int
+    fd: OwnedFd
+
+
+def check_regions(regions: Sequence[MemoryRegion], *, count_max: int) -> None:
+    """Checks what holds for every table of regions.
+
+    User addresses may overlap: a frontend may show the same memory at two guest addresses.
+
+    Raises:
+        PeerError: too many regions, an empty one, one that wraps around, or two that share guest addresses.
+    """
+    if len(regions) > count_max:
+        raise PeerError(f"guest memory has {len(regions)} regions, limit is {count_max}")
+    for region in regions:
+        if region.size == 0:
+            raise PeerError(f"memory region at {region.guest_address:#x} is empty")
+        for name, start, limit in (
+            ("guest address", region.guest_address, _ADDRESS_MAX),
+            ("user address", region.user_address, _ADDRESS_MAX),
+            ("mmap offset", region.mmap_offset, _FILE_OFFSET_MAX),
+        ):
+            if start + region.size - 1 > limit:
+                raise PeerError(
+                    f"memory region of {region.size:#x} bytes at {name} {start:#x} ends behind {limit:#x}"
+                )
+    for lower, upper in pairwise(sorted(regions, key=lambda region: region.guest_address)):
+        if lower.guest_address + lower.size > upper.guest_address:
+            raise PeerError(
+                f"memory regions overlap: {lower.size:#x} bytes at {lower.guest_address:#x}"
+                f" and {upper.size:#x} bytes at {upper.guest_address:#x}"
+            )
+
+
+def to_guest_address(regions: Sequence[MemoryRegion], user_address: int, size: int) -> int:
+    """The guest address of `size` bytes at a frontend's user address.
+
+    Raises:
+        PeerError: no single region holds all of them.
+    """
+    for region in regions:
+        offset = user_address - region.user_address
+        if 0 <= offset and offset + size <= region.size:
+            return region.guest_address + offset
+    raise PeerError(f"{size:#x} bytes at user address {user_address:#x} are not inside one memory region")
+
+
+def borrowed(regions: Sequence[MemoryRegion]) -> list[tuple[int, int, int, int, int]]:
+    """The table as plain numbers (guest address, size, user address, mmap offset, borrowed descriptor)."""
+    return [
+        (region.guest_address, region.size, region.user_address, region.mmap_offset, region.fd.fileno())
+        for region in regions
+    ]
