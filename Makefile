@@ -10,9 +10,12 @@ PYTEST_ARGS ?=
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 
-# What the guest tier runs on, from Debian's packages. The guest kernel itself is downloaded and unpacked into .lab
-# by the tests, never installed.
+# What the guest tier runs on, from Debian's packages. The guest's own kernel is downloaded and unpacked, never installed.
 GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2
+# An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
+# test makes its own.
+IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
+
 APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
 RUST_SOURCES := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.toml $(wildcard Cargo.lock)
@@ -23,7 +26,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check clean guest-packages
+.PHONY: help setup demo test check clean guest-packages guest-kernel
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -33,9 +36,9 @@ setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 demo: setup ## show the main job: ten handovers under traffic, beside ten restarts
 	@$(BIN)/python -m localmig.testing.demo
 
-test: setup guest-packages ## run all tests; as root on Debian install what the guest tier needs
+test: setup guest-packages guest-kernel ## run all tests; as root on Debian install what the guest tier needs
 	$(CARGO) test --quiet --workspace
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(IN_NAMESPACES) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: setup ## formats, lints, types, import contracts
 	$(BIN)/ruff format --check .
@@ -61,7 +64,7 @@ $(VENV)/tools.stamp: pyproject.toml
 
 $(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
 	@command -v $(CARGO) >/dev/null || { echo "localmig's packet path needs a Rust toolchain, and there is no '$(CARGO)': see https://rustup.rs" >&2; exit 1; }
-	$(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	@touch $@
 
 guest-packages:
@@ -69,7 +72,14 @@ guest-packages:
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
 	if [ -z "$$missing" ]; then :; \
-	elif ! command -v apt-get >/dev/null; then echo "not Debian: the guest tier runs only if these are here by other means:$$missing"; \
-	elif [ "$$(id -u)" != 0 ]; then echo "not root: the guest tier may be skipped; to have it, apt-get install$$missing"; \
-	else echo "installing for the guest tier:$$missing"; \
+	elif ! command -v apt-get >/dev/null; then echo "not Debian: guest tests are skipped unless these are here by other means:$$missing"; \
+	elif [ "$$(id -u)" != 0 ]; then echo "not root: guest tests are skipped; to have them, as root: apt-get install$$missing"; \
+	else echo "installing for the guest tests:$$missing"; \
 	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi
+
+guest-kernel: ## download the kernel that QEMU guests boot, into .lab
+	@[ -e .lab/kernel ] || { rm -rf .lab/unpack && mkdir -p .lab/unpack && cd .lab/unpack && \
+	  package=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p') && \
+	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
+	  echo "no guest kernel could be downloaded from Debian's packages: guest tests under QEMU are skipped"
+	@rm -rf .lab/unpack

@@ -7,13 +7,14 @@ Read next:   lab.py.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Generator, Iterator
 
 import pytest
 from tests.guest.image import LabError
 from tests.guest.lab import Lab
+
+from localmig.errors import KernelError
+from localmig.testing.namespace import unavailable_reason
 
 LAB = pytest.StashKey[Lab]()
 
@@ -21,14 +22,12 @@ LAB = pytest.StashKey[Lab]()
 @pytest.fixture
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A network namespace that guests and daemons run in."""
-    for program in ("busybox", "ip", "nsenter", "setpriv", "sysctl", "unshare"):
-        if shutil.which(program) is None:
-            pytest.skip(f"no {program} for the guest lab")
-    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        pytest.skip("no access to /dev/net/tun for the guest lab")
+    reason = unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
     try:
         lab = Lab()
-    except LabError as error:
+    except KernelError as error:
         pytest.skip(str(error))
     request.node.stash[LAB] = lab
     with lab:

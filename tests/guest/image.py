@@ -1,7 +1,7 @@
 """What a guest boots: a kernel from Debian's packages and an initramfs made here.
 
-Owns:        the cache folder .lab/, the choice of kernel modules, the archive format.
-Never sees:  running guests, networks.
+Owns:        the choice of kernel modules, the archive format.
+Never sees:  running guests, downloads (the Makefile's), networks.
 Read next:   lab.py for who boots it, guest-init for what runs inside.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import shutil
 import stat
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-CACHE: Final = Path(__file__).resolve().parents[2] / ".lab"
+UNPACKED_KERNEL: Final = Path(__file__).resolve().parents[2] / ".lab/kernel"
 
 # In load order: each one needs only those before it.
 PCI_MODULES: Final = (
@@ -29,9 +27,6 @@ PCI_MODULES: Final = (
     "virtio_net",
 )
 UML_MODULES: Final = ("failover", "net_failover", "virtio_net")  # virtio itself is built in
-
-DOWNLOAD_SECONDS_MAX: Final = 240
-"""For 27 MB from a mirror; below pytest's own limit, so that the error is ours."""
 
 
 class LabError(Exception):
@@ -59,14 +54,15 @@ def busybox() -> Path:
 
 
 def qemu_image(into: Path) -> Image:
-    """Debian's cloud kernel, downloaded once into `CACHE`, with an initramfs written into the folder `into`.
+    """Debian's cloud kernel, as `make guest-kernel` unpacked it, with an initramfs written into the folder `into`.
 
     Raises:
-        LabError: The kernel can be neither found nor downloaded.
+        LabError: The kernel is not there.
     """
-    root = _debian_kernel()
-    (kernel,) = root.glob("boot/vmlinuz-*")
-    (modules,) = root.glob("lib/modules/*")
+    if not UNPACKED_KERNEL.exists():
+        raise LabError("no guest kernel: on Debian for amd64, 'make guest-kernel' downloads it")
+    (kernel,) = UNPACKED_KERNEL.glob("boot/vmlinuz-*")
+    (modules,) = UNPACKED_KERNEL.glob("lib/modules/*")
     return Image(kernel=kernel, initramfs=_write_initramfs(into / "qemu-initramfs", modules, PCI_MODULES))
 
 
@@ -81,47 +77,8 @@ def uml_image(into: Path) -> Image:
         raise LabError("no linux.uml: on Debian, apt-get install user-mode-linux")
     module_trees = sorted(Path("/usr/lib/uml/modules").glob("*"))
     if not module_trees:
-        raise LabError(
-            "linux.uml has no modules in /usr/lib/uml/modules: on Debian, reinstall user-mode-linux"
-        )
-    return Image(
-        kernel=Path(kernel), initramfs=_write_initramfs(into / "uml-initramfs", module_trees[-1], UML_MODULES)
-    )
-
-
-def _debian_kernel() -> Path:
-    """The unpacked kernel package. A folder there is whole: it is renamed into place last."""
-    for unpacked in sorted(CACHE.glob("linux-image-*"), reverse=True):
-        return unpacked
-    if shutil.which("apt-get") is None:
-        raise LabError("no guest kernel: it comes from Debian's packages, and there is no apt-get")
-    if _run(["dpkg", "--print-architecture"]).strip() != "amd64":
-        raise LabError("no guest kernel: the lab knows only amd64")
-    depends = _run(["apt-cache", "depends", "linux-image-cloud-amd64"]).split()
-    packages = [
-        word for word in depends if word.startswith("linux-image-") and word != "linux-image-cloud-amd64"
-    ]
-    if not packages:
-        raise LabError("apt does not know linux-image-cloud-amd64: run apt-get update first")
-    CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="unpack-") as folder:
-        _run(["apt-get", "download", packages[0]], folder=folder)
-        (package,) = Path(folder).glob("*.deb")
-        root = Path(folder, "root")
-        _run(["dpkg", "-x", str(package), str(root)])
-        return root.rename(CACHE / packages[0])
-
-
-def _run(argv: list[str], folder: str | None = None) -> str:
-    try:
-        finished = subprocess.run(
-            argv, cwd=folder, capture_output=True, text=True, check=True, timeout=DOWNLOAD_SECONDS_MAX
-        )
-    except subprocess.CalledProcessError as error:
-        raise LabError(f"no guest kernel: {' '.join(argv)} said {error.stderr.strip()!r}") from error
-    except subprocess.TimeoutExpired as error:
-        raise LabError(f"no guest kernel: {' '.join(argv)} took over {DOWNLOAD_SECONDS_MAX} s") from error
-    return finished.stdout
+        raise LabError("linux.uml has no modules in /usr/lib/uml/modules: on Debian, reinstall user-mode-linux")
+    return Image(kernel=Path(kernel), initramfs=_write_initramfs(into / "uml-initramfs", module_trees[-1], UML_MODULES))
 
 
 def _write_initramfs(path: Path, modules: Path, order: tuple[str, ...]) -> Path:

@@ -7,17 +7,27 @@ Read next:   image.py for what a guest boots, conftest.py for the fixtures.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from tests.guest.image import LabError, busybox, qemu_image, uml_image
+from tests.guest.image import LabError, qemu_image, uml_image
+
+from localmig.testing.namespace import NetworkNamespace, configure, create_tap
+from localmig.testing.traffic import STALL_SECONDS_MAX, STREAM_WINDOW_BYTES, PingReport, StreamReport
 
 HOST_ADDRESS: Final = "10.9.0.1"
 GUEST_ADDRESS: Final = "10.9.0.2"
@@ -26,8 +36,8 @@ PREFIX: Final = "/24"
 BOOT_SECONDS_MAX: Final = 60
 """A guest boots in 3 s here; a busy machine without KVM may take ten times that."""
 
-COMMAND_SECONDS_MAX: Final = 30
-"""For one command in the guest or the namespace, all of them short."""
+CONNECT_SECONDS_MAX: Final = 30
+"""For a guest to become reachable again: VMMs try a lost backend once a second, TCP at most every few."""
 
 STOP_SECONDS_MAX: Final = 10
 """From SIGTERM to the end of a process that behaves; then SIGKILL."""
@@ -45,7 +55,6 @@ class Process:
         self._lines: list[str] = []
         self._ended = False
         self._changed = threading.Condition()
-        # With the tests gone, however they ended, nobody needs it any more.
         self._popen = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -126,20 +135,116 @@ class Guest:
         """Wait until its network is up and its services listen."""
         self.process.wait_for("guest: ready", seconds_max=BOOT_SECONDS_MAX)
 
+    def connect(self, port: int) -> socket.socket:
+        """A TCP connection to one of its services, which is tried again for as long as the guest is unreachable."""
+        deadline = time.monotonic() + CONNECT_SECONDS_MAX
+        with self._lab.namespace.entered():
+            while True:
+                try:
+                    return _connect(GUEST_ADDRESS, port, seconds_max=deadline - time.monotonic())
+                except OSError:
+                    if time.monotonic() > deadline - 1:
+                        raise
+
     def run(self, command: str) -> str:
         """What shell `command`, run in the guest, prints."""
-        return self._talk(SHELL_PORT, command.encode()).decode()
-
-    def echo(self, data: bytes) -> bytes:
-        """What comes back when `data` goes through the guest's TCP."""
-        return self._talk(ECHO_PORT, data)
+        with self.connect(SHELL_PORT) as connection:
+            connection.sendall(command.encode())
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
     def carrier_changes(self) -> int:
         """How often the guest saw its link change since boot: a reconnect of the backend shows here."""
         return int(self.run("cat /sys/class/net/eth0/carrier_changes"))
 
-    def _talk(self, port: int, data: bytes) -> bytes:
-        return self._lab.run([str(busybox()), "nc", GUEST_ADDRESS, str(port)], stdin=data)
+
+def _connect(address: str, port: int, *, seconds_max: float) -> socket.socket:
+    connection = socket.socket()
+    try:
+        # Before connecting: the window is agreed on when a connection opens.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STREAM_WINDOW_BYTES)
+        connection.settimeout(seconds_max)
+        connection.connect((address, port))
+        connection.settimeout(STALL_SECONDS_MAX)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+class EchoTransfer:
+    """Pseudo-random bytes through a guest's TCP and back, hashed as they leave and as they return, until `finish`.
+
+    As a context manager it ends with the block, also where nobody asked for the report.
+    """
+
+    def __init__(self, guest: Guest) -> None:
+        self._started = time.monotonic()
+        self._connection = guest.connect(ECHO_PORT)
+        self._sent, self._received = hashlib.sha256(), hashlib.sha256()
+        self._sent_bytes = self._received_bytes = 0
+        self._ended = False
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        source = random.Random(0)
+        with contextlib.suppress(OSError):  # a broken connection shows as bytes that never returned
+            while not self._stopping.is_set():
+                data = source.randbytes(16384)
+                self._connection.sendall(data)
+                self._sent.update(data)
+                self._sent_bytes += len(data)
+            self._connection.shutdown(socket.SHUT_WR)
+
+    def _receive(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._connection.recv(65536):
+                self._received.update(data)
+                with self._changed:
+                    self._received_bytes += len(data)
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_progress(self, size: int) -> None:
+        """Wait until `size` more bytes have returned.
+
+        Raises:
+            AssertionError: The connection ended or stood still instead.
+        """
+        with self._changed:
+            goal = self._received_bytes + size
+            self._changed.wait_for(lambda: self._ended or self._received_bytes >= goal, timeout=STALL_SECONDS_MAX)
+            assert self._received_bytes >= goal, f"transfer stopped {goal - self._received_bytes} bytes too early"
+
+    def finish(self) -> StreamReport:
+        """Send no more, wait for what is on its way, and report."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        return StreamReport(
+            bytes_sent=self._sent_bytes,
+            bytes_received=self._received_bytes,
+            sha256_sent=self._sent.hexdigest(),
+            sha256_received=self._received.hexdigest(),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        with contextlib.suppress(OSError):  # it may be closed from the other side
+            self._connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._connection.close()
 
 
 class Lab:
@@ -150,61 +255,31 @@ class Lab:
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._processes: list[Process] = []
         self._guest_count = 0
-        new_namespace = (
-            ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
-        )
-        # It lives as long as its standard input is open here, so it cannot outlive the tests.
-        self._holder = subprocess.Popen(
-            [*new_namespace, "sh", "-c", "echo ready; exec cat"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline() != b"ready\n":
-            self.close()
-            raise LabError(f"no network namespace for the lab: {' '.join(new_namespace)} failed")
-        self._enter = ["nsenter", f"--target={self._holder.pid}", "--net"]
-        if os.geteuid() != 0:
-            self._enter += ["--user", "--preserve-credentials"]
-        self.run(["ip", "link", "set", "lo", "up"])
-
-    def run(
-        self, argv: Sequence[str], *, stdin: bytes = b"", seconds_max: float = COMMAND_SECONDS_MAX
-    ) -> bytes:
-        """What a command in the namespace prints.
-
-        Raises:
-            AssertionError: It failed; with what it said.
-            subprocess.TimeoutExpired: It took too long and was killed.
-        """
-        finished = subprocess.run(
-            [*self._enter, *argv], input=stdin, capture_output=True, timeout=seconds_max, check=False
-        )
-        assert finished.returncode == 0, (
-            f"{' '.join(argv)}: {finished.returncode}: {finished.stderr.decode()}"
-        )
-        return finished.stdout
+        self.namespace = NetworkNamespace.create()
 
     def start(self, argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = ()) -> Process:
         """Start a process in the namespace; its output goes to `name`.log in the lab's folder."""
-        # The parent-death signal is set last: entering a user namespace would clear it.
-        process = Process(
-            [*self._enter, "setpriv", "--pdeathsig", "TERM", *argv],
-            log=self.folder / f"{name}.log",
-            pass_fds=pass_fds,
-        )
+        # With the tests gone, however they ended, nobody needs it any more.
+        argv = ["setpriv", "--pdeathsig", "TERM", *argv]
+        with self.namespace.entered():
+            process = Process(argv, log=self.folder / f"{name}.log", pass_fds=pass_fds)
         self._processes.append(process)
         return process
 
     def add_tap(self, ifname: str = "tap0") -> None:
         """Make a persistent TAP with a vnet header, as an operator would beforehand."""
-        self.run(["ip", "tuntap", "add", ifname, "mode", "tap", "vnet_hdr"])
+        with self.namespace.entered():
+            create_tap(ifname)
 
     def set_up(self, ifname: str = "tap0") -> None:
         """Give a TAP the host's address and bring it up."""
-        self.run(["sysctl", "-qw", f"net.ipv6.conf.{ifname}.disable_ipv6=1"])  # no chatter in the counters
-        self.run(["ip", "address", "add", HOST_ADDRESS + PREFIX, "dev", ifname])
-        self.run(["ip", "link", "set", ifname, "up"])
+        with self.namespace.entered():
+            configure(ifname, address=HOST_ADDRESS + PREFIX)
+
+    def start_pinger(self) -> Process:
+        """Ping the guest every millisecond, in a process of its own so that nothing here delays it."""
+        argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
+        return self.start(argv, name="pinger")
 
     def boot_qemu(self, netdev: Sequence[str]) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
@@ -221,7 +296,7 @@ class Lab:
         argv += ["-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile="]
         return self._booting(argv)
 
-    def boot_uml(self, device: str | None) -> Guest:
+    def boot_uml(self, device: Path | None) -> Guest:
         """Boot a guest under User-Mode Linux, its NIC served at the vhost-user socket `device`."""
         image = uml_image(self.folder)
         argv = [str(image.kernel), "mem=256M", f"initrd={image.initramfs}", f"uml_dir={self.folder}/"]
@@ -236,27 +311,38 @@ class Lab:
 
     def logs(self) -> list[tuple[str, str]]:
         """Name and text of every process's log so far."""
-        return [
-            (process.log.name, process.log.read_text()) for process in self._processes if process.log.exists()
-        ]
+        return [(process.log.name, process.log.read_text()) for process in self._processes if process.log.exists()]
 
     def close(self) -> None:
         """End every process, newest first, and remove the folder."""
         for process in reversed(self._processes):
             process.stop()
-        for stream in (self._holder.stdin, self._holder.stdout):
-            assert stream is not None
-            stream.close()
-        self._holder.wait()
+        self._kill_strays()
+        self.namespace.close()
         shutil.rmtree(self.folder)
 
+    def _kill_strays(self) -> None:
+        """Kill what processes of the lab left behind: daemons they started, helpers of a crashed guest."""
+        with self.namespace.entered():
+            namespace = Path("/proc/thread-self/ns/net").readlink()
+        for link in Path("/proc").glob("[0-9]*/ns/net"):
+            # It may end meanwhile, or be another user's.
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):
+                if link.readlink() == namespace:
+                    os.kill(int(link.parts[2]), signal.SIGKILL)
+
     def __enter__(self) -> Self:
-        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
         self.close()
+
+
+def finish_pings(pinger: Process) -> PingReport:
+    """End a pinger and read what it counted."""
+    pinger.stop()
+    facts: dict[str, Any] = json.loads(pinger.wait_for("{", seconds_max=0))
+    return PingReport(**facts)
 
 
 def tap_netdev(ifname: str = "tap0") -> list[str]:

@@ -7,9 +7,13 @@ use pyo3::prelude::*;
 
 mod driver;
 mod memory;
+mod queue_pair;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<queue_pair::Counters>()?;
+    module.add_class::<driver::DriverPair>()?;
     module.add_class::<memory::GuestMemory>()?;
-    Ok(())
+    module.add_class::<queue_pair::QueuePair>()?;
+    module.add_class::<queue_pair::Ring>()
 }

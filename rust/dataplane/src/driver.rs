@@ -10,12 +10,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{fence, AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use crate::counters::{Counters, LiveCounters};
 use crate::memory::GuestMemory;
-use crate::queue_pair::Counters;
 use crate::sys::{drain, poll, signal};
 
 const FEATURE_MERGEABLE_RX: u64 = 1 << 15;
@@ -277,20 +277,8 @@ enum Flow {
 struct Shared {
     stopping: AtomicBool,
     wake: OwnedFd,
-    rx_packets: AtomicU64,
-    rx_bytes: AtomicU64,
-    rx_dropped: AtomicU64,
-    tx_packets: AtomicU64,
-    tx_bytes: AtomicU64,
-    tx_dropped: AtomicU64,
-    kicks: AtomicU64,
-    calls: AtomicU64,
+    counters: LiveCounters,
     failure: Mutex<Option<String>>,
-}
-
-/// Only the thread adds, so that load and store do; readers want a number, not an order.
-fn count(counter: &AtomicU64, by: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
 }
 
 /// Both rings and what moves between them and the TAP.
@@ -348,14 +336,14 @@ impl Driver {
     fn kick_rx(&mut self) {
         if self.rx.wants_kick() {
             signal(self.config.rx_kick);
-            count(&self.shared.kicks, 1);
+            self.shared.counters.kicks.add(1);
         }
     }
 
     fn kick_tx(&mut self) {
         if self.tx.wants_kick() {
             signal(self.config.tx_kick);
-            count(&self.shared.kicks, 1);
+            self.shared.counters.kicks.add(1);
         }
     }
 
@@ -427,15 +415,15 @@ impl Driver {
                     Some(libc::EAGAIN) => return Ok(false),
                     // Interface down; or a header the kernel refuses: a guest drops such a frame too.
                     Some(libc::EIO | libc::EINVAL) => {
-                        count(&self.shared.rx_dropped, 1);
+                        self.shared.counters.rx_dropped.add(1);
                         return Ok(true);
                     }
                     _ => return Err(format!("writing the guest's TAP: {error}")),
                 }
             }
         }
-        count(&self.shared.rx_packets, 1);
-        count(&self.shared.rx_bytes, (length - self.header_length) as u64);
+        self.shared.counters.rx_packets.add(1);
+        self.shared.counters.rx_bytes.add((length - self.header_length) as u64);
         Ok(true)
     }
 
@@ -491,7 +479,7 @@ impl Driver {
     fn send_frame(&mut self) -> bool {
         let needed = self.frame_length.div_ceil(BUFFER_SIZE);
         if needed > usize::from(self.tx.size) {
-            count(&self.shared.tx_dropped, 1); // never will there be room
+            self.shared.counters.tx_dropped.add(1); // never will there be room
             self.frame_length = 0;
             return true;
         }
@@ -511,8 +499,8 @@ impl Driver {
         let head = chain[0];
         self.tx_chains[usize::from(head)] = chain;
         self.tx.offer(head, 0);
-        count(&self.shared.tx_packets, 1);
-        count(&self.shared.tx_bytes, (self.frame_length - self.header_length) as u64);
+        self.shared.counters.tx_packets.add(1);
+        self.shared.counters.tx_bytes.add((self.frame_length - self.header_length) as u64);
         self.frame_length = 0;
         true
     }
@@ -562,7 +550,7 @@ impl Driver {
         poll(&mut polled).map_err(|error| format!("poll: {error}"))?;
         for call in &polled[1..3] {
             if call.revents != 0 && drain(call.fd).map_err(|error| format!("call eventfd: {error}"))? {
-                count(&self.shared.calls, 1);
+                self.shared.counters.calls.add(1);
             }
         }
         Ok(())
@@ -649,14 +637,7 @@ impl DriverPair {
             stopping: AtomicBool::new(false),
             // SAFETY: just created, and owned by nobody yet.
             wake: unsafe { OwnedFd::from_raw_fd(wake) },
-            rx_packets: AtomicU64::new(0),
-            rx_bytes: AtomicU64::new(0),
-            rx_dropped: AtomicU64::new(0),
-            tx_packets: AtomicU64::new(0),
-            tx_bytes: AtomicU64::new(0),
-            tx_dropped: AtomicU64::new(0),
-            kicks: AtomicU64::new(0),
-            calls: AtomicU64::new(0),
+            counters: LiveCounters::default(),
             failure: Mutex::new(None),
         });
         let mergeable = config.features & FEATURE_MERGEABLE_RX != 0;
@@ -748,17 +729,7 @@ impl DriverPair {
 
     /// What moved so far: rx is what came from the backend, tx what went to it.
     pub fn counters(&self) -> Counters {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters {
-            rx_packets: get(&self.shared.rx_packets),
-            rx_bytes: get(&self.shared.rx_bytes),
-            rx_dropped: get(&self.shared.rx_dropped),
-            tx_packets: get(&self.shared.tx_packets),
-            tx_bytes: get(&self.shared.tx_bytes),
-            tx_dropped: get(&self.shared.tx_dropped),
-            kicks: get(&self.shared.kicks),
-            calls: get(&self.shared.calls),
-        }
+        self.shared.counters.get()
     }
 }
 

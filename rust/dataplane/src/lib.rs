@@ -7,7 +7,13 @@
 //! Never sees:  vhost-user, migration, Python.
 //! Read next:   `memory`, then `split` (one ring), then `queue_pair` (the thread). `driver` is the guest's side.
 
+mod counters;
 pub mod driver;
 pub mod memory;
+mod pump;
+pub mod queue_pair;
 pub mod split;
 pub mod sys;
+
+pub use counters::Counters;
+pub use pump::{Config, Positions, RingSpec, Side};

@@ -84,7 +84,10 @@ impl fmt::Display for RingError {
                 write!(f, "an indirect table of {length} bytes is not a whole number of descriptors")
             }
             Self::ChainTooShort { length, header_length } => {
-                write!(f, "a descriptor chain of {length} bytes has no room for the {header_length} byte header")
+                write!(
+                    f,
+                    "a descriptor chain of {length} bytes has no room for the {header_length} byte header"
+                )
             }
         }
     }
@@ -159,7 +162,8 @@ impl SplitRing {
     /// # Errors
     /// A text that says what is wrong with the layout.
     pub fn new(layout: &Layout, features: Features, memory: &GuestMemory) -> Result<Self, String> {
-        let size = u16::try_from(layout.size).ok().filter(|size| size.is_power_of_two() && *size <= RING_SIZE_MAX);
+        let size =
+            u16::try_from(layout.size).ok().filter(|size| size.is_power_of_two() && *size <= RING_SIZE_MAX);
         let size = size.ok_or_else(|| {
             format!("a ring has {} entries, it must be a power of two up to {RING_SIZE_MAX}", layout.size)
         })?;
@@ -378,7 +382,8 @@ impl SplitRing {
         // of the two then sees the other's write.
         fence(Ordering::SeqCst);
         if self.features.event_index {
-            let used_event = u16::from_le(self.avail_field(2 + usize::from(self.size)).load(Ordering::Relaxed));
+            let used_event =
+                u16::from_le(self.avail_field(2 + usize::from(self.size)).load(Ordering::Relaxed));
             self.next_used.wrapping_sub(used_event).wrapping_sub(1) < published
         } else {
             u16::from_le(self.avail_field(0).load(Ordering::Relaxed)) & AVAIL_NO_INTERRUPT == 0
@@ -445,7 +450,11 @@ struct Packed([u64; 2]);
 
 /// Appends a descriptor's bytes as host memory: one buffer, or several where it lies across regions.
 #[inline]
-fn push_buffer(memory: &GuestMemory, descriptor: &Descriptor, buffers: &mut Vec<libc::iovec>) -> Result<(), RingError> {
+fn push_buffer(
+    memory: &GuestMemory,
+    descriptor: &Descriptor,
+    buffers: &mut Vec<libc::iovec>,
+) -> Result<(), RingError> {
     let mut address = descriptor.address;
     let mut left = descriptor.length as usize;
     let outside =

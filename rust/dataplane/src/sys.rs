@@ -44,21 +44,53 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-/// `poll` without a timeout; interrupted calls come back with no events.
+/// Sleeps until something happens to one of `fds`; a signal looks like nothing happened.
 ///
 /// # Errors
-/// As poll(2), which leaves no room for any in a correct caller but lack of memory.
+/// As poll(2), which leaves a correct caller none but lack of memory; then nothing happened either.
 pub fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
     let count = libc::nfds_t::try_from(fds.len()).expect("a handful of descriptors");
     // SAFETY: the slice is valid for `count` entries.
     if unsafe { libc::poll(fds.as_mut_ptr(), count, -1) } >= 0 {
         return Ok(());
     }
-    for fd in fds {
-        fd.revents = 0;
-    }
+    fds.iter_mut().for_each(|fd| fd.revents = 0);
     match io::Error::last_os_error() {
         error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
         error => Err(error),
+    }
+}
+
+/// Reads one frame into `buffers`, one after the other; gives its length.
+///
+/// # Errors
+/// As readv(2), but never EINTR.
+pub fn readv(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: each buffer is mapped memory, the caller's or the guest's.
+    retry(|| unsafe { libc::readv(fd, buffers.as_ptr(), c_int(buffers.len())) })
+}
+
+/// Writes one frame from `buffers`; gives its length.
+///
+/// # Errors
+/// As writev(2), but never EINTR.
+pub fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: as for `readv`.
+    retry(|| unsafe { libc::writev(fd, buffers.as_ptr(), c_int(buffers.len())) })
+}
+
+fn c_int(count: usize) -> libc::c_int {
+    libc::c_int::try_from(count).expect("no more buffers than the kernel takes")
+}
+
+fn retry(call: impl Fn() -> isize) -> io::Result<u64> {
+    loop {
+        match u64::try_from(call()) {
+            Ok(length) => return Ok(length),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
     }
 }

@@ -1,1 +1,72 @@
-"""To be written."""
+"""The command line: `localmig run`, `upgrade`, `status`, `qmp`, `demo`.
+
+Owns:        argv, exit statuses, what is printed.
+Never sees:  what a daemon is inside: everything but `run` asks by QMP.
+Read next:   run.py for a daemon's process, upgrade.py for its succession.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from localmig.cli import qmp, run, status, upgrade
+from localmig.errors import LocalmigError
+from localmig.migration.hello import program_version
+
+_EXAMPLES: Final = """\
+examples:
+  localmig run --netdev tap,id=net0,ifname=tap0 \\
+               --device virtio-net,id=nic0,netdev=net0,socket=/run/vm1/nic0.sock \\
+               --qmp unix:/run/vm1/qmp.sock
+  localmig upgrade /run/vm1/qmp.sock
+  localmig status /run/vm1/qmp.sock
+  localmig demo
+
+'localmig COMMAND --help' tells more of each command.
+"""
+
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carries out one command line.
+
+    Args:
+        argv: the words after the program's name; those of this process by default.
+
+    Returns:
+        The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, and what `upgrade` adds.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo"]:
+        # Another program, whose options are its own: it needs what only tests and demonstrations need.
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.testing.demo", *words[1:]])
+    arguments = _parser().parse_args(words)
+    try:
+        exit_status: int = arguments.execute(arguments)
+    except LocalmigError as error:
+        print(f"localmig: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="localmig",
+        description="Keeps a guest's devices alive while the process that serves them is replaced.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (run, upgrade, status, qmp):
+        module.add_parser(commands)
+    commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
+    return parser

@@ -22,15 +22,15 @@ ioctl, no fcntl, no read, no write, no shutdown; closing is allowed, for it only
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import Any, ClassVar, Protocol
 
 from localmig.vmstate import Description
 
 __all__ = ["Part"]
 
 
-class Part(ABC):
+class Part(Protocol):
     """Something a handover moves: a device, or the host side of one.
 
     Attributes:
@@ -96,7 +96,7 @@ class Part(ABC):
 
     @abstractmethod
     def adopt_setup(self, state: Any) -> None:
-        """Takes the descriptors out of a checked state and builds everything, parked.
+        """Takes over a checked state with all its descriptors and builds everything, parked.
 
         Raises PeerError, ConfigError or KernelError; `discard` follows.
         """

@@ -12,13 +12,14 @@ ends its process, which is how a source in doubt learns that nobody else serves.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from localmig.device_api import Part
-from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.handover import (
     DESTINATION_STATUS,
@@ -34,6 +35,8 @@ from localmig.migration.status import MigrationInfo, Phase
 from localmig.migration.stream import IncomingStream, section_name
 from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
 from localmig.vmstate import close_descriptors
+
+_logger = logging.getLogger(__name__)
 
 DEATH_GRACE_S: Final = 1.0
 """How much later than its sockets' end a dead process may be seen as dead: in between the kernel frees its memory."""
@@ -54,6 +57,7 @@ class Incoming:
         parameters: gives the `local` both sides must agree on, at the moment the source's HELLO arrives.
         build: makes the parts for what HELLO says, netdevs before the devices on them, all of them parked. Raises
             LocalmigError where they do not fit.
+        on_serving: called once the guest is served here.
         tracer: where facts go.
     """
 
@@ -62,14 +66,15 @@ class Incoming:
         *,
         parameters: Callable[[], Parameters],
         build: Callable[[Hello], Sequence[Part]],
+        on_serving: Callable[[], None],
         tracer: Tracer,
     ) -> None:
         self._parameters = parameters
         self._build = build
+        self._on_serving = on_serving
         self._tracer = tracer
         self._machine = destination_machine()
         self._parts: Sequence[Part] = ()
-        self._adopted: list[Part] = []
         self._peer: Peer | None = None
         self._stream = IncomingStream(setup={}, switchover={})
         self._hello: Hello | None = None
@@ -174,14 +179,14 @@ class Incoming:
             ("start", self._serving_ns - committed_ns),
         )
         channel.try_send(FrameKind.DONE, Done(serving_ns=self._serving_ns, phases=own_phases).encode())
+        self._on_serving()
         for name, duration_ns in own_phases:
             self._note_phase(name, duration_ns)
         try:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
         except (TimeoutError, PeerError) as error:
             self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
-        for part in self._parts:
-            part.source_released()
+        self._use_what_the_source_released()
 
     async def _greet(self, channel: Channel) -> None:
         frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)
@@ -221,12 +226,12 @@ class Incoming:
             for part, state in pairs:
                 part.check_setup(state)
             for part, state in pairs:
-                self._adopted.append(part)
                 part.adopt_setup(state)
-        finally:
-            # What was taken out of a state is out of it: this closes what nobody took.
+        except BaseException:
+            # Adopted or not: nothing of it is in use yet, and closing twice is harmless.
             for part, state in pairs:
                 close_descriptors(part.setup, state)
+            raise
 
     def _adopt_switchover(self, frame: Frame) -> None:
         states = {section.name: section.state for section in self._stream.switchover(frame.data, frame.fds)}
@@ -255,14 +260,22 @@ class Incoming:
             part.recover()
         self._note = "the source died during the handover; this daemon took over from guest memory"
         self._serve()
+        self._on_serving()
+        self._use_what_the_source_released()
+
+    def _use_what_the_source_released(self) -> None:
         for part in self._parts:
-            part.source_released()
+            try:
+                part.source_released()
+            except (ConfigError, KernelError) as error:
+                # Too late for a no: this process owns the guest, and the rest of it works.
+                self._note = str(error)
+                _logger.warning("%s", error)
 
     def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
         self._error = reason
-        for part in reversed(self._adopted):
+        for part in reversed(self._parts):
             part.discard()
-        self._adopted = []
         if event is not None:
             self._fire(event)
 

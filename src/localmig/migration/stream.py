@@ -172,8 +172,8 @@ def _explain_each(sections: Iterable[Section]) -> list[dict[str, Any]]:
 def _vmdesc(devices: list[dict[str, Any]]) -> bytes:
     """The JSON that describes the whole stream, so that analyze-migration.py finds it.
 
-    The script looks for the last NUL of the file and takes the first `{` behind it for the beginning. The last
-    NUL is in the u32 size before the JSON: so the JSON has none, and no byte of the size may be a `{`.
+    The script looks for the last NUL of the file and takes the first `{` behind it for the beginning. The
+    last NUL is in the u32 size before the JSON: so the JSON has none, and no byte of the size may be a `{`.
     """
     configuration = explain(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE))
     document = {"configuration": configuration, "page_size": _PAGE_SIZE, "devices": devices}

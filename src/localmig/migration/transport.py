@@ -27,7 +27,7 @@ _UCRED: Final = struct.Struct("3i")
 
 
 def check_local(address: Address, *, local: bool) -> None:
-    """Raises ConfigError where `local` is on and the address cannot carry descriptors; touches no socket but `fd:`'s."""
+    """Raises ConfigError where `local` is on and the address cannot carry descriptors."""
     if not local:
         return
     if isinstance(address, TcpAddress):

@@ -1,1 +1,10 @@
-"""x"""
+"""The monitor: QMP, QEMU's wire, words and texts, in front of a daemon.
+
+Owns:        how a daemon is asked and told things from outside.
+Never sees:  devices, the migration stream, descriptors of guests.
+Read next:   wire.py (bytes), protocol.py (one client), schema.py (types), commands/ (what can be asked), server.py.
+"""
+
+from localmig.monitor.server import INCOMING_SUFFIX, QmpServer
+
+__all__ = ["INCOMING_SUFFIX", "QmpServer"]

@@ -37,13 +37,13 @@ def unpack_request(request: bytes) -> tuple[str, bytes]:
 
 
 def hardware_address(descriptor: int, name: str) -> bytes:
-    """The MAC of the interface `name`, asked through `descriptor`, a socket or the TAP itself. Raises OSError."""
+    """The MAC of the interface `name`, asked through a socket or its TAP. Raises OSError."""
     _, value = unpack_request(fcntl.ioctl(descriptor, _SIOCGIFHWADDR, pack_request(name)))
     return value[2:8]
 
 
 class Interface:
-    """The interface called `name`. Every method raises OSError; ENODEV: no such interface in this namespace."""
+    """The interface called `name`. Every method raises OSError, ENODEV where there is none."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -7,8 +7,8 @@ Read next:   tap.py.
 
 from __future__ import annotations
 
-import os
 import subprocess
+from pathlib import Path
 from typing import Final
 
 from localmig.errors import ConfigError, KernelError
@@ -29,8 +29,8 @@ def run_script(path: str, ifname: str) -> None:
     """
     if path == NO_SCRIPT:
         return
-    # An absolute path: without a slash in it, it would be searched for in PATH.
-    command = [os.path.abspath(path), ifname]
+    # Absolute, because a name without a slash would be searched for in PATH.
+    command = [str(Path(path).absolute()), ifname]
     try:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=SCRIPT_SECONDS_MAX, check=False)
     except subprocess.TimeoutExpired as error:

@@ -1,15 +1,15 @@
 """The netdev `tap`: a TAP interface as the host side of a NIC, and how it moves to another process.
 
-Owns:        /dev/net/tun (no other file opens it), the TAP's descriptor, its MTU and vnet header, its scripts.
+Owns:        /dev/net/tun, which no other file opens; a TAP's descriptor, MTU, vnet header and scripts.
 Never sees:  rings, vhost-user, options as text.
 Read next:   device_api/ for when each method is called, dataplane/ for who reads and writes the frames.
 
 What belongs to whom, which is what makes a handover delicate:
 
-    the interface               name, MTU, up             the machine's; vanishes with its last descriptor unless persistent
-    the open file description   O_NONBLOCK, vnet header   shared by source and destination during a handover:
-                                length, offloads          only the process that serves may set them
-    the descriptor              close-on-exec             this process's
+    the interface (name, MTU, up)           the machine's; unless persistent it vanishes with its last descriptor
+    the open file description (O_NONBLOCK,  shared by source and destination during a handover: only the process
+    vnet header length, offloads)           that serves may set anything of it
+    the descriptor (close-on-exec)          this process's
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 
 VNET_HEADER_LENGTHS: Final = (10, 12)
-"""The virtio-net header without and with `num_buffers`, which VERSION_1 and mergeable buffers bring (virtio 5.1.6)."""
+"""The virtio-net header without and with `num_buffers`: VERSION_1 and mergeable buffers bring it."""
 
 _ETHERNET_HEADER_LENGTH: Final = 14
 _VLAN_TAG_LENGTH: Final = 4
+
+MTU_MIN: Final = 68
+MTU_MAX: Final = 65521
+"""What the kernel lets a TAP have (MIN_MTU, MAX_MTU in drivers/net/tun.c, less the Ethernet header)."""
 
 QUEUE_COUNT_MAX: Final = 1
 """This version serves one queue pair."""
@@ -71,7 +75,7 @@ class TapDescriptors:
     """What comes with a TAP only where the TAP itself moves.
 
     The downscript is here because the process that serves last must run it. A program's name from another
-    process is believed only beside descriptors: who can pass those was let in by the migration socket's owner.
+    process is believed only beside descriptors: who passes those was let in by the migration socket's mode.
     """
 
     queues: tuple[OwnedFd, ...]
@@ -126,18 +130,19 @@ class _OpenTap:
 
 
 class Tap:
-    """A TAP, closed until `start` opens it or `adopt_setup` receives it.
+    """A TAP, closed until `open` opens it or `adopt_setup` receives it.
 
     It has the methods of `device_api.Part`, which this layer cannot name.
 
     Args:
         id: the user's name for it.
-        ifname: the interface to open, created where it does not exist; None: the kernel chooses its name, and on
-            arrival the source's TAP decides.
-        script: program to run once this process has opened the TAP, "no" for none. Never run for one that arrived.
+        ifname: the interface to open, created where it does not exist. None: the kernel chooses its name, or
+            the source's TAP does on arrival.
+        script: program to run once this process has opened the TAP, "no" for none. Not run for one that arrived.
         downscript: program to run before the TAP is closed for good, "no" for none. It moves with the TAP.
         mtu: what to give the interface, in bytes; None leaves it as it is.
-        fd: an open TAP inherited from the parent process; this object owns it from `start` on.
+        fd: an open TAP inherited from the parent process; this object owns it from `open` on.
+        stays_home: why its descriptors do not move, None where they do.
     """
 
     setup: ClassVar[Description[Any]] = TAP
@@ -152,6 +157,7 @@ class Tap:
         downscript: str = NO_SCRIPT,
         mtu: int | None = None,
         fd: int | None = None,
+        stays_home: str | None = None,
     ) -> None:
         self.id = id
         self._ifname = ifname
@@ -159,11 +165,12 @@ class Tap:
         self._downscript = downscript
         self._mtu = mtu
         self._inherited_fd = fd
+        self._stays_home = stays_home
         self._open: _OpenTap | None = None
         self._awaited_ifname: str | None = None
         """The interface to open once the source has let go of it."""
 
-    # -- for the device on the other side -----------------------------------------------------------------------
+    # -- for the device on the other side ------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
@@ -208,7 +215,7 @@ class Tap:
             tap.vnet_header_length = length
 
     def inject(self, frame: bytes) -> None:
-        """Sends one Ethernet frame into the network, as if the guest had sent it. For the process that serves.
+        """Sends one Ethernet frame into the network as if from the guest. Only for the process that serves.
 
         Raises:
             KernelError: the frame was not sent; EIO where the interface is down.
@@ -218,24 +225,32 @@ class Tap:
             # All zero is a vnet header that asks for nothing: no checksum, no segmentation.
             os.writev(tap.fd.fileno(), [bytes(tap.vnet_header_length), frame])
 
-    # -- both sides ---------------------------------------------------------------------------------------------
+    # -- serving -------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Opens the TAP, unless it is open (it arrived) or still the source's (`source_released` opens it).
+    def open(self) -> None:
+        """Opens the TAP, configures it, brings the interface up, runs the script.
 
         Raises:
             ConfigError: fd= is no TAP of ours, or the script failed. The TAP is closed.
             KernelError: the TAP cannot be opened or configured; the text says what to do. The TAP is closed.
         """
-        if self._open is not None or self._awaited_ifname is not None:
-            return
+        assert self._open is None, self.id
         if self._inherited_fd is not None:
             self._open = self._take_inherited(self._inherited_fd)
         else:
             self._open = self._open_by_name(self._ifname or "")
 
+    def resume(self) -> None:
+        """Nothing: the device on the other side reads and writes the frames."""
+
     def stop(self) -> None:
-        """Nothing: who reads and writes frames has stopped."""
+        """Nothing, as `resume`."""
+
+    def freeze(self) -> None:
+        """Nothing: a TAP has no control plane."""
+
+    def thaw(self) -> None:
+        """Nothing, as `freeze`."""
 
     def close(self) -> None:
         """Runs the downscript, closes the TAP. A downscript that fails is logged."""
@@ -246,17 +261,11 @@ class Tap:
                 _logger.warning("netdev '%s': %s", self.id, error)
         self.release()
 
-    # -- source -------------------------------------------------------------------------------------------------
+    # -- source --------------------------------------------------------------------------------------------
 
     def local_migration_blocker(self) -> str | None:
-        """A TAP that is not open cannot move."""
-        return None if self._open is not None else "its TAP is not open"
-
-    def freeze(self) -> None:
-        """Nothing: a TAP has no control plane."""
-
-    def thaw(self) -> None:
-        """Nothing, as `freeze`."""
+        """What it was told, and: a TAP that is not open cannot move."""
+        return self._stays_home or (None if self._open is not None else "its TAP is not open")
 
     def save_setup(self, *, with_descriptors: bool) -> TapState:
         """The TAP as it is. StateError if it is not open."""
@@ -273,12 +282,6 @@ class Tap:
         """Never called: nothing of a TAP travels inside the downtime."""
         raise NotImplementedError
 
-    def resume(self) -> None:
-        """Nothing, as `stop`."""
-
-    def take_back(self) -> None:
-        """Nothing: the TAP is as it was, for no destination configures one that arrived."""
-
     def release(self) -> None:
         """Closes this process's copy. The interface stays as long as another process has it open."""
         self._awaited_ifname = None
@@ -286,12 +289,14 @@ class Tap:
             self._open.fd.close()
             self._open = None
 
-    # -- destination --------------------------------------------------------------------------------------------
+    # -- destination ---------------------------------------------------------------------------------------
 
     def check_setup(self, state: TapState) -> None:
         """Raises PeerError where `state` is no TAP, or not the one this netdev was configured for."""
         if not state.ifname or "\0" in state.ifname:
             raise PeerError(f"netdev '{self.id}': {state.ifname!r} is no interface name")
+        if not MTU_MIN <= state.mtu <= MTU_MAX:
+            raise PeerError(f"netdev '{self.id}': MTU of {state.mtu} bytes, possible are {MTU_MIN} to {MTU_MAX}")
         if state.vnet_header_length not in VNET_HEADER_LENGTHS:
             raise PeerError(
                 f"netdev '{self.id}': vnet header has {state.vnet_header_length} bytes, "
@@ -304,9 +309,9 @@ class Tap:
         """Takes the TAP out of `state`, or opens one of its own where none came.
 
         Raises:
-            ConfigError: as `start`, for a TAP of its own.
-            KernelError: the TAP of its own cannot be opened. Not for one the source has open still: it is opened
-                by `source_released`.
+            ConfigError: as `open`, for a TAP of its own.
+            KernelError: the TAP of its own cannot be opened. One the source has open still is no error:
+                `source_released` opens it.
         """
         assert self._open is None, self.id
         if state.descriptors is not None:
@@ -315,9 +320,7 @@ class Tap:
                 ifname=state.ifname,
                 mtu=state.mtu,
                 vnet_header_length=state.vnet_header_length,
-                downscript=state.descriptors.downscript
-                if self._downscript == NO_SCRIPT
-                else self._downscript,
+                downscript=state.descriptors.downscript if self._downscript == NO_SCRIPT else self._downscript,
                 arrived=True,
             )
             return
@@ -339,6 +342,9 @@ class Tap:
     def adopt_switchover(self, state: Any | None) -> None:
         """Nothing, as `save_switchover`."""
 
+    def recover(self) -> None:
+        """Nothing: a TAP has no position."""
+
     def source_released(self) -> None:
         """Opens the interface that was the source's until now. Does nothing where none is awaited.
 
@@ -356,7 +362,7 @@ class Tap:
             self.close()
         self.release()
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside --------------------------------------------------------------------------------------------
 
     def _opened(self) -> _OpenTap:
         if self._open is None:
@@ -371,7 +377,7 @@ class Tap:
         for wanted, name, actual in ((self._ifname, "ifname", state.ifname), (self._mtu, "mtu", state.mtu)):
             if wanted is not None and wanted != actual:
                 raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
-        if descriptors.downscript != NO_SCRIPT and not os.path.isabs(descriptors.downscript):
+        if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
         for queue in descriptors.queues:
             # fstat reads the inode and touches nothing that the source shares. More cannot be found out here.
@@ -384,41 +390,39 @@ class Tap:
             queue = OwnedFd(self._open_device())
             undo.callback(queue.close)
             request = pack_request(ifname, struct.pack("H", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-            with self._kernel_errors(f"cannot open TAP '{ifname}'", _open_advice(ifname)):
+            with self._kernel_errors(f"cannot open TAP '{ifname or '(any name)'}'", _open_advice(ifname)):
                 answer = fcntl.ioctl(queue.fileno(), _TUNSETIFF, request)
-            tap = self._configure(queue, unpack_request(answer)[0])
-            with Interface(tap.ifname) as interface:
-                self._set_up(interface)
-                tap.mtu = interface.mtu()
-            run_script(self._script, tap.ifname)
+            ifname, _ = unpack_request(answer)
+            self._configure(queue, ifname)
+            with Interface(ifname) as interface:
+                mtu = self._set_up(interface)
+            run_script(self._script, ifname)
             undo.pop_all()
-            return tap
+            return self._open_tap(queue, ifname, mtu)
 
     def _take_inherited(self, number: int) -> _OpenTap:
-        """Checks and configures fd=; the parent process set up the interface, perhaps in another namespace."""
-        queue = self._checked_inherited(number)
+        """Checks and configures fd=, whose interface may be in another namespace."""
+        queue, ifname = self._checked_inherited(number)
         with contextlib.ExitStack() as undo:
             undo.callback(queue.close)
-            self._inherited_fd = None
-            ifname, _ = unpack_request(fcntl.ioctl(queue.fileno(), _TUNGETIFF, pack_request("")))
             os.set_inheritable(queue.fileno(), False)
             os.set_blocking(queue.fileno(), False)
-            tap = self._configure(queue, ifname)
+            self._configure(queue, ifname)
             with Interface(ifname) as interface:
                 if _is_same(interface, queue):
-                    self._set_up(interface)
-                    tap.mtu = interface.mtu()
-                elif self._mtu is None:
+                    mtu = self._set_up(interface)
+                elif self._mtu is not None:
+                    mtu = self._mtu
+                else:
                     raise ConfigError(
                         f"netdev '{self.id}': the interface of fd={number} ('{ifname}') is in another network "
                         "namespace, so its MTU cannot be read; say it with mtu="
                     )
-                else:
-                    tap.mtu = self._mtu
             undo.pop_all()
-            return tap
+            return self._open_tap(queue, ifname, mtu)
 
-    def _checked_inherited(self, number: int) -> OwnedFd:
+    def _checked_inherited(self, number: int) -> tuple[OwnedFd, str]:
+        """The descriptor and its interface's name. ConfigError if it is no TAP of ours; it is left alone then."""
         try:
             answer = fcntl.ioctl(number, _TUNGETIFF, pack_request(""))
         except OSError as error:
@@ -429,38 +433,42 @@ class Tap:
         for flag, name in ((_IFF_TAP, "IFF_TAP"), (_IFF_NO_PI, "IFF_NO_PI"), (_IFF_VNET_HDR, "IFF_VNET_HDR")):
             if not flags & flag:
                 raise ConfigError(f"netdev '{self.id}': fd={number} ('{ifname}') was opened without {name}")
-        return OwnedFd(number)
+        return OwnedFd(number), ifname
 
-    def _configure(self, queue: OwnedFd, ifname: str) -> _OpenTap:
-        """Sets what an earlier user may have left otherwise: header 12 bytes and little endian, no offloads."""
+    def _configure(self, queue: OwnedFd, ifname: str) -> None:
+        """Sets what another user may have left otherwise: a little-endian header of 12 bytes, no offloads."""
         with self._kernel_errors(f"cannot configure TAP '{ifname}'"):
             _set_int(queue, _TUNSETVNETHDRSZ, max(VNET_HEADER_LENGTHS))
             _set_int(queue, _TUNSETVNETLE, 1)
             # No offloads: the guest was told that every frame comes whole and with its checksum.
             fcntl.ioctl(queue.fileno(), _TUNSETOFFLOAD, 0)
+
+    def _open_tap(self, queue: OwnedFd, ifname: str, mtu: int) -> _OpenTap:
         return _OpenTap(
             fd=queue,
             ifname=ifname,
-            mtu=0,
+            mtu=mtu,
             vnet_header_length=max(VNET_HEADER_LENGTHS),
             downscript=self._downscript,
             arrived=False,
         )
 
-    def _set_up(self, interface: Interface) -> None:
-        """Gives the interface its MTU and brings it up, each only if it is not so already: both need privilege."""
+    def _set_up(self, interface: Interface) -> int:
+        """Gives the interface its MTU and brings it up; what is so already needs no privilege. Returns the MTU."""
         name = interface.name
         with self._kernel_errors(f"cannot read the state of '{name}'"):
-            has_mtu = self._mtu in (None, interface.mtu())
+            mtu = interface.mtu()
             is_up = interface.is_up()
-        if self._mtu is not None and not has_mtu:
+        if self._mtu is not None and self._mtu != mtu:
             advice = f"set it beforehand: ip link set {name} mtu {self._mtu}"
             with self._kernel_errors(f"cannot set the MTU of '{name}' to {self._mtu}", {errno.EPERM: advice}):
                 interface.set_mtu(self._mtu)
+            mtu = self._mtu
         if not is_up:
             advice = f"bring it up beforehand: ip link set {name} up"
             with self._kernel_errors(f"cannot bring '{name}' up", {errno.EPERM: advice}):
                 interface.bring_up()
+        return mtu
 
     def _open_device(self) -> int:
         advice = {
@@ -489,7 +497,7 @@ def _set_int(queue: OwnedFd, request: int, value: int) -> None:
 
 def _absolute(script: str) -> str:
     """A script's path as it reads from any working directory."""
-    return script if script == NO_SCRIPT else os.path.abspath(script)
+    return script if script == NO_SCRIPT else str(Path(script).absolute())
 
 
 def _is_same(interface: Interface, queue: OwnedFd) -> bool:
@@ -503,23 +511,10 @@ def _is_same(interface: Interface, queue: OwnedFd) -> bool:
 def _open_advice(ifname: str) -> dict[int, str]:
     """What to do about each error of TUNSETIFF."""
     return {
-        errno.EBUSY: "another process has it open; stop that one or name another interface",
+        errno.EBUSY: "another process has it open; stop that process or name another interface "
+        f"(to find it: grep -lsw {ifname} /proc/[0-9]*/fdinfo/*)",
         errno.EPERM: "run with CAP_NET_ADMIN, or have it made beforehand: "
         f"ip tuntap add dev {ifname or 'NAME'} mode tap vnet_hdr user {os.geteuid()}",
         errno.EINVAL: "an interface of that name exists and is no TAP, or one made with multi_queue; "
         f"look at it: ip -d link show {ifname}",
     }
-
-
-def holders(ifname: str) -> list[int]:
-    """The processes that have a TAP called `ifname` open, as far as this user may look."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            for link in (process / "fd").iterdir():
-                if link.readlink() == Path(_DEVICE):
-                    info = (process / "fdinfo" / link.name).read_text()
-                    if f"iff:\t{ifname}\n" in info:
-                        found.append(int(process.name))
-                        break
-    return found

@@ -28,9 +28,7 @@ def check_socket_path(path: str) -> None:
         raise ConfigError("invalid Unix socket address")
     size = len(path.encode("utf-8", "surrogateescape"))
     if size > SOCKET_PATH_BYTES_MAX:
-        raise ConfigError(
-            f"UNIX socket path '{path}' is too long: {size} bytes, limit is {SOCKET_PATH_BYTES_MAX}"
-        )
+        raise ConfigError(f"UNIX socket path '{path}' is too long: {size} bytes, limit is {SOCKET_PATH_BYTES_MAX}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +73,7 @@ class TcpAddress:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= PORT_MAX:
-            raise ConfigError(
-                f"error parsing port in address '{self.host}:{self.port}', highest port is {PORT_MAX}"
-            )
+            raise ConfigError(f"error parsing port in address '{self.host}:{self.port}', highest port is {PORT_MAX}")
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -125,9 +125,7 @@ class TapSpec(Spec):
     )
     script: str = field(
         default="no",
-        metadata=_option(
-            FilePath(), "program to run with the name of the interface once it is open", fit=Fit.NEVER
-        ),
+        metadata=_option(FilePath(), "program to run with the name of the interface once it is open", fit=Fit.NEVER),
     )
     downscript: str = field(
         default="no",
@@ -160,12 +158,8 @@ class TapSpec(Spec):
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
-        if self.fd is not None and (
-            self.ifname is not None or self.script != "no" or self.downscript != "no"
-        ):
-            raise ConfigError(
-                "ifname=, script= and downscript= are invalid with fd=: who opened the TAP set it up"
-            )
+        if self.fd is not None and (self.ifname is not None or self.script != "no" or self.downscript != "no"):
+            raise ConfigError("ifname=, script= and downscript= are invalid with fd=: who opened the TAP set it up")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,9 +204,7 @@ NetdevSpec = TapSpec
 DeviceSpec = VirtioNetSpec
 AnySpec = NetdevSpec | DeviceSpec
 
-_TYPES: Final[Mapping[str, type[AnySpec]]] = {
-    spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)
-}
+_TYPES: Final[Mapping[str, type[AnySpec]]] = {spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)}
 
 
 def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
@@ -277,9 +269,7 @@ def help_for(kind: str, text: str) -> str | None:
     """
     name, _, rest = text.partition(",")
     if name in ("help", "?"):
-        return "\n".join(
-            [f"{kind} types:", *(f"  {t.type_name:<27} {t.summary}" for t in _types(kind).values())]
-        )
+        return "\n".join([f"{kind} types:", *(f"  {t.type_name:<27} {t.summary}" for t in _types(kind).values())])
     spec_type = _types(kind).get(name)
     if spec_type is None or not {"help", "?"} & set(rest.split(",")):
         return None
@@ -293,9 +283,7 @@ def _read_monitor(values: dict[str, str]) -> MonitorSpec:
         raise ConfigError(f"'{address}' is no UNIX socket, expected unix:PATH")
     for key, value in values.items():
         if (key, value) not in (("server", "on"), ("wait", "off")):
-            raise ConfigError(
-                f"Parameter '{key}={value}' is unexpected, only server=on and wait=off may be there"
-            )
+            raise ConfigError(f"Parameter '{key}={value}' is unexpected, only server=on and wait=off may be there")
     return MonitorSpec(path=path)
 
 
@@ -312,9 +300,7 @@ def _read(kind: str, texts: Mapping[str, str]) -> dict[str, object]:
     """Texts to values of the types the table says; a key in no table is left for `_build` to refuse."""
     spec_type = _types(kind).get(texts.get(_selector(kind), ""))
     options = {option.name: option for option in options_of(spec_type)} if spec_type else {}
-    return {
-        key: options[key].value.read(key, text) if key in options else text for key, text in texts.items()
-    }
+    return {key: options[key].value.read(key, text) if key in options else text for key, text in texts.items()}
 
 
 def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
@@ -331,9 +317,7 @@ def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
     if not isinstance(type_name, str):
         raise ConfigError(f"Invalid parameter type for '{selector}', expected: string")
     if type_name not in types:
-        raise ConfigError(
-            f"Parameter '{selector}' does not accept value '{type_name}', one of: {', '.join(types)}"
-        )
+        raise ConfigError(f"Parameter '{selector}' does not accept value '{type_name}', one of: {', '.join(types)}")
     options = {option.name: option for option in options_of(types[type_name])}
     for key in values:
         if key != selector and key not in options:
@@ -342,10 +326,9 @@ def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
         if option.required and option.name not in values:
             raise ConfigError(f"Parameter '{option.name}' is missing")
         if option.name in values:
+            # The spec checks again, but takes None for an option that was not given; here it is a wrong value.
             option.value.check(option.name, values[option.name])
-    arguments: dict[str, Any] = {
-        options[key].attribute: value for key, value in values.items() if key != selector
-    }
+    arguments: dict[str, Any] = {options[key].attribute: value for key, value in values.items() if key != selector}
     return types[type_name](**arguments)
 
 
@@ -390,9 +373,7 @@ def from_mapping(kind: str, mapping: Mapping[str, object]) -> AnySpec:
         raise PeerError(f"{kind} {_name(mapping)} of the other side: {error}") from error
     for option in options_of(type(spec)):
         if option.fit is Fit.NEVER and option.name in mapping:
-            raise PeerError(
-                f"{kind} '{spec.id}' of the other side: Parameter '{option.name}' does not travel"
-            )
+            raise PeerError(f"{kind} '{spec.id}' of the other side: Parameter '{option.name}' does not travel")
     return spec
 
 
@@ -413,9 +394,7 @@ def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> li
     for option in options_of(type(ours)):
         here, there = getattr(ours, option.attribute), getattr(theirs, option.attribute)
         if option.fit in compared and here != there and here is not None and there is not None:
-            texts.append(
-                f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there"
-            )
+            texts.append(f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there")
     return texts
 
 

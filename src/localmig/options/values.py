@@ -68,9 +68,7 @@ class Number:
             raise ConfigError(f"Invalid parameter type for '{name}', expected: integer")
         if not self.lowest <= value <= self.highest:
             span = (
-                f"a value between {self.lowest} and {self.highest}"
-                if self.lowest < self.highest
-                else f"{self.lowest}"
+                f"a value between {self.lowest} and {self.highest}" if self.lowest < self.highest else f"{self.lowest}"
             )
             raise ConfigError(f"Parameter '{name}' expects {span}, not {value}: {self.reason}")
 
@@ -131,9 +129,7 @@ class Identifier(_Text):
                 "identifiers consist of letters, digits, '-', '.', '_', starting with a letter"
             )
         if len(text) > ID_LENGTH_MAX:
-            raise ConfigError(
-                f"Parameter '{name}' has {len(text)} letters, limit is {ID_LENGTH_MAX}: '{text}'"
-            )
+            raise ConfigError(f"Parameter '{name}' has {len(text)} letters, limit is {ID_LENGTH_MAX}: '{text}'")
 
 
 class InterfaceName(_Text):

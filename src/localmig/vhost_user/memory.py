@@ -53,9 +53,7 @@ def check_regions(regions: Sequence[MemoryRegion], *, count_max: int) -> None:
             ("mmap offset", region.mmap_offset, _FILE_OFFSET_MAX),
         ):
             if start + region.size - 1 > limit:
-                raise PeerError(
-                    f"memory region of {region.size:#x} bytes at {name} {start:#x} ends behind {limit:#x}"
-                )
+                raise PeerError(f"memory region of {region.size:#x} bytes at {name} {start:#x} ends behind {limit:#x}")
     for lower, upper in pairwise(sorted(regions, key=lambda region: region.guest_address)):
         if lower.guest_address + lower.size > upper.guest_address:
             raise PeerError(
@@ -72,7 +70,7 @@ def to_guest_address(regions: Sequence[MemoryRegion], user_address: int, size: i
     """
     for region in regions:
         offset = user_address - region.user_address
-        if 0 <= offset and offset + size <= region.size:
+        if offset >= 0 and offset + size <= region.size:
             return region.guest_address + offset
     raise PeerError(f"{size:#x} bytes at user address {user_address:#x} are not inside one memory region")
 

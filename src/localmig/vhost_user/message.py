@@ -372,9 +372,7 @@ RULES: Final = {
 }
 """Every request this package speaks. The others belong to protocol features it does not know."""
 
-PAYLOAD_SIZE_MAX: Final = max(
-    8 + TABLE_REGION_COUNT_MAX * RegionDescription.LAYOUT.size, 12 + CONFIG_SIZE_MAX
-)
+PAYLOAD_SIZE_MAX: Final = max(8 + TABLE_REGION_COUNT_MAX * RegionDescription.LAYOUT.size, 12 + CONFIG_SIZE_MAX)
 """Bytes of the longest payload: a full memory table, or all of a configuration space."""
 
 

@@ -18,7 +18,7 @@ Descriptors a message replaced are open until `complete`, so that a device may s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
@@ -90,7 +90,7 @@ class Offer:
         return self.features | 1 << PROTOCOL_FEATURES_BIT
 
 
-# -- state ------------------------------------------------------------------------------------------------------
+# -- state ------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,7 +180,7 @@ def check_state(state: SessionState, offer: Offer) -> None:
             _check_vring_size(index, vring.size, offer)
         _check_vring_addresses(index, vring.descriptor_table, vring.avail_ring, vring.used_ring)
         _check_range(f"position of vring {index}", vring.next_avail, 0xFFFF)
-        if vring.started and not (vring.is_configured and vring.kick):
+        if vring.started and (not vring.is_configured or vring.kick is None):
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
     check_regions(state.regions, count_max=offer.region_count_max)
     _check_unparsed(state)
@@ -195,9 +195,7 @@ def _check_unparsed(state: SessionState) -> None:
     if len(state.unparsed) >= size:
         raise PeerError(f"session has {len(state.unparsed)} unparsed bytes, the message ends after {size}")
     if len(state.unparsed_fds) > TABLE_REGION_COUNT_MAX:
-        raise PeerError(
-            f"message came with {len(state.unparsed_fds)} descriptors, limit is {TABLE_REGION_COUNT_MAX}"
-        )
+        raise PeerError(f"message came with {len(state.unparsed_fds)} descriptors, limit is {TABLE_REGION_COUNT_MAX}")
 
 
 def _check_acked(acked: int, offered: int, name: str) -> None:
@@ -215,9 +213,7 @@ def _check_range(name: str, value: int, limit: int) -> None:
 
 def _check_vring_size(index: int, size: int, offer: Offer) -> None:
     if not 0 < size <= offer.vring_size_max or size & (size - 1):
-        raise PeerError(
-            f"vring {index} has {size} entries, must be a power of two of at most {offer.vring_size_max}"
-        )
+        raise PeerError(f"vring {index} has {size} entries, must be a power of two of at most {offer.vring_size_max}")
 
 
 def _check_vring_addresses(index: int, descriptor_table: int, avail_ring: int, used_ring: int) -> None:
@@ -231,7 +227,11 @@ def _check_vring_addresses(index: int, descriptor_table: int, avail_ring: int, u
             raise PeerError(f"{name} of vring {index} is at {address:#x}, must be aligned to {alignment} bytes")
 
 
-# -- events -----------------------------------------------------------------------------------------------------
+_ACCEPTED: Final = 0
+_REFUSED: Final = 1
+
+
+# -- events -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +286,7 @@ class RarpRequested(Event):
     refusable: ClassVar = True
 
 
-# -- the session ------------------------------------------------------------------------------------------------
+# -- the session ------------------------------------------------------------------------------------------
 
 
 class Backend:
@@ -316,13 +316,16 @@ class Backend:
         """
         check_state(state, offer)
         backend = cls(offer, config=config)
+        # A stream brings tuples.
+        state.regions, state.vrings = list(state.regions), list(state.vrings)
+        state.unparsed_fds = list(state.unparsed_fds)
         backend.state = state
         backend._parse_header()
         return backend
 
     @property
     def bytes_wanted(self) -> int:
-        """Bytes the present message lacks; never 0. No more may be read, so that descriptors stay with their message."""
+        """Bytes the present message lacks, never 0. Reading no more keeps descriptors with their message."""
         size = HEADER_SIZE + (self._header.size if self._header else 0)
         return size - len(self.state.unparsed)
 
@@ -339,13 +342,234 @@ class Backend:
         assert len(data) <= self.bytes_wanted, (len(data), self.bytes_wanted)
         state.unparsed += data
         state.unparsed_fds += fds
-        self._parse_header()
         if len(state.unparsed_fds) > TABLE_REGION_COUNT_MAX:
             _check_unparsed(state)
+        self._parse_header()
         if self._header is None or self.bytes_wanted:
             return None
-        header = self._header
         content = state.unparsed[HEADER_SIZE:]
-        self._payload = decode_request(header, content, fd_count=len(state.unparsed_fds))
-        self._check_feature(header.request)
-        self._event = _HANDLERS[header.request](self, self._payload, state.unparsed_fds)
+        self._payload = decode_request(self._header, content, fd_count=len(state.unparsed_fds))
+        self._check_feature(self._header.request)
+        self._event = self._apply(self._header.request, self._payload)
+        if self._event is None:
+            # A NIC has nothing in its configuration space that a driver may write.
+            self._finish(_REFUSED if self._header.request is Request.SET_CONFIG else _ACCEPTED)
+        return self._event
+
+    def complete(self) -> None:
+        """The device did what the present event asks: the frontend gets its reply."""
+        assert self._event is not None, "no event to complete"
+        if isinstance(self._event, MtuSet):
+            self.state.mtu = self._event.mtu
+        self._finish(_ACCEPTED)
+
+    def refuse(self) -> None:
+        """The device does not do what the present, refusable event asks: the frontend is told if it wants to know."""
+        assert self._event is not None, "no event to refuse"
+        assert self._event.refusable, self._event
+        self._finish(_REFUSED)
+
+    def data_to_send(self) -> bytes:
+        """What the frontend must get, before anything more is read from it: that bounds what waits here."""
+        return self.state.unsent
+
+    def data_sent(self, count: int) -> None:
+        """The first `count` bytes of `data_to_send` are on their way."""
+        self.state.unsent = self.state.unsent[count:]
+
+    def close(self) -> None:
+        """Closes every descriptor of the session. Bears being called twice."""
+        self.state.close()
+        close_all(self._retired)
+
+    # -- one message ---------------------------------------------------------------------------------------
+
+    def _parse_header(self) -> None:
+        if self._header is None and len(self.state.unparsed) >= HEADER_SIZE:
+            self._header = Header.decode(self.state.unparsed[:HEADER_SIZE])
+
+    def _check_feature(self, request: Request) -> None:
+        missing = RULES[request].feature & ~ProtocolFeature(self.state.protocol_features_acked)
+        if missing:
+            raise PeerError(f"{request.name} needs protocol feature {missing.name}, which was not acknowledged")
+
+    def _finish(self, ack: int) -> None:
+        assert self._header is not None
+        request, needs_reply = self._header.request, self._header.needs_reply
+        if RULES[request].reply is not None:
+            self.state.unsent += encode_reply(request, self._reply(request, self._payload))
+        # Looked up after the message was applied: frontends that acknowledge REPLY_ACK itself with NEED_REPLY set
+        # wait for the answer.
+        elif needs_reply and self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK:
+            self.state.unsent += encode_reply(request, U64(value=ack))
+        close_all((*self._retired, *self.state.unparsed_fds))
+        self._retired.clear()
+        self.state.unparsed_fds.clear()
+        self.state.unparsed = b""
+        self._header = self._payload = self._event = None
+
+    def _apply(self, request: Request, payload: Payload | None) -> Event | None:
+        """Changes the state as the request says; the event where the device has to follow."""
+        match request, payload:
+            case Request.SET_FEATURES, U64(value=features):
+                return self._set_features(features)
+            case Request.SET_PROTOCOL_FEATURES, U64(value=features):
+                _check_acked(features, self.offer.protocol_features, "protocol features")
+                self.state.protocol_features_acked = features
+            case Request.SET_STATUS, U64(value=status):
+                _check_range("device status", status, 0xFF)
+                self.state.device_status = status
+            case Request.NET_SET_MTU, U64(value=mtu):
+                _check_range("mtu", mtu, 0xFFFF)
+                return MtuSet(mtu=mtu)
+            case Request.SEND_RARP, U64():
+                return RarpRequested(mac=payload.encode()[:6])
+            case Request.SET_BACKEND_REQ_FD, None:
+                self._retired.append(self.state.backend_request_fd)
+                self.state.backend_request_fd = self.state.unparsed_fds.pop()
+            case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
+                return self._set_regions(self._regions_of(descriptions))
+            case Request.ADD_MEM_REG, SingleRegion(region=description):
+                return self._set_regions([*self.state.regions, *self._regions_of((description,))])
+            case Request.REM_MEM_REG, SingleRegion(region=description):
+                return self._remove_region(description)
+            case Request.RESET_DEVICE, None:
+                return self._reset_device()
+            case _, VringNumber() | VringAddress() | VringFile():
+                return self._apply_to_vring(request, payload)
+        return None
+
+    def _apply_to_vring(self, request: Request, payload: VringNumber | VringAddress | VringFile) -> Event | None:
+        """As `_apply`, for the requests about one ring."""
+        index = payload.index
+        if index >= len(self.state.vrings):
+            raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
+        vring = self.state.vrings[index]
+        was_running = vring.is_running
+        match request, payload:
+            case Request.SET_VRING_NUM, VringNumber(number=size):
+                _check_vring_size(index, size, self.offer)
+                self._check_not_running(request, index)
+                vring.size = size
+            case Request.SET_VRING_BASE, VringNumber(number=position):
+                _check_range(f"position of vring {index}", position, 0xFFFF)
+                self._check_not_running(request, index)
+                vring.next_avail = position
+            case Request.SET_VRING_ENABLE, VringNumber(number=number):
+                _check_range(f"enable of vring {index}", number, 1)
+                if vring.enabled == bool(number):
+                    return None
+                vring.enabled = bool(number)
+            case Request.GET_VRING_BASE, VringNumber():
+                # Call and error stay: a frontend that starts the ring again need not send them again.
+                vring.started = False
+                vring.kick = self._replace(vring.kick)
+            case Request.SET_VRING_ADDR, VringAddress():
+                self._set_addresses(vring, payload)
+            case Request.SET_VRING_KICK, VringFile(has_fd=True):
+                if not vring.is_configured:
+                    raise PeerError(f"{request.name} starts vring {index}, which has no size or no addresses")
+                vring.kick = self._replace(vring.kick)
+                vring.started = True
+            case Request.SET_VRING_KICK, _:
+                raise PeerError(f"{request.name} wants vring {index} to be polled, which is not supported")
+            case Request.SET_VRING_CALL, _:
+                vring.call = self._replace(vring.call)
+            case Request.SET_VRING_ERR, _:
+                vring.error = self._replace(vring.error)
+        return VringChanged(index=index) if was_running or vring.is_running else None
+
+    def _set_features(self, features: int) -> Event:
+        _check_acked(features, self.offer.all_features, "features")
+        self.state.features_acked = features
+        # vhost-user, "Ring states": without the bit there is no SET_VRING_ENABLE, so all rings are enabled at once.
+        if not features & 1 << PROTOCOL_FEATURES_BIT:
+            for vring in self.state.vrings:
+                vring.enabled = True
+        return FeaturesSet()
+
+    def _set_addresses(self, vring: VringState, address: VringAddress) -> None:
+        if address.flags:
+            raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
+        _check_vring_addresses(address.index, address.descriptor_table, address.avail_ring, address.used_ring)
+        vring.descriptor_table = address.descriptor_table
+        vring.avail_ring = address.avail_ring
+        vring.used_ring = address.used_ring
+
+    def _check_not_running(self, request: Request, index: int) -> None:
+        if self.state.vrings[index].is_running:
+            raise PeerError(f"{request.name} for vring {index}, which is running")
+
+    def _regions_of(self, descriptions: Iterable[RegionDescription]) -> list[MemoryRegion]:
+        # The descriptors keep their owner in `unparsed_fds` until the whole table is known to be right.
+        return [
+            MemoryRegion(
+                guest_address=description.guest_address,
+                size=description.size,
+                user_address=description.user_address,
+                mmap_offset=description.mmap_offset,
+                fd=fd,
+            )
+            for description, fd in zip(descriptions, self.state.unparsed_fds, strict=True)
+        ]
+
+    def _set_regions(self, regions: list[MemoryRegion]) -> Event:
+        check_regions(regions, count_max=self.offer.region_count_max)
+        self._retired += [region.fd for region in self.state.regions if region not in regions]
+        self.state.regions = regions
+        self.state.unparsed_fds.clear()
+        return MemoryChanged()
+
+    def _remove_region(self, description: RegionDescription) -> Event:
+        # The mmap offset does not name a region (vhost-user, REM_MEM_REG).
+        for region in self.state.regions:
+            if (region.guest_address, region.size, region.user_address) == (
+                description.guest_address,
+                description.size,
+                description.user_address,
+            ):
+                self.state.regions.remove(region)
+                self._retired.append(region.fd)
+                return MemoryChanged()
+        raise PeerError(
+            f"REM_MEM_REG names {description.size:#x} bytes at guest address {description.guest_address:#x}, user"
+            f" address {description.user_address:#x}: there is no such region"
+        )
+
+    def _reset_device(self) -> Event:
+        # Memory, call and error descriptors stay: QEMU sends them only when they change.
+        self.state.features_acked = 0
+        self.state.device_status = 0
+        for index, vring in enumerate(self.state.vrings):
+            self._retired.append(vring.kick)
+            self.state.vrings[index] = VringState(call=vring.call, error=vring.error)
+        return DeviceReset()
+
+    def _replace(self, old: OwnedFd | None) -> OwnedFd | None:
+        self._retired.append(old)
+        return self.state.unparsed_fds.pop() if self.state.unparsed_fds else None
+
+    def _reply(self, request: Request, payload: Payload | None) -> Payload | None:
+        """What the frontend asked for."""
+        match request, payload:
+            case Request.GET_FEATURES, None:
+                return U64(value=self.offer.all_features)
+            case Request.GET_PROTOCOL_FEATURES, None:
+                return U64(value=self.offer.protocol_features)
+            case Request.GET_QUEUE_NUM, None:
+                return U64(value=self.offer.queue_count)
+            case Request.GET_MAX_MEM_SLOTS, None:
+                return U64(value=self.offer.region_count_max)
+            case Request.GET_STATUS, None:
+                return U64(value=self.state.device_status)
+            case Request.GET_VRING_BASE, VringNumber(index=index):
+                return VringNumber(index=index, number=self.state.vrings[index].next_avail)
+            case Request.GET_CONFIG, ConfigSpace(offset=offset, data=data):
+                return self._read_config(offset, len(data))
+            case _:
+                raise AssertionError(f"{request.name} has no reply")
+
+    def _read_config(self, offset: int, size: int) -> ConfigSpace | None:
+        if offset + size > len(self.config):
+            return None
+        return ConfigSpace(offset=offset, data=self.config[offset : offset + size])

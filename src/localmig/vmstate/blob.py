@@ -92,12 +92,13 @@ class Reader:
         self._all = [fd for _, fd in given]
         self._unclaimed = dict(given)
         self.position = 0
-        outside = [offset for offset in self._unclaimed if not 0 <= offset < len(data)]
-        if outside or len(self._unclaimed) != len(given):
+        for offset in self._unclaimed:
+            if not 0 <= offset < len(data):
+                self.close()
+                raise PeerError(f"a descriptor came at offset {offset} of {len(data)} bytes")
+        if len(self._unclaimed) != len(given):
             self.close()
-            if outside:
-                raise PeerError(f"descriptor at offset {outside[0]} of {len(data)} bytes")
-            raise PeerError(f"{len(given)} descriptors came for {len(self._unclaimed)} places")
+            raise PeerError(f"{len(given)} descriptors came, some at one place")
 
     @property
     def remaining(self) -> int:
@@ -112,7 +113,7 @@ class Reader:
         """The next `size` bytes. PeerError if there are fewer."""
         start, end = self.position, self.position + size
         if end > len(self._data):
-            raise MalformedError(f"needs {size} bytes, {self.remaining} are left")
+            raise MalformedError(f"needs {size} bytes at offset {start}, {self.remaining} are left")
         self.position = end
         return bytes(self._data[start:end])
 
@@ -120,7 +121,7 @@ class Reader:
         """The next bytes as integers. PeerError if there are too few."""
         start, end = self.position, self.position + layout.size
         if end > len(self._data):
-            raise MalformedError(f"needs {layout.size} bytes, {self.remaining} are left")
+            raise MalformedError(f"needs {layout.size} bytes at offset {start}, {self.remaining} are left")
         self.position = end
         return layout.unpack_from(self._data, start)
 

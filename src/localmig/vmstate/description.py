@@ -33,7 +33,8 @@ _VERSION: Final = struct.Struct(">I")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+# Not slotted, against the house rule: a frozen slotted generic cannot be called as `Subsection[NicState](...)`.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Subsection(Generic[T]):
     """Fields of a state that travel only while they are needed; elsewhere they have the dataclass's defaults.
 
@@ -58,7 +59,7 @@ class Subsection(Generic[T]):
         object.__setattr__(self, "layout", _checked_layout(self))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Description(Generic[T]):
     """How a state travels: a section of its own, or a struct inside one.
 
@@ -90,9 +91,7 @@ class Description(Generic[T]):
         assert dataclasses.is_dataclass(self.state)
         attributes = {attribute.name: attribute for attribute in dataclasses.fields(self.state)}
         if sorted(declared) != sorted(attributes):
-            odd = sorted(set(declared) ^ set(attributes)) or sorted(
-                {n for n in declared if declared.count(n) > 1}
-            )
+            odd = sorted(set(declared) ^ set(attributes)) or sorted({n for n in declared if declared.count(n) > 1})
             raise ValueError(
                 f'"{self.name}": fields and attributes of {self.state.__name__} differ in {", ".join(odd)}'
             )
@@ -195,9 +194,7 @@ def _load_subsection(waiting: dict[str, Subsection[Any]], reader: Reader) -> dic
 
 def _checked_version(part: Description[Any] | Subsection[Any], version: int) -> int:
     if not part.oldest_version <= version <= part.version:
-        raise MalformedError(
-            f"came in version {version}, this release reads {part.oldest_version}..{part.version}"
-        )
+        raise MalformedError(f"came in version {version}, this release reads {part.oldest_version}..{part.version}")
     return version
 
 

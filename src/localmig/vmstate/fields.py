@@ -191,9 +191,7 @@ class _Struct(Field):
         super().__init__(name, since)
         if inner.subsections:
             # Nothing would tell where its fields end and a subsection begins: 0x05 may be a field's value.
-            raise ValueError(
-                f'"{inner.name}" has subsections, so it can only be a section, not field "{name}"'
-            )
+            raise ValueError(f'"{inner.name}" has subsections, so it can only be a section, not field "{name}"')
         self.inner = inner
         self._layout = inner.layout
         self._state = inner.state
@@ -260,11 +258,7 @@ class _Array(Field):
             return count + self.element.explain(value[0])
         if value and self.element.is_fixed:
             return count + [{**line, "array_len": len(value)} for line in self.element.explain(value[0])]
-        indexed = [
-            {**line, "index": index}
-            for index, item in enumerate(value)
-            for line in self.element.explain(item)
-        ]
+        indexed = [{**line, "index": index} for index, item in enumerate(value) for line in self.element.explain(item)]
         return count + indexed
 
     def descriptors(self, value: Sequence[Any]) -> Iterator[OwnedFd]:
@@ -326,7 +320,7 @@ class _Run:
         try:
             values = reader.unpack(self.layout)
         except MalformedError:
-            self._report_end(reader.remaining)
+            self._report_end(reader)
             raise
         into.update(zip(self.names, values))  # noqa: B905 - one name a value, and checking it costs a third
         for scalar in self._bools:
@@ -336,14 +330,14 @@ class _Run:
                 error.add_outer(scalar.name)
                 raise
 
-    def _report_end(self, remaining: int) -> None:
-        """Raises for the scalar that does not fit into `remaining` bytes any more."""
+    def _report_end(self, reader: Reader) -> None:
+        """Raises for the first scalar that is not there whole."""
         for scalar in self.scalars:
-            if remaining < scalar.layout.size:
-                error = MalformedError(f"needs {scalar.layout.size} bytes, {remaining} are left")
+            try:
+                reader.unpack(scalar.layout)
+            except MalformedError as error:
                 error.add_outer(scalar.name)
-                raise error
-            remaining -= scalar.layout.size
+                raise
 
 
 class Layout:
@@ -482,9 +476,7 @@ def struct(name: str, inner: Description[Any], *, since: int = 1) -> Field:
     return _Struct(name, since, inner)
 
 
-def array(
-    name: str, element: Description[Any] | Callable[[str], Field], *, count_max: int, since: int = 1
-) -> Field:
+def array(name: str, element: Description[Any] | Callable[[str], Field], *, count_max: int, since: int = 1) -> Field:
     """A sequence of at most `count_max` elements; a tuple once loaded.
 
     Args:

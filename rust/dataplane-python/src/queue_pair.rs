@@ -1,0 +1,210 @@
+//! Binding of the queue pair, its rings and counters.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dataplane::queue_pair::Error;
+use dataplane::split::{Features, Layout};
+use dataplane::{Config, Positions, RingSpec};
+use pyo3::exceptions::{PyRuntimeError, PyTimeoutError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::memory::GuestMemory;
+
+/// Where one split virtqueue is.
+#[pyclass(frozen, module = "localmig.dataplane._dataplane")]
+pub struct Ring {
+    spec: RingSpec,
+}
+
+#[pymethods]
+impl Ring {
+    #[new]
+    #[pyo3(signature = (*, size, descriptor_table, avail_ring, used_ring, kick_fd, call_fd, error_fd, next_avail))]
+    #[allow(clippy::too_many_arguments)] // keyword-only in Python
+    fn new(
+        size: u32,
+        descriptor_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+        kick_fd: RawFd,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+        next_avail: Option<u16>,
+    ) -> Self {
+        let layout = Layout { size, descriptor_table, avail_ring, used_ring };
+        Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail } }
+    }
+}
+
+/// What a queue pair did, in the guest's view.
+#[pyclass(module = "localmig.dataplane._dataplane", get_all, set_all, eq)]
+#[derive(Clone, Copy, PartialEq)]
+pub struct Counters {
+    rx_packets: u64,
+    rx_bytes: u64,
+    rx_dropped: u64,
+    tx_packets: u64,
+    tx_bytes: u64,
+    tx_dropped: u64,
+    kicks: u64,
+    calls: u64,
+}
+
+#[pymethods]
+impl Counters {
+    #[new]
+    #[pyo3(signature = (*, rx_packets=0, rx_bytes=0, rx_dropped=0, tx_packets=0, tx_bytes=0, tx_dropped=0, kicks=0, calls=0))]
+    #[allow(clippy::too_many_arguments)] // keyword-only in Python
+    fn new(
+        rx_packets: u64,
+        rx_bytes: u64,
+        rx_dropped: u64,
+        tx_packets: u64,
+        tx_bytes: u64,
+        tx_dropped: u64,
+        kicks: u64,
+        calls: u64,
+    ) -> Self {
+        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Counters(rx_packets={}, rx_bytes={}, rx_dropped={}, tx_packets={}, tx_bytes={}, tx_dropped={}, kicks={}, \
+             calls={})",
+            self.rx_packets,
+            self.rx_bytes,
+            self.rx_dropped,
+            self.tx_packets,
+            self.tx_bytes,
+            self.tx_dropped,
+            self.kicks,
+            self.calls
+        )
+    }
+}
+
+impl From<dataplane::Counters> for Counters {
+    fn from(counters: dataplane::Counters) -> Self {
+        let dataplane::Counters {
+            rx_packets,
+            rx_bytes,
+            rx_dropped,
+            tx_packets,
+            tx_bytes,
+            tx_dropped,
+            kicks,
+            calls,
+        } = counters;
+        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
+    }
+}
+
+impl From<&Counters> for dataplane::Counters {
+    fn from(counters: &Counters) -> Self {
+        let Counters { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls } =
+            *counters;
+        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
+    }
+}
+
+/// One queue pair of a NIC and its thread, which runs without the GIL.
+#[pyclass(frozen, module = "localmig.dataplane._dataplane")]
+pub struct QueuePair {
+    inner: dataplane::queue_pair::QueuePair,
+}
+
+fn refused(error: Error) -> PyErr {
+    match error {
+        Error::Invalid(reason) => PyValueError::new_err(reason),
+        error => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+fn pair(positions: Positions) -> (Option<u16>, Option<u16>) {
+    (positions.rx, positions.tx)
+}
+
+#[pymethods]
+impl QueuePair {
+    #[new]
+    fn new(name: &str, event_fd: RawFd) -> PyResult<Self> {
+        Ok(Self { inner: dataplane::queue_pair::QueuePair::new(name, event_fd)? })
+    }
+
+    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, event_index, indirect, mergeable, rx, tx))]
+    #[allow(clippy::too_many_arguments)] // keyword-only in Python
+    fn configure(
+        &self,
+        py: Python<'_>,
+        memory: &GuestMemory,
+        tap_fd: RawFd,
+        header_length: usize,
+        frame_length_max: u32,
+        event_index: bool,
+        indirect: bool,
+        mergeable: bool,
+        rx: Option<&Ring>,
+        tx: Option<&Ring>,
+    ) -> PyResult<()> {
+        let config = Config {
+            memory: Arc::clone(&memory.inner),
+            tap_fd,
+            header_length,
+            frame_length_max: frame_length_max as usize,
+            features: Features { event_index, indirect },
+            mergeable,
+            rx: rx.map(|ring| ring.spec),
+            tx: tx.map(|ring| ring.spec),
+        };
+        py.detach(|| self.inner.configure(&config)).map_err(refused)
+    }
+
+    fn set_positions(&self, rx_next_avail: Option<u16>, tx_next_avail: Option<u16>) -> PyResult<()> {
+        self.inner.set_positions(rx_next_avail, tx_next_avail).map_err(refused)
+    }
+
+    fn start(&self) -> PyResult<()> {
+        self.inner.start().map_err(refused)
+    }
+
+    fn wait_started(&self, py: Python<'_>, timeout_ms: u64) -> PyResult<u64> {
+        py.detach(|| self.inner.wait_started(Duration::from_millis(timeout_ms))).ok_or_else(|| {
+            PyTimeoutError::new_err(format!("the queue pair did not start within {timeout_ms} ms"))
+        })
+    }
+
+    fn stop(&self, py: Python<'_>) -> (Option<u16>, Option<u16>) {
+        pair(py.detach(|| self.inner.stop()))
+    }
+
+    fn positions(&self) -> (Option<u16>, Option<u16>) {
+        pair(self.inner.positions())
+    }
+
+    fn is_running(&self) -> bool {
+        self.inner.is_running()
+    }
+
+    fn counters(&self) -> Counters {
+        self.inner.counters().into()
+    }
+
+    fn set_counters(&self, counters: PyRef<'_, Counters>) -> PyResult<()> {
+        self.inner.set_counters(&(&*counters).into()).map_err(refused)
+    }
+
+    fn take_ring_errors(&self) -> Vec<(String, String)> {
+        self.inner.take_ring_errors().into_iter().map(|(side, reason)| (side.to_string(), reason)).collect()
+    }
+
+    fn release(&self, py: Python<'_>) {
+        py.detach(|| self.inner.release());
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.inner.close());
+    }
+}

@@ -1,0 +1,558 @@
+//! Moving packets between a TAP and two rings, a bounded batch at a time.
+//!
+//! Owns:        receiving into the guest's buffers, transmitting from them, what is waited for when neither can go on.
+//! Never sees:  threads and locks, and when to stop but for a flag it looks at between packets.
+//! Read next:   `queue_pair`, the thread that calls this.
+//!
+//! Nothing is copied here: the TAP reads and writes guest memory. A frame that was read is always delivered before
+//! anything else happens, because a read from a TAP cannot be undone.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use crate::counters::LiveCounters;
+use crate::memory::GuestMemory;
+use crate::split::{Chain, Direction, Features, Layout, RingError, SplitRing, CHAIN_BUFFERS_MAX};
+use crate::sys;
+
+/// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.
+const BATCH_PACKETS: usize = 64;
+
+/// The length of a virtio-net header with `num_buffers`, its last field.
+const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
+
+/// Where in that header `num_buffers` stands.
+const NUM_BUFFERS_OFFSET: usize = 10;
+
+/// One of the two rings of a pair, in the guest's view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Rx,
+    Tx,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rx => "rx",
+            Self::Tx => "tx",
+        })
+    }
+}
+
+/// A ring as the frontend describes it; untrusted. Descriptors are borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct RingSpec {
+    pub layout: Layout,
+    pub kick_fd: RawFd,
+    pub call_fd: Option<RawFd>,
+    pub error_fd: Option<RawFd>,
+    /// Where to start; None is the used index in guest memory.
+    pub next_avail: Option<u16>,
+}
+
+/// All there is to know to run a pair.
+#[derive(Debug)]
+pub struct Config {
+    pub memory: Arc<GuestMemory>,
+    /// Borrowed, in non-blocking mode, with a vnet header of `header_length`.
+    pub tap_fd: RawFd,
+    /// The virtio-net header's length, 10 or 12.
+    pub header_length: usize,
+    /// The longest frame the TAP may deliver, without the header.
+    pub frame_length_max: usize,
+    pub features: Features,
+    pub mergeable: bool,
+    pub rx: Option<RingSpec>,
+    pub tx: Option<RingSpec>,
+}
+
+/// Where the two rings go on; None is a ring that is not configured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Positions {
+    pub rx: Option<u16>,
+    pub tx: Option<u16>,
+}
+
+/// What one direction waits for after its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    /// Its next turn.
+    Nothing,
+    /// The guest: buffers to receive into, or packets to send.
+    Guest,
+    /// The TAP: a frame, or room for one.
+    Tap,
+    /// It cannot go on.
+    Forever,
+}
+
+/// A ring with its descriptors, and whether it still runs.
+#[derive(Debug)]
+struct RingEnd {
+    ring: SplitRing,
+    kick_fd: RawFd,
+    call_fd: Option<RawFd>,
+    error_fd: Option<RawFd>,
+    /// Where `begin` starts it.
+    start: Option<u16>,
+    failed: bool,
+    wait: Wait,
+}
+
+impl RingEnd {
+    fn new(spec: &RingSpec, features: Features, memory: &GuestMemory) -> Result<Self, String> {
+        Ok(Self {
+            ring: SplitRing::new(&spec.layout, features, memory)?,
+            kick_fd: spec.kick_fd,
+            call_fd: spec.call_fd,
+            error_fd: spec.error_fd,
+            start: spec.next_avail,
+            failed: false,
+            wait: Wait::Nothing,
+        })
+    }
+
+    fn begin(&mut self) {
+        self.ring.begin(self.start);
+        self.wait = Wait::Nothing;
+    }
+
+    /// Where `begin` would go on.
+    fn position(&self) -> u16 {
+        self.start.unwrap_or_else(|| self.ring.used_index())
+    }
+
+    fn call_if_due(&mut self, counters: &LiveCounters) {
+        if self.ring.call_due() {
+            if let Some(fd) = self.call_fd {
+                sys::signal(fd);
+                counters.calls.add(1);
+            }
+        }
+    }
+
+    /// Stops this ring for good: only another configuration makes it run again.
+    fn fail(&mut self) {
+        self.failed = true;
+        self.wait = Wait::Forever;
+        if let Some(fd) = self.error_fd {
+            sys::signal(fd);
+        }
+    }
+}
+
+/// Chains taken from the receive ring that no frame was put into yet. They count as available until one is.
+#[derive(Debug, Default)]
+struct Window {
+    /// The buffers of the chains, in order, behind `used` ones of chains that are gone.
+    buffers: Vec<libc::iovec>,
+    used: usize,
+    chains: VecDeque<Chain>,
+    length: u64,
+    slots: usize,
+}
+
+// SAFETY: the buffers are guest memory, which any thread may access.
+unsafe impl Send for Window {}
+
+impl Window {
+    fn push(&mut self, chain: Chain) {
+        self.length += chain.length;
+        self.slots += usize::from(chain.slots);
+        self.chains.push_back(chain);
+    }
+
+    fn pop(&mut self) -> Option<Chain> {
+        let chain = self.chains.pop_front()?;
+        self.length -= chain.length;
+        self.slots -= usize::from(chain.slots);
+        self.used += chain.buffers;
+        Some(chain)
+    }
+
+    /// Forgets used buffers where that is cheap: when none is left behind them, or when they are many.
+    fn tidy(&mut self) {
+        if self.used == self.buffers.len() || self.used > CHAIN_BUFFERS_MAX {
+            self.buffers.drain(..self.used);
+            self.used = 0;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.buffers.clear();
+        self.chains.clear();
+        (self.used, self.length, self.slots) = (0, 0, 0);
+    }
+}
+
+/// The descriptors a pair sleeps on, in this order.
+pub(crate) const WATCHED: usize = 3;
+const WATCH_TAP: usize = 0;
+const WATCH_RX_KICK: usize = 1;
+const WATCH_TX_KICK: usize = 2;
+
+/// A configured pair. Its memory stays mapped as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Pump {
+    tap_fd: RawFd,
+    tap_gone: bool,
+    header_length: usize,
+    /// Bytes a frame and its header may need.
+    room: u64,
+    mergeable: bool,
+    rx: Option<RingEnd>,
+    tx: Option<RingEnd>,
+    window: Window,
+    /// The buffers of the chain being transmitted.
+    outgoing: Outgoing,
+    /// What went wrong since it was last taken.
+    failures: Vec<(Side, String)>,
+    memory: Arc<GuestMemory>,
+}
+
+#[derive(Debug, Default)]
+struct Outgoing(Vec<libc::iovec>);
+
+// SAFETY: as for `Window`.
+unsafe impl Send for Outgoing {}
+
+impl Pump {
+    /// Checks the configuration and touches neither the TAP nor guest memory.
+    ///
+    /// # Errors
+    /// A text that says what is wrong.
+    pub(crate) fn new(config: &Config) -> Result<Self, String> {
+        if ![NUM_BUFFERS_OFFSET, HEADER_LENGTH_WITH_BUFFERS].contains(&config.header_length) {
+            return Err(format!("a virtio-net header has 10 or 12 bytes, not {}", config.header_length));
+        }
+        if config.mergeable && config.header_length != HEADER_LENGTH_WITH_BUFFERS {
+            return Err(format!("mergeable buffers need a header of 12 bytes, not {}", config.header_length));
+        }
+        let end = |side: Side, spec: &Option<RingSpec>| {
+            let end = spec.as_ref().map(|spec| RingEnd::new(spec, config.features, &config.memory));
+            end.transpose().map_err(|reason| format!("{side} ring: {reason}"))
+        };
+        Ok(Self {
+            tap_fd: config.tap_fd,
+            tap_gone: false,
+            header_length: config.header_length,
+            room: config.header_length as u64 + config.frame_length_max as u64,
+            mergeable: config.mergeable,
+            rx: end(Side::Rx, &config.rx)?,
+            tx: end(Side::Tx, &config.tx)?,
+            window: Window::default(),
+            outgoing: Outgoing::default(),
+            failures: Vec::new(),
+            memory: Arc::clone(&config.memory),
+        })
+    }
+
+    /// Makes both rings ready to run from their positions, and their first turn call the guest.
+    pub(crate) fn begin(&mut self) {
+        self.tap_gone = false;
+        self.rx.iter_mut().for_each(RingEnd::begin);
+        self.tx.iter_mut().for_each(RingEnd::begin);
+    }
+
+    /// Ends what `begin` began: no chain is held, the guest knows of every used one.
+    pub(crate) fn settle(&mut self, counters: &LiveCounters) {
+        if let Some(rx) = &mut self.rx {
+            rx.ring
+                .untake(u16::try_from(self.window.chains.len()).expect("no more chains than the ring has"));
+        }
+        self.window.clear();
+        for end in self.rx.iter_mut().chain(&mut self.tx) {
+            end.call_if_due(counters);
+            end.start = Some(end.ring.next_avail());
+        }
+    }
+
+    /// Where running rings would go on if they were stopped now.
+    pub(crate) fn next_positions(&self) -> Positions {
+        let held = self.window.chains.len() as u16;
+        Positions {
+            rx: self.rx.as_ref().map(|rx| rx.ring.next_avail().wrapping_sub(held)),
+            tx: self.tx.as_ref().map(|tx| tx.ring.next_avail()),
+        }
+    }
+
+    /// Where rings that do not run begin.
+    pub(crate) fn positions(&self) -> Positions {
+        Positions { rx: self.rx.as_ref().map(RingEnd::position), tx: self.tx.as_ref().map(RingEnd::position) }
+    }
+
+    /// Sets where configured rings begin.
+    pub(crate) fn set_positions(&mut self, rx: Option<u16>, tx: Option<u16>) {
+        for (end, position) in [(&mut self.rx, rx), (&mut self.tx, tx)] {
+            if let Some(end) = end {
+                end.start = position;
+            }
+        }
+    }
+
+    pub(crate) fn take_failures(&mut self) -> Vec<(Side, String)> {
+        std::mem::take(&mut self.failures)
+    }
+
+    /// One turn for each direction. False if both have to wait.
+    pub(crate) fn turn(&mut self, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+        self.transmit(stop, counters);
+        self.receive(stop, counters);
+        self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
+    }
+
+    fn transmit(&mut self, stop: &AtomicBool, counters: &LiveCounters) {
+        let Some(tx) = self.tx.as_mut().filter(|end| !end.failed) else { return };
+        let buffers = &mut self.outgoing.0;
+        tx.ring.disarm();
+        tx.wait = Wait::Nothing;
+        for _ in 0..BATCH_PACKETS {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            buffers.clear();
+            let chain = match tx.ring.take(&self.memory, Direction::FromGuest, buffers) {
+                Ok(Some(chain)) => chain,
+                Ok(None) => {
+                    tx.wait = Wait::Guest;
+                    break;
+                }
+                Err(error) => {
+                    tx.fail();
+                    self.failures.push((Side::Tx, error.to_string()));
+                    break;
+                }
+            };
+            if chain.length < self.header_length as u64 {
+                tx.ring.untake(1);
+                tx.fail();
+                let error =
+                    RingError::ChainTooShort { length: chain.length, header_length: self.header_length };
+                self.failures.push((Side::Tx, error.to_string()));
+                break;
+            }
+            let sent = if self.tap_gone {
+                Err(io::ErrorKind::NotFound.into())
+            } else {
+                sys::writev(self.tap_fd, buffers)
+            };
+            match sent {
+                Ok(_) => {
+                    counters.tx_packets.add(1);
+                    counters.tx_bytes.add(chain.length - self.header_length as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    tx.ring.untake(1);
+                    tx.wait = Wait::Tap;
+                    break;
+                }
+                // The interface is down, the kernel refuses the header, or has no memory: a packet is lost, as on
+                // any wire. A TAP that is gone for good is found by whoever waits for it.
+                Err(_) => counters.tx_dropped.add(1),
+            }
+            tx.ring.complete(&chain, 0);
+            tx.ring.publish();
+        }
+        tx.call_if_due(counters);
+    }
+
+    fn receive(&mut self, stop: &AtomicBool, counters: &LiveCounters) {
+        let Some(rx) = self.rx.as_mut().filter(|end| !end.failed) else { return };
+        if self.tap_gone {
+            rx.wait = Wait::Forever;
+            rx.call_if_due(counters);
+            return;
+        }
+        rx.ring.disarm();
+        rx.wait = Wait::Nothing;
+        let window = &mut self.window;
+        for _ in 0..BATCH_PACKETS {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            match gather(rx, window, &self.memory, self.mergeable, self.header_length, self.room) {
+                Ok(true) => {}
+                Ok(false) => {
+                    rx.wait = Wait::Guest;
+                    break;
+                }
+                Err(error) => {
+                    rx.fail();
+                    self.failures.push((Side::Rx, error.to_string()));
+                    break;
+                }
+            }
+            match read_frame(self.tap_fd, window) {
+                // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
+                Ok(length) if length > window.length || length < self.header_length as u64 => {
+                    if length == 0 {
+                        self.tap_gone = true;
+                        rx.wait = Wait::Forever;
+                        self.failures.push((Side::Rx, "TAP: end of file".into()));
+                        break;
+                    }
+                    counters.rx_dropped.add(1);
+                }
+                Ok(length) => {
+                    deliver(rx, window, length, self.header_length);
+                    counters.rx_packets.add(1);
+                    counters.rx_bytes.add(length - self.header_length as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    rx.wait = Wait::Tap;
+                    break;
+                }
+                Err(error) => {
+                    self.tap_gone = true;
+                    rx.wait = Wait::Forever;
+                    self.failures.push((Side::Rx, format!("TAP: {error}")));
+                    break;
+                }
+            }
+        }
+        rx.call_if_due(counters);
+    }
+
+    /// Says what to sleep on. False if there is work after all.
+    pub(crate) fn watch(&mut self, fds: &mut [libc::pollfd]) -> bool {
+        fds.fill(libc::pollfd { fd: -1, events: 0, revents: 0 });
+        let mut tap_events = 0;
+        let mut idle = true;
+        let ends = [
+            (Side::Rx, self.rx.as_mut(), WATCH_RX_KICK, libc::POLLIN),
+            (Side::Tx, self.tx.as_mut(), WATCH_TX_KICK, libc::POLLOUT),
+        ];
+        for (side, end, kick, tap_event) in ends {
+            let Some(end) = end else { continue };
+            match end.wait {
+                Wait::Nothing => idle = false,
+                Wait::Tap => tap_events |= tap_event,
+                Wait::Forever => {}
+                Wait::Guest => match end.ring.arm() {
+                    Ok(more) => {
+                        idle &= !more;
+                        fds[kick].fd = end.kick_fd;
+                        fds[kick].events = libc::POLLIN;
+                    }
+                    Err(error) => {
+                        end.fail();
+                        self.failures.push((side, error.to_string()));
+                    }
+                },
+            }
+        }
+        if !self.tap_gone {
+            // Also where nothing is asked of it: that it goes away is always told.
+            fds[WATCH_TAP].fd = self.tap_fd;
+            fds[WATCH_TAP].events = tap_events;
+        }
+        idle
+    }
+
+    /// Takes note of what ended the sleep.
+    pub(crate) fn woken(&mut self, fds: &[libc::pollfd], counters: &LiveCounters) {
+        let tap = fds[WATCH_TAP].revents;
+        if tap & libc::POLLIN == 0 && tap & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0 {
+            self.tap_gone = true;
+            self.failures.push((Side::Rx, "TAP: the interface is gone".into()));
+        }
+        let ends = [(Side::Rx, self.rx.as_mut(), WATCH_RX_KICK), (Side::Tx, self.tx.as_mut(), WATCH_TX_KICK)];
+        for (side, end, kick) in ends {
+            let Some(end) = end.filter(|_| fds[kick].revents != 0) else { continue };
+            match sys::drain(end.kick_fd) {
+                Ok(rung) => counters.kicks.add(rung.into()),
+                Err(error) => {
+                    // Whatever the frontend sent as a kick eventfd, it would wake us for ever.
+                    end.fail();
+                    self.failures.push((side, format!("kick eventfd: {error}")));
+                }
+            }
+        }
+    }
+}
+
+/// Fills the window until a frame may be read into it; false if the guest has to make more available first.
+fn gather(
+    rx: &mut RingEnd,
+    window: &mut Window,
+    memory: &GuestMemory,
+    mergeable: bool,
+    header_length: usize,
+    room: u64,
+) -> Result<bool, RingError> {
+    loop {
+        let enough = if mergeable {
+            // A ring that cannot hold a frame however long we wait takes what fits.
+            window.length >= room || window.slots >= usize::from(rx.ring.size())
+        } else {
+            !window.chains.is_empty()
+        };
+        if enough {
+            return Ok(true);
+        }
+        let before = window.buffers.len();
+        let Some(chain) = rx.ring.take(memory, Direction::ToGuest, &mut window.buffers)? else {
+            return Ok(false);
+        };
+        if chain.length < header_length as u64 {
+            rx.ring.untake(1);
+            return Err(RingError::ChainTooShort { length: chain.length, header_length });
+        }
+        if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
+            // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
+            window.buffers.truncate(before);
+            rx.ring.untake(1);
+            return Ok(true);
+        }
+        window.push(chain);
+    }
+}
+
+/// Reads one frame into the window; more bytes than the window has tell of a frame that did not fit.
+fn read_frame(tap_fd: RawFd, window: &mut Window) -> io::Result<u64> {
+    let mut spare = 0u8;
+    window.buffers.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
+    let length = sys::readv(tap_fd, &window.buffers[window.used..]);
+    window.buffers.pop();
+    length
+}
+
+/// Gives the guest the frame of `length` bytes, header included, that stands in the window's first chains.
+fn deliver(rx: &mut RingEnd, window: &mut Window, length: u64, header_length: usize) {
+    let first = window.used;
+    let mut left = length;
+    let mut count = 0u16;
+    while left > 0 {
+        let chain = window.pop().expect("the caller checked that the frame fits");
+        let written = left.min(chain.length);
+        rx.ring.complete(&chain, u32::try_from(written).expect("a read gives less than 2 GiB"));
+        left -= written;
+        count += 1;
+    }
+    if header_length == HEADER_LENGTH_WITH_BUFFERS {
+        // The kernel leaves this field alone, and it must be 1 also where buffers are not merged.
+        write_num_buffers(&window.buffers[first..window.used], count);
+    }
+    window.tidy();
+    rx.ring.publish();
+}
+
+/// Writes `num_buffers` into the header at the start of `buffers`, which may lie across several.
+fn write_num_buffers(buffers: &[libc::iovec], count: u16) {
+    let mut offset = NUM_BUFFERS_OFFSET;
+    let mut bytes = count.to_le_bytes().into_iter();
+    for buffer in buffers {
+        while offset < buffer.iov_len {
+            let Some(byte) = bytes.next() else { return };
+            // SAFETY: `offset` is inside the buffer, which is mapped guest memory.
+            unsafe { buffer.iov_base.cast::<u8>().add(offset).write_volatile(byte) };
+            offset += 1;
+        }
+        offset -= buffer.iov_len;
+    }
+}

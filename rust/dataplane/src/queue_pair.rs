@@ -1,0 +1,378 @@
+//! One queue pair's thread: started, stopped between two packets, parked, joined.
+//!
+//! Owns:        the thread and the order of locks and flags that makes a stop quick.
+//! Never sees:  what a packet or a ring is; that is `pump`.
+//! Read next:   the binding in `rust/dataplane-python`.
+//!
+//! How a stop stays quick. The thread holds the lock while it moves packets and lets it go before it sleeps in
+//! poll(2). Whoever stops raises a flag, which the thread looks at between two packets, and takes the lock: then the
+//! rings stand still, be the thread parked, asleep or on its way. A sleeping thread is not even woken; it finds
+//! out when something else wakes it, and touches nothing then.
+//!
+//! **Invariant**: only the holder of the lock touches rings, TAP and eventfds, and only while `running`.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub use crate::counters::Counters;
+use crate::counters::LiveCounters;
+use crate::pump::{Config, Positions, Pump, Side, WATCHED};
+use crate::sys;
+
+/// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
+/// only come from an owner that never takes them.
+const RING_ERRORS_MAX: usize = 16;
+
+/// Why a call was refused; nothing was changed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Error {
+    Running,
+    NotConfigured,
+    Closed,
+    Invalid(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Running => f.write_str("the queue pair runs"),
+            Self::NotConfigured => f.write_str("the queue pair is not configured"),
+            Self::Closed => f.write_str("the queue pair is closed"),
+            Self::Invalid(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What the lock guards.
+#[derive(Debug, Default)]
+struct State {
+    pump: Option<Pump>,
+    running: bool,
+    closing: bool,
+    /// The thread waits for `resumed` and holds no reference to any descriptor.
+    parked: bool,
+    /// Counts starts: a thread that slept through a stop and a start must not mistake old news for new.
+    starts: u64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Wakes the parked thread.
+    resumed: Condvar,
+    /// Tells that the thread parked.
+    parked: Condvar,
+    /// When the thread began its first scan after the last start. Apart from `state`, because a thread that moves
+    /// packets leaves hardly a moment between two holds of that lock.
+    started_at_ns: Mutex<Option<u64>>,
+    started: Condvar,
+    /// Someone wants the lock to stop the rings.
+    stop_requested: AtomicBool,
+    /// Copies of `state`, for those who must not wait for the lock.
+    running: AtomicBool,
+    positions: AtomicU64,
+    counters: LiveCounters,
+    errors: Mutex<Vec<(Side, String)>>,
+    event_fd: RawFd,
+    /// An eventfd that ends the thread's sleep.
+    wake_fd: OwnedFd,
+}
+
+/// A lock whose holder panicked has nothing half-done that matters more than going on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A queue pair. Its thread parks until `start`.
+#[derive(Debug)]
+pub struct QueuePair {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl QueuePair {
+    /// Creates the pair and its thread. `event_fd` is a borrowed eventfd, signalled when there is a ring error to take.
+    ///
+    /// # Errors
+    /// The kernel gave no eventfd or no thread.
+    pub fn new(name: &str, event_fd: RawFd) -> io::Result<Self> {
+        // SAFETY: plain system call.
+        let wake_fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if wake_fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            resumed: Condvar::new(),
+            parked: Condvar::new(),
+            started_at_ns: Mutex::default(),
+            started: Condvar::new(),
+            stop_requested: AtomicBool::new(false),
+            running: AtomicBool::new(false),
+            positions: AtomicU64::new(pack(Positions::default())),
+            counters: LiveCounters::default(),
+            errors: Mutex::default(),
+            event_fd,
+            // SAFETY: the descriptor was made just above and has no other owner.
+            wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
+        });
+        let worker = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || worker.work())?;
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Locks a pair that does not run.
+    fn idle(&self) -> Result<MutexGuard<'_, State>, Error> {
+        // Asked first without the lock, which a running thread hardly ever leaves free.
+        if self.is_running() {
+            return Err(Error::Running);
+        }
+        let state = lock(&self.shared.state);
+        if state.running {
+            return Err(Error::Running);
+        }
+        if state.closing {
+            return Err(Error::Closed);
+        }
+        Ok(state)
+    }
+
+    /// Sets all there is to know; touches neither the TAP nor guest memory.
+    ///
+    /// # Errors
+    /// The pair runs, or the configuration is wrong. Nothing changed.
+    pub fn configure(&self, config: &Config) -> Result<(), Error> {
+        let mut state = self.idle()?;
+        let old = state.pump.replace(Pump::new(config).map_err(Error::Invalid)?);
+        drop(state);
+        drop(old); // this may unmap memory, which takes a while
+        Ok(())
+    }
+
+    /// Sets where the rings go on; None is the used index in guest memory. Not for rings that are not configured.
+    ///
+    /// # Errors
+    /// The pair runs or is not configured. Nothing changed.
+    pub fn set_positions(&self, rx: Option<u16>, tx: Option<u16>) -> Result<(), Error> {
+        let mut state = self.idle()?;
+        state.pump.as_mut().ok_or(Error::NotConfigured)?.set_positions(rx, tx);
+        Ok(())
+    }
+
+    /// Lets the thread run: one scan of both rings and the TAP before it sleeps, and a call on both rings.
+    ///
+    /// # Errors
+    /// The pair runs already or is not configured. Nothing changed.
+    pub fn start(&self) -> Result<(), Error> {
+        let shared = &self.shared;
+        let mut state = self.idle()?;
+        state.pump.as_mut().ok_or(Error::NotConfigured)?.begin();
+        *lock(&shared.started_at_ns) = None;
+        state.running = true;
+        state.starts += 1;
+        shared.running.store(true, Ordering::Release);
+        let parked = state.parked;
+        drop(state);
+        if parked {
+            shared.resumed.notify_one();
+        } else {
+            // It never noticed the last stop and sleeps on what mattered then.
+            sys::signal(shared.wake_fd.as_raw_fd());
+        }
+        Ok(())
+    }
+
+    /// CLOCK_MONOTONIC nanoseconds at which the thread began its first scan after the last start; None after `timeout`.
+    #[must_use]
+    pub fn wait_started(&self, timeout: Duration) -> Option<u64> {
+        let at = lock(&self.shared.started_at_ns);
+        let waited = self.shared.started.wait_timeout_while(at, timeout, |at| at.is_none());
+        let (at, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
+        *at
+    }
+
+    /// Stops between two packets; gives where the rings would go on.
+    ///
+    /// Afterwards no ring, no TAP and no eventfd is touched, every used buffer was told to the guest, and no packet
+    /// is held. Stopping a stopped pair gives the same answer.
+    pub fn stop(&self) -> Positions {
+        let shared = &self.shared;
+        shared.stop_requested.store(true, Ordering::Relaxed);
+        let mut state = lock(&shared.state);
+        shared.stop_requested.store(false, Ordering::Relaxed);
+        let running = std::mem::take(&mut state.running);
+        shared.running.store(false, Ordering::Release);
+        let Some(pump) = &mut state.pump else { return Positions::default() };
+        if running {
+            pump.settle(&shared.counters);
+        }
+        pump.positions()
+    }
+
+    /// Where the rings would go on; exact while stopped, else a moment old.
+    #[must_use]
+    pub fn positions(&self) -> Positions {
+        match self.idle() {
+            Ok(state) => state.pump.as_ref().map(Pump::positions).unwrap_or_default(),
+            Err(_) => unpack(self.shared.positions.load(Ordering::Relaxed)),
+        }
+    }
+
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.shared.running.load(Ordering::Acquire)
+    }
+
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.shared.counters.get()
+    }
+
+    /// Counting goes on from `counters`.
+    ///
+    /// # Errors
+    /// The pair runs. Nothing changed.
+    pub fn set_counters(&self, counters: &Counters) -> Result<(), Error> {
+        let _state = self.idle()?;
+        self.shared.counters.set(counters);
+        Ok(())
+    }
+
+    /// Each ring that failed since the last call, with the reason.
+    #[must_use]
+    pub fn take_ring_errors(&self) -> Vec<(Side, String)> {
+        std::mem::take(&mut lock(&self.shared.errors))
+    }
+
+    /// Stops and forgets rings, memory and descriptors; the thread is parked afterwards. `configure` makes the pair
+    /// usable again.
+    pub fn release(&self) {
+        self.stop();
+        let shared = &self.shared;
+        let mut state = lock(&shared.state);
+        if !state.parked && !state.closing {
+            // A sleeper keeps what it sleeps on alive in the kernel, a TAP for one.
+            sys::signal(shared.wake_fd.as_raw_fd());
+            let parked = shared.parked.wait_while(state, |state| !state.parked && !state.closing);
+            state = parked.unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        let pump = state.pump.take();
+        drop(state);
+        drop(pump); // this may unmap memory, which takes a while
+    }
+
+    /// Stops, ends the thread and waits for its end. Idempotent.
+    pub fn close(&self) {
+        self.release();
+        lock(&self.shared.state).closing = true;
+        self.shared.resumed.notify_one();
+        sys::signal(self.shared.wake_fd.as_raw_fd());
+        if let Some(thread) = lock(&self.thread).take() {
+            // A panic of the thread was printed when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    /// The thread.
+    fn work(&self) {
+        block_signals();
+        let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED + 1];
+        let mut state = self.park(lock(&self.state));
+        let mut starts = 0;
+        while !state.closing {
+            let State { pump: Some(pump), starts: starts_now, .. } = &mut *state else {
+                unreachable!("a pair that runs is configured")
+            };
+            if starts != *starts_now {
+                starts = *starts_now;
+                *lock(&self.started_at_ns) = Some(sys::monotonic_ns());
+                self.started.notify_all();
+            }
+            let (wake, watched) = fds.split_first_mut().expect("one more than watched");
+            let sleep = !pump.turn(&self.stop_requested, &self.counters) && pump.watch(watched);
+            self.positions.store(pack(pump.next_positions()), Ordering::Relaxed);
+            self.report(pump.take_failures());
+            if sleep {
+                *wake = libc::pollfd { fd: self.wake_fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                drop(state);
+                // Without memory to sleep with, the next scan comes at once; it has nothing else to lose.
+                let _ = sys::poll(&mut fds);
+                state = self.park(lock(&self.state));
+                self.after_sleep(&mut state, starts, &fds);
+            } else {
+                drop(state);
+                state = self.park(lock(&self.state));
+            }
+        }
+    }
+
+    /// Waits until the rings are to run and nobody is about to stop them.
+    fn park<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while (!state.running || self.stop_requested.load(Ordering::Relaxed)) && !state.closing {
+            state.parked = true;
+            self.parked.notify_all();
+            state = self.resumed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+            state.parked = false;
+        }
+        state
+    }
+
+    /// Takes what woke the thread to the pump, unless the rings were stopped meanwhile: then it belongs to whoever
+    /// runs them next, and a start scans everything anyway.
+    fn after_sleep(&self, state: &mut State, starts: u64, fds: &[libc::pollfd]) {
+        if fds[0].revents != 0 {
+            // Our own eventfd cannot fail.
+            let _ = sys::drain(self.wake_fd.as_raw_fd());
+        }
+        if let Some(pump) = state.pump.as_mut().filter(|_| state.running && state.starts == starts) {
+            pump.woken(&fds[1..], &self.counters);
+        }
+    }
+
+    fn report(&self, failures: Vec<(Side, String)>) {
+        if failures.is_empty() {
+            return;
+        }
+        let mut errors = lock(&self.errors);
+        errors.extend(failures);
+        errors.truncate(RING_ERRORS_MAX);
+        drop(errors);
+        sys::signal(self.event_fd);
+    }
+}
+
+/// Signals are for the threads that handle them; this one would only have its sleep cut short.
+fn block_signals() {
+    // SAFETY: the set is filled before it is used, and only this thread's mask changes.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+    }
+}
+
+/// Positions as one word: 16 bits each, and a bit above them where there is one.
+fn pack(positions: Positions) -> u64 {
+    let half = |position: Option<u16>| position.map_or(0, |position| 1 << 16 | u64::from(position));
+    half(positions.rx) << 32 | half(positions.tx)
+}
+
+fn unpack(word: u64) -> Positions {
+    let half = |word: u64| (word >> 16 & 1 != 0).then_some((word & 0xffff) as u16);
+    Positions { rx: half(word >> 32), tx: half(word) }
+}

@@ -1,0 +1,205 @@
+//! A guest made of plain memory: it writes rings by hand, so that it can write them wrong.
+#![allow(dead_code)] // each test file uses a part
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{fence, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dataplane::memory::{GuestMemory, RegionSpec};
+use dataplane::split::Layout;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
+
+/// Where guest memory starts, and its size.
+pub const MEMORY_START: u64 = 0x10_0000;
+pub const MEMORY_SIZE: u64 = 0x40_0000;
+
+/// Longer than anything here takes; a test that waits so long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub fn memfd(size: u64) -> OwnedFd {
+    // SAFETY: the name is a valid C string; the descriptor is new and ours.
+    let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
+    // SAFETY: plain system call on our descriptor.
+    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size.try_into().unwrap()) }, 0);
+    fd
+}
+
+pub fn region(fd: &OwnedFd, guest_address: u64, size: u64, mmap_offset: u64) -> RegionSpec {
+    RegionSpec {
+        guest_address,
+        size,
+        user_address: guest_address + 0x7f00_0000_0000,
+        mmap_offset,
+        fd: fd.as_raw_fd(),
+    }
+}
+
+pub fn memory() -> Arc<GuestMemory> {
+    let fd = memfd(MEMORY_SIZE);
+    Arc::new(GuestMemory::new(&[region(&fd, MEMORY_START, MEMORY_SIZE, 0)]).unwrap())
+}
+
+/// One ring as its driver writes it.
+pub struct Queue {
+    pub memory: Arc<GuestMemory>,
+    pub layout: Layout,
+    pub avail_index: u16,
+    seen_used: u16,
+}
+
+impl Queue {
+    /// Lays a ring at `address`; 64 KiB are more than it needs. All positions start at `position`.
+    pub fn new(memory: &Arc<GuestMemory>, address: u64, size: u16, position: u16) -> Self {
+        let layout = Layout {
+            size: size.into(),
+            descriptor_table: address,
+            avail_ring: address + 0x8000,
+            used_ring: address + 0xc000,
+        };
+        let mut queue =
+            Self { memory: Arc::clone(memory), layout, avail_index: position, seen_used: position };
+        queue.set_avail_index(position);
+        queue.put(layout.used_ring + 2, &position.to_le_bytes());
+        queue
+    }
+
+    pub fn put(&self, address: u64, data: &[u8]) {
+        assert!(self.memory.write(address, data));
+    }
+
+    pub fn get<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut data = [0; N];
+        assert!(self.memory.read(address, &mut data));
+        data
+    }
+
+    fn get_u16(&self, address: u64) -> u16 {
+        u16::from_le_bytes(self.get(address))
+    }
+
+    pub fn descriptor_at(&self, address: u64, buffer: u64, length: u32, flags: u16, next: u16) {
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&buffer.to_le_bytes());
+        raw[8..12].copy_from_slice(&length.to_le_bytes());
+        raw[12..14].copy_from_slice(&flags.to_le_bytes());
+        raw[14..].copy_from_slice(&next.to_le_bytes());
+        self.put(address, &raw);
+    }
+
+    pub fn descriptor(&self, index: u16, buffer: u64, length: u32, flags: u16, next: u16) {
+        self.descriptor_at(
+            self.layout.descriptor_table + 16 * u64::from(index),
+            buffer,
+            length,
+            flags,
+            next,
+        );
+    }
+
+    /// Makes the chain at `head` available.
+    pub fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.avail_index) % u64::from(self.layout.size);
+        self.put(self.layout.avail_ring + 4 + 2 * slot, &head.to_le_bytes());
+        self.set_avail_index(self.avail_index.wrapping_add(1));
+    }
+
+    pub fn set_avail_index(&mut self, index: u16) {
+        self.avail_index = index;
+        fence(Ordering::SeqCst);
+        self.put(self.layout.avail_ring + 2, &index.to_le_bytes());
+        fence(Ordering::SeqCst);
+    }
+
+    pub fn used_index(&self) -> u16 {
+        self.get_u16(self.layout.used_ring + 2)
+    }
+
+    /// The next used element, (head, written), if there is one.
+    pub fn next_used(&mut self) -> Option<(u16, u32)> {
+        let index = self.used_index();
+        fence(Ordering::SeqCst);
+        if index == self.seen_used {
+            return None;
+        }
+        let slot = u64::from(self.seen_used) % u64::from(self.layout.size);
+        let element: [u8; 8] = self.get(self.layout.used_ring + 4 + 8 * slot);
+        self.seen_used = self.seen_used.wrapping_add(1);
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        Some((word(&element[..4]).try_into().unwrap(), word(&element[4..])))
+    }
+
+    pub fn set_used_event(&self, index: u16) {
+        self.put(self.layout.avail_ring + 4 + 2 * u64::from(self.layout.size), &index.to_le_bytes());
+    }
+
+    pub fn set_no_interrupt(&self) {
+        self.put(self.layout.avail_ring, &1u16.to_le_bytes());
+    }
+
+    pub fn avail_event(&self) -> u16 {
+        self.get_u16(self.layout.used_ring + 4 + 8 * u64::from(self.layout.size))
+    }
+
+    pub fn used_flags(&self) -> u16 {
+        self.get_u16(self.layout.used_ring)
+    }
+}
+
+pub fn eventfd() -> OwnedFd {
+    // SAFETY: the descriptor is new and ours.
+    unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)) }
+}
+
+/// Waits until `fd` is readable; false after `patience`.
+pub fn readable(fd: RawFd, patience: Duration) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis().try_into().unwrap()) == 1 }
+}
+
+/// Waits until `done` gives something, looking again whenever `fd`, an eventfd, is rung.
+pub fn await_rung<T>(fd: &OwnedFd, mut done: impl FnMut() -> Option<T>) -> T {
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(readable(fd.as_raw_fd(), PATIENCE), "waited too long");
+        let _ = dataplane::sys::drain(fd.as_raw_fd());
+    }
+}
+
+/// Two ends of a wire that keeps frames apart, non-blocking as a TAP.
+pub fn wire() -> (OwnedFd, OwnedFd) {
+    let mut fds = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: `fds` has room for two descriptors.
+    assert_eq!(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) }, 0);
+    // SAFETY: both are new and ours.
+    fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()
+}
+
+/// Sends one frame; false if the wire is full.
+pub fn send(fd: &OwnedFd, frame: &[u8]) -> bool {
+    // SAFETY: the slice is valid for its length.
+    let sent = unsafe { libc::send(fd.as_raw_fd(), frame.as_ptr().cast(), frame.len(), libc::MSG_NOSIGNAL) };
+    assert!(sent == isize::try_from(frame.len()).unwrap() || sent == -1);
+    sent != -1
+}
+
+/// Receives one frame if there is one.
+pub fn receive(fd: &OwnedFd) -> Option<Vec<u8>> {
+    let mut frame = vec![0; 70_000];
+    // SAFETY: the vector is valid for its length.
+    let length = unsafe { libc::recv(fd.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
+    frame.truncate(usize::try_from(length).ok().filter(|length| *length > 0)?);
+    Some(frame)
+}
+
+pub fn await_frame(fd: &OwnedFd) -> Vec<u8> {
+    assert!(readable(fd.as_raw_fd(), PATIENCE), "no frame came");
+    receive(fd).expect("it was readable")
+}

@@ -1,0 +1,115 @@
+//! Guest memory: what a frontend may announce, and what it may not.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+
+use common::{memfd, region};
+use dataplane::memory::{GuestMemory, MemoryError, RegionSpec};
+
+const START: u64 = 0x10_0000;
+
+fn refusal(specs: &[RegionSpec]) -> String {
+    match GuestMemory::new(specs) {
+        Err(MemoryError::Invalid(reason)) => reason,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+#[test]
+fn regions_are_found_at_their_offsets_by_guest_and_by_user_address() {
+    let fd = memfd(0x4000);
+    let specs = [region(&fd, 0, 0x1000, 0x1000), region(&fd, START, 0x2000, 0x2000)];
+    let memory = GuestMemory::new(&specs).unwrap();
+    let whole = GuestMemory::new(&[region(&fd, 0, 0x4000, 0)]).unwrap();
+    assert!(memory.write(START + 0xfff, b"across"));
+    let mut found = [0; 6];
+    assert!(whole.read(0x2fff, &mut found));
+    assert_eq!(&found, b"across");
+    assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffb), Some(START + 5));
+    assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffc), None);
+    assert_eq!(memory.translate(u64::MAX, 1), None);
+    assert_eq!(memory.translate(specs[1].user_address, u64::MAX), None);
+}
+
+#[test]
+fn nothing_outside_is_read_or_written() {
+    let fd = memfd(0x1000);
+    let memory = GuestMemory::new(&[region(&fd, START, 0x1000, 0)]).unwrap();
+    for address in [START - 1, START + 0xfff, START + 0x1000, u64::MAX] {
+        assert!(!memory.read(address, &mut [0; 2]), "{address:#x}");
+        assert!(!memory.write(address, &[0; 2]), "{address:#x}");
+        assert!(memory.host_exact(address, 2).is_none(), "{address:#x}");
+    }
+}
+
+#[test]
+fn the_descriptor_is_needed_no_longer_than_the_call() {
+    let fd = memfd(0x1000);
+    let memory = GuestMemory::new(&[region(&fd, START, 0x1000, 0)]).unwrap();
+    drop(fd);
+    assert!(memory.write(START, b"still there"));
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_both_values() {
+    let fd = memfd(0x2000);
+    let good = region(&fd, START, 0x1000, 0);
+    assert_eq!(
+        refusal(&[RegionSpec { size: 0, ..good }]),
+        "memory region at 0x100000, 0x0 bytes: is empty"
+    );
+    assert_eq!(
+        refusal(&[RegionSpec { mmap_offset: 0x1000, size: 0x1001, ..good }]),
+        "memory region at 0x100000, 0x1001 bytes: needs a file of 0x2001 bytes, it has 0x2000"
+    );
+    assert!(refusal(&[RegionSpec { mmap_offset: 0x800, ..good }]).ends_with("is not a multiple of 0x1000"));
+    assert!(refusal(&[RegionSpec { mmap_offset: u64::MAX - 0xfff, ..good }]).ends_with("wraps around"));
+    assert!(refusal(&[RegionSpec { guest_address: u64::MAX - 10, ..good }]).ends_with("wraps around"));
+    assert!(refusal(&[RegionSpec { user_address: u64::MAX - 10, ..good }]).ends_with("wraps around"));
+    assert!(refusal(&[good, RegionSpec { guest_address: START + 0xfff, ..good }]).contains("overlap"));
+    let closed = RegionSpec { fd: -1, ..good };
+    assert!(matches!(GuestMemory::new(&[closed]), Err(MemoryError::System(_))));
+}
+
+#[test]
+fn no_memory_at_all_is_memory() {
+    let memory = GuestMemory::new(&[]).unwrap();
+    assert_eq!(memory.populate(), 0);
+    assert!(memory.host(0, 1).is_none());
+}
+
+/// Page faults this thread has taken.
+fn faults() -> i64 {
+    // SAFETY: an all-zero rusage is a valid one to be filled in.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is valid for writing.
+    assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) }, 0);
+    usage.ru_minflt
+}
+
+#[test]
+fn populating_maps_the_pages_that_exist_for_writing_and_creates_none() {
+    const PAGES: u64 = 4096;
+    let fd = memfd(PAGES * 4096);
+    let other = GuestMemory::new(&[region(&fd, 0, PAGES * 4096, 0)]).unwrap();
+    for page in (0..PAGES).filter(|page| page % 256 < 128) {
+        assert!(other.write(page * 4096, &[1]));
+    }
+    let memory = GuestMemory::new(&[region(&fd, 0, PAGES * 4096, 0)]).unwrap();
+    let populated = memory.populate();
+    // SAFETY: an all-zero stat is a valid one to be filled in.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` is valid for writing.
+    assert_eq!(unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) }, 0);
+    assert_eq!(stat.st_blocks * 512, i64::try_from(PAGES / 2 * 4096).unwrap(), "pages were created");
+    if populated == 0 {
+        return; // a kernel without MADV_POPULATE_READ
+    }
+    assert_eq!(populated, PAGES / 2 * 4096);
+    let before = faults();
+    for page in (0..PAGES).filter(|page| page % 256 < 128) {
+        assert!(memory.write(page * 4096, &[2]));
+    }
+    assert!(faults() - before < 16, "{} faults", faults() - before);
+}

@@ -1,0 +1,338 @@
+"""A daemon: what it serves, whether it runs, and the one migration it may be in.
+
+Owns:        the run state, the parts' life, starting and ending migrations.
+Never sees:  QMP, argv, what a part is inside.
+Read next:   migration/outgoing.py and incoming.py for what a migration does with the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from enum import StrEnum
+
+from localmig.daemon.objects import Objects
+from localmig.device_api import Part
+from localmig.errors import ConfigError, LocalmigError, StateError
+from localmig.migration import transport
+from localmig.migration.handover import DestinationState, SourceState
+from localmig.migration.hello import Hello
+from localmig.migration.incoming import Incoming
+from localmig.migration.outgoing import Outgoing
+from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.status import LocalMigrationReport, MigrationInfo
+from localmig.options import TapSpec, VirtioNetSpec
+from localmig.options.address import Address, Defer, IncomingSpec
+from localmig.trace import RunStateChanged, Tracer
+
+_logger = logging.getLogger(__name__)
+
+
+class RunState(StrEnum):
+    """Whether this daemon serves the guest, in QEMU's words."""
+
+    PRELAUNCH = "prelaunch"
+    INMIGRATE = "inmigrate"
+    RUNNING = "running"
+    PAUSED = "paused"
+    POSTMIGRATE = "postmigrate"
+
+
+class Daemon:
+    """Everything one process serves. All methods belong to the event loop's thread.
+
+    Args:
+        netdevs: the host sides to build.
+        devices: the guest sides to build.
+        incoming: where a source will connect; None for a daemon that begins by itself. With none of `netdevs` and
+            `devices` given, an incoming daemon builds what the source has.
+        tracer: where facts go.
+
+    Raises:
+        ConfigError: the specs do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        netdevs: Sequence[TapSpec] = (),
+        devices: Sequence[VirtioNetSpec] = (),
+        incoming: IncomingSpec | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.tracer = tracer or Tracer()
+        self.parameters = Parameters()
+        self.capabilities = Capabilities()
+        self._objects = Objects(netdevs=tuple(netdevs), devices=tuple(devices))
+        if incoming is None and self._objects.is_empty:
+            raise ConfigError("nothing to serve: give --netdev and --device, or --incoming to take over from a daemon")
+        self._incoming_address = incoming
+        self._run_state = RunState.PRELAUNCH
+        self._parts: list[Part] = []
+        self._outgoing: Outgoing | None = None
+        self._incoming: Incoming | None = None
+        self._listener: transport.Listener | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._quitting = asyncio.Event()
+        self._incoming_failed: str | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def run_state(self) -> RunState:
+        """Whether this daemon serves the guest."""
+        return self._run_state
+
+    async def start(self) -> None:
+        """Opens everything and serves, or waits for a source.
+
+        Raises:
+            ConfigError, KernelError: something cannot be opened. What was opened is closed again.
+        """
+        if self._incoming_address is not None:
+            self._set_run_state(RunState.INMIGRATE)
+            if not isinstance(self._incoming_address, Defer):
+                self.migrate_incoming(self._incoming_address)
+            return
+        try:
+            for part in self._objects.build(self.tracer):
+                self._parts.append(part)
+                part.open()
+        except BaseException:
+            self._close_parts()
+            raise
+        for part in self._parts:
+            part.resume()
+        for part in self._parts:
+            part.thaw()
+        self._set_run_state(RunState.RUNNING)
+
+    def quit(self) -> None:
+        """Begins an orderly end; `wait_quit` returns after it."""
+        self._quitting.set()
+
+    async def wait_quit(self) -> str | None:
+        """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed.
+
+        A handover under way is cancelled if it can be, else seen to its end: it is never left in the middle.
+        """
+        await self._quitting.wait()
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+            tasks = {task for task in self._tasks if task.get_name() == "outgoing"}
+            if tasks:
+                await asyncio.wait(tasks)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._listener is not None:
+            self._listener.close()
+        self._close_parts()
+        return self._incoming_failed
+
+    # -- run state ----------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Stops the guest's rings; control sockets are served on. Nothing to do where they stand already.
+
+        Raises:
+            StateError: a handover is under way.
+        """
+        self._check_idle("stop")
+        if self._run_state is RunState.RUNNING:
+            for part in self._parts:
+                part.stop()
+            self._set_run_state(RunState.PAUSED)
+
+    def cont(self) -> None:
+        """Lets the guest's rings run. After a migration whose outcome nobody can know, takes the guest back.
+
+        Raises:
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_idle("cont")
+        if self._run_state is RunState.INMIGRATE:
+            raise StateError("this daemon waits for an incoming migration and has nothing to run")
+        if self._run_state is RunState.POSTMIGRATE:
+            if self._outgoing is None or self._outgoing.state is not SourceState.IN_DOUBT:
+                raise StateError("the guest was handed over: another daemon serves it")
+            for part in self._parts:
+                part.recover()
+        if self._run_state is not RunState.RUNNING:
+            for part in self._parts:
+                part.resume()
+            for part in self._parts:
+                part.thaw()
+            self._set_run_state(RunState.RUNNING)
+
+    # -- migration ----------------------------------------------------------------------------------------------
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Sets all parameters at once. ConfigError where one is out of range; nothing is changed then."""
+        parameters.check()
+        self.parameters = parameters
+
+    def set_capabilities(self, capabilities: Capabilities) -> None:
+        """Sets all capabilities at once.
+
+        Raises:
+            StateError: a migration is under way.
+        """
+        if self._is_migrating():
+            raise StateError("There's a migration process in progress")
+        self.capabilities = capabilities
+
+    def migrate(self, address: Address) -> None:
+        """Begins to hand everything over to the daemon at `address`; `migration_info` tells how it goes.
+
+        Raises:
+            StateError: another migration is under way, or this daemon does not have the guest.
+            ConfigError: `local` is on and the address cannot carry descriptors. Nothing was stopped.
+        """
+        if self._is_migrating():
+            raise StateError("There's a migration process in progress")
+        if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
+            raise StateError(f"nothing to migrate in run state '{self._run_state}'")
+        transport.check_local(address, local=self.parameters.local)
+        self._incoming = None
+        self._outgoing = Outgoing(
+            connect=lambda: transport.connect(address),
+            parameters=self.parameters,
+            capabilities=self.capabilities,
+            parts=self._parts,
+            objects=self._objects.for_hello(),
+            running=self._run_state is RunState.RUNNING,
+            tracer=self.tracer,
+        )
+        self._spawn("outgoing", self._migrate(self._outgoing))
+
+    def migrate_incoming(self, address: Address) -> None:
+        """Waits for a source at `address`.
+
+        Raises:
+            StateError: the daemon was not started with --incoming, or waits already.
+            ConfigError, KernelError: the address cannot be listened on.
+        """
+        if self._incoming_address is None:
+            raise StateError("'-incoming' was not specified on the command line")
+        if self._listener is not None or self._run_state is not RunState.INMIGRATE:
+            raise StateError("The incoming migration has already been started")
+        self._listener = transport.Listener(address)
+        self._incoming = Incoming(
+            parameters=lambda: self.parameters,
+            build=self._build,
+            on_serving=self._serve_incoming,
+            tracer=self.tracer,
+        )
+        self._spawn("incoming", self._accept(self._listener, self._incoming))
+
+    def migrate_cancel(self) -> None:
+        """Takes an outgoing migration back, if it is not committed. No migration: nothing to do.
+
+        Raises:
+            StateError: COMMIT is out, so the guest is the destination's.
+        """
+        if self._outgoing is not None and not self._outgoing.has_ended and not self._outgoing.cancel():
+            raise StateError("the handover is committed and cannot be cancelled any more")
+
+    def migrate_continue(self, state: str) -> None:
+        """Goes on from the pause before switchover; `state` is QEMU's name of it.
+
+        Raises:
+            StateError: the migration is in another state.
+        """
+        info = self.migration_info()
+        status = info.status if info else "none"
+        if state != status or self._outgoing is None or not self._outgoing.continue_switchover():
+            raise StateError(f"Migration not in expected state: {status}")
+
+    def migration_info(self) -> MigrationInfo | None:
+        """The present or last migration; None where there was none."""
+        if self._outgoing is not None:
+            return self._outgoing.info()
+        return None if self._incoming is None else self._incoming.info()
+
+    def local_migration_reports(self) -> list[LocalMigrationReport]:
+        """For each object whether a local migration would move its descriptors."""
+        types = self._objects.types()
+        reports = []
+        for part in self._parts:
+            reason = part.local_migration_blocker()
+            reports.append(
+                LocalMigrationReport(id=part.id, type=types[part.id], transfers=reason is None, reason=reason)
+            )
+        return reports
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    async def _migrate(self, outgoing: Outgoing) -> None:
+        state = await outgoing.run()
+        info = outgoing.info()
+        if state is SourceState.COMPLETED:
+            _logger.info("handed over: downtime %s us, %s descriptors", info.downtime_us, info.descriptors)
+            self._parts = []
+            self._set_run_state(RunState.POSTMIGRATE)
+        elif state is SourceState.IN_DOUBT:
+            _logger.error("%s", info.error_desc)
+            self._set_run_state(RunState.POSTMIGRATE)
+        else:
+            _logger.warning("handover %s, this daemon serves on: %s", info.status, info.error_desc)
+
+    async def _accept(self, listener: transport.Listener, incoming: Incoming) -> None:
+        try:
+            channel = await listener.accept()
+        except LocalmigError as error:
+            self._fail_incoming(str(error))
+            return
+        finally:
+            listener.close()
+        state = await incoming.run(channel)
+        if state is DestinationState.FAILED:
+            self._fail_incoming(incoming.info().error_desc)
+
+    def _fail_incoming(self, reason: str | None) -> None:
+        """The guest stays where it is. This process ends: its end is how a source in doubt knows."""
+        self._incoming_failed = f"incoming migration failed: {reason}"
+        self._parts = []
+        self.quit()
+
+    def _build(self, hello: Hello) -> Sequence[Part]:
+        self._objects = self._objects.fit(hello)
+        self._parts = self._objects.build(self.tracer)
+        return self._parts
+
+    def _serve_incoming(self) -> None:
+        assert self._incoming is not None
+        self._set_run_state(RunState.RUNNING if self._incoming.source_was_running else RunState.PAUSED)
+
+    def _is_migrating(self) -> bool:
+        if self._outgoing is not None and not self._outgoing.has_ended:
+            return True
+        return self._run_state is RunState.INMIGRATE and self._listener is not None
+
+    def _check_idle(self, what: str) -> None:
+        if self._outgoing is not None and not self._outgoing.has_ended:
+            raise StateError(f"cannot {what} while a handover is under way: migrate_cancel ends it")
+
+    def _set_run_state(self, state: RunState) -> None:
+        self._run_state = state
+        self.tracer.emit(RunStateChanged(state=state))
+
+    def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _logger.critical("internal error in the %s migration", task.get_name(), exc_info=task.exception())
+            if task.get_name() == "incoming":
+                self._fail_incoming(f"internal error: {task.exception()!r}")
+
+    def _close_parts(self) -> None:
+        for part in reversed(self._parts):
+            part.close()
+        self._parts = []

@@ -1,0 +1,133 @@
+"""From specs to parts: the object graph, and what of it travels in HELLO.
+
+Owns:        which class serves which spec, the order of parts, the comparison of our specs with the source's.
+Never sees:  a channel, the run state.
+Read next:   devices/virtio_net/ and netdev/ for the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from localmig.device_api import Part
+from localmig.devices.virtio_net import VirtioNet
+from localmig.errors import ConfigError, PeerError
+from localmig.migration.hello import HandoverObject, Hello
+from localmig.netdev.tap import Tap
+from localmig.options import (
+    AnySpec,
+    TapSpec,
+    VirtioNetSpec,
+    check_together,
+    differences,
+    from_mapping,
+    to_mapping,
+)
+from localmig.trace import Tracer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objects:
+    """The specs of a daemon, checked together."""
+
+    netdevs: tuple[TapSpec, ...] = ()
+    devices: tuple[VirtioNetSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_together(self.netdevs, self.devices)
+
+    @property
+    def specs(self) -> tuple[AnySpec, ...]:
+        """All of them, netdevs first."""
+        return (*self.netdevs, *self.devices)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was asked for."""
+        return not self.specs
+
+    def types(self) -> dict[str, str]:
+        """The type of each object by its id, as the user wrote it."""
+        return {spec.id: spec.type_name for spec in self.specs}
+
+    def for_hello(self) -> tuple[HandoverObject, ...]:
+        """What HELLO tells of them."""
+        return tuple(HandoverObject(kind=spec.kind, options=dict(to_mapping(spec))) for spec in self.specs)
+
+    def build(self, tracer: Tracer) -> list[Part]:
+        """The parts, each frozen and stopped, netdevs before the devices on them."""
+        stays_home = {
+            device.netdev: f"device '{device.id}' has local-migration=off"
+            for device in self.devices
+            if not device.local_migration
+        }
+        taps = {
+            spec.id: Tap(
+                id=spec.id,
+                ifname=spec.ifname,
+                script=spec.script,
+                downscript=spec.downscript,
+                mtu=spec.mtu,
+                fd=spec.fd,
+                stays_home=stays_home.get(spec.id),
+            )
+            for spec in self.netdevs
+        }
+        devices = [
+            VirtioNet(
+                id=spec.id,
+                netdev=taps[spec.netdev],
+                socket_path=spec.socket,
+                local_migration=spec.local_migration,
+                tracer=tracer,
+            )
+            for spec in self.devices
+        ]
+        return [*taps.values(), *devices]
+
+    def fit(self, hello: Hello) -> Objects:
+        """What the destination builds: its own specs where it has any, filled up with what the source says.
+
+        Raises:
+            PeerError: the source's objects cannot be, or do not fit ours; the text has both sides' values.
+        """
+        theirs = _read(hello)
+        if self.is_empty:
+            return theirs
+        ours_by_id = {spec.id: spec for spec in self.specs}
+        theirs_by_id = {spec.id: spec for spec in theirs.specs}
+        problems = [
+            *(f"'{each}' is here but not in the source" for each in ours_by_id.keys() - theirs_by_id.keys()),
+            *(f"'{each}' is in the source but not here" for each in theirs_by_id.keys() - ours_by_id.keys()),
+        ]
+        home = {device.netdev for device in theirs.devices if not device.local_migration}
+        home |= {device.id for device in theirs.devices if not device.local_migration}
+        for each in ours_by_id.keys() & theirs_by_id.keys():
+            problems += differences(
+                ours_by_id[each], theirs_by_id[each], with_descriptors=hello.local and each not in home
+            )
+        if problems:
+            raise PeerError("options do not fit: " + "; ".join(sorted(problems)))
+        source_netdevs = {spec.id: spec for spec in theirs.netdevs}
+        return replace(
+            self,
+            netdevs=tuple(
+                spec if spec.ifname or spec.fd is not None else replace(spec, ifname=source_netdevs[spec.id].ifname)
+                for spec in self.netdevs
+            ),
+        )
+
+
+def _read(hello: Hello) -> Objects:
+    specs: list[AnySpec] = []
+    for each in hello.objects:
+        if each.kind not in (TapSpec.kind, VirtioNetSpec.kind):
+            raise PeerError(f"the source has an object of kind '{each.kind}', this release knows netdev and device")
+        specs.append(from_mapping(each.kind, each.options))
+    try:
+        return Objects(
+            netdevs=tuple(spec for spec in specs if isinstance(spec, TapSpec)),
+            devices=tuple(spec for spec in specs if isinstance(spec, VirtioNetSpec)),
+        )
+    except ConfigError as error:
+        raise PeerError(f"the source's objects cannot be: {error}") from error

@@ -1,0 +1,474 @@
+"""The virtio-net device: what a frontend says becomes queue pairs that run between its rings and a TAP.
+
+Owns:        the features on offer, guest memory, the queue pairs; when they run.
+Never sees:  vhost-user bytes, packets, the migration stream.
+Read next:   vhost_user/protocol.py for the events, dataplane/ for the queue pairs, state.py for what travels.
+
+A queue pair runs while three things hold: the frontend started and enabled one of its rings, guest memory holds
+that ring, and this process serves (`resume` was called, `stop` was not). `_apply` is the one place that decides it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Final
+
+from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
+from localmig.device_api import Part
+from localmig.devices.virtio_net.state import (
+    RINGS,
+    VIRTIO_NET,
+    ConnectionState,
+    CountersState,
+    RingsState,
+    SocketState,
+    VirtioNetState,
+)
+from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.fds import OwnedFd
+from localmig.netdev.tap import Tap
+from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.vhost_user.memory import borrowed, to_guest_address
+from localmig.vhost_user.protocol import (
+    DeviceReset,
+    Event,
+    FeaturesSet,
+    MemoryChanged,
+    MtuSet,
+    Offer,
+    RarpRequested,
+    SessionState,
+    VringChanged,
+    check_state,
+)
+from localmig.vhost_user.session import Endpoint, Listener
+from localmig.virtio import Feature, split_ring
+from localmig.virtio.net import NetConfig, NetFeature, header_length, receive_queue, transmit_queue
+
+_logger = logging.getLogger(__name__)
+
+FEATURES: Final = (
+    Feature.VERSION_1
+    | Feature.RING_EVENT_IDX
+    | Feature.RING_INDIRECT_DESC
+    | NetFeature.MRG_RXBUF
+    | NetFeature.STATUS
+    | NetFeature.MTU
+)
+"""What the packet path serves."""
+
+_START_TIMEOUT_MS: Final = 1000
+"""A thread that was woken runs within microseconds; on a machine that cannot do it in a second nothing works."""
+
+_COUNTER_NAMES: Final = tuple(CountersState.__dataclass_fields__)
+
+
+class VirtioNet(Part):
+    """A NIC with one queue pair.
+
+    Args:
+        id: the user's name for it.
+        netdev: its host side, which this device reads and writes but does not own.
+        socket_path: where frontends connect.
+        local_migration: whether its descriptors may move.
+        tracer: where facts go.
+    """
+
+    setup = VIRTIO_NET
+    switchover = RINGS
+
+    def __init__(self, *, id: str, netdev: Tap, socket_path: str, local_migration: bool, tracer: Tracer) -> None:  # noqa: A002
+        self.id = id
+        self._netdev = netdev
+        self._socket_path = socket_path
+        self._local_migration = local_migration
+        self._tracer = tracer
+        self._endpoint: Endpoint | None = None
+        self._memory: GuestMemory | None = None
+        self._ring_errors: OwnedFd | None = None
+        self._pairs: list[QueuePair] = []
+        self._serving = False
+        self._starting: list[int] = []
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Listens on the socket. The netdev is open already."""
+        self._make_pairs()
+        try:
+            self._endpoint = self._make_endpoint(Listener.bind(self._socket_path))
+        except BaseException:
+            self._drop_pairs()
+            raise
+
+    def resume(self) -> None:
+        """Starts the queue pairs whose rings are ready. `thaw` reports them as started."""
+        if not self._serving:
+            self._serving = True
+            for index in range(len(self._pairs)):
+                self._start(index)
+
+    def stop(self) -> None:
+        """Stops every queue pair between two packets."""
+        if self._serving:
+            self._serving = False
+            for index in range(len(self._pairs)):
+                self._stop(index)
+
+    def freeze(self) -> None:
+        """Leaves socket and connection alone from now on."""
+        if self._endpoint is not None:
+            self._endpoint.freeze()
+
+    def thaw(self) -> None:
+        """Serves socket and connection."""
+        self._report_started()
+        assert self._endpoint is not None, self.id
+        assert self._ring_errors is not None, self.id
+        self._endpoint.listener.claim()
+        self._endpoint.thaw()
+        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
+
+    def close(self) -> None:
+        """Ends the session, removes the socket."""
+        self.stop()
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+        self._drop_pairs()
+
+    # -- source -------------------------------------------------------------------------------------------------
+
+    def local_migration_blocker(self) -> str | None:
+        """Only the user's word keeps this device's descriptors home."""
+        return None if self._local_migration else "local-migration=off"
+
+    def save_setup(self, *, with_descriptors: bool) -> VirtioNetState:
+        """The session as it stands; its descriptors stay this device's."""
+        assert self._endpoint is not None, self.id
+        session = self._endpoint.session
+        socket = None
+        if with_descriptors:
+            connection = None
+            if session is not None:
+                connection = ConnectionState(connection=session.connection, session=session.backend.state)
+            socket = SocketState(listener=self._endpoint.listener.save(), connection=connection)
+        return VirtioNetState(
+            features_acked=session.backend.state.features_acked if session is not None else 0, socket=socket
+        )
+
+    def save_switchover(self) -> RingsState:
+        """Ring positions, exact once stopped, and counters."""
+        state = self._session_state()
+        return RingsState(
+            next_avail=tuple(vring.next_avail for vring in state.vrings) if state else (),
+            counters=tuple(_save_counters(pair.counters()) for pair in self._pairs),
+        )
+
+    def release(self) -> None:
+        """Drops socket, connection, memory and rings: another process serves them."""
+        self.stop()
+        if self._endpoint is not None:
+            self._endpoint.release()
+            self._endpoint = None
+        self._drop_pairs()
+
+    # -- destination --------------------------------------------------------------------------------------------
+
+    def check_setup(self, state: VirtioNetState) -> None:
+        """Whether this release can serve the session: its features, its rings, its memory table."""
+        offer = self._offer()
+        if state.features_acked & ~offer.all_features:
+            raise PeerError(
+                f"device '{self.id}': the guest uses features {state.features_acked:#x}, of which "
+                f"{state.features_acked & ~offer.all_features:#x} are not offered here"
+            )
+        if state.socket is None or state.socket.connection is None:
+            return
+        try:
+            check_state(state.socket.connection.session, offer)
+        except PeerError as error:
+            raise PeerError(f"device '{self.id}': {error}") from error
+
+    def adopt_setup(self, state: VirtioNetState) -> None:
+        """Takes over socket and session, maps guest memory and lays out the queue pairs, parked.
+
+        Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
+        """
+        self._make_pairs()
+        if state.socket is None:
+            self._endpoint = self._make_endpoint(Listener.bind_beside(self._socket_path))
+            return
+        self._endpoint = self._make_endpoint(Listener(state.socket.listener))
+        if state.socket.connection is not None:
+            self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
+            try:
+                self._map_memory()
+                for index in range(len(self._pairs)):
+                    self._lay_out(index)
+            except PeerError as error:
+                raise PeerError(f"device '{self.id}': {error}") from error
+            if self._memory is not None:
+                self._memory.populate()
+
+    def check_switchover(self, state: RingsState) -> None:
+        """Whether it is about as many rings and queue pairs as were set up."""
+        session = self._session_state()
+        expected = len(session.vrings) if session else 0
+        # Without descriptors the positions are the old session's, and the next one brings its own.
+        if session is not None and len(state.next_avail) != expected:
+            raise PeerError(f"device '{self.id}': {len(state.next_avail)} ring positions, expected {expected}")
+        if len(state.counters) != len(self._pairs):
+            raise PeerError(
+                f"device '{self.id}': counters of {len(state.counters)} queue pairs, expected {len(self._pairs)}"
+            )
+
+    def adopt_switchover(self, state: RingsState) -> None:
+        """Sets where the rings go on and what was counted."""
+        session = self._session_state()
+        for index, pair in enumerate(self._pairs):
+            pair.set_counters(_load_counters(state.counters[index]))
+            if session is not None:
+                rx, tx = state.next_avail[receive_queue(index)], state.next_avail[transmit_queue(index)]
+                pair.set_positions(rx, tx)
+        if session is not None:
+            for vring, next_avail in zip(session.vrings, state.next_avail, strict=True):
+                vring.next_avail = next_avail
+
+    def recover(self) -> None:
+        """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
+        for pair in self._pairs:
+            pair.set_positions(None, None)
+
+    def source_released(self) -> None:
+        """The TAP may be open only now."""
+        if self._serving:
+            for index in range(len(self._pairs)):
+                self._apply(index)
+
+    def discard(self) -> None:
+        """Drops what was adopted: the source goes on."""
+        self.release()
+
+    # -- the frontend's events ----------------------------------------------------------------------------------
+
+    def session_opened(self) -> None:
+        """Rings come later, by their events."""
+        self._tracer.emit(SessionOpened(device=self.id))
+
+    def handle(self, event: Event) -> None:
+        """Makes the queue pairs what the session's state says. See `SessionHandler`."""
+        match event:
+            case VringChanged(index=vring):
+                self._apply(vring // 2)
+            case FeaturesSet():
+                self._set_header_length()
+                self._apply_all()
+            case MemoryChanged():
+                self._change_memory()
+            case DeviceReset():
+                self._apply_all()
+            case MtuSet(mtu=mtu):
+                self._check_mtu(mtu)
+            case RarpRequested(mac=mac):
+                if self._netdev.is_open:
+                    self._netdev.inject(_rarp_frame(mac))
+            case _:
+                raise AssertionError(event)
+
+    def session_closed(self, reason: str | None) -> None:
+        """Every ring stops: its descriptors close next."""
+        for index, pair in enumerate(self._pairs):
+            self._stop(index)
+            pair.release()
+        self._memory = None
+        if reason is not None:
+            _logger.warning("device '%s': session closed: %s", self.id, reason)
+        self._tracer.emit(SessionClosed(device=self.id, reason=reason))
+
+    # -- queue pairs --------------------------------------------------------------------------------------------
+
+    def _apply_all(self) -> None:
+        for index in range(len(self._pairs)):
+            self._apply(index)
+
+    def _apply(self, index: int) -> None:
+        """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+        self._stop(index)
+        self._lay_out(index)
+        if self._serving:
+            self._start(index)
+            self._report_started()
+
+    def _change_memory(self) -> None:
+        for index, pair in enumerate(self._pairs):
+            self._stop(index)
+            pair.release()
+        self._memory = None
+        self._map_memory()
+        self._apply_all()
+
+    def _map_memory(self) -> None:
+        state = self._session_state()
+        assert state is not None, self.id
+        if not state.regions:
+            return
+        try:
+            self._memory = GuestMemory(borrowed(state.regions))
+        except ValueError as error:
+            raise PeerError(f"guest memory: {error}") from error
+        except OSError as error:
+            raise KernelError(f"cannot map guest memory: {error.strerror}", errno=error.errno or 0) from error
+
+    def _lay_out(self, index: int) -> None:
+        """Tells the stopped queue pair where its rings are, or that it has none."""
+        state, pair = self._session_state(), self._pairs[index]
+        rx = tx = None
+        if state is not None and self._memory is not None and self._netdev.is_open:
+            rx, tx = self._ring(state, receive_queue(index)), self._ring(state, transmit_queue(index))
+        if rx is None and tx is None:
+            pair.release()
+            return
+        assert state is not None, self.id
+        assert self._memory is not None, self.id
+        try:
+            pair.configure(
+                memory=self._memory,
+                tap_fd=self._netdev.fileno(),
+                header_length=header_length(state.features_acked),
+                frame_length_max=self._netdev.frame_length_max,
+                event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
+                indirect=bool(state.features_acked & Feature.RING_INDIRECT_DESC),
+                mergeable=bool(state.features_acked & NetFeature.MRG_RXBUF),
+                rx=rx,
+                tx=tx,
+            )
+        except ValueError as error:
+            raise PeerError(f"queue pair {index}: {error}") from error
+
+    def _ring(self, state: SessionState, index: int) -> Ring | None:
+        vring = state.vrings[index]
+        if not vring.is_running:
+            return None
+        assert vring.kick is not None, index
+        sizes = split_ring.part_sizes(vring.size)
+        try:
+            descriptor_table, avail_ring, used_ring = (
+                to_guest_address(state.regions, address, size)
+                for address, size in zip(
+                    (vring.descriptor_table, vring.avail_ring, vring.used_ring), sizes, strict=True
+                )
+            )
+        except PeerError as error:
+            # A frontend may take memory away and bring it back in another shape: until then the ring stands still.
+            _logger.info("device '%s': vring %s stands still: %s", self.id, index, error)
+            return None
+        return Ring(
+            size=vring.size,
+            descriptor_table=descriptor_table,
+            avail_ring=avail_ring,
+            used_ring=used_ring,
+            kick_fd=vring.kick.fileno(),
+            call_fd=_fileno(vring.call),
+            error_fd=_fileno(vring.error),
+            next_avail=vring.next_avail,
+        )
+
+    def _start(self, index: int) -> None:
+        pair = self._pairs[index]
+        if pair.positions() != (None, None):
+            pair.start()
+            self._starting.append(index)
+
+    def _report_started(self) -> None:
+        """Waits for the threads to be up; all were woken before, so this takes as long as the slowest one."""
+        starting, self._starting = self._starting, []
+        for index in starting:
+            at_ns = self._pairs[index].wait_started(_START_TIMEOUT_MS)
+            self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=at_ns))
+
+    def _stop(self, index: int) -> None:
+        """Stops the queue pair and writes its positions into the session's state."""
+        pair, state = self._pairs[index], self._session_state()
+        was_running = pair.is_running()
+        positions = pair.stop()
+        for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
+            if state is not None and position is not None:
+                state.vrings[vring].next_avail = position
+        if index in self._starting:
+            self._starting.remove(index)
+        elif was_running:
+            self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
+
+    def _report_ring_errors(self) -> None:
+        assert self._ring_errors is not None
+        os.read(self._ring_errors.fileno(), 8)
+        for index, pair in enumerate(self._pairs):
+            for direction, reason in pair.take_ring_errors():
+                vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
+                self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
+
+    # -- small things -------------------------------------------------------------------------------------------
+
+    def _make_pairs(self) -> None:
+        self._ring_errors = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self._pairs = [QueuePair(f"{self.id}/0", self._ring_errors.fileno())]
+
+    def _drop_pairs(self) -> None:
+        for pair in self._pairs:
+            pair.close()
+        self._pairs = []
+        self._starting = []
+        self._memory = None
+        if self._ring_errors is not None:
+            asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())
+            self._ring_errors.close()
+            self._ring_errors = None
+
+    def _session_state(self) -> SessionState | None:
+        return self._endpoint.state if self._endpoint is not None else None
+
+    def _offer(self) -> Offer:
+        return Offer(features=FEATURES, vring_count=2, queue_count=1)
+
+    def _make_endpoint(self, listener: Listener) -> Endpoint:
+        return Endpoint(listener, self, self._offer(), config=self._config())
+
+    def _config(self) -> bytes:
+        return NetConfig(mtu=self._netdev.mtu if self._netdev.is_open else 0).encode()
+
+    def _set_header_length(self) -> None:
+        """The TAP's vnet header gets the length the guest's headers have. Rings stand still meanwhile."""
+        state = self._session_state()
+        assert state is not None
+        if self._netdev.is_open:
+            for index in range(len(self._pairs)):
+                self._stop(index)
+            self._netdev.set_vnet_header_length(header_length(state.features_acked))
+
+    def _check_mtu(self, mtu: int) -> None:
+        if self._netdev.is_open and mtu > self._netdev.mtu:
+            raise ConfigError(
+                f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"
+            )
+
+
+def _rarp_frame(mac: bytes) -> bytes:
+    """A reverse ARP request (RFC 903) for `mac`, broadcast, which teaches switches where the guest is now."""
+    addresses = mac + bytes(4)
+    return b"\xff" * 6 + mac + bytes.fromhex("8035 0001 0800 06 04 0003") + 2 * addresses + bytes(18)
+
+
+def _fileno(fd: OwnedFd | None) -> int | None:
+    return None if fd is None else fd.fileno()
+
+
+def _save_counters(counters: Counters) -> CountersState:
+    return CountersState(**{name: getattr(counters, name) for name in _COUNTER_NAMES})
+
+
+def _load_counters(state: CountersState) -> Counters:
+    return Counters(**{name: getattr(state, name) for name in _COUNTER_NAMES})

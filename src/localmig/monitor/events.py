@@ -1,0 +1,40 @@
+"""From traced facts to QMP's events.
+
+Owns:        which facts clients hear of, under which name.
+Never sees:  clients, the daemon.
+Read next:   trace.py for the facts.
+"""
+
+from __future__ import annotations
+
+from localmig import trace
+from localmig.daemon import RunState
+from localmig.monitor.protocol import Event
+
+
+class EventSource:
+    """Remembers the run state, for STOP and RESUME tell of changes."""
+
+    def __init__(self, run_state: RunState) -> None:
+        self._run_state = run_state
+
+    def translate(self, fact: trace.Event, *, at_s: float, migration_events: bool) -> Event | None:
+        """The event that tells of `fact`, None where there is none.
+
+        Args:
+            fact: what happened.
+            at_s: when, seconds since 1970.
+            migration_events: whether the capability `events` is on.
+        """
+        match fact:
+            case trace.RunStateChanged(state=state):
+                was_running = self._run_state is RunState.RUNNING
+                self._run_state = RunState(state)
+                is_running = self._run_state is RunState.RUNNING
+                if was_running == is_running:
+                    return None
+                return Event(name="RESUME" if is_running else "STOP", at_s=at_s)
+            case trace.MigrationStatusChanged(status=status) if migration_events:
+                return Event(name="MIGRATION", data={"status": status}, at_s=at_s)
+            case _:
+                return None

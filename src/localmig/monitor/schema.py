@@ -1,0 +1,265 @@
+"""QMP's types: what an argument may be, QEMU's words where it is something else, QMP's names for ours.
+
+Owns:        the argument types, the tables that translate between QMP's names and ours.
+Never sees:  the daemon, sockets, JSON text.
+Read next:   commands/, the commands that take these arguments.
+
+Arguments are read in the order they are declared, then what was not declared is refused: as QEMU does, so that the
+same mistake has the same answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from localmig.errors import ConfigError
+from localmig.migration.parameters import Capabilities, Parameters
+
+_INT64_MIN: Final = -(2**63)
+_UINT64_MAX: Final = 2**64 - 1
+
+
+class ValueType(Protocol):
+    """One type of argument."""
+
+    def read(self, value: object, name: str) -> object:
+        """The checked value, in our form.
+
+        Args:
+            value: what the client sent.
+            name: where it stands, as QEMU writes it: `capabilities[0].state`.
+
+        Raises:
+            ConfigError: it is of another type, in QEMU's words.
+        """
+
+
+class String:
+    """A string."""
+
+    def read(self, value: object, name: str) -> str:
+        """Takes any string."""
+        if not isinstance(value, str):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: string")
+        return value
+
+
+class Boolean:
+    """`true` or `false`."""
+
+    def read(self, value: object, name: str) -> bool:
+        """Takes nothing else."""
+        if not isinstance(value, bool):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: boolean")
+        return value
+
+
+class Uint64:
+    """QEMU's uint64: a negative number stands for the large one with the same bits, which ranges then refuse."""
+
+    def read(self, value: object, name: str) -> int:
+        """Takes integers of 64 bits."""
+        # bool is an int in Python, but `true` is no number in JSON.
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not _INT64_MIN <= value <= _UINT64_MAX:  # type: ignore[operator]
+            raise ConfigError(f"Parameter '{name}' expects uint64")
+        assert isinstance(value, int), value
+        return value & _UINT64_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Enumeration:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def read(self, value: object, name: str) -> str:
+        """Takes one of the words. QEMU names only the last part of where it stands."""
+        word = String().read(value, name)
+        if word not in self.words:
+            raise ConfigError(f"Parameter '{name.rpartition('.')[2]}' does not accept value '{word}'")
+        return word
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """Any number of elements of one type."""
+
+    element: ValueType
+
+    def read(self, value: object, name: str) -> list[object]:
+        """Reads each element."""
+        if not isinstance(value, list):
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: array")
+        return [self.element.read(item, f"{name}[{index}]") for index, item in enumerate(value)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One argument: QMP's name for it, and `attribute`, ours."""
+
+    name: str
+    attribute: str
+    type: ValueType
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Struct:
+    """Members with names. Reading gives a dictionary from our names to values, without what was left out."""
+
+    members: tuple[Member, ...] = ()
+
+    def read(self, value: object, name: str = "") -> dict[str, object]:
+        """Reads each member, then refuses what is left."""
+        left = _object(value, name)
+        read = _read_members(self.members, left, name)
+        _refuse(left, name)
+        return read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Union:
+    """Members that depend on the value of one of them, the tag."""
+
+    tag: Member
+    branches: Mapping[str, tuple[Member | Union, ...]]
+
+    def read(self, value: object, name: str) -> dict[str, object]:
+        """Reads the tag, then what it asks for."""
+        left = _object(value, name)
+        read = self.read_from(left, name)
+        _refuse(left, name)
+        return read
+
+    def read_from(self, left: dict[str, object], name: str) -> dict[str, object]:
+        """Reads the tag and what it asks for out of `left`."""
+        read = _read_members((self.tag,), left, name)
+        for part in self.branches[str(read[self.tag.attribute])]:
+            read |= part.read_from(left, name) if isinstance(part, Union) else _read_members((part,), left, name)
+        return read
+
+
+def _object(value: object, name: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"Invalid parameter type for '{name}', expected: object")
+    return dict(value)
+
+
+def _read_members(members: tuple[Member, ...], left: dict[str, object], name: str) -> dict[str, object]:
+    """Takes `members` out of `left`."""
+    read = {}
+    for member in members:
+        where = f"{name}.{member.name}" if name else member.name
+        if member.name in left:
+            read[member.attribute] = member.type.read(left.pop(member.name), where)
+        elif member.required:
+            raise ConfigError(f"Parameter '{where}' is missing")
+    return read
+
+
+def _refuse(left: Mapping[str, object], name: str) -> None:
+    for unexpected in left:
+        where = f"{name}.{unexpected}" if name else unexpected
+        raise ConfigError(f"Parameter '{where}' is unexpected")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One command: its name, its arguments, and the function that gets the daemon and the arguments by our names."""
+
+    name: str
+    run: Callable[..., object]
+    arguments: Struct = Struct()
+
+
+# -- QMP's names for ours -------------------------------------------------------------------------------------------
+
+PARAMETERS: Final = Struct(
+    (
+        Member(name="downtime-limit", attribute="downtime_limit_ms", type=Uint64(), required=False),
+        Member(name="local", attribute="local", type=Boolean(), required=False),
+    )
+)
+"""The migration parameters, each a field of `Parameters`."""
+
+CAPABILITIES: Final[Mapping[str, str]] = {
+    "events": "events",
+    "pause-before-switchover": "pause_before_switchover",
+}
+"""The migration capabilities, each a field of `Capabilities`."""
+
+CAPABILITY_STATUS: Final = Struct(
+    (
+        Member(name="capability", attribute="capability", type=Enumeration(tuple(CAPABILITIES))),
+        Member(name="state", attribute="state", type=Boolean()),
+    )
+)
+
+MIGRATION_STATUS: Final = Enumeration(
+    (
+        "none",
+        "setup",
+        "cancelling",
+        "cancelled",
+        "active",
+        "postcopy-device",
+        "postcopy-active",
+        "postcopy-paused",
+        "postcopy-recover-setup",
+        "postcopy-recover",
+        "completed",
+        "failing",
+        "failed",
+        "colo",
+        "pre-switchover",
+        "device",
+        "wait-unplug",
+    )
+)
+"""All of QEMU's words, of which localmig's migrations use some: a client may name any."""
+
+_SOCKET: Final = Union(
+    tag=Member(name="type", attribute="type", type=Enumeration(("inet", "unix", "fd"))),
+    branches={
+        "inet": (
+            Member(name="host", attribute="host", type=String()),
+            Member(name="port", attribute="port", type=String()),
+        ),
+        "unix": (Member(name="path", attribute="path", type=String()),),
+        "fd": (Member(name="str", attribute="name", type=String()),),
+    },
+)
+
+CHANNEL: Final = Struct(
+    (
+        Member(name="channel-type", attribute="channel_type", type=Enumeration(("main",))),
+        Member(
+            name="addr",
+            attribute="address",
+            type=Union(
+                tag=Member(name="transport", attribute="transport", type=Enumeration(("socket",))),
+                branches={"socket": (_SOCKET,)},
+            ),
+        ),
+    )
+)
+"""QEMU's MigrationChannel, as far as localmig has such channels."""
+
+
+def parameters_to_qmp(parameters: Parameters) -> dict[str, object]:
+    """The parameters under QMP's names."""
+    return {member.name: getattr(parameters, member.attribute) for member in PARAMETERS.members}
+
+
+def parameters_changed(parameters: Parameters, changes: Mapping[str, object]) -> Parameters:
+    """A copy with `changes`, which `PARAMETERS` read, made to it."""
+    return dataclasses.replace(parameters, **changes)  # type: ignore[arg-type]  # PARAMETERS read them
+
+
+def capabilities_to_qmp(capabilities: Capabilities) -> list[dict[str, object]]:
+    """The capabilities under QMP's names."""
+    return [{"capability": name, "state": getattr(capabilities, attribute)} for name, attribute in CAPABILITIES.items()]

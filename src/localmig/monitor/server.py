@@ -1,0 +1,172 @@
+"""The QMP server: clients on one UNIX socket, each of which can hurt only itself.
+
+Owns:        the clients' connections, who may connect, how much may wait for a slow one.
+Never sees:  what a command does, JSON.
+Read next:   protocol.py for a client's conversation, listener.py for the socket file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from localmig import trace
+from localmig.daemon import Daemon, RunState
+from localmig.errors import KernelError, LocalmigError, PeerError, StateError
+from localmig.migration.hello import program_version
+from localmig.monitor.commands import COMMANDS
+from localmig.monitor.events import EventSource
+from localmig.monitor.listener import INCOMING_SUFFIX, Listener, peer_credentials
+from localmig.monitor.protocol import Event, Session, greeting
+from localmig.monitor.schema import Command
+
+__all__ = ["INCOMING_SUFFIX", "QmpServer"]
+
+CLIENT_COUNT_MAX: Final = 32
+"""Clients at once. A management layer uses two or three; descriptors of the daemon are for guests."""
+
+OUTPUT_BYTES_MAX: Final = 1024 * 1024
+"""What may wait for a client that does not read: some ten thousand events, hours of a busy daemon."""
+
+READ_BYTES: Final = 4096
+"""Read at once from a client: more than a command has, and so few that one client's flood is cut in small pieces."""
+
+FLUSH_TIMEOUT_S: Final = 1.0
+"""How long the end of the daemon waits for clients to read the last answers and SHUTDOWN."""
+
+_log = logging.getLogger(__name__)
+
+
+class QmpServer:
+    """Answers QMP for `daemon` at `path`.
+
+    Constructing it takes the address, and should come before the daemon opens anything; clients may connect from then
+    on and are answered after `start`.
+
+    Args:
+        daemon: who carries out the commands.
+        path: where to answer.
+        succeeds: whether the daemon waits for a migration, perhaps from the one that answers at `path` now. Then it
+            answers at `path + INCOMING_SUFFIX`, and at `path` as soon as it has the guest.
+
+    Raises:
+        ConfigError: somebody else answers at `path`. Nothing changed.
+        KernelError: no socket can be made there. Nothing changed.
+    """
+
+    def __init__(self, daemon: Daemon, path: str, *, succeeds: bool) -> None:
+        self._daemon = daemon
+        self._listener = Listener(path, succeeds=succeeds)
+        self._event_source = EventSource(daemon.run_state)
+        self._clients: dict[asyncio.StreamWriter, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._unsubscribe: Callable[[], None] = daemon.tracer.subscribe(self._on_fact)
+
+    @property
+    def path(self) -> str:
+        """Where clients reach this daemon now."""
+        return self._listener.path
+
+    async def start(self) -> None:
+        """Begins to answer."""
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=READ_BYTES)
+
+    async def close(self, *, reason: str) -> None:
+        """Tells clients SHUTDOWN, gives them a moment to read it, and removes the socket. Idempotent.
+
+        Args:
+            reason: QEMU's ShutdownCause, `host-qmp-quit` for one.
+        """
+        self._unsubscribe()
+        self._unsubscribe = _nothing
+        self._listener.close()
+        if self._server is not None:
+            self._server.close()
+        self._broadcast(Event(name="SHUTDOWN", data={"guest": False, "reason": reason}, at_s=time.time()))
+        for writer in self._clients:
+            writer.close()
+        if self._tasks:
+            _, slow = await asyncio.wait(self._tasks, timeout=FLUSH_TIMEOUT_S)
+            for writer in self._clients:
+                writer.transport.abort()
+            if slow:
+                await asyncio.wait(slow)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One client, from its connection to its end."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            self._admit(writer)
+            await self._converse(reader, writer)
+        except PeerError as error:
+            _log.warning("QMP client dropped: %s", error)
+        except OSError as error:
+            _log.info("QMP client lost: %s", error)
+        finally:
+            self._clients.pop(writer, None)
+            writer.close()
+
+    def _admit(self, writer: asyncio.StreamWriter) -> None:
+        """Raises PeerError where this client may not, or one more may not, be served."""
+        pid, uid = peer_credentials(writer.get_extra_info("socket"))
+        # The mode of the socket file says the same, but a directory or a container may lend it to others.
+        if uid not in (0, os.geteuid()):
+            raise PeerError(f"process {pid} has user id {uid}, only 0 and {os.geteuid()} may ask")
+        if len(self._clients) >= CLIENT_COUNT_MAX:
+            raise PeerError(f"process {pid} is one too many, limit is {CLIENT_COUNT_MAX} clients")
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        session = Session(COMMANDS, self._execute)
+        self._clients[writer] = session
+        writer.write(greeting(program_version()))
+        while data := await reader.read(READ_BYTES):
+            for answer in session.receive(data):
+                writer.write(answer)
+                # Nothing more is done for a client until it takes its answers,
+                await writer.drain()
+                # and everybody else gets a turn between two of its commands.
+                await asyncio.sleep(0)
+
+    def _execute(self, command: Command, arguments: Mapping[str, object]) -> object:
+        try:
+            return command.run(self._daemon, **arguments)
+        except LocalmigError:
+            raise
+        except Exception as error:  # a bug in one command must not end the daemon, nor this client
+            _log.exception("QMP command %s failed", command.name)
+            raise StateError(f"internal error in {command.name}: {error!r}") from error
+
+    def _on_fact(self, fact: trace.Event) -> None:
+        if isinstance(fact, trace.RunStateChanged) and fact.state in (RunState.RUNNING, RunState.PAUSED):
+            # Before anybody hears of it: who hears RESUME finds this daemon at the path.
+            self._claim()
+        event = self._event_source.translate(fact, at_s=time.time(), migration_events=self._daemon.capabilities.events)
+        if event is not None:
+            self._broadcast(event)
+
+    def _claim(self) -> None:
+        try:
+            self._listener.claim()
+        except KernelError as error:
+            _log.error("QMP stays where it is: %s", error)
+
+    def _broadcast(self, event: Event) -> None:
+        for writer, session in list(self._clients.items()):
+            transport = writer.transport
+            if transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
+                _log.warning("QMP client dropped: it does not read, %d bytes wait for it", OUTPUT_BYTES_MAX)
+                transport.abort()
+            elif not transport.is_closing() and (message := session.event(event)):
+                writer.write(message)
+
+
+def _nothing() -> None:
+    """What is left to unsubscribe after the end."""

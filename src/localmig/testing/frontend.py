@@ -1,0 +1,606 @@
+"""A vhost-user frontend with a virtio-net driver: what a VMM and its guest are to a backend.
+
+Owns:        the frontend's side of the connection, step by step; a guest's memory; the whole bring-up, in QEMU's order.
+Never sees:  the backend's code, namespaces.
+Read next:   guest.py, which makes a guest with a network stack out of it.
+
+Everything blocks, and every wait is bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from localmig import fds
+from localmig.dataplane import Counters, DriverPair, GuestMemory
+from localmig.errors import PeerError, PeerLostError, StateError
+from localmig.fds import OwnedFd
+from localmig.vhost_user.message import (
+    HEADER_SIZE,
+    PROTOCOL_FEATURES_BIT,
+    RULES,
+    U64,
+    ConfigSpace,
+    Header,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    RegionDescription,
+    Request,
+    SingleRegion,
+    VringAddress,
+    VringFile,
+    VringNumber,
+    decode_reply,
+    encode_request,
+)
+from localmig.virtio import DeviceStatus, Feature
+from localmig.virtio.net import NetFeature
+
+ANSWER_SECONDS_MAX: Final = 10.0
+"""How long a backend may take for an answer: ten thousand times what one takes, enough for a handover in between."""
+
+PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.RARP
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.MTU
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+"""What this frontend acknowledges where it is offered: what QEMU does for a NIC and needs no second channel."""
+
+DRIVER_FEATURES: Final = int(Feature.VERSION_1 | Feature.RING_EVENT_IDX) | int(NetFeature.MRG_RXBUF)
+"""The virtio features the driver makes use of."""
+
+_DRIVER_OK: Final = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
+
+_GUEST_ADDRESS: Final = 0x4000_0000
+_USER_ADDRESS: Final = 0x7F00_0000_0000
+
+
+# -- the connection ---------------------------------------------------------------------------------------------
+
+
+class Frontend:
+    """The frontend's end of a vhost-user connection: a method for each request.
+
+    Once REPLY_ACK is acknowledged every request waits for the backend's word that it is done. Each method raises
+
+        PeerError: the backend refused, or answered something else than was asked; the connection is of no more use.
+        PeerLostError: it closed the connection, or did not answer in time.
+
+    Args:
+        sock: a connected UNIX stream socket; this object owns it.
+        answer_seconds_max: how long each answer may take.
+    """
+
+    def __init__(self, sock: socket.socket, *, answer_seconds_max: float = ANSWER_SECONDS_MAX) -> None:
+        sock.settimeout(answer_seconds_max)
+        self._socket = sock
+        self._acknowledged = ProtocolFeature(0)
+
+    @classmethod
+    def connect(cls, path: str, *, answer_seconds_max: float = ANSWER_SECONDS_MAX) -> Self:
+        """Connects to a backend that listens on `path`. PeerLostError if none does."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(answer_seconds_max)
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise PeerLostError(f"no backend listens on '{path}': {error.strerror or error}") from error
+        return cls(sock, answer_seconds_max=answer_seconds_max)
+
+    @property
+    def protocol_features(self) -> ProtocolFeature:
+        """The acknowledged ones."""
+        return self._acknowledged
+
+    def fileno(self) -> int:
+        """The socket, lent. It turns readable when the backend is gone."""
+        return self._socket.fileno()
+
+    def is_lost(self, timeout: float = 0.0) -> bool:
+        """Whether the backend closed the connection, waiting up to `timeout` seconds for it."""
+        if not select.select([self._socket], [], [], timeout)[0]:
+            return False
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Leaves, as a VMM that ends. Idempotent."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def call(self, request: Request, payload: Payload | None = None, lent: Sequence[int] = ()) -> Payload | None:
+        """Sends a request with descriptors and waits for its reply, or its acknowledgement where there is one.
+
+        Returns:
+            the reply's payload; None where the request has no reply of its own.
+        """
+        replies = RULES[request].reply is not None
+        acknowledges = not replies and bool(self._acknowledged & ProtocolFeature.REPLY_ACK)
+        self.send(encode_request(request, payload, needs_reply=acknowledges), lent, what=request.name)
+        if not replies and not acknowledges:
+            return None
+        header = Header.decode(self.receive(HEADER_SIZE, what=request.name))
+        if header.request != request:
+            raise PeerError(f"backend answered {header.request.name} to {request.name}")
+        answer = decode_reply(header, self.receive(header.size, what=request.name))
+        if replies:
+            return answer
+        assert isinstance(answer, U64), answer
+        if answer.value != 0:
+            raise PeerError(f"backend refused {request.name}: it acknowledged with {answer.value}, expected 0")
+        return None
+
+    def send(self, data: bytes, lent: Sequence[int] = (), *, what: str = "data") -> None:
+        """Sends bytes as they are, descriptors with the first of them: also what no frontend should send."""
+        try:
+            sent = fds.send(self._socket, data, lent)
+            self._socket.sendall(data[sent:])
+        except TimeoutError:
+            raise PeerLostError(f"backend did not take {what} in time") from None
+        except OSError as error:
+            raise PeerLostError(f"backend closed the connection before {what}: {error.strerror}") from error
+
+    def receive(self, size: int, *, what: str = "data") -> bytes:
+        """Receives exactly `size` bytes."""
+        data = b""
+        while len(data) < size:
+            try:
+                piece, arrived = fds.receive(self._socket, size - len(data))
+            except TimeoutError:
+                raise PeerLostError(f"backend did not answer {what} within {self._socket.gettimeout()} s") from None
+            except OSError as error:
+                raise PeerLostError(f"backend is gone, no answer to {what}: {error.strerror}") from error
+            if arrived:
+                fds.close_all(arrived)
+                raise PeerError(f"backend sent {len(arrived)} descriptors with its answer to {what}")
+            if not piece:
+                raise PeerLostError(f"backend closed the connection instead of answering {what}")
+            data += piece
+        return data
+
+    def _number(self, request: Request) -> int:
+        answer = self.call(request)
+        assert isinstance(answer, U64), answer
+        return answer.value
+
+    # -- negotiation --
+
+    def get_features(self) -> int:
+        """The virtio feature bits on offer, with bit 30 for protocol features."""
+        return self._number(Request.GET_FEATURES)
+
+    def set_features(self, features: int) -> None:
+        """Acknowledges virtio feature bits."""
+        self.call(Request.SET_FEATURES, U64(value=features))
+
+    def get_protocol_features(self) -> ProtocolFeature:
+        """What the backend offers of vhost-user itself."""
+        return ProtocolFeature(self._number(Request.GET_PROTOCOL_FEATURES))
+
+    def set_protocol_features(self, features: ProtocolFeature) -> None:
+        """Acknowledges them; they count from here on."""
+        self.call(Request.SET_PROTOCOL_FEATURES, U64(value=int(features)))
+        self._acknowledged = features
+
+    def get_queue_num(self) -> int:
+        """How many queues the backend has; for a NIC the number of pairs."""
+        return self._number(Request.GET_QUEUE_NUM)
+
+    def set_owner(self) -> None:
+        """Claims the session."""
+        self.call(Request.SET_OWNER)
+
+    def set_backend_request_fd(self, fd: int) -> None:
+        """Lends the descriptor by which the backend may ask the frontend."""
+        self.call(Request.SET_BACKEND_REQ_FD, None, [fd])
+
+    # -- the device --
+
+    def get_config(self, offset: int, size: int) -> bytes | None:
+        """A piece of the configuration space; None where the backend has none."""
+        answer = self.call(Request.GET_CONFIG, ConfigSpace(offset=offset, data=bytes(size)))
+        assert answer is None or isinstance(answer, ConfigSpace), answer
+        return None if answer is None else answer.data
+
+    def set_mtu(self, mtu: int) -> None:
+        """Tells the MTU the driver was told."""
+        self.call(Request.NET_SET_MTU, U64(value=mtu))
+
+    def send_rarp(self, mac: bytes) -> None:
+        """Asks the backend to announce the guest's MAC address."""
+        self.call(Request.SEND_RARP, U64(value=int.from_bytes(mac, "little")))
+
+    def set_status(self, status: int) -> None:
+        """Sets the device status field."""
+        self.call(Request.SET_STATUS, U64(value=status))
+
+    def get_status(self) -> int:
+        """Reads the device status field."""
+        return self._number(Request.GET_STATUS)
+
+    def reset_device(self) -> None:
+        """Stops all rings and forgets what was set."""
+        self.call(Request.RESET_DEVICE)
+
+    # -- memory --
+
+    def set_mem_table(self, regions: Sequence[tuple[RegionDescription, int]]) -> None:
+        """Shares guest memory: (description, lent descriptor) of each region. Replaces what was shared before."""
+        table = MemoryTable(regions=tuple(description for description, _ in regions))
+        self.call(Request.SET_MEM_TABLE, table, [fd for _, fd in regions])
+
+    def get_max_mem_slots(self) -> int:
+        """How many regions `add_mem_region` may add."""
+        return self._number(Request.GET_MAX_MEM_SLOTS)
+
+    def add_mem_region(self, region: RegionDescription, fd: int) -> None:
+        """Shares one more region; `fd` is lent."""
+        self.call(Request.ADD_MEM_REG, SingleRegion(region=region), [fd])
+
+    def remove_mem_region(self, region: RegionDescription) -> None:
+        """Takes one region back."""
+        self.call(Request.REM_MEM_REG, SingleRegion(region=region))
+
+    # -- vrings --
+
+    def set_vring_num(self, index: int, size: int) -> None:
+        """Sets a vring's number of entries."""
+        self.call(Request.SET_VRING_NUM, VringNumber(index=index, number=size))
+
+    def set_vring_base(self, index: int, next_avail: int) -> None:
+        """Sets where in its avail ring a vring goes on."""
+        self.call(Request.SET_VRING_BASE, VringNumber(index=index, number=next_avail))
+
+    def get_vring_base(self, index: int) -> int:
+        """Stops a vring; gives where it would go on."""
+        answer = self.call(Request.GET_VRING_BASE, VringNumber(index=index))
+        assert isinstance(answer, VringNumber), answer
+        if answer.index != index:
+            raise PeerError(f"backend answered for vring {answer.index}, asked was {index}")
+        return answer.number
+
+    def set_vring_addr(self, address: VringAddress) -> None:
+        """Sets where a vring is, in user addresses."""
+        self.call(Request.SET_VRING_ADDR, address)
+
+    def set_vring_kick(self, index: int, fd: int | None) -> None:
+        """Lends the eventfd the driver kicks, and starts the vring; None: the backend polls."""
+        self._vring_file(Request.SET_VRING_KICK, index, fd)
+
+    def set_vring_call(self, index: int, fd: int | None) -> None:
+        """Lends the eventfd that calls the driver; None: it polls."""
+        self._vring_file(Request.SET_VRING_CALL, index, fd)
+
+    def set_vring_err(self, index: int, fd: int | None) -> None:
+        """Lends the eventfd that tells of a broken vring; None: nobody listens."""
+        self._vring_file(Request.SET_VRING_ERR, index, fd)
+
+    def enable_vring(self, index: int) -> None:
+        """Lets a vring carry packets."""
+        self.call(Request.SET_VRING_ENABLE, VringNumber(index=index, number=1))
+
+    def disable_vring(self, index: int) -> None:
+        """Lets a vring carry none."""
+        self.call(Request.SET_VRING_ENABLE, VringNumber(index=index, number=0))
+
+    def _vring_file(self, request: Request, index: int, fd: int | None) -> None:
+        self.call(request, VringFile(index=index, has_fd=fd is not None), [] if fd is None else [fd])
+
+
+# -- the guest --------------------------------------------------------------------------------------------------
+
+
+class SharedMemory:
+    """A guest's memory: one file, mapped here and shared with the backend.
+
+    Args:
+        size: bytes, a multiple of the page size.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.fd = OwnedFd(os.memfd_create("guest-memory", os.MFD_CLOEXEC))
+        try:
+            os.ftruncate(self.fd.fileno(), size)
+            self.region = RegionDescription(
+                guest_address=_GUEST_ADDRESS, size=size, user_address=_USER_ADDRESS, mmap_offset=0
+            )
+            self.mapping = GuestMemory([(_GUEST_ADDRESS, size, _USER_ADDRESS, 0, self.fd.fileno())])
+        except (OSError, ValueError):
+            self.fd.close()
+            raise
+
+    def user_address(self, guest_address: int) -> int:
+        """The frontend's address of a guest address, which is what vrings are told in."""
+        return guest_address - _GUEST_ADDRESS + _USER_ADDRESS
+
+    def close(self) -> None:
+        """Drops the file; the mapping goes with the object. Idempotent."""
+        self.fd.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _VringFds:
+    kick: OwnedFd
+    call: OwnedFd
+    error: OwnedFd
+
+    @classmethod
+    def create(cls) -> Self:
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        kick, call, error = (OwnedFd(os.eventfd(0, flags)) for _ in range(3))
+        return cls(kick=kick, call=call, error=error)
+
+    def close(self) -> None:
+        fds.close_all((self.kick, self.call, self.error))
+
+
+RX: Final = 0
+TX: Final = 1
+
+
+class NetGuest:
+    """A guest with one NIC of one queue pair: memory, driver and the VMM's part of the bring-up.
+
+        detached ── attach ──▶ attached ── detach ──▶ detached        the rings stay as they are
+                               attached ── reset_driver ──▶ attached  fresh rings, packets in flight are gone
+                               attached, backend gone ── reconnect ──▶ attached
+
+    Args:
+        path: the backend's socket.
+        tap_fd: the guest's own TAP, non-blocking, with a vnet header of 12 bytes, lent until `close`; None: what
+            arrives is counted and dropped.
+        queue_size: entries of each ring, a power of two up to 1024.
+        features: virtio features to acknowledge where they are offered. VERSION_1 must be among both.
+        protocol_features: vhost-user features to acknowledge where they are offered.
+        answer_seconds_max: how long the backend may take for each answer.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tap_fd: int | None = None,
+        queue_size: int = 256,
+        features: int = DRIVER_FEATURES,
+        protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
+        answer_seconds_max: float = ANSWER_SECONDS_MAX,
+    ) -> None:
+        self._path = path
+        self._tap_fd = tap_fd
+        self._queue_size = queue_size
+        self._wanted = features
+        self._wanted_protocol = protocol_features
+        self._answer_seconds_max = answer_seconds_max
+        self._features = 0
+        self._bases = [0, 0]
+        self._frontend: Frontend | None = None
+        self._driver: DriverPair | None = None
+        self.memory = SharedMemory(DriverPair.layout_size(queue_size))
+        self._vrings = (_VringFds.create(), _VringFds.create())
+
+    # -- life --
+
+    def attach(self) -> None:
+        """Connects if it is not connected, sets everything up and lets the driver run.
+
+        Raises:
+            PeerError: the backend refused a step, or offers too little. PeerLostError: it is not there or went
+                away. The guest is detached, and disconnected.
+        """
+        try:
+            if self._frontend is None:
+                self._frontend = self._negotiated()
+            self._set_up(self._frontend)
+        except PeerError:
+            self.disconnect()
+            raise
+        self._driver_here().start()
+
+    def detach(self) -> None:
+        """Stops the rings at the backend and keeps where they stand, as a VMM does when it pauses the guest.
+
+        The driver runs on: what it sends waits in the ring.
+        """
+        frontend = self.frontend
+        for index in (RX, TX):
+            frontend.disable_vring(index)
+        for index in (RX, TX):
+            self._bases[index] = frontend.get_vring_base(index)
+
+    def reset_driver(self) -> None:
+        """What a backend sees when the guest's driver resets the device and begins again: new, empty rings."""
+        frontend = self.frontend
+        if self._driver is not None:
+            self._driver.stop()
+            self._driver.counters()  # raises what the driver found wrong
+            self._driver = None
+        self.detach()
+        if ProtocolFeature.STATUS in frontend.protocol_features:
+            frontend.set_status(0)
+        self._bases = [0, 0]
+        self.attach()
+
+    def disconnect(self) -> None:
+        """Leaves the backend, without a word. The driver and its rings stay. Idempotent."""
+        if self._frontend is not None:
+            self._frontend.close()
+            self._frontend = None
+
+    def reconnect(self, *, every_seconds: float, seconds_max: float) -> int:
+        """Connects to whoever listens now and goes on with the rings as they stand in memory, as QEMU does.
+
+        Args:
+            every_seconds: time between attempts.
+            seconds_max: when to give up.
+
+        Returns:
+            the number of attempts it took.
+
+        Raises:
+            PeerLostError: nobody listened until the end. The guest is detached.
+        """
+        self.disconnect()
+        deadline = time.monotonic() + seconds_max
+        attempts = 0
+        while True:
+            attempts += 1
+            # A backend that went away told no position: what it completed is in the used index, the rest is undone.
+            self._bases = [self.used_index(RX), self.used_index(TX)]
+            try:
+                self.attach()
+            except PeerLostError:
+                if time.monotonic() + every_seconds > deadline:
+                    raise
+            else:
+                return attempts
+            time.sleep(every_seconds)
+
+    def close(self) -> None:
+        """Ends the guest: driver, connection, memory. Idempotent."""
+        if self._driver is not None:
+            self._driver.stop()
+            self._driver = None
+        self.disconnect()
+        for vring in self._vrings:
+            vring.close()
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- what it knows --
+
+    @property
+    def frontend(self) -> Frontend:
+        """The connection. StateError if there is none."""
+        if self._frontend is None:
+            raise StateError(f"guest is not connected to '{self._path}'")
+        return self._frontend
+
+    @property
+    def features(self) -> int:
+        """The acknowledged virtio features."""
+        return self._features
+
+    @property
+    def bases(self) -> tuple[int, int]:
+        """(rx, tx) positions as told by `detach`, or where `attach` begins."""
+        return self._bases[RX], self._bases[TX]
+
+    def used_index(self, index: int) -> int:
+        """The used index of a ring as it stands in guest memory; 0 before there is a ring."""
+        if self._driver is None:
+            return 0
+        _, _, used_ring = self._driver.ring_addresses()[index]
+        return int.from_bytes(self.memory.mapping.read(used_ring + 2, 2), "little")
+
+    def counters(self) -> Counters:
+        """What the driver moved since its last reset.
+
+        Raises:
+            PeerError: the driver stopped: the backend broke a ring, or the guest's TAP is gone.
+        """
+        try:
+            return self._driver_here().counters()
+        except RuntimeError as error:
+            raise PeerError(f"guest's driver stopped: {error}") from error
+
+    def ring_error(self, index: int, timeout: float = 0.0) -> bool:
+        """Whether the backend told through the error eventfd that it stopped the ring, within `timeout` seconds."""
+        fd = self._vrings[index].error.fileno()
+        if not select.select([fd], [], [], timeout)[0]:
+            return False
+        os.eventfd_read(fd)
+        return True
+
+    # -- the steps, in QEMU's order --
+
+    def _negotiated(self) -> Frontend:
+        frontend = Frontend.connect(self._path, answer_seconds_max=self._answer_seconds_max)
+        try:
+            offered = frontend.get_features()
+            if offered >> PROTOCOL_FEATURES_BIT & 1:
+                protocol = frontend.get_protocol_features() & self._wanted_protocol
+                frontend.set_protocol_features(protocol)
+                if ProtocolFeature.MQ in protocol and frontend.get_queue_num() < 1:
+                    raise PeerError("backend has 0 queue pairs, needed is 1")
+            frontend.set_owner()
+            # A driver that went away and came back must find what it has acknowledged.
+            features = (self._features or self._wanted & offered) & ~(1 << PROTOCOL_FEATURES_BIT)
+            if missing := features & ~offered:
+                raise PeerError(f"backend no longer offers features {missing:#x}, the driver uses them")
+            if not features & Feature.VERSION_1:
+                raise PeerError(f"backend offers features {offered:#x}, without VERSION_1")
+            self._features = features
+            for index, vring in enumerate(self._vrings):
+                frontend.set_vring_call(index, vring.call.fileno())
+        except PeerError:
+            frontend.close()
+            raise
+        return frontend
+
+    def _set_up(self, frontend: Frontend) -> None:
+        protocol = frontend.protocol_features
+        extra = 1 << PROTOCOL_FEATURES_BIT if protocol else 0
+        frontend.set_features(self._features | extra)
+        frontend.set_mem_table([(self.memory.region, self.memory.fd.fileno())])
+        for index, rings in enumerate(self._driver_here().ring_addresses()):
+            descriptor_table, avail_ring, used_ring = map(self.memory.user_address, rings)
+            vring = self._vrings[index]
+            frontend.set_vring_num(index, self._queue_size)
+            frontend.set_vring_base(index, self._bases[index])
+            frontend.set_vring_addr(
+                VringAddress(
+                    index=index,
+                    descriptor_table=descriptor_table,
+                    used_ring=used_ring,
+                    avail_ring=avail_ring,
+                )
+            )
+            frontend.set_vring_err(index, vring.error.fileno())
+            frontend.set_vring_kick(index, vring.kick.fileno())
+            frontend.set_vring_call(index, vring.call.fileno())
+        if protocol:
+            for index in (RX, TX):
+                frontend.enable_vring(index)
+        if ProtocolFeature.STATUS in protocol:
+            frontend.set_status(_DRIVER_OK)
+
+    def _driver_here(self) -> DriverPair:
+        if self._driver is None:
+            rx, tx = self._vrings
+            self._driver = DriverPair(
+                name="guest-driver",
+                memory=self.memory.mapping,
+                guest_address=self.memory.region.guest_address,
+                queue_size=self._queue_size,
+                features=self._features,
+                rx_kick_fd=rx.kick.fileno(),
+                rx_call_fd=rx.call.fileno(),
+                tx_kick_fd=tx.kick.fileno(),
+                tx_call_fd=tx.call.fileno(),
+                tap_fd=self._tap_fd,
+            )
+        return self._driver

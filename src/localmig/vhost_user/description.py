@@ -1,0 +1,70 @@
+"""How a vhost-user session travels in the migration stream.
+
+Owns:        the descriptions of SessionState and ListenerState, which every vhost-user device embeds in its own.
+Never sees:  the stream around them.
+Read next:   devices/virtio_net/state.py for a device that embeds them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
+from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
+from localmig.vhost_user.protocol import SessionState, VringState
+from localmig.vhost_user.session import PATH_SIZE_MAX, ListenerState
+from localmig.vmstate import Description, array, blob, boolean, fd, optional, text, u8, u16, u32, u64
+
+MEMORY_REGION: Final = Description(
+    name="vhost-user-memory-region",
+    version=1,
+    oldest_version=1,
+    state=MemoryRegion,
+    fields=(u64("guest_address"), u64("size"), u64("user_address"), u64("mmap_offset"), fd("fd")),
+)
+
+VRING: Final = Description(
+    name="vhost-user-vring",
+    version=1,
+    oldest_version=1,
+    state=VringState,
+    fields=(
+        u32("size"),
+        u64("descriptor_table"),
+        u64("avail_ring"),
+        u64("used_ring"),
+        u16("next_avail"),
+        boolean("started"),
+        boolean("enabled"),
+        optional(fd("kick")),
+        optional(fd("call")),
+        optional(fd("error")),
+    ),
+)
+
+SESSION: Final = Description(
+    name="vhost-user-session",
+    version=1,
+    oldest_version=1,
+    state=SessionState,
+    fields=(
+        u64("features_acked"),
+        u64("protocol_features_acked"),
+        u8("device_status"),
+        u16("mtu"),
+        array("regions", MEMORY_REGION, count_max=REGION_COUNT_MAX),
+        array("vrings", VRING, count_max=VRING_INDEX_MAX + 1),
+        optional(fd("backend_request_fd")),
+        blob("unparsed", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
+        array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),
+        blob("unsent", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
+    ),
+)
+
+LISTENER: Final = Description(
+    name="vhost-user-listener",
+    version=1,
+    oldest_version=1,
+    state=ListenerState,
+    fields=(text("path", size_max=PATH_SIZE_MAX), u64("device"), u64("inode"), fd("fd")),
+)

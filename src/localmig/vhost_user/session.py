@@ -1,0 +1,442 @@
+"""The vhost-user socket of a device: asyncio and descriptors around the session protocol.
+
+Owns:        Listener (the path and who may connect), Session (one connection), Endpoint (a listener and at most one
+             session, which is what a device has).
+Never sees:  a ring. What a message means stands in protocol.py.
+Read next:   devices/virtio_net/ for a handler.
+
+Nothing here touches a socket between adoption and `start`: until the handover commits it is shared with the process
+that serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from localmig import fds
+from localmig.errors import ConfigError, KernelError, LocalmigError
+from localmig.fds import OwnedFd
+from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
+
+PATH_SIZE_MAX: Final = 107
+"""Bytes of a socket's path: `sun_path` has 108, the last one ends the string."""
+
+_BACKLOG: Final = 8
+"""Frontends that may wait while one is served. One is usual: the VMM that takes over from another."""
+
+_ACCEPT_RETRY_SECONDS: Final = 1.0
+"""Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
+
+
+class SessionHandler(Protocol):
+    """What a device does for its session. Each method runs in the event loop and returns when the work is done."""
+
+    def session_opened(self) -> None:
+        """A frontend connected; the session's state is fresh."""
+
+    def handle(self, event: Event) -> None:
+        """Makes the device what the session's state says.
+
+        Raises:
+            LocalmigError: it cannot. A refusable event is refused; after any other the session is closed.
+        """
+
+    def session_closed(self, reason: str | None) -> None:
+        """The session ends: no ring may run any more, for its descriptors close next. None: the frontend left."""
+
+
+# -- listening --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListenerState:
+    """A listener as it travels. `device` and `inode` name the file it bound, so that nobody else's is removed."""
+
+    path: str
+    device: int
+    inode: int
+    fd: OwnedFd
+
+
+class Listener:
+    """A listening UNIX socket and the path it is bound to.
+
+    Attributes:
+        path: where frontends connect.
+    """
+
+    def __init__(self, state: ListenerState) -> None:
+        """Takes over a socket that listens already, without touching it; `state.fd` is empty afterwards."""
+        self.path = state.path
+        self._bound_path = state.path
+        self._identity = (state.device, state.inode)
+        self._fd = state.fd.take()
+        self._socket = _wrap(self._fd)
+        self._on_connection: Callable[[OwnedFd], None] | None = None
+        self._accepting = False
+        self._retry: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def bind(cls, path: str, *, mode: int = 0o600) -> Self:
+        """Listens at `path`; what a dead process left there is replaced.
+
+        Raises:
+            ConfigError: the path is too long, in use, or something else than a socket. Nothing was changed.
+            KernelError: the kernel refused.
+        """
+        _remove_stale(path)
+        return cls(_listen(path, mode))
+
+    @classmethod
+    def bind_beside(cls, path: str, *, mode: int = 0o600) -> Self:
+        """Listens next to `path`, which another process still has; `claim` moves it there.
+
+        Raises:
+            ConfigError, KernelError: as `bind`.
+        """
+        beside = f"{path}.{os.getpid()}"
+        _remove_stale(beside)
+        listener = cls(_listen(beside, mode))
+        listener.path = path
+        return listener
+
+    def claim(self) -> None:
+        """Moves the socket to its path, over whatever is there, in one step. A second call does nothing.
+
+        Raises:
+            KernelError: the kernel refused; it listens where it did.
+        """
+        if self._bound_path == self.path:
+            return
+        try:
+            Path(self._bound_path).rename(self.path)
+        except OSError as error:
+            raise _kernel_error(self.path, error) from error
+        self._bound_path = self.path
+
+    def save(self) -> ListenerState:
+        """The listener as it travels; its descriptor is lent, and stays this listener's."""
+        device, inode = self._identity
+        return ListenerState(path=self.path, device=device, inode=inode, fd=self._fd)
+
+    def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
+        """Hands each connection (non-blocking) to `on_connection`, until `pause`."""
+        self._on_connection = on_connection
+        if not self._accepting:
+            asyncio.get_running_loop().add_reader(self._fd.fileno(), self._accept)
+            self._accepting = True
+
+    def pause(self) -> None:
+        """Accepts nothing more; connections wait in the kernel. Calling it again does nothing."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._accepting:
+            asyncio.get_running_loop().remove_reader(self._fd.fileno())
+            self._accepting = False
+
+    def release(self) -> None:
+        """Drops the socket and leaves its path: another process serves it."""
+        self.pause()
+        self._socket.detach()
+        self._fd.close()
+
+    def close(self) -> None:
+        """Ends listening for good and removes the path if it is still ours. Calling it again does nothing."""
+        if not self._fd.is_open:
+            return
+        self.release()
+        if _identity(self._bound_path) == self._identity:
+            Path(self._bound_path).unlink()
+
+    def _accept(self) -> None:
+        assert self._on_connection is not None
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self.pause()
+            self._retry = asyncio.get_running_loop().call_later(
+                _ACCEPT_RETRY_SECONDS, self.accept_connections, self._on_connection
+            )
+            return
+        connection.setblocking(False)
+        self._on_connection(OwnedFd(connection.detach()))
+
+
+def _listen(path: str, mode: int) -> ListenerState:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # Linux gives the path the mode its socket has: at no moment may others connect.
+        os.fchmod(listening.fileno(), mode)
+        listening.bind(path)
+        listening.listen(_BACKLOG)
+        identity = _identity(path)
+        assert identity is not None, path
+    except OSError as error:
+        listening.close()
+        raise _kernel_error(path, error) from error
+    device, inode = identity
+    return ListenerState(path=path, device=device, inode=inode, fd=OwnedFd(listening.detach()))
+
+
+def _remove_stale(path: str) -> None:
+    """Makes room at `path` where only a dead process' socket is in the way."""
+    size = len(os.fsencode(path))
+    if not 0 < size <= PATH_SIZE_MAX:
+        raise ConfigError(f'socket path "{path}" has {size} bytes, limit is {PATH_SIZE_MAX}')
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f'"{path}" exists and is not a socket: choose another path, or remove it')
+    except FileNotFoundError:
+        return
+    # A datagram socket cannot connect to a stream socket: whoever listens there does not notice the question.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        answer = probe.connect_ex(path)
+    if answer != errno.ECONNREFUSED:
+        raise ConfigError(
+            f'socket "{path}" is in use by another process: stop that process or choose another path'
+            if answer in (0, errno.EPROTOTYPE)
+            else f'socket "{path}" exists and cannot be probed ({os.strerror(answer)}): choose another path'
+        )
+    Path(path).unlink()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _kernel_error(path: str, error: OSError) -> KernelError:
+    assert error.errno is not None
+    return KernelError(f'cannot listen on "{path}": {error.strerror}', errno=error.errno)
+
+
+def _wrap(fd: OwnedFd) -> socket.socket:
+    """A socket object on a borrowed descriptor: detached, never closed."""
+    # With all of family, type and protocol given, this asks the kernel nothing.
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd.fileno())
+
+
+# -- one connection ---------------------------------------------------------------------------------------
+
+
+class Session:
+    """One connection: carries bytes between its socket and `backend`, and events to the device.
+
+    Attributes:
+        backend: the protocol's side of it.
+        connection: the socket, this session's; a handover borrows it.
+    """
+
+    def __init__(
+        self, connection: OwnedFd, backend: Backend, handler: SessionHandler, *, on_closed: Callable[[], None]
+    ) -> None:
+        """Takes over `connection` (non-blocking) without touching it; it is served from `thaw` on.
+
+        `on_closed` is called after the session was closed, not after it was released.
+        """
+        self.backend = backend
+        self.connection = connection.take()
+        self._handler = handler
+        self._on_closed = on_closed
+        self._socket = _wrap(self.connection)
+        self._reading = False
+        self._writing = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed or released."""
+        return not self.connection.is_open
+
+    def thaw(self) -> None:
+        """Carries bytes from now on. Calling it again does nothing."""
+        waiting = bool(self.backend.data_to_send())
+        self._watch(reading=not waiting, writing=waiting)
+
+    def freeze(self) -> None:
+        """Reads and writes nothing more, at once: what is unread stays in the kernel, the rest in the state."""
+        self._watch(reading=False, writing=False)
+
+    def release(self) -> None:
+        """Drops this process's copies, socket and all: another process serves the session."""
+        self.freeze()
+        self._socket.detach()
+        self.connection.close()
+        self.backend.close()
+
+    def close(self, reason: str | None) -> None:
+        """Ends the session for good; the device is told first. Calling it again does nothing.
+
+        Args:
+            reason: what was wrong; None where the frontend simply left.
+        """
+        if self.is_closed:
+            return
+        self.freeze()
+        try:
+            # A copy of the socket in another process must not keep the frontend waiting.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        self._socket.detach()
+        self.connection.close()
+        self._handler.session_closed(reason)
+        self.backend.close()
+        self._on_closed()
+
+    def _watch(self, *, reading: bool, writing: bool) -> None:
+        # The loop is asked for nothing where nothing changes: a session that never ran needs none.
+        if reading != self._reading:
+            self._reading = reading
+            loop = asyncio.get_running_loop()
+            if reading:
+                loop.add_reader(self.connection.fileno(), self._read)
+            else:
+                loop.remove_reader(self.connection.fileno())
+        if writing != self._writing:
+            self._writing = writing
+            loop = asyncio.get_running_loop()
+            if writing:
+                loop.add_writer(self.connection.fileno(), self._write)
+            else:
+                loop.remove_writer(self.connection.fileno())
+
+    def _read(self) -> None:
+        try:
+            data, received = fds.receive(self._socket, self.backend.bytes_wanted)
+            if not data:
+                cut = len(self.backend.state.unparsed)
+                self.close(f"frontend left {cut} bytes into a message" if cut else None)
+                return
+            event = self.backend.receive(data, received)
+            if event is not None:
+                self._handle(event)
+        except BlockingIOError:
+            return
+        except (LocalmigError, OSError) as error:
+            self.close(str(error))
+        except BaseException:
+            self.close("internal error")
+            raise
+        if not self.is_closed and self.backend.data_to_send():
+            self._write()
+
+    def _handle(self, event: Event) -> None:
+        try:
+            self._handler.handle(event)
+        except LocalmigError:
+            if not event.refusable:
+                raise
+            self.backend.refuse()
+        else:
+            # The device may have closed the session instead.
+            if not self.is_closed:
+                self.backend.complete()
+
+    def _write(self) -> None:
+        try:
+            self.backend.data_sent(fds.send(self._socket, self.backend.data_to_send()))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close(str(error))
+            return
+        # Nothing more is read before all is sent. A frozen session stays frozen.
+        if self._reading or self._writing:
+            self.thaw()
+
+
+# -- what a device has ------------------------------------------------------------------------------------
+
+
+class Endpoint:
+    """A device's vhost-user socket: a listener, and at most one session. Further frontends wait in the kernel.
+
+    It does nothing until `thaw`.
+
+    Attributes:
+        listener: where frontends connect.
+        session: the frontend that is served, None while there is none.
+        offer: what the device offers.
+        config: the configuration space that sessions to come begin with.
+    """
+
+    def __init__(self, listener: Listener, handler: SessionHandler, offer: Offer, *, config: bytes = b"") -> None:
+        self.listener = listener
+        self.session: Session | None = None
+        self.offer = offer
+        self.config = config
+        self._handler = handler
+        self._frozen = True
+
+    @property
+    def state(self) -> SessionState | None:
+        """The session's state, None while there is no session."""
+        return self.session.backend.state if self.session else None
+
+    def adopt_session(self, connection: OwnedFd, state: SessionState) -> None:
+        """Takes over a session that began elsewhere, without touching its socket.
+
+        Raises:
+            PeerError: the state cannot be served (see `check_state`); connection and state still own their descriptors.
+        """
+        backend = Backend.from_state(state, self.offer, config=self.config)
+        self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
+
+    def thaw(self) -> None:
+        """Serves the session, or waits for one. Calling it again does nothing."""
+        self._frozen = False
+        if self.session is not None:
+            self.session.thaw()
+        else:
+            self.listener.accept_connections(self._on_connection)
+
+    def freeze(self) -> None:
+        """Accepts, reads and writes nothing more, at once."""
+        self._frozen = True
+        self.listener.pause()
+        if self.session is not None:
+            self.session.freeze()
+
+    def release(self) -> None:
+        """Drops this process's copies without a side effect: another process serves them."""
+        self.freeze()
+        self.listener.release()
+        if self.session is not None:
+            self.session.release()
+            self.session = None
+
+    def close(self) -> None:
+        """Ends everything for good; the device is told of its session's end. Bears being called twice."""
+        self.freeze()
+        self.listener.close()
+        if self.session is not None:
+            self.session.close("the device was closed")
+
+    def _on_connection(self, connection: OwnedFd) -> None:
+        self.listener.pause()
+        backend = Backend(self.offer, config=self.config)
+        self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
+        self._handler.session_opened()
+        self.session.thaw()
+
+    def _on_session_closed(self) -> None:
+        self.session = None
+        if not self._frozen:
+            self.thaw()

@@ -1,0 +1,116 @@
+"""Facts of the virtio specification about network devices (virtio 1.2, section 5.1).
+
+Owns:        feature bits, the configuration space, the length of the header before each frame, which ring is which.
+Never sees:  a packet.
+Read next:   devices/virtio_net/.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import ClassVar, Final
+
+from localmig.virtio import Feature
+
+
+class NetFeature(IntFlag):
+    """Feature bits of a NIC (section 5.1.3). GUEST_ names what the driver can receive, HOST_ what it may send."""
+
+    CSUM = 1 << 0
+    GUEST_CSUM = 1 << 1
+    CTRL_GUEST_OFFLOADS = 1 << 2
+    MTU = 1 << 3
+    MAC = 1 << 5
+    GUEST_TSO4 = 1 << 7
+    GUEST_TSO6 = 1 << 8
+    GUEST_ECN = 1 << 9
+    GUEST_UFO = 1 << 10
+    HOST_TSO4 = 1 << 11
+    HOST_TSO6 = 1 << 12
+    HOST_ECN = 1 << 13
+    HOST_UFO = 1 << 14
+    MRG_RXBUF = 1 << 15
+    STATUS = 1 << 16
+    CTRL_VQ = 1 << 17
+    CTRL_RX = 1 << 18
+    CTRL_VLAN = 1 << 19
+    CTRL_RX_EXTRA = 1 << 20
+    GUEST_ANNOUNCE = 1 << 21
+    MQ = 1 << 22
+    CTRL_MAC_ADDR = 1 << 23
+    GUEST_USO4 = 1 << 54
+    GUEST_USO6 = 1 << 55
+    HOST_USO = 1 << 56
+    HASH_REPORT = 1 << 57
+    RSS = 1 << 60
+    SPEED_DUPLEX = 1 << 63
+
+
+class LinkStatus(IntFlag):
+    """Bits of `status` in the configuration space (section 5.1.4)."""
+
+    LINK_UP = 1
+    ANNOUNCE = 2
+
+
+MTU_MIN: Final = 68
+"""The least MTU a device may tell (section 5.1.4.1): the least IPv4 allows."""
+
+MTU_MAX: Final = 65535
+"""The greatest MTU the configuration space has room for."""
+
+QUEUE_PAIR_COUNT_MAX: Final = 0x8000
+"""The greatest `max_virtqueue_pairs` (section 5.1.4.1)."""
+
+ETHERNET_HEADER_LENGTH: Final = 14
+"""Bytes of a frame that its MTU does not count."""
+
+
+def header_length(features: int) -> int:
+    """Bytes of the header before each frame (section 5.1.6): `num_buffers` is there or is not."""
+    return 12 if features & (Feature.VERSION_1 | NetFeature.MRG_RXBUF) else 10
+
+
+def receive_queue(pair: int) -> int:
+    """Index of the ring that carries frames to the guest (section 5.1.2)."""
+    return 2 * pair
+
+
+def transmit_queue(pair: int) -> int:
+    """Index of the ring that carries frames from the guest (section 5.1.2)."""
+    return 2 * pair + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetConfig:
+    """The configuration space (section 5.1.4). A field means something where its feature was negotiated.
+
+    Attributes:
+        mac: six bytes.
+        status: `LinkStatus` bits.
+        queue_pair_count_max: pairs the driver may use.
+        mtu: in bytes, 0 where none is told.
+        speed: in Mbit/s, `SPEED_UNKNOWN` where it is not known.
+        duplex: 0 half, 1 full, `DUPLEX_UNKNOWN`.
+    """
+
+    SPEED_UNKNOWN: ClassVar = 0xFFFFFFFF
+    DUPLEX_UNKNOWN: ClassVar = 0xFF
+
+    mac: bytes = bytes(6)
+    status: int = LinkStatus.LINK_UP
+    queue_pair_count_max: int = 1
+    mtu: int = 0
+    speed: int = SPEED_UNKNOWN
+    duplex: int = DUPLEX_UNKNOWN
+
+    _LAYOUT: ClassVar = struct.Struct("<6sHHHIBBHI")
+
+    def encode(self) -> bytes:
+        """All 24 bytes, little-endian as VERSION_1 has them; the three RSS fields at the end are 0."""
+        assert len(self.mac) == 6, self.mac
+        return self._LAYOUT.pack(
+            self.mac, self.status, self.queue_pair_count_max, self.mtu, self.speed, self.duplex, 0, 0, 0
+        )

@@ -1,0 +1,101 @@
+"""localmig as a test of the guest tier runs it: daemons in the lab, driven as an operator drives them.
+
+Owns:        starting daemons, `localmig upgrade`, a QMP conversation.
+Never sees:  guests.
+Read next:   test_handover.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from qemu.qmp import QMPClient
+from tests.guest.lab import Lab, Process
+
+LOCALMIG: Final = (sys.executable, "-m", "localmig.cli")
+
+START_SECONDS_MAX: Final = 30
+"""For a Python process that opens a TAP and a few sockets; a busy machine takes seconds for it."""
+
+HANDOVER_SECONDS_MAX: Final = 60
+"""For `localmig upgrade` whole: a process started, a handover of milliseconds, a process ended."""
+
+Result = TypeVar("Result")
+
+
+class Service:
+    """One NIC served in a lab by one daemon after another.
+
+    Attributes:
+        socket: where the VMM finds the NIC.
+        qmp: where whoever serves at the moment answers.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._daemon_count = 0
+        self.socket: Path = lab.folder / "nic0.sock"
+        self.qmp: Path = lab.folder / "qmp.sock"
+
+    def objects(self) -> list[str]:
+        """The options that make its NIC, on `tap0`."""
+        device = f"virtio-net,id=nic0,netdev=net0,socket={self.socket}"
+        return ["--netdev", "tap,id=net0,ifname=tap0", "--device", device]
+
+    def start(self, *options: str, qmp: Path | None = None) -> Process:
+        """Start a daemon and wait until it is ready."""
+        self._daemon_count += 1
+        ready, announce = os.pipe()
+        try:
+            monitor = ["--qmp", f"unix:{qmp or self.qmp}", "--ready-fd", str(announce)]
+            daemon = self._lab.start(
+                [*LOCALMIG, "run", *monitor, *options],
+                name=f"daemon{self._daemon_count}",
+                pass_fds=(announce,),
+            )
+            os.close(announce)
+            readable, _, _ = select.select([ready], [], [], START_SECONDS_MAX)
+            # The end of the file without that byte: it ended, and its log says why.
+            assert readable and os.read(ready, 1), f"daemon did not start: {daemon.log.read_text()}"  # noqa: PT018
+        finally:
+            os.close(ready)
+        return daemon
+
+    def upgrade(self) -> dict[str, Any]:
+        """Hand over to a new daemon as an operator does; what `localmig upgrade --json` reports."""
+        self._daemon_count += 1
+        upgrade = self._lab.start([*LOCALMIG, "upgrade", str(self.qmp), "--json"], name=f"upgrade{self._daemon_count}")
+        status = upgrade.wait(seconds_max=HANDOVER_SECONDS_MAX)
+        upgrade.stop()
+        assert status == 0, f"upgrade ended with {status}: {upgrade.log.read_text()}"
+        lines = upgrade.log.read_text().splitlines()
+        report: dict[str, Any] = json.loads(next(line for line in lines if line.startswith("{")))
+        return report
+
+
+def converse(conversation: Coroutine[Any, Any, Result]) -> Result:
+    """Run a conversation with daemons, bounded in time."""
+    return asyncio.run(asyncio.wait_for(conversation, timeout=HANDOVER_SECONDS_MAX))
+
+
+async def migrate(source: QMPClient, uri: str) -> dict[str, Any]:
+    """Migrate to `uri` and wait for the end; what query-migrate tells then."""
+    capabilities = [{"capability": "events", "state": True}]
+    await source.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    with source.listener("MIGRATION") as events:
+        await source.execute("migrate", {"uri": uri})
+        async for event in events:
+            data = event["data"]
+            assert isinstance(data, dict), event
+            if data["status"] in ("completed", "failed", "cancelled"):
+                break
+    info = await source.execute("query-migrate")
+    assert isinstance(info, dict), info
+    return info

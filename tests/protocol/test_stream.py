@@ -1,0 +1,259 @@
+"""A whole stream, out of one end and into the other; every piece of its frame spoilt in turn."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from tests.compat.vmdesc_reader import find_vmdesc, walk
+from tests.unit.test_vmstate import OUTER, OUTERS, Outer
+
+from localmig.errors import ConfigError, PeerError, StateError
+from localmig.migration import stream as stream_module
+from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
+from localmig.vmstate import Description, array, text, u16, u64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rings:
+    positions: tuple[int, ...]
+    requests: int
+
+
+DISK = Description(name="disk", version=1, oldest_version=1, state=Disk, fields=(text("path", size_max=4096),))
+RINGS = Description(
+    name="disk-rings",
+    version=4,
+    oldest_version=2,
+    state=Rings,
+    fields=(array("positions", u16, count_max=8), u64("requests")),
+)
+
+
+def disk(part_id: str, path: str = "/dev/null") -> Section:
+    return Section(name=section_name(part_id, DISK), description=DISK, state=Disk(path=path))
+
+
+def rings(part_id: str, *positions: int) -> Section:
+    state = Rings(positions=positions, requests=9)
+    return Section(name=section_name(part_id, RINGS), description=RINGS, state=state)
+
+
+SETUP = [disk("a"), disk("b", "/tmp/b")]
+SWITCHOVER = [rings("a", 1, 2), rings("b")]
+
+
+def written(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> tuple[bytes, bytes]:
+    outgoing = OutgoingStream()
+    first = outgoing.setup(setup)
+    return bytes(first.data), bytes(outgoing.switchover(switchover).data)
+
+
+def expecting(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> IncomingStream:
+    return IncomingStream(
+        setup={section.name: section.description for section in setup},
+        switchover={section.name: section.description for section in switchover},
+    )
+
+
+def test_what_goes_out_comes_in() -> None:
+    setup, switchover = written()
+    incoming = expecting()
+    assert incoming.setup(setup) == SETUP
+    assert incoming.switchover(switchover) == SWITCHOVER
+
+
+def test_a_stream_may_have_no_sections() -> None:
+    setup, switchover = written([], [])
+    incoming = expecting([], [])
+    assert incoming.setup(setup) == []
+    assert incoming.switchover(switchover) == []
+
+
+def test_sections_may_come_in_any_order() -> None:
+    setup, switchover = written(SETUP[::-1], SWITCHOVER[::-1])
+    incoming = expecting()
+    assert incoming.setup(setup) == SETUP[::-1]
+    assert incoming.switchover(switchover) == SWITCHOVER[::-1]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param([rings("a", 7, 8), rings("b")], id="same shape"),
+        pytest.param([rings("a", 7), rings("b", 8)], id="same size, another shape"),
+        pytest.param([rings("a", 7, 8, 9), rings("b")], id="another size"),
+        pytest.param([rings("a", 7, 8)], id="another number of sections"),
+        pytest.param([rings("b", 7, 8), rings("a")], id="another order"),
+    ],
+)
+def test_the_piece_is_right_whatever_was_prepared(sample: list[Section]) -> None:
+    outgoing = OutgoingStream()
+    outgoing.setup(SETUP)
+    outgoing.prepare(sample)
+    assert outgoing.switchover(SWITCHOVER).data == written()[1]
+
+
+def test_what_was_prepared_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = written()[1]
+    outgoing = OutgoingStream()
+    outgoing.setup(SETUP)
+    outgoing.prepare([rings("a", 7, 8), rings("b")])
+    monkeypatch.setattr(stream_module, "explain", None)  # nothing is explained inside the downtime
+    assert outgoing.switchover(SWITCHOVER).data == expected
+
+
+def test_a_failed_write_can_be_repeated() -> None:
+    outgoing = OutgoingStream()
+    outgoing.setup(SETUP)
+    with pytest.raises(StateError, match=r'"a/disk-rings": field "positions\[0\]" is 65536, outside'):
+        outgoing.switchover([rings("a", 1 << 16), rings("b")])
+    assert outgoing.switchover(SWITCHOVER).data == written()[1]
+
+
+def test_a_section_name_too_long_for_the_format_is_refused() -> None:
+    longest = disk("x" * (127 - len("/disk")))
+    OutgoingStream().setup([longest])
+    with pytest.raises(ConfigError, match="has 128 bytes, limit is 127"):
+        OutgoingStream().setup([disk("x" * (128 - len("/disk")))])
+
+
+def test_a_stream_too_long_to_describe_is_refused_while_the_guest_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "VMDESC_SIZE_MAX", 400)
+    outgoing = OutgoingStream()
+    outgoing.setup(SETUP)
+    with pytest.raises(ConfigError, match=r"the stream's description has \d+ bytes, limit is 400"):
+        outgoing.prepare(SWITCHOVER)
+
+
+def test_the_vmdesc_is_found_whatever_its_length() -> None:
+    """0x7b is `{`: a length with such a byte would lead a reader astray."""
+    dangerous = 0
+    for id_size in range(1, 121):
+        setup, switchover = written([disk("x" * id_size)], [])
+        vmdesc = find_vmdesc(setup + switchover)
+        assert vmdesc["devices"][0]["name"] == "x" * id_size + "/disk"
+        dangerous += switchover.endswith(b" ")
+    assert dangerous, "no length in the range had to be avoided"
+
+
+@given(OUTERS)
+def test_a_stream_explains_whatever_state_is_in_it(state: Outer) -> None:
+    section = Section(name="x/outer", description=OUTER, state=state)
+    found = walk(b"".join(written([], [section]))).sections["x/outer"]
+    assert found["quad"] == state.quad
+    assert found["name"].decode() == state.name
+    assert found["inners.count"] == len(state.inners)
+    assert found.get("maybe") == state.maybe
+    assert found.get("outer/rare", {"rare": 0})["rare"] == state.rare
+
+
+def test_a_long_name_in_any_script_is_explained() -> None:
+    setup, switchover = written([disk("диск")], [])
+    assert walk(setup + switchover).sections["диск/disk"]["path"] == b"/dev/null"
+
+
+def section_bytes(
+    name: str, body: bytes, *, section_id: int = 0, instance: int = 0, version: int = 1, footer: bytes = b""
+) -> bytes:
+    header = struct.pack(">BIB", 4, section_id, len(name)) + name.encode()
+    return header + struct.pack(">II", instance, version) + body + (footer or struct.pack(">BI", 0x7E, section_id))
+
+
+START = b"QEVM\0\0\0\3\7\0\0\0\x08localmig"
+PATH = b"\0\0\0\1/"
+END = b"\0\6\0\0\0\2{}"
+ONE_DISK = section_bytes("a/disk", PATH)
+
+
+def test_the_frame_of_these_tests_is_right() -> None:
+    incoming = expecting([disk("a")], [])
+    assert incoming.setup(START + ONE_DISK) == [disk("a", "/")]
+    assert incoming.switchover(END) == []
+
+
+@pytest.mark.parametrize(
+    ("setup", "problem"),
+    [
+        (b"", r"needs 9 bytes at offset \d+, 0 are left"),
+        (b"QEVN" + START[4:], "starts with 0x5145564e, expected 0x5145564d"),
+        (b"QEVM\0\0\0\2" + START[8:], "has version 2, expected 3"),
+        (b"QEVM\0\0\0\3\4" + START[9:], "goes on with 0x04, expected a configuration, 0x07"),
+        (START[:9] + b"\0\0\0\2pc", 'is of machine "pc", expected "localmig"'),
+        (START[:9] + b"\0\0\0\x41" + b"p" * 0x41, 'field "machine" has 65 bytes, limit is 64'),
+        (START, 'section "a/disk" is missing at offset 21'),
+        (START + ONE_DISK + section_bytes("a/disk", PATH, section_id=1), 'section "a/disk" came twice'),
+        (START + section_bytes("b/disk", PATH), 'section "b/disk" was not expected, but one of a/disk'),
+        (START + section_bytes("a/disk", PATH, section_id=1), "is number 1 instance 0, expected number 0"),
+        (START + section_bytes("a/disk", PATH, instance=1), "is number 0 instance 1, expected number 0 inst"),
+        (START + section_bytes("a/disk", PATH, version=2), r"came in version 2, this release reads 1\.\.1"),
+        (START + section_bytes("a/disk", PATH, footer=PATH), "ends with 0x00 303, expected 0x7e 0"),
+        (START + section_bytes("a/disk", PATH + b"\1"), "ends with 0x01 2113929216, expected 0x7e 0"),
+        (
+            START + section_bytes("a/disk", PATH, footer=b"\x7e\0\0\0\1"),
+            "ends with 0x7e 1, expected 0x7e 0",
+        ),
+        (START + ONE_DISK[:-1], r"needs 5 bytes at offset \d+, 4 are left"),
+        (START + ONE_DISK + b"\0", "1 bytes are left over"),
+        (START + ONE_DISK + END, "8 bytes are left over"),
+        (START + b"\1" + ONE_DISK[1:], 'section "a/disk" is missing at offset 21'),
+    ],
+)
+def test_a_setup_piece_with_another_frame_is_refused(setup: bytes, problem: str) -> None:
+    with pytest.raises(PeerError, match="setup piece of the migration stream: .*" + problem):
+        expecting([disk("a")], []).setup(setup)
+
+
+@pytest.mark.parametrize(
+    ("switchover", "problem"),
+    [
+        (b"", r"needs 1 bytes at offset \d+, 0 are left"),
+        (b"\2" + END[1:], "goes on with 0x02, expected a section 0x04 or the end 0x00"),
+        (END[:1], r"needs 5 bytes at offset \d+, 0 are left"),
+        (b"\0\7" + END[2:], "goes on with 0x07, expected a vmdesc, 0x06"),
+        (END[:-1], r"needs 2 bytes at offset \d+, 1 are left"),
+        (END + b" ", "1 bytes are left over"),
+        (b"\0\6\0\xa0\0\0{}", "has a vmdesc of 10485760 bytes, limit is 10485755"),
+        (b"\0\6\0\0\0\2[]", r"has a vmdesc that is no JSON object: b'\[\]'"),
+        (b"\0\6\0\0\0\0", "has a vmdesc that is no JSON object: b''"),
+        (ONE_DISK + END, 'section "a/disk" was not expected, but one of none'),
+    ],
+)
+def test_a_switchover_piece_with_another_frame_is_refused(switchover: bytes, problem: str) -> None:
+    incoming = expecting([], [])
+    incoming.setup(START)
+    with pytest.raises(PeerError, match="switchover piece of the migration stream: " + problem):
+        incoming.switchover(switchover)
+
+
+def test_every_truncation_of_a_stream_is_refused() -> None:
+    setup, switchover = written()
+    for size in range(len(setup)):
+        with pytest.raises(PeerError):
+            expecting().setup(setup[:size])
+    for size in range(len(switchover)):
+        incoming = expecting()
+        incoming.setup(setup)
+        with pytest.raises(PeerError):
+            incoming.switchover(switchover[:size])
+
+
+def test_sections_are_numbered_on_across_the_pieces() -> None:
+    setup, switchover = written()
+    incoming = expecting()
+    incoming.setup(setup)
+    vmdesc: Any = find_vmdesc(setup + switchover)
+    assert [device["name"] for device in vmdesc["devices"]] == [s.name for s in SETUP + SWITCHOVER]
+    fresh = expecting()
+    with pytest.raises(PeerError, match="is number 2 instance 0, expected number 0 instance 0"):
+        fresh.switchover(switchover)

@@ -1,0 +1,109 @@
+"""The netdev tap without a TAP: it is a Part, and it refuses state that is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from localmig.device_api import Part
+from localmig.errors import PeerError, StateError
+from localmig.fds import OwnedFd
+from localmig.netdev import Tap
+from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.vmstate import Blob, Reader, close_descriptors, load, save
+
+STATE = TapState(ifname="tap0", mtu=1500, vnet_header_length=12, descriptors=None)
+
+
+class TapPart(Tap, Part):
+    """mypy compares each signature with the contract's here; constructing it finds a method that is missing."""
+
+
+def test_a_tap_is_a_part() -> None:
+    part: Part = TapPart(id="net0")
+    part.recover()
+    assert (part.id, part.setup.name, part.switchover) == ("net0", "tap", None)
+
+
+def test_a_tap_that_stays_home_says_why() -> None:
+    tap = Tap(id="net0", stays_home="device 'nic0' has local-migration=off")
+    assert tap.local_migration_blocker() == "device 'nic0' has local-migration=off"
+
+
+def test_a_closed_tap_says_so_and_ends_quietly() -> None:
+    tap = Tap(id="net0")
+    assert not tap.is_open
+    assert tap.local_migration_blocker() == "its TAP is not open"
+    with pytest.raises(StateError, match="netdev 'net0': its TAP is not open"):
+        tap.fileno()
+    with pytest.raises(StateError, match="netdev 'net0': its TAP is not open"):
+        tap.save_setup(with_descriptors=True)
+    for end in (tap.stop, tap.release, tap.discard, tap.close, tap.source_released):
+        end()
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "error"),
+    [
+        ({"ifname": ""}, "netdev 'net0': '' is no interface name"),
+        ({"ifname": "a\0b"}, "netdev 'net0': 'a\\x00b' is no interface name"),
+        ({"vnet_header_length": 11}, "netdev 'net0': vnet header has 11 bytes, possible are 10 and 12"),
+        ({"mtu": 67}, "netdev 'net0': MTU of 67 bytes, possible are 68 to 65521"),
+        ({"mtu": 65535}, "netdev 'net0': MTU of 65535 bytes, possible are 68 to 65521"),
+    ],
+)
+def test_state_that_is_no_tap_is_refused(spoiled: dict[str, object], error: str) -> None:
+    tap = Tap(id="net0")
+    tap.check_setup(STATE)
+    with pytest.raises(PeerError) as caught:
+        tap.check_setup(dataclasses.replace(STATE, **spoiled))  # type: ignore[arg-type]
+    assert str(caught.value) == error
+
+
+@pytest.mark.parametrize(
+    ("tap", "error"),
+    [
+        (Tap(id="net0", ifname="tap1"), "netdev 'net0' has ifname=tap1 here and tap0 there"),
+        (Tap(id="net0", mtu=9000), "netdev 'net0' has mtu=9000 here and 1500 there"),
+    ],
+)
+def test_a_tap_that_arrives_must_be_the_one_that_was_asked_for(tap: Tap, error: str) -> None:
+    with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
+        state = dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), downscript="no"))
+        Tap(id="net0", ifname="tap0", mtu=1500).check_setup(state)
+        with pytest.raises(PeerError) as caught:
+            tap.check_setup(state)
+        assert str(caught.value) == error
+        # Without descriptors the destination opens its own.
+        tap.check_setup(STATE)
+
+
+def test_descriptors_that_are_no_tap_are_refused() -> None:
+    tap = Tap(id="net0")
+    read, write = (OwnedFd(number) for number in os.pipe())
+    with read, write, OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
+        for descriptors, error in (
+            (TapDescriptors(queues=(), downscript="no"), "netdev 'net0': TAP with 0 queues, limit is 1"),
+            (TapDescriptors(queues=(device, device), downscript="no"), "TAP with 2 queues, limit is 1"),
+            (TapDescriptors(queues=(read,), downscript="no"), "a descriptor that came for its TAP is no TAP"),
+            (TapDescriptors(queues=(device,), downscript="down"), "downscript 'down' is no absolute path"),
+        ):
+            with pytest.raises(PeerError, match=error):
+                tap.check_setup(dataclasses.replace(STATE, descriptors=descriptors))
+
+
+def test_state_survives_the_stream() -> None:
+    with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
+        for state in (
+            STATE,
+            dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), downscript="/x")),
+        ):
+            blob = Blob()
+            save(TAP, state, into=blob)
+            fds = [(offset, OwnedFd(os.dup(number))) for offset, number in blob.fds]
+            loaded = load(TAP, TAP.version, Reader(bytes(blob.data), fds))
+            assert dataclasses.replace(loaded, descriptors=None) == STATE
+            assert (loaded.descriptors is None) == (state.descriptors is None)
+            close_descriptors(TAP, loaded)

@@ -1,0 +1,353 @@
+"""Specs: every form of one is read, checked and written by the same table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localmig.errors import ConfigError, PeerError
+from localmig.options import (
+    AnySpec,
+    MonitorSpec,
+    TapSpec,
+    UnixAddress,
+    VirtioNetSpec,
+    check_together,
+    differences,
+    from_mapping,
+    help_for,
+    parse_device,
+    parse_monitor,
+    parse_netdev,
+    to_mapping,
+)
+from localmig.options.specs import options_of
+
+TAP = TapSpec(id="net0", ifname="tap0", script="/etc/up", downscript="/etc/down", mtu=9000)
+NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock", local_migration=False)
+
+
+# -- text -----------------------------------------------------------------------------------------------------
+
+
+def test_keyval_text_becomes_a_spec() -> None:
+    text = "tap,id=net0,ifname=tap0,script=/etc/up,downscript=/etc/down,mtu=9000,queues=1"
+    assert parse_netdev(text) == TAP
+    assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd=5)
+    text = "virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off"
+    assert parse_device(text) == NIC
+    assert parse_device(text.replace("off", "on")).local_migration is True
+
+
+def test_json_text_becomes_the_same_spec() -> None:
+    values = {"type": "tap", "id": "net0", "ifname": "tap0", "mtu": 9000}
+    assert parse_netdev(json.dumps(values)) == TapSpec(id="net0", ifname="tap0", mtu=9000)
+    values = {"driver": "virtio-net", "id": "nic0", "netdev": "net0", "socket": "/run/nic0.sock"}
+    assert parse_device(json.dumps(values | {"local-migration": False})) == NIC
+
+
+def test_two_commas_are_one_comma_in_a_value() -> None:
+    assert parse_device("virtio-net,id=a,netdev=b,socket=/x,,y,,,local-migration=on").socket == "/x,y,"
+
+
+def test_a_comma_at_the_end_is_no_option() -> None:
+    assert parse_netdev("tap,id=net0,") == TapSpec(id="net0")
+
+
+NETDEV_ERRORS = {
+    "": "Parameter 'type' does not accept value '', one of: tap",
+    "id=net0": "Parameter 'type' is missing, one of: tap",
+    "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap",
+    "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap",
+    "tap": "Parameter 'id' is missing",
+    "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: id, ifname, script, downscript, mtu, queues, fd",
+    "tap,id=net0,id=net1": "Parameter 'id' is there twice, as 'net0' and 'net1'",
+    "tap,id=net0,vhost": "Expected '=' after parameter 'vhost'",
+    "tap,,id=net0": "Invalid parameter 'tap,id'",
+    "tap,=x": "Invalid parameter ''",
+    "tap,id=0net": "Parameter 'id' expects an identifier, not '0net': "
+    "identifiers consist of letters, digits, '-', '.', '_', starting with a letter",
+    "tap,id=" + "n" * 64: f"Parameter 'id' has 64 letters, limit is 63: '{'n' * 64}'",
+    "tap,id=net0,mtu=big": "Parameter 'mtu' expects a number, not 'big'",
+    "tap,id=net0,mtu=-1": "Parameter 'mtu' expects a number, not '-1'",
+    "tap,id=net0,mtu=": "Parameter 'mtu' expects a number, not ''",
+    "tap,id=net0,mtu=67": "Parameter 'mtu' expects a value between 68 and 65521, not 67: "
+    "what the kernel lets a TAP have",
+    "tap,id=net0,mtu=65522": "Parameter 'mtu' expects a value between 68 and 65521, not 65522: "
+    "what the kernel lets a TAP have",
+    "tap,id=net0,queues=2": "Parameter 'queues' expects 1, not 2: this version serves one queue pair",
+    "tap,id=net0,fd=2": "Parameter 'fd' expects a value between 3 and 1048575, not 2: "
+    "a descriptor beyond the standard streams",
+    "tap,id=net0,ifname=": "Parameter 'ifname' expects 1 to 15 bytes, not 0: ''",
+    "tap,id=net0,ifname=abcdefghijklmnop": "Parameter 'ifname' expects 1 to 15 bytes, not 16: 'abcdefghijklmnop'",
+    "tap,id=net0,ifname=tap%d": "Parameter 'ifname' expects an interface name, not 'tap%d': "
+    "no space, '/', ':' or '%', not '.' or '..'",
+    "tap,id=net0,ifname=..": "Parameter 'ifname' expects an interface name, not '..': "
+    "no space, '/', ':' or '%', not '.' or '..'",
+    "tap,id=net0,script=": "Parameter 'script' expects a path of 1 to 4095 bytes, not 0",
+    "tap,id=net0,fd=5,ifname=tap0": "ifname=, script= and downscript= are invalid with fd=: "
+    "who opened the TAP set it up",
+    "tap,id=net0,fd=5,downscript=/x": "ifname=, script= and downscript= are invalid with fd=: "
+    "who opened the TAP set it up",
+    '{"type": "tap", "id": 5}': "Invalid parameter type for 'id', expected: string",
+    '{"type": 5}': "Invalid parameter type for 'type', expected: string",
+    '{"type": "tap", "id": "net0", "mtu": "9000"}': "Invalid parameter type for 'mtu', expected: integer",
+    '{"type": "tap", "id": "net0", "mtu": true}': "Invalid parameter type for 'mtu', expected: integer",
+    '{"type": "tap", "id": "net0", "mtu": null}': "Invalid parameter type for 'mtu', expected: integer",
+    '{"type": "tap", "id": "a", "id": "b"}': "Parameter 'id' is there twice, as 'a' and 'b'",
+    r'{"type": "tap", "id": "a", "script": "a\u0000"}': "Parameter 'script' has a NUL byte in its value",
+    '{"type": "tap"': "JSON parse error, Expecting ',' delimiter: line 1 column 15 (char 14)",
+}
+
+
+@pytest.mark.parametrize("text", NETDEV_ERRORS)
+def test_a_wrong_netdev_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_netdev(text)
+    assert str(caught.value) == f"--netdev {text}: {NETDEV_ERRORS[text]}"
+
+
+DEVICE_ERRORS = {
+    "tap,id=nic0": "Parameter 'driver' does not accept value 'tap', one of: virtio-net",
+    "virtio-net,id=nic0,socket=/x": "Parameter 'netdev' is missing",
+    "virtio-net,id=nic0,netdev=net0": "Parameter 'socket' is missing",
+    "virtio-net,id=nic0,netdev=net0,socket=": "Parameter 'socket': invalid Unix socket address",
+    f"virtio-net,id=nic0,netdev=net0,socket=/{'s' * 107}": "Parameter 'socket': "
+    f"UNIX socket path '/{'s' * 107}' is too long: 108 bytes, limit is 107",
+    "virtio-net,id=nic0,netdev=net0,socket=/x,local-migration=yes": "Parameter 'local-migration' "
+    "expects 'on' or 'off', not 'yes'",
+    '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local-migration": "on"}': "Invalid "
+    "parameter type for 'local-migration', expected: boolean",
+    '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local_migration": true}': "Parameter "
+    "'local_migration' is unexpected, virtio-net has: id, netdev, socket, local-migration",
+}
+
+
+@pytest.mark.parametrize("text", DEVICE_ERRORS)
+def test_a_wrong_device_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_device(text)
+    assert str(caught.value) == f"--device {text}: {DEVICE_ERRORS[text]}"
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    with pytest.raises(ConfigError, match="JSON parse error"):
+        parse_netdev('{"type": ' + "[" * 100_000)
+
+
+@pytest.mark.parametrize("text", ["unix:/run/qmp.sock", "unix:/run/qmp.sock,server=on,wait=off"])
+def test_a_monitor_is_a_unix_socket_that_listens(text: str) -> None:
+    assert parse_monitor(text) == MonitorSpec(path="/run/qmp.sock")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("/run/qmp.sock", "'/run/qmp.sock' is no UNIX socket, expected unix:PATH"),
+        ("tcp:localhost:1", "'tcp:localhost:1' is no UNIX socket, expected unix:PATH"),
+        ("unix:", "invalid Unix socket address"),
+        ("unix:/a,wait=on", "Parameter 'wait=on' is unexpected, only server=on and wait=off may be there"),
+    ],
+)
+def test_a_wrong_monitor_is_refused(text: str, error: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_monitor(text)
+    assert str(caught.value) == f"--qmp {text}: {error}"
+
+
+def test_a_spec_made_in_python_is_checked_as_well() -> None:
+    with pytest.raises(ConfigError, match="Parameter 'id' expects an identifier"):
+        TapSpec(id="0")
+    with pytest.raises(ConfigError, match="Parameter 'mtu' expects a value"):
+        dataclasses.replace(TAP, mtu=1)
+
+
+# -- help -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["help", "?"])
+def test_help_lists_the_types(text: str) -> None:
+    assert help_for("netdev", text) == "netdev types:\n  tap                         a TAP interface of this machine"
+    assert "virtio-net" in (help_for("device", text) or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "spec_type"), [("netdev", "tap", TapSpec), ("device", "virtio-net", VirtioNetSpec)]
+)
+def test_help_of_a_type_tells_each_option_once(kind: str, name: str, spec_type: type[AnySpec]) -> None:
+    lines = (help_for(kind, f"{name},help") or "").splitlines()
+    assert lines[0] == f"{name} options:"
+    assert [line.split("=")[0].strip() for line in lines[1:]] == [option.name for option in options_of(spec_type)]
+
+
+@pytest.mark.parametrize("text", ["tap,id=help", "bogus,help", "tap", "virtio-net,help", "tap,id=x,script=help"])
+def test_text_that_asks_for_no_help_gets_none(text: str) -> None:
+    assert help_for("netdev", text) is None
+
+
+# -- mapping --------------------------------------------------------------------------------------------------
+
+IDS = st.from_regex(r"\A[A-Za-z][A-Za-z0-9._-]{0,62}\Z")
+TAPS = st.builds(
+    TapSpec,
+    id=IDS,
+    ifname=st.none() | st.from_regex(r"\A[a-z0-9,=]{1,15}\Z"),
+    mtu=st.none() | st.integers(68, 65521),
+)
+NICS = st.builds(
+    VirtioNetSpec,
+    id=IDS,
+    netdev=IDS,
+    socket=st.from_regex(r"\A/[a-z,=]{1,106}\Z"),
+    local_migration=st.booleans(),
+)
+
+
+@given(TAPS | NICS)
+def test_a_spec_survives_its_mapping_and_json(spec: AnySpec) -> None:
+    mapping = to_mapping(spec)
+    assert from_mapping(spec.kind, mapping) == spec
+    assert from_mapping(spec.kind, json.loads(json.dumps(mapping))) == spec
+    parse = parse_netdev if spec.kind == "netdev" else parse_device
+    assert parse(json.dumps(mapping)) == spec
+
+
+def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
+    assert to_mapping(TAP) == {"type": "tap", "id": "net0", "ifname": "tap0", "mtu": 9000}
+    assert to_mapping(TapSpec(id="net0", fd=7)) == {"type": "tap", "id": "net0"}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "error"),
+    [
+        ({}, "netdev without id of the other side: Parameter 'type' is missing, one of: tap"),
+        ({"type": "tap", "id": ["x"]}, "netdev without id of the other side: Invalid parameter type for 'id'"),
+        ({"type": "tap", "id": "n", "bogus": 1}, "netdev 'n' of the other side: Parameter 'bogus' is unexpected"),
+        ({"type": "tap", "id": "n", "mtu": 1.5}, "netdev 'n' of the other side: Invalid parameter type for 'mtu'"),
+        ({"type": "tap", "id": "n", "mtu": None}, "netdev 'n' of the other side: Invalid parameter type for 'mtu'"),
+        ({"type": "tap", "id": "n", "fd": 5}, "netdev 'n' of the other side: Parameter 'fd' does not travel"),
+        ({"type": "tap", "id": "n", "script": "/x"}, "netdev 'n' of the other side: Parameter 'script' does not"),
+        ({"type": {}, "id": "n"}, "netdev 'n' of the other side: Invalid parameter type for 'type'"),
+    ],
+)
+def test_a_mapping_from_the_other_side_is_not_trusted(mapping: dict[str, Any], error: str) -> None:
+    with pytest.raises(PeerError) as caught:
+        from_mapping("netdev", mapping)
+    assert str(caught.value).startswith(error)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+NAMES = st.sampled_from([option.name for t in (TapSpec, VirtioNetSpec) for option in options_of(t)]) | st.text()
+
+
+@given(st.sampled_from([TAP, NIC]), st.dictionaries(NAMES, JSON_VALUES, min_size=1, max_size=3))
+def test_whatever_a_mapping_holds_it_is_a_spec_or_a_peer_error(spec: AnySpec, spoiled: dict[str, Any]) -> None:
+    try:
+        result = from_mapping(spec.kind, to_mapping(spec) | spoiled)
+    except PeerError:
+        return
+    assert from_mapping(spec.kind, to_mapping(result)) == result
+
+
+# -- differences ----------------------------------------------------------------------------------------------
+
+
+def test_equal_specs_fit() -> None:
+    assert differences(TAP, TAP, with_descriptors=True) == []
+    assert differences(NIC, NIC, with_descriptors=True) == []
+
+
+def test_differences_name_the_option_and_both_values() -> None:
+    other = dataclasses.replace(TAP, ifname="tap1", mtu=1500, downscript="no")
+    assert differences(TAP, other, with_descriptors=True) == [
+        "netdev 'net0' has ifname=tap0 here and tap1 there",
+        "netdev 'net0' has mtu=9000 here and 1500 there",
+    ]
+    switched = dataclasses.replace(NIC, local_migration=True)
+    assert differences(NIC, switched, with_descriptors=True) == [
+        "device 'nic0' has local-migration=off here and on there"
+    ]
+
+
+def test_without_descriptors_the_destination_may_have_its_own_interface_and_socket() -> None:
+    other = dataclasses.replace(TAP, ifname="tap1")
+    assert differences(TAP, other, with_descriptors=False) == []
+    assert differences(NIC, dataclasses.replace(NIC, socket="/y"), with_descriptors=False) == []
+    assert differences(NIC, dataclasses.replace(NIC, netdev="net1"), with_descriptors=False) == [
+        "device 'nic0' has netdev=net0 here and net1 there"
+    ]
+
+
+def test_what_one_side_left_out_fits_everything() -> None:
+    assert differences(TapSpec(id="net0"), TAP, with_descriptors=True) == []
+    assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
+
+
+def test_specs_of_different_types_do_not_fit() -> None:
+    assert differences(TAP, NIC, with_descriptors=True) == ["netdev 'net0' is a tap here and a virtio-net there"]
+
+
+# -- together -------------------------------------------------------------------------------------------------
+
+
+def test_objects_that_fit_together_pass() -> None:
+    other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
+    check_together([TAP, other_tap], [NIC, other_nic], monitor=MonitorSpec(path="/run/qmp.sock"))
+    check_together([], [])
+
+
+@pytest.mark.parametrize(
+    ("netdevs", "devices", "error"),
+    [
+        ([TAP, TapSpec(id="net0")], [NIC], "Duplicate ID 'net0' for netdev, a netdev has it already"),
+        (
+            [TAP],
+            [dataclasses.replace(NIC, id="net0")],
+            "Duplicate ID 'net0' for device, a netdev has it already",
+        ),
+        ([], [NIC], "device 'nic0': can't find netdev 'net0', there is none"),
+        ([TapSpec(id="net1")], [NIC], "device 'nic0': can't find netdev 'net0', there is 'net1'"),
+        (
+            [TAP],
+            [NIC, dataclasses.replace(NIC, id="nic1", socket="/y")],
+            "device 'nic1': can't take netdev 'net0', it's in use by device 'nic0'",
+        ),
+        (
+            [TAP, dataclasses.replace(TAP, id="net1")],
+            [],
+            "netdev 'net1': interface 'tap0' is used by netdev 'net0' already",
+        ),
+        (
+            [TapSpec(id="net0", fd=5), TapSpec(id="net1", fd=5)],
+            [],
+            "netdev 'net1': descriptor '5' is used by netdev 'net0' already",
+        ),
+        (
+            [TAP, TapSpec(id="net1")],
+            [NIC, dataclasses.replace(NIC, id="nic1", netdev="net1")],
+            "device 'nic1': socket '/run/nic0.sock' is used by device 'nic0' already",
+        ),
+    ],
+)
+def test_objects_that_do_not_fit_together_are_refused(
+    netdevs: list[TapSpec], devices: list[VirtioNetSpec], error: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_together(netdevs, devices)
+    assert str(caught.value) == error
+
+
+def test_one_socket_path_has_one_use() -> None:
+    with pytest.raises(ConfigError, match=r"--qmp: socket '/run/nic0\.sock' is used by device 'nic0' already"):
+        check_together([TAP], [NIC], monitor=MonitorSpec(path="/run/nic0.sock"))
+    with pytest.raises(ConfigError, match="--incoming: socket '/q' is used by --qmp already"):
+        check_together([], [], monitor=MonitorSpec(path="/q"), incoming=UnixAddress(path="/q"))
