@@ -191,8 +191,13 @@ impl GuestMemory {
             let region = region.expect("mmap gives aligned addresses");
             GuestRegionMmap::new(region, GuestAddress(mapping.guest_address)).expect("does not wrap around")
         };
-        let memory = GuestMemoryMmap::from_regions(mappings.iter().map(region).collect())
-            .map_err(|error| MemoryError::Invalid(error.to_string()))?;
+        let regions: Vec<_> = mappings.iter().map(region).collect();
+        // A frontend may take its last region away; what is left is memory that holds nothing.
+        let memory = if regions.is_empty() {
+            GuestMemoryMmap::new()
+        } else {
+            GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Invalid(error.to_string()))?
+        };
         Ok(Self { memory, mappings })
     }
 

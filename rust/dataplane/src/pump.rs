@@ -28,6 +28,9 @@ const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
 /// Where in that header `num_buffers` stands.
 const NUM_BUFFERS_OFFSET: usize = 10;
 
+/// What is said of a TAP that polls as an error, or reads as an end of file.
+const TAP_GONE: &str = "TAP: the interface is gone";
+
 /// One of the two rings of a pair, in the guest's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -393,7 +396,7 @@ impl Pump {
                     if length == 0 {
                         self.tap_gone = true;
                         rx.wait = Wait::Forever;
-                        self.failures.push((Side::Rx, "TAP: end of file".into()));
+                        self.failures.push((Side::Rx, TAP_GONE.into()));
                         break;
                     }
                     counters.rx_dropped.add(1);
@@ -459,7 +462,7 @@ impl Pump {
         let tap = fds[WATCH_TAP].revents;
         if tap & libc::POLLIN == 0 && tap & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0 {
             self.tap_gone = true;
-            self.failures.push((Side::Rx, "TAP: the interface is gone".into()));
+            self.failures.push((Side::Rx, TAP_GONE.into()));
         }
         let ends = [(Side::Rx, self.rx.as_mut(), WATCH_RX_KICK), (Side::Tx, self.tx.as_mut(), WATCH_TX_KICK)];
         for (side, end, kick) in ends {

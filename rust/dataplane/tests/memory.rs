@@ -55,10 +55,7 @@ fn the_descriptor_is_needed_no_longer_than_the_call() {
 fn what_cannot_be_is_refused_with_both_values() {
     let fd = memfd(0x2000);
     let good = region(&fd, START, 0x1000, 0);
-    assert_eq!(
-        refusal(&[RegionSpec { size: 0, ..good }]),
-        "memory region at 0x100000, 0x0 bytes: is empty"
-    );
+    assert_eq!(refusal(&[RegionSpec { size: 0, ..good }]), "memory region at 0x100000, 0x0 bytes: is empty");
     assert_eq!(
         refusal(&[RegionSpec { mmap_offset: 0x1000, size: 0x1001, ..good }]),
         "memory region at 0x100000, 0x1001 bytes: needs a file of 0x2001 bytes, it has 0x2000"

@@ -67,7 +67,7 @@ class Client:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await self._qmp.execute(command, arguments)
         except ExecuteError as error:
-            raise CommandError(error.error.desc, error_class=error.error.class_) from error
+            raise CommandError(str(error), error_class=error.error_class) from error
         except TimeoutError as error:
             raise PeerLostError(f"daemon {self.pid} did not answer '{command}' in {ANSWER_TIMEOUT_S:g} s") from error
         except (QMPError, OSError) as error:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
-import json
 import logging
 import os
+import re
 import signal
+import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from localmig.daemon import Daemon
-from localmig.errors import ConfigError, KernelError, LocalmigError
+from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
 from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
@@ -49,7 +51,10 @@ examples:
     localmig run --device virtio-net,help
 """
 
-_log = logging.getLogger(__name__)
+_NUMBER: Final = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+"""What is read as a number: as many digits as 64 bits can have."""
+
+_log = logging.getLogger("localmig")
 
 
 def add_parser(commands: Any) -> None:
@@ -108,17 +113,53 @@ def execute(arguments: argparse.Namespace) -> int:
             if (help_text := help_for(kind, text)) is not None:
                 print(help_text)
                 return 0
-    _set_up_log(arguments.log, verbose=arguments.verbose)
-    return asyncio.run(_serve(arguments))
+    _set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
+    with contextlib.ExitStack() as resources:
+        tracer = Tracer()
+        tracer.subscribe(_log_fact)
+        if arguments.trace is not None:
+            tracer.subscribe(resources.enter_context(TraceFile(arguments.trace)).write)
+        ready = resources.enter_context(Readiness(arguments.ready_fd))
+        failure = asyncio.run(_serve(arguments, tracer, ready))
+    if failure is not None:
+        print(f"localmig: error: {failure}", file=sys.stderr)
+    return 1 if failure else 0
 
 
-async def _serve(arguments: argparse.Namespace) -> int:
-    tracer = Tracer()
-    if arguments.verbose:
-        tracer.subscribe(lambda fact: _log.debug("%s", to_json(fact)))
-    trace_file = TraceFile(arguments.trace) if arguments.trace else None
-    if trace_file is not None:
-        tracer.subscribe(trace_file.write)
+async def _serve(arguments: argparse.Namespace, tracer: Tracer, ready: Readiness) -> str | None:
+    """Serves until the end; gives the reason where the daemon failed."""
+    daemon, server = _build(arguments, tracer)
+    signals: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        signals.append(number)
+        daemon.quit()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    cause = "host-error"
+    try:
+        await daemon.start()
+        if server is not None:
+            await server.start()
+        ready.announce()
+        where = f", QMP at '{server.path}'" if server else ""
+        _log.info("process %d is ready: %s%s", os.getpid(), daemon.run_state, where)
+        failure = await daemon.wait_quit()
+        if failure is None:
+            cause = "host-signal" if signals else "host-qmp-quit"
+        _log.info("process %d ends: %s", os.getpid(), failure or cause)
+        return failure
+    finally:
+        if server is not None:
+            await server.close(reason=cause)
+
+
+def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpServer | None]:
+    """The daemon and its monitor, with nothing opened but the monitor's socket.
+
+    That one comes first: a second daemon at the same place must end before it opens what the first one has.
+    """
     netdevs = [parse_netdev(text) for text in arguments.netdev]
     devices = [parse_device(text) for text in arguments.device]
     monitor = parse_monitor(arguments.qmp) if arguments.qmp else None
@@ -126,32 +167,98 @@ async def _serve(arguments: argparse.Namespace) -> int:
     check_together(netdevs, devices, monitor=monitor, incoming=incoming)
     daemon = Daemon(netdevs=netdevs, devices=devices, incoming=incoming, tracer=tracer)
     daemon.set_parameters(read_parameters(arguments.migration_parameter, daemon.parameters))
-
-    signals: list[str] = []
-
-    def end(name: str) -> None:
-        signals.append(name)
-        daemon.quit()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end, number.name)
-    # The address comes first: a second daemon at the same one must end before it opens anything.
     server = QmpServer(daemon, monitor.path, succeeds=incoming is not None) if monitor else None
-    failure: str | None = None
+    return daemon, server
+
+
+def read_parameters(words: Sequence[str], parameters: Parameters) -> Parameters:
+    """`parameters` with what `words` (NAME=VALUE, QMP's names) change.
+
+    Raises:
+        ConfigError: a word is no such thing, in QEMU's words.
+    """
+    values: dict[str, object] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--migration-parameter {word}: expected NAME=VALUE")
+        switch = {"on": True, "off": False}.get(text)
+        values[name] = switch if switch is not None else int(text) if _NUMBER.fullmatch(text) else text
     try:
-        await daemon.start()
-        if server is not None:
-            await server.start()
-        if arguments.ready_fd is not None:
-            _announce(arguments.ready_fd)
-        _log.info("process %d is ready, run state '%s'%s", os.getpid(), daemon.run_state, _where(server))
-        failure = await daemon.wait_quit()
-    finally:
-        if server is not None:
-            await server.close(reason="host-error" if failure else "host-signal" if signals else "host-qmp-quit")
-        if trace_file is not None:
-            trace_file.close()
-    if failure is not None:
-        raise StateError(failure)
-    _log.info("process %d ends%s", os.getpid(), f" on {signals[0]}" if signals else "")
-    return 0
+        return parameters_changed(parameters, PARAMETERS.read(values))
+    except ConfigError as error:
+        raise ConfigError(f"--migration-parameter {' '.join(words)}: {error}") from error
+
+
+class TraceFile:
+    """A file that gets every fact as one line of JSON, whole and at once, so that it can be read beside a crash."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _kernel_error(f"--trace {path}", error) from error
+        self._fd = OwnedFd(fd)
+
+    def write(self, fact: Event) -> None:
+        """Appends `fact`. Where the file takes no more, it gets no more, and the daemon serves on."""
+        if not self._fd.is_open:
+            return
+        try:
+            os.write(self._fd.fileno(), to_json(fact).encode() + b"\n")
+        except OSError as error:
+            _log.warning("the trace ends here: %s", error)
+            self._fd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._fd.close()
+
+
+class Readiness:
+    """The descriptor that says once that the daemon is ready; None says it to nobody."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd: OwnedFd | None = None
+        if fd is not None:
+            try:
+                # Programs that the daemon runs must not hold it open: its end, too, tells something.
+                os.set_inheritable(fd, False)
+            except OSError as error:
+                raise _kernel_error(f"--ready-fd {fd}", error) from error
+            self._fd = OwnedFd(fd)
+
+    def announce(self) -> None:
+        """Writes one byte."""
+        if self._fd is not None:
+            # Who started us may have left: that is no reason to end.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._fd.fileno(), b"\n")
+            self._fd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd is not None:
+            self._fd.close()
+
+
+def _set_up_log(path: str | None, level: int) -> None:
+    try:
+        handler = logging.FileHandler(path) if path else logging.StreamHandler()
+    except OSError as error:
+        raise _kernel_error(f"--log {path}", error) from error
+    logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log.setLevel(level)
+
+
+def _log_fact(fact: Event) -> None:
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s", to_json(fact))
+
+
+def _kernel_error(what: str, error: OSError) -> KernelError:
+    return KernelError(f"{what}: {error.strerror}", errno=error.errno or errno.EIO)

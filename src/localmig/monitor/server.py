@@ -62,6 +62,7 @@ class QmpServer:
         self._daemon = daemon
         self._listener = Listener(path, succeeds=succeeds)
         self._event_source = EventSource(daemon.run_state)
+        self._events: list[Event] = []
         self._clients: dict[asyncio.StreamWriter, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -84,9 +85,11 @@ class QmpServer:
         """
         self._unsubscribe()
         self._unsubscribe = _nothing
-        self._listener.close()
+        # The event loop lets go of the socket before it is closed.
         if self._server is not None:
             self._server.close()
+        self._listener.close()
+        self._send_events()
         self._broadcast(Event(name="SHUTDOWN", data={"guest": False, "reason": reason}, at_s=time.time()))
         for writer in self._clients:
             writer.close()
@@ -109,7 +112,7 @@ class QmpServer:
         except PeerError as error:
             _log.warning("QMP client dropped: %s", error)
         except OSError as error:
-            _log.info("QMP client lost: %s", error)
+            _log.debug("QMP client lost: %s", error)
         finally:
             self._clients.pop(writer, None)
             writer.close()
@@ -129,6 +132,8 @@ class QmpServer:
         writer.write(greeting(program_version()))
         while data := await reader.read(READ_BYTES):
             for answer in session.receive(data):
+                # What a command brought about is told before its answer, as QEMU does.
+                self._send_events()
                 writer.write(answer)
                 # Nothing more is done for a client until it takes its answers,
                 await writer.drain()
@@ -150,7 +155,15 @@ class QmpServer:
             self._claim()
         event = self._event_source.translate(fact, at_s=time.time(), migration_events=self._daemon.capabilities.events)
         if event is not None:
+            if not self._events:
+                # Not here: this may be inside the downtime, where every microsecond is the guest's.
+                asyncio.get_running_loop().call_soon(self._send_events)
+            self._events.append(event)
+
+    def _send_events(self) -> None:
+        for event in self._events:
             self._broadcast(event)
+        self._events.clear()
 
     def _claim(self) -> None:
         try:

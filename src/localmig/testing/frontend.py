@@ -408,7 +408,8 @@ class NetGuest:
         """
         try:
             if self._frontend is None:
-                self._frontend = self._negotiated()
+                self._frontend = Frontend.connect(self._path, answer_seconds_max=self._answer_seconds_max)
+                self._negotiate(self._frontend)
             self._set_up(self._frontend)
         except PeerError:
             self.disconnect()
@@ -537,29 +538,23 @@ class NetGuest:
 
     # -- the steps, in QEMU's order --
 
-    def _negotiated(self) -> Frontend:
-        frontend = Frontend.connect(self._path, answer_seconds_max=self._answer_seconds_max)
-        try:
-            offered = frontend.get_features()
-            if offered >> PROTOCOL_FEATURES_BIT & 1:
-                protocol = frontend.get_protocol_features() & self._wanted_protocol
-                frontend.set_protocol_features(protocol)
-                if ProtocolFeature.MQ in protocol and frontend.get_queue_num() < 1:
-                    raise PeerError("backend has 0 queue pairs, needed is 1")
-            frontend.set_owner()
-            # A driver that went away and came back must find what it has acknowledged.
-            features = (self._features or self._wanted & offered) & ~(1 << PROTOCOL_FEATURES_BIT)
-            if missing := features & ~offered:
-                raise PeerError(f"backend no longer offers features {missing:#x}, the driver uses them")
-            if not features & Feature.VERSION_1:
-                raise PeerError(f"backend offers features {offered:#x}, without VERSION_1")
-            self._features = features
-            for index, vring in enumerate(self._vrings):
-                frontend.set_vring_call(index, vring.call.fileno())
-        except PeerError:
-            frontend.close()
-            raise
-        return frontend
+    def _negotiate(self, frontend: Frontend) -> None:
+        offered = frontend.get_features()
+        if offered >> PROTOCOL_FEATURES_BIT & 1:
+            protocol = frontend.get_protocol_features() & self._wanted_protocol
+            frontend.set_protocol_features(protocol)
+            if ProtocolFeature.MQ in protocol and frontend.get_queue_num() < 1:
+                raise PeerError("backend has 0 queue pairs, needed is 1")
+        frontend.set_owner()
+        # A driver that lost its backend must find at the next one what it has acknowledged.
+        features = (self._features or self._wanted & offered) & ~(1 << PROTOCOL_FEATURES_BIT)
+        if missing := features & ~offered:
+            raise PeerError(f"backend does not offer features {missing:#x}, which the driver uses")
+        if not features & Feature.VERSION_1:
+            raise PeerError(f"backend offers features {offered:#x}, without VERSION_1")
+        self._features = features
+        for index, vring in enumerate(self._vrings):
+            frontend.set_vring_call(index, vring.call.fileno())
 
     def _set_up(self, frontend: Frontend) -> None:
         protocol = frontend.protocol_features

@@ -417,6 +417,7 @@ class Backend:
                 _check_acked(features, self.offer.protocol_features, "protocol features")
                 self.state.protocol_features_acked = features
             case Request.SET_STATUS, U64(value=status):
+                # 0 resets nothing here: QEMU sends it before it asks for the rings' positions.
                 _check_range("device status", status, 0xFF)
                 self.state.device_status = status
             case Request.NET_SET_MTU, U64(value=mtu):

@@ -91,13 +91,7 @@ impl Queue {
     }
 
     pub fn descriptor(&self, index: u16, buffer: u64, length: u32, flags: u16, next: u16) {
-        self.descriptor_at(
-            self.layout.descriptor_table + 16 * u64::from(index),
-            buffer,
-            length,
-            flags,
-            next,
-        );
+        self.descriptor_at(self.layout.descriptor_table + 16 * u64::from(index), buffer, length, flags, next);
     }
 
     /// Makes the chain at `head` available.

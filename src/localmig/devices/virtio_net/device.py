@@ -90,6 +90,7 @@ class VirtioNet(Part):
         self._ring_errors: OwnedFd | None = None
         self._pairs: list[QueuePair] = []
         self._serving = False
+        self._awaits_netdev = False
         self._starting: list[int] = []
 
     # -- serving ------------------------------------------------------------------------------------------------
@@ -198,6 +199,7 @@ class VirtioNet(Part):
         Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
         """
         self._make_pairs()
+        self._awaits_netdev = not self._netdev.is_open
         if state.socket is None:
             self._endpoint = self._make_endpoint(Listener.bind_beside(self._socket_path))
             return
@@ -243,10 +245,10 @@ class VirtioNet(Part):
             pair.set_positions(None, None)
 
     def source_released(self) -> None:
-        """The TAP may be open only now."""
-        if self._serving:
-            for index in range(len(self._pairs)):
-                self._apply(index)
+        """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
+        if self._awaits_netdev and self._netdev.is_open:
+            self._awaits_netdev = False
+            self._apply_all()
 
     def discard(self) -> None:
         """Drops what was adopted: the source goes on."""

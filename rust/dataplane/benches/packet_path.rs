@@ -1,0 +1,120 @@
+//! What a packet costs without its system calls, and how long a stop takes under load.
+//!
+//! `cargo bench -p localmig-dataplane` prints both; nothing is asserted, because machines differ.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{eventfd, memory, receive, wire, Queue, MEMORY_START, NEXT};
+use dataplane::queue_pair::QueuePair;
+use dataplane::split::{Direction, Features, SplitRing};
+use dataplane::sys::signal;
+use dataplane::{Config, RingSpec};
+
+const SIZE: u16 = 256;
+const BUFFERS: u64 = MEMORY_START + 0x10_0000;
+const FEATURES: Features = Features { event_index: true, indirect: true };
+
+/// A transmit ring whose every entry is a packet of header and frame, offered without end.
+fn endless(memory: &Arc<dataplane::memory::GuestMemory>, address: u64) -> Queue {
+    let mut queue = Queue::new(memory, address, SIZE, 0);
+    for head in (0..SIZE).step_by(2) {
+        queue.descriptor(head, BUFFERS, 12, NEXT, head + 1);
+        queue.descriptor(head + 1, BUFFERS + 0x1000, 1500, 0, 0);
+    }
+    for index in 0..SIZE {
+        queue.offer(index / 2 * 2);
+    }
+    queue
+}
+
+fn ring_work() {
+    const ROUNDS: u32 = 20_000;
+    let memory = memory();
+    let mut queue = endless(&memory, MEMORY_START);
+    let mut ring = SplitRing::new(&queue.layout, FEATURES, &memory).expect("a good layout");
+    ring.begin(None);
+    let mut buffers = Vec::new();
+    let began = Instant::now();
+    for _ in 0..ROUNDS {
+        for _ in 0..SIZE {
+            buffers.clear();
+            let chain = ring.take(&memory, Direction::FromGuest, &mut buffers).expect("a good chain");
+            ring.complete(&chain.expect("one is there"), 0);
+            ring.publish();
+        }
+        let _ = ring.call_due();
+        queue.set_avail_index(queue.avail_index.wrapping_add(SIZE));
+    }
+    let packets = ROUNDS * u32::from(SIZE);
+    println!(
+        "ring work: {:.1} ns a packet of two buffers",
+        began.elapsed().as_nanos() as f64 / f64::from(packets)
+    );
+}
+
+fn stop_under_load() {
+    const STOPS: usize = 2000;
+    let memory = memory();
+    let mut queue = endless(&memory, MEMORY_START);
+    let (wire, tap) = wire();
+    let (kick, event) = (eventfd(), eventfd());
+    let ring = RingSpec {
+        layout: queue.layout,
+        kick_fd: kick.as_raw_fd(),
+        call_fd: None,
+        error_fd: None,
+        next_avail: None,
+    };
+    let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
+    let config = Config {
+        memory: Arc::clone(&memory),
+        tap_fd: tap.as_raw_fd(),
+        header_length: 12,
+        frame_length_max: 1514,
+        features: FEATURES,
+        mergeable: true,
+        rx: None,
+        tx: Some(ring),
+    };
+    pair.configure(&config).expect("a good configuration");
+    let done = AtomicBool::new(false);
+    let mut times = Vec::with_capacity(STOPS);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The guest: refills the ring and empties the wire as fast as it can.
+            while !done.load(Ordering::Relaxed) {
+                queue.set_avail_index(queue.used_index().wrapping_add(SIZE));
+                signal(kick.as_raw_fd());
+                while receive(&wire).is_some() {}
+            }
+        });
+        for _ in 0..STOPS {
+            pair.start().expect("it is stopped");
+            let _ = pair.wait_started(Duration::from_secs(1));
+            std::thread::sleep(Duration::from_micros(300));
+            let began = Instant::now();
+            pair.stop();
+            times.push(began.elapsed());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    times.sort();
+    let packets = pair.counters().tx_packets;
+    println!(
+        "stop under load: median {:?}, p99 {:?}, longest {:?} of {STOPS}, {packets} packets moved",
+        times[STOPS / 2],
+        times[STOPS * 99 / 100],
+        times[STOPS - 1]
+    );
+}
+
+fn main() {
+    ring_work();
+    stop_under_load();
+}

@@ -1,0 +1,560 @@
+//! A queue pair between a wire that stands in for the TAP and a guest that writes its rings by hand.
+
+mod common;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{
+    await_frame, await_rung, eventfd, memory, readable, receive, send, wire, Queue, MEMORY_START, NEXT,
+    PATIENCE, WRITE,
+};
+use dataplane::memory::GuestMemory;
+use dataplane::queue_pair::{Error, QueuePair};
+use dataplane::split::Features;
+use dataplane::sys::{drain, signal};
+use dataplane::{Config, Counters, Positions, RingSpec, Side};
+
+const SIZE: u16 = 64;
+const HEADER: usize = 12;
+const BUFFER_SIZE: u32 = 2048;
+const RX_BUFFERS: u64 = MEMORY_START + 0x10_0000;
+const TX_BUFFERS: u64 = MEMORY_START + 0x20_0000;
+/// Not enough time for anything that must not happen to be sure, but enough for it to happen most of the time.
+const A_MOMENT: Duration = Duration::from_millis(30);
+
+struct End {
+    queue: Queue,
+    kick: OwnedFd,
+    call: OwnedFd,
+    error: OwnedFd,
+}
+
+impl End {
+    fn new(memory: &Arc<GuestMemory>, address: u64, position: u16) -> Self {
+        let queue = Queue::new(memory, address, SIZE, position);
+        Self { queue, kick: eventfd(), call: eventfd(), error: eventfd() }
+    }
+
+    fn spec(&self) -> RingSpec {
+        RingSpec {
+            layout: self.queue.layout,
+            kick_fd: self.kick.as_raw_fd(),
+            call_fd: Some(self.call.as_raw_fd()),
+            error_fd: Some(self.error.as_raw_fd()),
+            next_avail: None,
+        }
+    }
+
+    fn kick(&self) {
+        signal(self.kick.as_raw_fd());
+    }
+
+    fn await_used(&mut self) -> (u16, u32) {
+        let queue = &mut self.queue;
+        await_rung(&self.call, || queue.next_used())
+    }
+}
+
+struct Bench {
+    memory: Arc<GuestMemory>,
+    wire: OwnedFd,
+    tap: OwnedFd,
+    rx: End,
+    tx: End,
+    event: OwnedFd,
+    pair: QueuePair,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::at(0)
+    }
+
+    fn at(position: u16) -> Self {
+        let memory = memory();
+        let (wire, tap) = wire();
+        let event = eventfd();
+        let rx = End::new(&memory, MEMORY_START, position);
+        let tx = End::new(&memory, MEMORY_START + 0x1_0000, position);
+        let pair = QueuePair::new("test", event.as_raw_fd()).unwrap();
+        Self { memory, wire, tap, rx, tx, event, pair }
+    }
+
+    fn config(&self) -> Config {
+        Config {
+            memory: Arc::clone(&self.memory),
+            tap_fd: self.tap.as_raw_fd(),
+            header_length: HEADER,
+            frame_length_max: 1514,
+            // Calls for every packet keep the tests simple; the event index has its own in split.rs.
+            features: Features { event_index: false, indirect: true },
+            mergeable: true,
+            rx: Some(self.rx.spec()),
+            tx: Some(self.tx.spec()),
+        }
+    }
+
+    fn start(&self) {
+        self.start_with(|_| {});
+    }
+
+    fn start_with(&self, change: impl FnOnce(&mut Config)) {
+        let mut config = self.config();
+        change(&mut config);
+        self.pair.configure(&config).unwrap();
+        self.pair.start().unwrap();
+    }
+
+    fn offer_rx(&mut self, head: u16, length: u32) {
+        self.rx.queue.descriptor(head, rx_buffer(head), length, WRITE, 0);
+        self.rx.queue.offer(head);
+    }
+
+    /// Puts a frame behind a zero header into the transmit ring, as one buffer.
+    fn offer_tx(&mut self, head: u16, frame: &[u8]) {
+        let address = TX_BUFFERS + u64::from(head) * u64::from(BUFFER_SIZE);
+        let packet = with_header(frame);
+        self.tx.queue.put(address, &packet);
+        self.tx.queue.descriptor(head, address, packet.len().try_into().unwrap(), 0, 0);
+        self.tx.queue.offer(head);
+    }
+
+    fn await_error(&self) -> Vec<(Side, String)> {
+        await_rung(&self.event, || Some(self.pair.take_ring_errors()).filter(|errors| !errors.is_empty()))
+    }
+}
+
+fn rx_buffer(head: u16) -> u64 {
+    RX_BUFFERS + u64::from(head) * u64::from(BUFFER_SIZE)
+}
+
+fn with_header(frame: &[u8]) -> Vec<u8> {
+    [&[0; HEADER], frame].concat()
+}
+
+/// A frame that tells its number.
+fn frame(number: u32) -> Vec<u8> {
+    let mut frame = vec![0xa5; 60];
+    frame[..4].copy_from_slice(&number.to_le_bytes());
+    frame
+}
+
+fn number(frame: &[u8]) -> u32 {
+    u32::from_le_bytes(frame[..4].try_into().unwrap())
+}
+
+#[test]
+fn a_frame_from_the_tap_lands_in_the_guests_buffer_with_a_count_of_one() {
+    let mut bench = Bench::new();
+    bench.offer_rx(5, BUFFER_SIZE);
+    bench.start();
+    let mut packet = with_header(b"a frame");
+    packet[10] = 0xee; // the kernel leaves num_buffers as it was
+    assert!(send(&bench.wire, &packet));
+    assert_eq!(bench.rx.await_used(), (5, 19));
+    assert_eq!(bench.rx.queue.get::<19>(rx_buffer(5))[10..], *b"\x01\0a frame");
+    let counters = bench.pair.counters();
+    assert_eq!((counters.rx_packets, counters.rx_bytes, counters.rx_dropped), (1, 7, 0));
+}
+
+#[test]
+fn a_header_of_ten_bytes_has_no_count() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.start_with(|config| {
+        config.header_length = 10;
+        config.mergeable = false;
+    });
+    assert!(send(&bench.wire, b"ten bytes.a frame"));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+    assert_eq!(bench.rx.queue.get::<17>(rx_buffer(0)), *b"ten bytes.a frame");
+}
+
+#[test]
+fn a_long_frame_is_merged_from_buffers_and_the_rest_of_them_stay_available() {
+    let mut bench = Bench::new();
+    // A header of twelve bytes across two buffers of ten is nothing a driver does; twelve and more it may.
+    for head in 0..40 {
+        bench.offer_rx(head, 100);
+    }
+    bench.start();
+    assert!(send(&bench.wire, &with_header(&[7; 300])));
+    let used: Vec<_> = (0..4).map(|_| bench.rx.await_used()).collect();
+    assert_eq!(used, [(0, 100), (1, 100), (2, 100), (3, 12)]);
+    assert_eq!(bench.rx.queue.get::<2>(rx_buffer(0) + 10), [4, 0]);
+    assert!(send(&bench.wire, &with_header(&[8; 8])));
+    assert_eq!(bench.rx.await_used(), (4, 20));
+    assert_eq!(bench.pair.stop().rx, Some(5));
+}
+
+#[test]
+fn the_count_of_buffers_may_lie_across_descriptors() {
+    let mut bench = Bench::new();
+    bench.rx.queue.descriptor(0, rx_buffer(0), 11, WRITE | NEXT, 1);
+    bench.rx.queue.descriptor(1, rx_buffer(1), BUFFER_SIZE, WRITE, 0);
+    bench.rx.queue.offer(0);
+    bench.start();
+    let mut packet = with_header(b"frame");
+    packet[10..12].copy_from_slice(&[0xee, 0xee]);
+    assert!(send(&bench.wire, &packet));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+    assert_eq!(bench.rx.queue.get::<1>(rx_buffer(0) + 10), [1]);
+    assert_eq!(bench.rx.queue.get::<6>(rx_buffer(1)), *b"\0frame");
+}
+
+#[test]
+fn a_frame_waits_in_the_tap_until_the_guest_has_room() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, 100); // too little for the longest frame
+    bench.start();
+    assert!(send(&bench.wire, &with_header(b"a frame")));
+    assert!(bench.pair.wait_started(PATIENCE).is_some());
+    // Its first scan found no room, so it sleeps or is about to; either way it may not read.
+    assert!(readable(bench.tap.as_raw_fd(), A_MOMENT));
+    assert_eq!(bench.rx.queue.next_used(), None);
+    bench.offer_rx(1, BUFFER_SIZE);
+    bench.rx.kick();
+    assert_eq!(bench.rx.await_used(), (0, 19));
+    assert_eq!(bench.pair.stop().rx, Some(1), "the second buffer stays available");
+}
+
+#[test]
+fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does_not() {
+    let mut bench = Bench::new();
+    for head in 0..SIZE {
+        bench.offer_rx(head, 16);
+    }
+    bench.start();
+    assert!(send(&bench.wire, &with_header(&[1; 1025 - HEADER])));
+    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
+    assert_eq!(bench.rx.await_used(), (0, 16));
+    assert_eq!(bench.rx.await_used(), (1, 4));
+    assert_eq!(bench.pair.counters().rx_dropped, 1);
+}
+
+#[test]
+fn without_merging_a_frame_longer_than_its_buffer_is_dropped() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, 64);
+    bench.start_with(|config| config.mergeable = false);
+    assert!(send(&bench.wire, &with_header(&[1; 53])));
+    assert!(send(&bench.wire, &with_header(&[2; 52])));
+    assert_eq!(bench.rx.await_used(), (0, 64));
+    let counters = bench.pair.counters();
+    assert_eq!((counters.rx_packets, counters.rx_dropped), (1, 1));
+}
+
+#[test]
+fn a_packet_from_the_guest_is_one_frame_however_many_buffers_it_has() {
+    let mut bench = Bench::new();
+    bench.tx.queue.put(TX_BUFFERS, &[0; HEADER]);
+    bench.tx.queue.put(TX_BUFFERS + 0x1000, b"first");
+    bench.tx.queue.put(TX_BUFFERS + 0x2000, b"second");
+    bench.tx.queue.descriptor(4, TX_BUFFERS, 12, NEXT, 9);
+    bench.tx.queue.descriptor(9, TX_BUFFERS + 0x1000, 5, NEXT, 1);
+    bench.tx.queue.descriptor(1, TX_BUFFERS + 0x2000, 6, 0, 0);
+    bench.tx.queue.offer(4);
+    bench.start();
+    assert_eq!(await_frame(&bench.wire), with_header(b"firstsecond"));
+    assert_eq!(bench.tx.await_used(), (4, 0));
+    let counters = bench.pair.counters();
+    assert_eq!((counters.tx_packets, counters.tx_bytes), (1, 11));
+}
+
+#[test]
+fn a_kick_wakes_the_pair_and_is_counted() {
+    let mut bench = Bench::new();
+    bench.start();
+    assert!(readable(bench.tx.call.as_raw_fd(), PATIENCE), "the first turn calls");
+    assert!(!readable(bench.wire.as_raw_fd(), A_MOMENT));
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    assert_eq!(bench.tx.await_used(), (0, 0));
+    assert_eq!(bench.pair.counters().kicks, 1);
+}
+
+#[test]
+fn a_full_tap_delays_packets_and_loses_none() {
+    let mut bench = Bench::new();
+    while send(&bench.wire, b"x") {}
+    while send(&bench.tap, &with_header(b"filler")) {}
+    for index in 0..SIZE {
+        bench.offer_tx(index, &frame(index.into()));
+    }
+    bench.start();
+    assert!(bench.pair.wait_started(PATIENCE).is_some());
+    let mut numbers = Vec::new();
+    while numbers.len() < SIZE.into() {
+        let packet = await_frame(&bench.wire);
+        if packet.len() == HEADER + 60 {
+            numbers.push(number(&packet[HEADER..]));
+        }
+    }
+    assert_eq!(numbers, (0..u32::from(SIZE)).collect::<Vec<_>>());
+    assert_eq!(bench.pair.counters().tx_dropped, 0);
+}
+
+#[test]
+fn a_start_calls_on_both_rings_because_a_call_may_have_been_lost() {
+    let bench = Bench::new();
+    bench.start();
+    assert!(readable(bench.rx.call.as_raw_fd(), PATIENCE));
+    assert!(readable(bench.tx.call.as_raw_fd(), PATIENCE));
+}
+
+#[test]
+fn a_start_tells_when_it_began() {
+    let bench = Bench::new();
+    assert_eq!(bench.pair.wait_started(Duration::ZERO), None);
+    let before = dataplane::sys::monotonic_ns();
+    bench.start();
+    let began = bench.pair.wait_started(PATIENCE).unwrap();
+    assert!((before..=dataplane::sys::monotonic_ns()).contains(&began));
+}
+
+#[test]
+fn positions_are_told_kept_and_taken_from_guest_memory_where_none_are_given() {
+    let mut bench = Bench::at(0xffff);
+    assert_eq!(bench.pair.positions(), Positions::default());
+    bench.pair.configure(&bench.config()).unwrap();
+    let position = |rx, tx| Positions { rx: Some(rx), tx: Some(tx) };
+    assert_eq!(bench.pair.positions(), position(0xffff, 0xffff));
+    bench.offer_tx(0, b"frame");
+    bench.pair.start().unwrap();
+    bench.tx.await_used();
+    assert_eq!(bench.pair.stop(), position(0xffff, 0));
+    assert_eq!(bench.pair.stop(), position(0xffff, 0));
+    assert_eq!(bench.pair.positions(), position(0xffff, 0));
+    bench.pair.set_positions(Some(7), None).unwrap();
+    assert_eq!(bench.pair.positions(), position(7, 0));
+    bench.pair.configure(&Config { rx: None, ..bench.config() }).unwrap();
+    assert_eq!(bench.pair.stop(), Positions { rx: None, tx: Some(0) });
+}
+
+#[test]
+fn a_sleeping_pair_that_was_stopped_touches_nothing() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.start();
+    assert!(readable(bench.rx.call.as_raw_fd(), PATIENCE));
+    bench.pair.stop();
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    // Whatever its sleep was about has happened now. The kick and the frame belong to the next one.
+    assert!(!readable(bench.wire.as_raw_fd(), A_MOMENT));
+    assert_eq!(drain(bench.tx.kick.as_raw_fd()).ok(), Some(true));
+    assert_eq!(bench.rx.queue.next_used(), None);
+    bench.pair.start().unwrap();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+}
+
+/// Floods both directions, calls `interrupt` again and again, and checks that every packet comes once, in order.
+fn flood(bench: &mut Bench, mut interrupt: impl FnMut(&Bench)) {
+    const PACKETS: u32 = 20_000;
+    for head in 0..SIZE {
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    let (mut sent, mut received, mut offered, mut arrived, mut rounds) = (0, 0, 0, 0, 0);
+    let mut free: Vec<u16> = (0..SIZE).collect();
+    while received < PACKETS || arrived < PACKETS {
+        while sent < PACKETS && send(&bench.wire, &with_header(&frame(sent))) {
+            sent += 1;
+        }
+        while let Some((head, length)) = bench.rx.queue.next_used() {
+            assert_eq!(length, 72);
+            let packet: [u8; 72] = bench.rx.queue.get(rx_buffer(head));
+            assert_eq!(number(&packet[HEADER..]), received, "guest side");
+            received += 1;
+            bench.offer_rx(head, BUFFER_SIZE);
+        }
+        while let Some((head, _)) = bench.tx.queue.next_used() {
+            free.push(head);
+        }
+        while offered < PACKETS {
+            let Some(head) = free.pop() else { break };
+            bench.offer_tx(head, &frame(offered));
+            offered += 1;
+        }
+        bench.rx.kick();
+        bench.tx.kick();
+        while let Some(packet) = receive(&bench.wire) {
+            assert_eq!(number(&packet[HEADER..]), arrived, "wire side");
+            arrived += 1;
+        }
+        rounds += 1;
+        if rounds % 8 == 0 {
+            interrupt(bench);
+        }
+    }
+    assert_eq!((sent, received, offered, arrived), (PACKETS, PACKETS, PACKETS, PACKETS));
+}
+
+#[test]
+fn stopping_and_starting_under_load_loses_repeats_and_reorders_nothing() {
+    let mut bench = Bench::at(0xff00);
+    bench.start();
+    flood(&mut bench, |bench| {
+        let positions = bench.pair.stop();
+        assert_eq!(positions.rx, Some(bench.rx.queue.used_index()));
+        assert_eq!(positions.tx, Some(bench.tx.queue.used_index()));
+        bench.pair.start().unwrap();
+    });
+    let counters = bench.pair.counters();
+    assert_eq!((counters.rx_packets, counters.tx_packets), (20_000, 20_000));
+    assert_eq!((counters.rx_dropped, counters.tx_dropped), (0, 0));
+}
+
+#[test]
+fn two_pairs_that_take_turns_lose_repeat_and_reorder_nothing() {
+    let mut bench = Bench::at(0xff00);
+    let other = QueuePair::new("other", bench.event.as_raw_fd()).unwrap();
+    other.configure(&bench.config()).unwrap();
+    bench.start();
+    let mut here = true;
+    flood(&mut bench, |bench| {
+        let (from, to) = if here { (&bench.pair, &other) } else { (&other, &bench.pair) };
+        let positions = from.stop();
+        to.set_positions(positions.rx, positions.tx).unwrap();
+        to.start().unwrap();
+        here = !here;
+    });
+}
+
+#[test]
+fn a_broken_ring_stops_alone_and_says_why_once() {
+    let mut bench = Bench::new();
+    bench.rx.queue.descriptor(0, rx_buffer(0), BUFFER_SIZE, 0, 0); // read-only
+    bench.rx.queue.offer(0);
+    bench.start();
+    let reason = "descriptor 0 is read-only in a receive queue".to_string();
+    assert_eq!(bench.await_error(), [(Side::Rx, reason)]);
+    assert!(readable(bench.rx.error.as_raw_fd(), PATIENCE));
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    bench.rx.kick();
+    bench.pair.stop();
+    bench.pair.start().unwrap();
+    bench.offer_tx(1, b"frame");
+    bench.tx.kick();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    assert_eq!(bench.pair.take_ring_errors(), []);
+    assert_eq!(bench.pair.stop().rx, Some(0));
+}
+
+#[test]
+fn a_broken_transmit_ring_leaves_the_packets_before_it_sent_and_receiving_alone() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.offer_tx(0, b"frame");
+    bench.tx.queue.descriptor(1, TX_BUFFERS, 11, 0, 0); // shorter than the header
+    bench.tx.queue.offer(1);
+    bench.start();
+    let reason = "a descriptor chain of 11 bytes has no room for the 12 byte header".to_string();
+    assert_eq!(bench.await_error(), [(Side::Tx, reason)]);
+    assert!(readable(bench.tx.error.as_raw_fd(), PATIENCE));
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(1), tx: Some(1) });
+}
+
+#[test]
+fn an_index_that_jumps_while_the_pair_sleeps_stops_the_ring() {
+    let mut bench = Bench::new();
+    bench.start();
+    assert!(bench.pair.wait_started(PATIENCE).is_some());
+    bench.tx.queue.set_avail_index(SIZE + 1);
+    bench.tx.kick();
+    let reason = "available index 65 is more than the ring's 64 entries ahead of 0".to_string();
+    assert_eq!(bench.await_error(), [(Side::Tx, reason)]);
+}
+
+#[test]
+fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.start();
+    let (other, _) = wire();
+    drop(std::mem::replace(&mut bench.wire, other));
+    assert_eq!(bench.await_error(), [(Side::Rx, "TAP: the interface is gone".to_string())]);
+    for head in 0..4 {
+        bench.offer_tx(head, b"frame");
+        bench.tx.kick();
+        assert_eq!(bench.tx.await_used(), (head, 0));
+    }
+    assert_eq!(bench.pair.counters().tx_dropped, 4);
+    assert_eq!(bench.pair.take_ring_errors(), []);
+}
+
+#[test]
+fn a_kick_descriptor_that_is_no_eventfd_stops_its_ring() {
+    let bench = Bench::new();
+    let (mine, theirs) = wire();
+    drop(theirs); // end of file: readable for ever
+    bench.start_with(|config| config.tx.as_mut().unwrap().kick_fd = mine.as_raw_fd());
+    assert_eq!(bench.await_error(), [(Side::Tx, "kick eventfd: not an eventfd".to_string())]);
+}
+
+#[test]
+fn calls_out_of_order_are_refused_and_change_nothing() {
+    let bench = Bench::new();
+    assert_eq!(bench.pair.start(), Err(Error::NotConfigured));
+    assert_eq!(bench.pair.set_positions(None, None), Err(Error::NotConfigured));
+    bench.start();
+    assert!(bench.pair.is_running());
+    assert_eq!(bench.pair.start(), Err(Error::Running));
+    assert_eq!(bench.pair.configure(&bench.config()), Err(Error::Running));
+    assert_eq!(bench.pair.set_positions(None, None), Err(Error::Running));
+    assert_eq!(bench.pair.set_counters(&Counters::default()), Err(Error::Running));
+    bench.pair.stop();
+    assert!(!bench.pair.is_running());
+    let bad = Config { header_length: 11, ..bench.config() };
+    let reason = "a virtio-net header has 10 or 12 bytes, not 11".to_string();
+    assert_eq!(bench.pair.configure(&bad), Err(Error::Invalid(reason)));
+    bench.pair.start().unwrap();
+    bench.pair.close();
+    bench.pair.close();
+    assert_eq!(bench.pair.start(), Err(Error::Closed));
+}
+
+#[test]
+fn counting_goes_on_from_what_was_set() {
+    let mut bench = Bench::new();
+    let before = Counters { tx_packets: 41, rx_bytes: u64::MAX, ..Counters::default() };
+    bench.pair.set_counters(&before).unwrap();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.offer_tx(0, b"frame");
+    bench.start();
+    bench.tx.await_used();
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    bench.rx.await_used();
+    let counters = bench.pair.counters();
+    assert_eq!((counters.tx_packets, counters.rx_bytes), (42, 4));
+}
+
+#[test]
+fn a_released_pair_holds_no_memory_and_no_descriptor_and_may_be_used_again() {
+    let mut bench = Bench::new();
+    bench.start();
+    assert!(readable(bench.rx.call.as_raw_fd(), PATIENCE));
+    bench.pair.release();
+    // This bench and its two queues hold the memory; the pair does not.
+    assert_eq!(Arc::strong_count(&bench.memory), 3);
+    // Nobody sleeps on the TAP's end, so closing it reaches the other end at once.
+    let (_, tap) = wire();
+    drop(std::mem::replace(&mut bench.tap, tap));
+    let mut poll = libc::pollfd { fd: bench.wire.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one valid pollfd.
+    assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 0) }, 1);
+    let (wire, tap) = wire();
+    (bench.wire, bench.tap) = (wire, tap);
+    bench.offer_tx(0, b"frame");
+    bench.start();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+}

@@ -1,0 +1,502 @@
+"""`localmig upgrade`: a new daemon takes over from an old one, and the old one goes.
+
+Owns:        the order of the steps, starting and ending processes, telling the three outcomes apart.
+Never sees:  how a handover works: it asks both daemons by QMP, as any operator could.
+Read next:   client.py; migration/handover.py for what makes each outcome safe.
+
+Theory of operation. The two daemons settle between them who serves; this program only starts that, watches, and then
+asks both. Whatever happens to it in the middle, the guest is served. So an error here never decides anything: it
+ends the watching, and the answers of the daemons decide which outcome is reported. A process is ended only when the
+answers say that it does not serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import enum
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from localmig.cli.client import Client, connect
+from localmig.cli.status import milliseconds, table
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
+from localmig.fds import OwnedFd
+from localmig.migration.peer import Peer
+from localmig.monitor import INCOMING_SUFFIX
+from localmig.options.address import check_socket_path
+
+_EXAMPLES: Final = """\
+examples:
+  after an update of localmig, while the guest runs:
+    localmig upgrade /run/vm1/qmp.sock
+
+  to another installation, with a log of its own:
+    localmig upgrade /run/vm1/qmp.sock --exec /opt/localmig-2/bin/localmig --log /var/log/vm1.log
+
+  with more options for the new daemon's 'localmig run':
+    localmig upgrade /run/vm1/qmp.sock -- --trace /tmp/trace.jsonl
+
+exit status:
+  0  committed: the new daemon serves the guest and answers at QMP-SOCKET
+  1  rolled back, or not begun: the old daemon serves on as before, the reason is on stderr
+  2  wrong usage
+  3  unknown: neither could be found to serve; what is known is on stderr, no process was ended
+"""
+
+SETTLE_TIMEOUT_S: Final = 15.0
+"""How long the daemons have to settle who serves, once a handover was cancelled or one of them was lost. They fence
+and wait for each other's death for a few seconds; this is longer."""
+
+SETTLE_STEP_S: Final = 0.05
+"""How often the daemons are asked then, where no event tells to ask again."""
+
+END_TIMEOUT_S: Final = 10.0
+"""How long a process may take to end once it was asked to: it closes things, and runs a TAP's downscript."""
+
+LOG_TAIL_LINES: Final = 10
+"""How much of the new daemon's log is shown when it does not start: its error, and what came right before."""
+
+_SERVING: Final = ("running", "paused")
+_UNDER_WAY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "failing")
+
+
+class Outcome(enum.Enum):
+    """How an upgrade ended. The value is the exit status."""
+
+    COMMITTED = 0
+    ROLLED_BACK = 1
+    UNKNOWN = 3
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What is known at the end.
+
+    Attributes:
+        outcome: who serves.
+        old_pid: the daemon that served before.
+        new_pid: the daemon that was started to take over.
+        reason: why it is not the usual outcome.
+        migration: what query-migrate returned.
+        notes: what an operator should know besides.
+    """
+
+    outcome: Outcome
+    old_pid: int
+    new_pid: int
+    reason: str | None = None
+    migration: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds this command to `commands`, what argparse's `add_subparsers` gave."""
+    parser = commands.add_parser(
+        "upgrade",
+        help="replace a daemon by a new one under its running guest",
+        description="Starts a new daemon, lets it take over everything the old one serves, ends the old one, and says "
+        "what happened. Clients of QMP-SOCKET and guests need not change anything.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("socket", metavar="QMP-SOCKET", help="path of the old daemon's QMP socket")
+    parser.add_argument(
+        "--exec", dest="program", metavar="PROGRAM", help="the new daemon's 'localmig' (default: this installation's)"
+    )
+    parser.add_argument(
+        "--log", metavar="FILE", help="where the new daemon's output is appended (default: QMP-SOCKET.log)"
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="give the new daemon so long to start, and the handover so long, before it is cancelled (default: 60)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("run_options", metavar="RUN-OPTION", nargs="*", help="after '--': for the new 'localmig run'")
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Carries the command out."""
+    # The new daemon starts elsewhere, and a rename must replace the socket, not a link to it.
+    arguments.socket = str(Path(arguments.socket).resolve())
+    report = asyncio.run(_upgrade(arguments))
+    if arguments.json:
+        print(json.dumps(_to_json(report), indent=2))
+    elif report.outcome is Outcome.COMMITTED:
+        print(_show(report))
+    for note in report.notes:
+        _say(f"note: {note}")
+    if report.outcome is not Outcome.COMMITTED:
+        said = "rolled back" if report.outcome is Outcome.ROLLED_BACK else "outcome unknown"
+        print(f"localmig: error: {said}: {report.reason}", file=sys.stderr)
+    return report.outcome.value
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise ValueError(text)
+    return seconds
+
+
+# -- the steps ------------------------------------------------------------------------------------------------------
+
+
+async def _upgrade(arguments: argparse.Namespace) -> Report:
+    task = asyncio.current_task()
+    assert task is not None
+    # As Ctrl-C does: the handover is cancelled and the outcome told.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    path = arguments.socket
+    async with contextlib.AsyncExitStack() as resources:
+        old = await connect(path)
+        resources.push_async_callback(old.close)
+        settings = await _check_old(old)
+        address = resources.enter_context(_handover_socket(path))
+        successor = _start(arguments, path, address, settings, old)
+        try:
+            _say(f"daemon {successor.process.pid} starts, its log is {successor.log}")
+            await successor.wait_ready(arguments.timeout)
+            new = await connect(path + INCOMING_SUFFIX)
+        except BaseException:
+            await successor.end()
+            raise
+        resources.push_async_callback(new.close)
+        upgrade = Upgrade(path=path, old=old, new=new, settings=settings)
+        await upgrade.hand_over(f"unix:{address}", arguments.timeout)
+        report = await upgrade.conclude()
+        if report.outcome is Outcome.ROLLED_BACK:
+            await successor.end()
+        return report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the upgrade changes for its own purpose, as the operator had it."""
+
+    parameters: Mapping[str, Any]
+    capabilities: Sequence[Mapping[str, Any]]
+
+
+async def _check_old(old: Client) -> Settings:
+    """Raises where there is nothing to hand over, or not by us; else gives the old daemon's settings."""
+    if old.uid != os.geteuid():
+        raise ConfigError(
+            f"daemon {old.pid} runs as user id {old.uid} and its successor would run as {os.geteuid()}: "
+            f"do this as user id {old.uid}"
+        )
+    state = (await old.execute("query-status"))["status"]
+    if state not in _SERVING:
+        raise StateError(f"daemon {old.pid} has nothing to hand over, its run state is '{state}'")
+    if (await old.execute("query-migrate")).get("status") in _UNDER_WAY:
+        raise StateError(f"daemon {old.pid} is in a migration already: see 'localmig status {old.path}'")
+    return Settings(
+        parameters=await old.execute("query-migrate-parameters"),
+        capabilities=await old.execute("query-migrate-capabilities"),
+    )
+
+
+@contextmanager
+def _handover_socket(path: str) -> Iterator[str]:
+    """A path for the migration's socket, in a directory of its own beside the QMP socket, which goes afterwards."""
+    parent = os.path.dirname(path)
+    try:
+        directory = tempfile.mkdtemp(prefix=".up-", dir=parent)
+    except OSError as error:
+        raise KernelError(
+            f"cannot make a directory in '{parent}': {error.strerror}", errno=error.errno or errno.EIO
+        ) from error
+    try:
+        address = os.path.join(directory, "migrate.sock")
+        check_socket_path(address)
+        yield address
+    finally:
+        # What the new daemon listened on is in it. Where it waits still, nobody will come.
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Successor:
+    """The new daemon's process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ready: OwnedFd, log: str) -> None:
+        self.process = process
+        self.log = log
+        self._ready = ready
+        self._peer = Peer(OwnedFd(os.pidfd_open(process.pid)))
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Waits until it says that it is ready.
+
+        Raises:
+            PeerError: it ended, or did not say so in time.
+        """
+        loop = asyncio.get_running_loop()
+        readable: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._ready.fileno(), lambda: None if readable.done() else readable.set_result(None))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await readable
+        except TimeoutError as error:
+            raise PeerError(f"the new daemon is not ready after {timeout_s:g} s{self._tail()}") from error
+        finally:
+            loop.remove_reader(self._ready.fileno())
+        said = os.read(self._ready.fileno(), 1)
+        self._ready.close()
+        if not said:
+            raise PeerError(f"the new daemon did not start{self._tail()}")
+
+    async def end(self) -> None:
+        """Waits for its end, asks for it, then forces it. Only for a daemon that does not serve."""
+        self._ready.close()
+        for ask in (None, signal.SIGTERM, signal.SIGKILL):
+            if ask is not None:
+                self.process.send_signal(ask)
+            # A destination that failed ends by itself, and has something to close.
+            if await self._peer.wait_dead(timeout_s=END_TIMEOUT_S if ask else 1.0):
+                break
+        self._peer.close()
+        self.process.poll()
+
+    def _tail(self) -> str:
+        try:
+            lines = Path(self.log).read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        except OSError:
+            return ""
+        return ", its log ends with:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+
+
+def _start(arguments: argparse.Namespace, path: str, address: str, settings: Settings, old: Client) -> Successor:
+    """Starts the new daemon, which outlives this program and its terminal."""
+    command = [*_program(arguments.program), "run", "--qmp", f"unix:{path}", "--incoming", f"unix:{address}"]
+    command += ["--migration-parameter", "local=on"]
+    if "downtime-limit" in settings.parameters:
+        command += ["--migration-parameter", f"downtime-limit={settings.parameters['downtime-limit']}"]
+    log = str(Path(arguments.log or f"{path}.log").absolute())
+    ready, ready_there = os.pipe()
+    try:
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [*command, "--ready-fd", str(ready_there), *arguments.run_options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[ready_there],
+                start_new_session=True,
+                # Relative paths in the old daemon's options go on meaning the same files.
+                cwd=f"/proc/{old.pid}/cwd",
+            )
+    except OSError as error:
+        os.close(ready)
+        raise KernelError(f"cannot start the new daemon: {error}", errno=error.errno or errno.EIO) from error
+    finally:
+        os.close(ready_there)
+    return Successor(process, OwnedFd(ready), log)
+
+
+def _program(program: str | None) -> list[str]:
+    if program is None:
+        # -P: the old daemon's working directory is no place to import from.
+        return [sys.executable, "-P", "-m", "localmig.cli"]
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(f"--exec {program}: no such program")
+    return [str(Path(found).absolute())]
+
+
+# -- the handover, and what came of it ------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Upgrade:
+    """One attempt, between two daemons that are there."""
+
+    path: str
+    old: Client
+    new: Client
+    settings: Settings
+    trouble: str | None = None
+    """What ended the watching early."""
+
+    async def hand_over(self, uri: str, timeout_s: float) -> None:
+        """Lets the old daemon hand over and watches until that ends. Whatever goes wrong is kept in `trouble`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._migrate(uri)
+        except TimeoutError:
+            await self._cancel(f"no end of the handover in {timeout_s:g} s")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+            await self._cancel("interrupted")
+        except LocalmigError as error:
+            self.trouble = str(error)
+
+    async def _migrate(self, uri: str) -> None:
+        await self.old.execute(
+            "migrate-set-capabilities",
+            {
+                "capabilities": [
+                    {"capability": "events", "state": True},
+                    # Nobody else would know that it waits.
+                    {"capability": "pause-before-switchover", "state": False},
+                ]
+            },
+        )
+        await self.old.execute("migrate-set-parameters", {"local": True})
+        await self.old.execute("migrate", {"uri": uri})
+        while True:
+            event = await self.old.next_event(timeout_s=SETTLE_TIMEOUT_S)
+            if event is not None and event["event"] == "MIGRATION":
+                status = event["data"]["status"]
+                _say(f"handover: {status}")
+                if status not in _UNDER_WAY:
+                    return
+
+    async def _cancel(self, reason: str) -> None:
+        self.trouble = reason
+        _say(f"{reason}: cancelling")
+        # Committed, or gone: what the daemons answer next tells.
+        with contextlib.suppress(PeerError):
+            await self.old.execute("migrate_cancel")
+
+    async def conclude(self) -> Report:
+        """Asks both daemons who serves, and brings everything in order for that outcome."""
+        report = Report(outcome=await self._settle(), old_pid=self.old.pid, new_pid=self.new.pid, reason=self.trouble)
+        report.migration = await self._migration(self.old) or await self._migration(self.new)
+        if report.outcome is Outcome.COMMITTED:
+            await self._end_old(report)
+            await self._verify(report)
+        elif report.outcome is Outcome.ROLLED_BACK:
+            report.reason = report.migration.get("error-desc") or self.trouble
+            await self._restore(self.old, report)
+        else:
+            report.reason = await self._doubt()
+        return report
+
+    async def _settle(self) -> Outcome:
+        """Who serves, once it is settled."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                while True:
+                    if await _run_state(self.new) in _SERVING:
+                        return Outcome.COMMITTED
+                    old_state = await _run_state(self.old)
+                    status = (await self._migration(self.old)).get("status")
+                    if old_state in _SERVING and status not in _UNDER_WAY:
+                        return Outcome.ROLLED_BACK
+                    if not self.new.is_connected and not self.old.is_connected:
+                        return Outcome.UNKNOWN
+                    with contextlib.suppress(PeerLostError):
+                        await self.new.next_event(timeout_s=SETTLE_STEP_S)
+        return Outcome.UNKNOWN
+
+    async def _migration(self, client: Client) -> Mapping[str, Any]:
+        try:
+            answer: Mapping[str, Any] = await client.execute("query-migrate")
+        except PeerError:
+            return {}
+        return answer
+
+    async def _end_old(self, report: Report) -> None:
+        """Ends the old daemon, which serves no more."""
+        try:
+            peer = Peer(OwnedFd(os.pidfd_open(self.old.pid)))
+        except ProcessLookupError:
+            report.notes.append(f"daemon {self.old.pid} died during the handover")
+            return
+        try:
+            with contextlib.suppress(PeerError):
+                await self.old.execute("quit")
+            if not await peer.wait_dead(timeout_s=END_TIMEOUT_S):
+                report.notes.append(f"daemon {self.old.pid} does not end: it serves nothing, SIGTERM or SIGKILL may")
+        finally:
+            peer.close()
+
+    async def _verify(self, report: Report) -> None:
+        """Sees the new daemon where clients will look for it, and gives it the operator's settings."""
+        try:
+            client = await connect(self.path)
+        except LocalmigError as error:
+            report.outcome, report.reason = Outcome.UNKNOWN, f"daemon {self.new.pid} took over, but {error}"
+            return
+        try:
+            if client.pid != self.new.pid:
+                report.outcome = Outcome.UNKNOWN
+                report.reason = f"daemon {self.new.pid} took over, but {client.pid} answers at '{self.path}'"
+            await self._restore(client, report)
+        finally:
+            await client.close()
+
+    async def _restore(self, client: Client, report: Report) -> None:
+        """Gives the daemon that serves the operator's settings."""
+        try:
+            await client.execute("migrate-set-capabilities", {"capabilities": self.settings.capabilities})
+            await client.execute("migrate-set-parameters", self.settings.parameters)
+        except PeerError as error:
+            report.notes.append(f"daemon {client.pid} keeps the settings of the upgrade: {error}")
+
+    async def _doubt(self) -> str:
+        """What is known where nothing is settled."""
+        facts = [self.trouble] if self.trouble else []
+        for name, client in (("old", self.old), ("new", self.new)):
+            state = await _run_state(client)
+            facts.append(f"the {name} daemon {client.pid} " + (f"is '{state}'" if state else "is gone"))
+        return ", ".join(facts)
+
+
+async def _run_state(client: Client) -> str | None:
+    """The run state of a daemon, None where it cannot be asked any more."""
+    try:
+        return str((await client.execute("query-status"))["status"])
+    except PeerError:
+        return None
+
+
+# -- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    print(f"localmig: {line}", file=sys.stderr, flush=True)
+
+
+def _to_json(report: Report) -> dict[str, Any]:
+    return {
+        "outcome": report.outcome.name.lower().replace("_", "-"),
+        "old-pid": report.old_pid,
+        "new-pid": report.new_pid,
+        "reason": report.reason,
+        "notes": report.notes,
+        "migration": report.migration,
+    }
+
+
+def _show(report: Report) -> str:
+    migration = report.migration
+    local = migration.get("local", {})
+    lines = [f"committed: daemon {report.new_pid} serves in place of {report.old_pid}"]
+    if "downtime-us" in local:
+        lines.append(f"downtime     {milliseconds(local['downtime-us'])}")
+    if "total-time" in migration:
+        lines.append(f"in all       {migration['total-time']} ms, {migration.get('setup-time', '?')} ms of it setup")
+    lines.append(f"descriptors  {local.get('descriptors', 0)}")
+    phases = [(phase["name"], milliseconds(phase["duration-us"])) for phase in local.get("phases", ())]
+    if phases:
+        lines += ["", table(("phase", "duration"), phases)]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""The numbers of the virtio specification against the layout it prints."""
+
+from __future__ import annotations
+
+from localmig.virtio import Feature
+from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length, receive_queue, transmit_queue
+
+
+def test_the_configuration_space_has_the_layout_of_section_5_1_4() -> None:
+    config = NetConfig(
+        mac=bytes.fromhex("525400123456"),
+        status=LinkStatus.LINK_UP,
+        queue_pair_count_max=2,
+        mtu=1500,
+        speed=1000,
+        duplex=1,
+    )
+    assert config.encode().hex() == "52540012345601000200dc05e80300000100000000000000"
+
+
+def test_the_header_has_two_bytes_more_where_buffers_are_counted() -> None:
+    assert header_length(0) == 10
+    assert header_length(NetFeature.MRG_RXBUF) == 12
+    assert header_length(Feature.VERSION_1) == 12
+
+
+def test_rings_come_in_pairs_receive_first() -> None:
+    assert [(receive_queue(pair), transmit_queue(pair)) for pair in range(2)] == [(0, 1), (2, 3)]
