@@ -310,8 +310,8 @@ class Lab:
         return Guest(self, self.start(argv, name=f"guest{self._guest_count}"))
 
     def logs(self) -> list[tuple[str, str]]:
-        """Name and text of every process's log so far."""
-        return [(process.log.name, process.log.read_text()) for process in self._processes if process.log.exists()]
+        """Name and text of every log in the folder so far."""
+        return [(path.name, path.read_text()) for path in sorted(self.folder.glob("*.log"))]
 
     def close(self) -> None:
         """End every process, newest first, and remove the folder."""

@@ -74,9 +74,9 @@ class Service:
         upgrade = self._lab.start([*LOCALMIG, "upgrade", str(self.qmp), "--json"], name=f"upgrade{self._daemon_count}")
         status = upgrade.wait(seconds_max=HANDOVER_SECONDS_MAX)
         upgrade.stop()
-        assert status == 0, f"upgrade ended with {status}: {upgrade.log.read_text()}"
-        lines = upgrade.log.read_text().splitlines()
-        report: dict[str, Any] = json.loads(next(line for line in lines if line.startswith("{")))
+        text = upgrade.log.read_text()
+        assert status == 0, f"upgrade ended with {status}: {text}"
+        report: dict[str, Any] = json.loads(text[text.index("{") :])  # after the lines that showed progress
         return report
 
 

@@ -26,7 +26,7 @@ def boot_uml(lab: Lab, service: Service) -> Guest:
     ("boot", "progress_bytes"),
     [
         pytest.param(boot_qemu, 1_000_000, id="qemu"),
-        pytest.param(boot_uml, 20_000_000, id="uml"),  # runs at native speed
+        pytest.param(boot_uml, 5_000_000, id="uml"),  # runs at native speed
     ],
 )
 def test_ten_handovers_lose_no_packet_and_change_no_link(
@@ -73,12 +73,11 @@ def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(lab: Lab) 
         try:
             info = await migrate(client, uri)
             assert info["status"] == "completed", info
-            await client.execute("quit")
         finally:
             await client.disconnect()
 
     converse(conversation())
-    assert source.wait(seconds_max=10) == 0
+    source.stop()
     with EchoTransfer(guest) as transfer:
         transfer.wait_progress(1_000_000)
         assert transfer.finish().intact

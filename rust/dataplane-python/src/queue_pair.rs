@@ -166,8 +166,8 @@ impl QueuePair {
         self.inner.set_positions(rx_next_avail, tx_next_avail).map_err(refused)
     }
 
-    fn start(&self) -> PyResult<()> {
-        self.inner.start().map_err(refused)
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.start()).map_err(refused)
     }
 
     fn wait_started(&self, py: Python<'_>, timeout_ms: u64) -> PyResult<u64> {

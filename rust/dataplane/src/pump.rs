@@ -20,7 +20,7 @@ use crate::split::{Chain, Direction, Features, Layout, RingError, SplitRing, CHA
 use crate::sys;
 
 /// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.
-const BATCH_PACKETS: usize = 64;
+pub(crate) const BATCH_PACKETS: usize = 64;
 
 /// The length of a virtio-net header with `num_buffers`, its last field.
 const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
@@ -302,19 +302,19 @@ impl Pump {
         std::mem::take(&mut self.failures)
     }
 
-    /// One turn for each direction. False if both have to wait.
-    pub(crate) fn turn(&mut self, stop: &AtomicBool, counters: &LiveCounters) -> bool {
-        self.transmit(stop, counters);
-        self.receive(stop, counters);
+    /// One turn of up to `packets` for each direction. False if both have to wait.
+    pub(crate) fn turn(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+        self.transmit(packets, stop, counters);
+        self.receive(packets, stop, counters);
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
     }
 
-    fn transmit(&mut self, stop: &AtomicBool, counters: &LiveCounters) {
+    fn transmit(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(tx) = self.tx.as_mut().filter(|end| !end.failed) else { return };
         let buffers = &mut self.outgoing.0;
         tx.ring.disarm();
         tx.wait = Wait::Nothing;
-        for _ in 0..BATCH_PACKETS {
+        for _ in 0..packets {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
@@ -364,7 +364,7 @@ impl Pump {
         tx.call_if_due(counters);
     }
 
-    fn receive(&mut self, stop: &AtomicBool, counters: &LiveCounters) {
+    fn receive(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(rx) = self.rx.as_mut().filter(|end| !end.failed) else { return };
         if self.tap_gone {
             rx.wait = Wait::Forever;
@@ -374,7 +374,7 @@ impl Pump {
         rx.ring.disarm();
         rx.wait = Wait::Nothing;
         let window = &mut self.window;
-        for _ in 0..BATCH_PACKETS {
+        for _ in 0..packets {
             if stop.load(Ordering::Relaxed) {
                 break;
             }

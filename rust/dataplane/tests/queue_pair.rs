@@ -316,6 +316,19 @@ fn a_start_tells_when_it_began() {
 }
 
 #[test]
+fn a_start_moves_the_first_packets_before_it_returns() {
+    let mut bench = Bench::new();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.offer_tx(0, b"frame");
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    bench.start();
+    assert_eq!(bench.rx.queue.next_used(), Some((0, 17)));
+    assert_eq!(bench.tx.queue.next_used(), Some((0, 0)));
+    assert!(readable(bench.rx.call.as_raw_fd(), Duration::ZERO));
+    assert!(readable(bench.tx.call.as_raw_fd(), Duration::ZERO));
+}
+
+#[test]
 fn positions_are_told_kept_and_taken_from_guest_memory_where_none_are_given() {
     let mut bench = Bench::at(0xffff);
     assert_eq!(bench.pair.positions(), Positions::default());

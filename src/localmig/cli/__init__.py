@@ -46,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["demo"]:
         # Another program, whose options are its own: it needs what only tests and demonstrations need.
         os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.testing.demo", *words[1:]])
-    arguments = _parser().parse_args(words)
+    run_options: list[str] = []
+    if words[:1] == ["upgrade"] and "--" in words:
+        # Not by argparse, which would read them as options of `upgrade` wherever another option stands before.
+        end = words.index("--")
+        words, run_options = words[:end], words[end + 1 :]
+    arguments = _parser().parse_args(words, argparse.Namespace(run_options=run_options))
     try:
         exit_status: int = arguments.execute(arguments)
     except LocalmigError as error:

@@ -36,6 +36,7 @@ from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, 
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
 from localmig.monitor import INCOMING_SUFFIX
+from localmig.monitor.listener import holder_of
 from localmig.options.address import check_socket_path
 
 _EXAMPLES: Final = """\
@@ -64,7 +65,10 @@ SETTLE_STEP_S: Final = 0.05
 """How often the daemons are asked then, where no event tells to ask again."""
 
 END_TIMEOUT_S: Final = 10.0
-"""How long a process may take to end once it was asked to: it closes things, and runs a TAP's downscript."""
+"""How long the old daemon may take to end once it was asked to, on a loaded machine."""
+
+END_UNUSED_TIMEOUT_S: Final = 2.0
+"""The same for a new daemon that serves nothing. It is not waited for longer, for it is killed then."""
 
 LOG_TAIL_LINES: Final = 10
 """How much of the new daemon's log is shown when it does not start: its error, and what came right before."""
@@ -106,6 +110,7 @@ def add_parser(commands: Any) -> None:
     """Adds this command to `commands`, what argparse's `add_subparsers` gave."""
     parser = commands.add_parser(
         "upgrade",
+        usage="localmig upgrade [options] QMP-SOCKET [-- OPTION-OF-RUN ...]",
         help="replace a daemon by a new one under its running guest",
         description="Starts a new daemon, lets it take over everything the old one serves, ends the old one, and says "
         "what happened. Clients of QMP-SOCKET and guests need not change anything.",
@@ -127,7 +132,6 @@ def add_parser(commands: Any) -> None:
         help="give the new daemon so long to start, and the handover so long, before it is cancelled (default: 60)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    parser.add_argument("run_options", metavar="RUN-OPTION", nargs="*", help="after '--': for the new 'localmig run'")
     parser.set_defaults(execute=execute)
 
 
@@ -173,7 +177,7 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         try:
             _say(f"daemon {successor.process.pid} starts, its log is {successor.log}")
             await successor.wait_ready(arguments.timeout)
-            new = await connect(path + INCOMING_SUFFIX)
+            new = await connect(successor.path)
         except BaseException:
             await successor.end()
             raise
@@ -232,10 +236,17 @@ def _handover_socket(path: str) -> Iterator[str]:
 
 
 class Successor:
-    """The new daemon's process."""
+    """The new daemon's process.
 
-    def __init__(self, process: subprocess.Popen[bytes], ready: OwnedFd, log: str) -> None:
+    Attributes:
+        process: the process.
+        path: where it answers QMP until it serves.
+        log: where its output goes.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], ready: OwnedFd, *, path: str, log: str) -> None:
         self.process = process
+        self.path = path
         self.log = log
         self._ready = ready
         self._peer = Peer(OwnedFd(os.pidfd_open(process.pid)))
@@ -262,16 +273,18 @@ class Successor:
             raise PeerError(f"the new daemon did not start{self._tail()}")
 
     async def end(self) -> None:
-        """Waits for its end, asks for it, then forces it. Only for a daemon that does not serve."""
+        """Asks for its end, then forces it. Only for a daemon that does not serve."""
         self._ready.close()
-        for ask in (None, signal.SIGTERM, signal.SIGKILL):
-            if ask is not None:
-                self.process.send_signal(ask)
-            # A destination that failed ends by itself, and has something to close.
-            if await self._peer.wait_dead(timeout_s=END_TIMEOUT_S if ask else 1.0):
+        for ask in (signal.SIGTERM, signal.SIGKILL):
+            self.process.send_signal(ask)
+            if await self._peer.wait_dead(timeout_s=END_UNUSED_TIMEOUT_S):
                 break
         self._peer.close()
         self.process.poll()
+        # A daemon that was killed leaves its socket behind.
+        with contextlib.suppress(ConfigError, OSError):
+            if holder_of(self.path) is None:
+                Path(self.path).unlink()
 
     def _tail(self) -> str:
         try:
@@ -306,7 +319,7 @@ def _start(arguments: argparse.Namespace, path: str, address: str, settings: Set
         raise KernelError(f"cannot start the new daemon: {error}", errno=error.errno or errno.EIO) from error
     finally:
         os.close(ready_there)
-    return Successor(process, OwnedFd(ready), log)
+    return Successor(process, OwnedFd(ready), path=path + INCOMING_SUFFIX, log=log)
 
 
 def _program(program: str | None) -> list[str]:

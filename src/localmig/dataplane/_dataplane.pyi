@@ -3,7 +3,11 @@
 Descriptors are lent: the caller keeps each one open for as long as the object that got it uses it.
 """
 
+# ruff: noqa: PYI021 - there is no Python source these docstrings could stand in; this file is the contract
+
 from typing import final
+
+__all__ = ["Counters", "DriverPair", "GuestMemory", "QueuePair", "Ring"]
 
 @final
 class GuestMemory:
@@ -123,15 +127,19 @@ class QueuePair:
         """Sets where the rings go on; None means the used index in guest memory. RuntimeError if the pair runs."""
 
     def start(self) -> None:
-        """Lets the thread run. It scans both rings and the TAP once before it sleeps, and signals both call eventfds.
+        """Scans both rings and the TAP once, signals both call eventfds, and lets the thread go on from there.
 
-        Returns at once. Raises RuntimeError if the pair runs already or was never configured.
+        The first packets are moved before this returns, at most 16 each way; releases the GIL.
+
+        Raises:
+            RuntimeError: the pair runs already or was never configured. Nothing changed.
         """
 
     def wait_started(self, timeout_ms: int) -> int:
-        """CLOCK_MONOTONIC nanoseconds at which the thread began its first scan after `start`. Releases the GIL.
+        """CLOCK_MONOTONIC nanoseconds at which the first scan of the last `start` began. Releases the GIL.
 
-        Raises TimeoutError after `timeout_ms`.
+        Raises:
+            TimeoutError: nobody called `start` within `timeout_ms`.
         """
 
     def stop(self) -> tuple[int | None, int | None]:
@@ -153,7 +161,7 @@ class QueuePair:
         """("rx" or "tx", reason) of each ring that failed since the last call."""
 
     def release(self) -> None:
-        """Stops and forgets rings, memory and descriptors; the thread stays parked. `configure` makes it usable again."""
+        """Stops and forgets rings, memory and descriptors; the thread is parked. `configure` makes it usable again."""
 
     def close(self) -> None:
         """Stops, ends the thread and joins it. Idempotent; also done when the object goes away."""
@@ -203,4 +211,4 @@ class DriverPair:
         """Stops pumping and joins the thread. Idempotent."""
 
     def counters(self) -> Counters:
-        """rx is what came from the backend, tx what went to it."""
+        """What came from the backend counts as rx, what went to it as tx."""

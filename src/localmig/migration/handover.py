@@ -79,7 +79,7 @@ class DestinationState(StrEnum):
     READY = "ready"
     """The switchover sections are applied; READY is out."""
     OWNER = "owner"
-    """COMMIT was read: rings may run."""
+    """COMMIT was read: rings run. The source lets go of what only one process can have open."""
     RECOVERING = "recovering"
     """The source died: rings may run from the positions in guest memory."""
     COMPLETED = "completed"
@@ -94,7 +94,8 @@ class DestinationEvent(StrEnum):
     SETUP_ADOPTED = "setup-adopted"
     SWITCHOVER_ADOPTED = "switchover-adopted"
     COMMIT_RECEIVED = "commit-received"
-    STARTED = "started"
+    SETTLED = "settled"
+    """Everything is served, and the source let go of the rest."""
     CANCELLED = "cancelled"
     """The source took its offer back."""
     CHANNEL_LOST = "channel-lost"
@@ -154,8 +155,8 @@ DESTINATION: Final[Mapping[tuple[DestinationState, DestinationEvent], Destinatio
     (D.SETTING_UP, F.SETUP_ADOPTED): D.PREPARED,
     (D.PREPARED, F.SWITCHOVER_ADOPTED): D.READY,
     (D.READY, F.COMMIT_RECEIVED): D.OWNER,
-    (D.OWNER, F.STARTED): D.COMPLETED,
-    (D.RECOVERING, F.STARTED): D.COMPLETED,
+    (D.OWNER, F.SETTLED): D.COMPLETED,
+    (D.RECOVERING, F.SETTLED): D.COMPLETED,
     (D.WAITING, F.FAILED_HERE): D.FAILED,
     **{
         (state, event): D.FAILED

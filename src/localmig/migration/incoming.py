@@ -186,7 +186,7 @@ class Incoming:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
         except (TimeoutError, PeerError) as error:
             self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
-        self._use_what_the_source_released()
+        self._settle()
 
     async def _greet(self, channel: Channel) -> None:
         frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)
@@ -252,7 +252,6 @@ class Incoming:
         for part in self._parts:
             part.thaw()
         self._serving_ns = time.monotonic_ns()
-        self._fire(DestinationEvent.STARTED)
 
     def _recover(self) -> None:
         """The source is dead: serve from what arrived whole and from what stands in guest memory."""
@@ -261,9 +260,10 @@ class Incoming:
         self._note = "the source died during the handover; this daemon took over from guest memory"
         self._serve()
         self._on_serving()
-        self._use_what_the_source_released()
+        self._settle()
 
-    def _use_what_the_source_released(self) -> None:
+    def _settle(self) -> None:
+        """The source holds nothing any more."""
         for part in self._parts:
             try:
                 part.source_released()
@@ -271,6 +271,7 @@ class Incoming:
                 # Too late for a no: this process owns the guest, and the rest of it works.
                 self._note = str(error)
                 _logger.warning("%s", error)
+        self._fire(DestinationEvent.SETTLED)
 
     def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
         self._error = reason

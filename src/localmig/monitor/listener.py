@@ -49,11 +49,11 @@ class Listener:
     def __init__(self, path: str, *, succeeds: bool) -> None:
         self._path = path
         try:
-            holder = _holder(path)
+            holder = holder_of(path)
             if holder is not None and succeeds:
                 self._bound_path = path + INCOMING_SUFFIX
                 check_socket_path(self._bound_path)
-                holder = _holder(self._bound_path)
+                holder = holder_of(self._bound_path)
             else:
                 self._bound_path = path
             if holder is not None:
@@ -105,8 +105,12 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def _holder(path: str) -> int | None:
-    """The process that listens at `path`, 0 where it cannot be seen from here, None where there is none."""
+def holder_of(path: str) -> int | None:
+    """The process that listens at `path`, 0 where it cannot be seen from here, None where there is none.
+
+    Raises:
+        ConfigError: something that is no socket is there.
+    """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

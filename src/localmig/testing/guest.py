@@ -217,10 +217,12 @@ class GuestProcess:
         self._output = self._process.stdout
         os.set_blocking(self._output.fileno(), False)
         self._unread = b""
+        self._ifname = settings.ifname
         self._namespace: NetworkNamespace | None = None
         try:
             self.ready = self.wait_for("ready", START_SECONDS_MAX)
             self._namespace = NetworkNamespace.of_process(self.pid)
+            self._carrier_changes_before = self._carrier_changes()
         except (PeerError, OSError):
             self.close()
             raise
@@ -262,6 +264,10 @@ class GuestProcess:
                 raise PeerLostError("guest ended without a word")
             self._unread += piece
 
+    def carrier_changes(self) -> int:
+        """How often its kernel saw its link go up or down since it was ready."""
+        return self._carrier_changes() - self._carrier_changes_before
+
     def reset_driver(self) -> None:
         """Lets its driver reset the device. Returns when that is done; raises as `wait_for`."""
         self._process.send_signal(signal.SIGUSR1)
@@ -279,6 +285,10 @@ class GuestProcess:
             return self.wait_for("ended", START_SECONDS_MAX)
         finally:
             self.close()
+
+    def _carrier_changes(self) -> int:
+        with self.namespace.entered():
+            return carrier_changes(self._ifname)
 
     def close(self) -> None:
         """Kills what is left of it. Idempotent."""

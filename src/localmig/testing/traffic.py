@@ -49,6 +49,10 @@ could fill it all by itself, and losses would be the stream's own."""
 STREAM_CONNECTIONS_MAX: Final = 16
 """Streams one receiver serves at once: a thread each, and no test wants more."""
 
+# asm-generic/socket.h; the socket module does not have them.
+_SO_TIMESTAMPNS: Final = 35
+_SO_MAX_PACING_RATE: Final = 47
+
 _CHUNK_BYTES: Final = 64 * 1024
 _TRANSIENT: Final = (errno.ENOBUFS, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN)
 
@@ -68,9 +72,9 @@ class PingReport:
         rtt_us_p50: median round trip in microseconds; None where nothing was answered, as the two below.
         rtt_us_p99: round trip that one in a hundred exceeds.
         rtt_us_max: longest round trip.
-        silence_us_max: longest time between two answers, so never less than the interval.
-        send_gap_us_max: longest time between two requests: what the pinger itself was late by; a silence not much
-            longer than this is the machine's, not the link's.
+        silence_us_max: longest time in which requests were waiting and no answer came, by the kernel's stamps of
+            their arrival. Never less than `rtt_us_p50`; a time in which the pinger did not ask is no silence.
+        send_gap_us_max: longest time between two requests: how late the pinger itself was.
     """
 
     sent: int
@@ -100,7 +104,7 @@ class EchoLog:
         self._rtt = array("q")  # -1: not answered
         self._duplicates = 0
         self._answered = 0
-        self._heard_at: int | None = None
+        self._waiting_since: int | None = None
         self._silence = 0
         self._send_gap = 0
 
@@ -113,8 +117,8 @@ class EchoLog:
         """Notes a request; gives its sequence number."""
         if self._sent_at:
             self._send_gap = max(self._send_gap, at_ns - self._sent_at[-1])
-        else:
-            self._heard_at = at_ns
+        if self._waiting_since is None:
+            self._waiting_since = at_ns
         self._sent_at.append(at_ns)
         self._rtt.append(-1)
         return len(self._rtt) - 1
@@ -123,9 +127,10 @@ class EchoLog:
         """Notes an answer. PeerError if nothing with that number was sent."""
         if sequence >= len(self._rtt):
             raise PeerError(f"echo reply has sequence number {sequence}, highest sent is {len(self._rtt) - 1}")
-        if self._heard_at is not None:
-            self._silence = max(self._silence, at_ns - self._heard_at)
-        self._heard_at = at_ns
+        if self._waiting_since is not None:
+            self._silence = max(self._silence, at_ns - self._waiting_since)
+        # After the answer to the newest request nobody waits, whatever was lost before.
+        self._waiting_since = None if sequence == len(self._rtt) - 1 else at_ns
         if self._rtt[sequence] >= 0:
             self._duplicates += 1
             return
@@ -136,8 +141,8 @@ class EchoLog:
         """The sum of it. A silence that still lasts counts up to the last request."""
         times = sorted(rtt // 1000 for rtt in self._rtt if rtt >= 0)
         silence = self._silence
-        if self._heard_at is not None:
-            silence = max(silence, self._sent_at[-1] - self._heard_at)
+        if self._waiting_since is not None:
+            silence = max(silence, self._sent_at[-1] - self._waiting_since)
         return PingReport(
             sent=len(self._rtt),
             received=self._answered,
@@ -165,6 +170,7 @@ class Pinger:
 
     _HEADER: Final = struct.Struct("!BBHHH")
     _PAYLOAD: Final = struct.Struct("!8sQ")
+    _STAMP: Final = struct.Struct("@qq")
 
     def __init__(self, address: str, *, interval_ns: int = 1_000_000, count_max: int = PING_COUNT_MAX) -> None:
         self._address = address
@@ -174,6 +180,7 @@ class Pinger:
         self._token = os.urandom(8)  # raw sockets hear every pinger's answers
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
         self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._wake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="pinger", daemon=True)
         self._failure: Exception | None = None
@@ -246,16 +253,26 @@ class Pinger:
     def _listen(self) -> None:
         while True:
             try:
-                packet = self._socket.recv(2048)
+                packet, ancillary, _, _ = self._socket.recvmsg(2048, socket.CMSG_SPACE(self._STAMP.size))
             except BlockingIOError:
                 return
-            now = time.monotonic_ns()
+            at_ns = self._arrival(ancillary)
             icmp = packet[(packet[0] & 0xF) * 4 :]
             if len(icmp) != self._HEADER.size + self._PAYLOAD.size or icmp[0] != 0:
                 continue
             token, sequence = self._PAYLOAD.unpack_from(icmp, self._HEADER.size)
             if token == self._token:
-                self._log.answered(sequence, now)
+                self._log.answered(sequence, at_ns)
+
+    def _arrival(self, ancillary: Sequence[tuple[int, int, bytes]]) -> int:
+        """When the kernel received the packet: this thread may have been kept waiting since. CLOCK_MONOTONIC."""
+        now = time.monotonic_ns()
+        for level, kind, stamp in ancillary:
+            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = self._STAMP.unpack(stamp)
+                age = time.time_ns() - (int(seconds) * 1_000_000_000 + int(nanoseconds))
+                return now - max(0, age)
+        return now
 
 
 def _checksum(data: bytes) -> int:
@@ -275,14 +292,14 @@ class StreamReport:
 
     Attributes:
         bytes_sent: what the sender gave to its kernel.
-        bytes_received: what the receiver hashed.
+        bytes_received: what the receiver hashed; None where it did not say.
         sha256_sent: hexadecimal, as the one below.
         sha256_received: equal to `sha256_sent` if every byte came, once and in order.
         seconds: from connecting to the receiver's answer.
     """
 
     bytes_sent: int
-    bytes_received: int
+    bytes_received: int | None
     sha256_sent: str
     sha256_received: str
     seconds: float
@@ -290,11 +307,12 @@ class StreamReport:
     @property
     def intact(self) -> bool:
         """Whether both ends saw the same bytes."""
-        return self.sha256_sent == self.sha256_received and self.bytes_sent == self.bytes_received
+        return self.sha256_sent == self.sha256_received and self.bytes_received in (None, self.bytes_sent)
 
 
-_VERDICT: Final = struct.Struct("!Q32s")
-"""What the receiver answers at the end of the stream: how many bytes it got, their SHA-256."""
+_VERDICT_BYTES_MAX: Final = 256
+"""What the receiver answers at the end of the stream: a line as sha256sum(1) prints it, with the number of bytes for a
+name. So `nc -l -p PORT -e sha256sum` is a receiver, too, in a guest that has no more than busybox."""
 
 
 class StreamReceiver:
@@ -371,7 +389,7 @@ class StreamReceiver:
                 count += size
                 with self._lock:
                     self.bytes_received += size
-            connection.sendall(_VERDICT.pack(count, digest.digest()))
+            connection.sendall(f"{digest.hexdigest()}  {count}\n".encode())
         except OSError:
             pass  # the sender is gone or stalled: it knows, it waits for the verdict that does not come
         finally:
@@ -387,20 +405,35 @@ class StreamSender:
         address: the receiver's IPv4 address.
         port: its TCP port.
         bytes_max: stop by itself after so many; None for no end.
+        bytes_per_second: how fast to send at most; None for no limit.
         seed: of the bytes, so that a run can be repeated.
 
     Raises:
         OSError: it cannot connect.
     """
 
-    def __init__(self, address: str, port: int, *, bytes_max: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        *,
+        bytes_max: int | None = None,
+        bytes_per_second: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self._started = time.monotonic()
         self._socket = socket.create_connection((address, port), timeout=STALL_SECONDS_MAX)
+        # So that `bytes_sent` is never far ahead of what has arrived.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_WINDOW_BYTES)
+        if bytes_per_second is not None:
+            # The kernel spaces the packets, so that a chunk does not leave as one burst.
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, bytes_per_second)
         self._block = random.Random(seed).randbytes(_CHUNK_BYTES)
         self._bytes_max = bytes_max
         self.bytes_sent = 0
         """So far; grows while it runs."""
         self._stopping = threading.Event()
+        self._progressed = threading.Condition()
         self._report: StreamReport | None = None
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="stream-sender", daemon=True)
@@ -415,11 +448,17 @@ class StreamSender:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def wait_progress(self, size: int, timeout: float) -> bool:
+        """Waits until `size` more bytes were sent; False if they were not within `timeout` seconds."""
+        with self._progressed:
+            goal = self.bytes_sent + size
+            return self._progressed.wait_for(lambda: self.bytes_sent >= goal, timeout)
+
     def stop(self) -> StreamReport:
         """Ends the stream, waits for the receiver's verdict and reports.
 
         Raises:
-            PeerLostError: the stream broke, or stood still for `STALL_SECONDS_MAX`.
+            PeerLostError: the stream broke, or stood still for `STALL_SECONDS_MAX`, or its receiver did.
         """
         self.finish()
         self._thread.join()
@@ -437,18 +476,20 @@ class StreamSender:
                 while not self._stopping.is_set() and (chunk := self._chunk(number)):
                     digest.update(chunk)
                     self._socket.sendall(chunk)
-                    self.bytes_sent += len(chunk)
                     number += 1
+                    with self._progressed:
+                        self.bytes_sent += len(chunk)
+                        self._progressed.notify_all()
                 self._socket.shutdown(socket.SHUT_WR)
-                count, received = _VERDICT.unpack(_receive_exactly(self._socket, _VERDICT.size))
-        except (OSError, PeerLostError) as error:
+                received, count = _receive_verdict(self._socket)
+        except (OSError, PeerError) as error:
             self._failure = error
             return
         self._report = StreamReport(
             bytes_sent=self.bytes_sent,
             bytes_received=count,
             sha256_sent=digest.hexdigest(),
-            sha256_received=received.hex(),
+            sha256_received=received,
             seconds=time.monotonic() - self._started,
         )
 
@@ -458,14 +499,17 @@ class StreamSender:
         return chunk if self._bytes_max is None else chunk[: max(0, self._bytes_max - self.bytes_sent)]
 
 
-def _receive_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = sock.recv(size - len(data))
+def _receive_verdict(sock: socket.socket) -> tuple[str, int | None]:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = sock.recv(_VERDICT_BYTES_MAX)
         if not piece:
-            raise PeerLostError(f"receiver closed after {len(data)} of {size} bytes of its verdict")
-        data += piece
-    return data
+            raise PeerLostError(f"receiver closed after {len(line)} bytes of its verdict")
+        line += piece
+        if len(line) > _VERDICT_BYTES_MAX:
+            raise PeerError(f"receiver's verdict has {len(line)} bytes, limit is {_VERDICT_BYTES_MAX}")
+    digest, _, name = line.decode(errors="replace").strip().partition("  ")
+    return digest, int(name) if name.isdecimal() else None
 
 
 # -- a UDP flood ------------------------------------------------------------------------------------------------
@@ -559,6 +603,7 @@ def _parser() -> argparse.ArgumentParser:
     send.add_argument("address")
     send.add_argument("port", type=int)
     send.add_argument("--bytes", type=int, help="how much to send (default: until it is ended)")
+    send.add_argument("--bytes-per-second", type=int, help="how fast to send at most (default: no limit)")
     send.add_argument("--seed", type=int, default=0)
     flood = kinds.add_parser("flood", help="UDP datagrams as fast as possible")
     flood.add_argument("address")
@@ -584,7 +629,13 @@ def main(argv: Sequence[str]) -> int:
             interval_ns = int(options.interval_ms * 1e6)
             traffic = Pinger(options.address, interval_ns=interval_ns, count_max=options.count).start()
         case "send":
-            traffic = StreamSender(options.address, options.port, bytes_max=options.bytes, seed=options.seed)
+            traffic = StreamSender(
+                options.address,
+                options.port,
+                bytes_max=options.bytes,
+                bytes_per_second=options.bytes_per_second,
+                seed=options.seed,
+            )
         case _:
             traffic = Flood(options.address, options.port, size=options.size)
     _on_signal(traffic.finish)

@@ -187,9 +187,6 @@ class VringAddress(Numbers):
     avail_ring: int
     log: int = 0
 
-    FLAG_LOG: ClassVar = 1
-    """VHOST_VRING_F_LOG: writes to the used ring are to be logged from `log` on."""
-
     LAYOUT: ClassVar = struct.Struct("=IIQQQQ")
 
 
@@ -271,6 +268,9 @@ class SingleRegion(Payload):
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Reads the region; `PeerError` where the length is wrong."""
+        size = len(cls._PADDING) + RegionDescription.LAYOUT.size
+        if len(data) != size:
+            raise PeerError(f"payload has {len(data)} bytes, expected {size}")
         return cls(region=RegionDescription.decode(data[len(cls._PADDING) :]))
 
 
@@ -315,7 +315,7 @@ class Descriptors(Enum):
     ONE = "one"
     ONE_UNLESS_FLAGGED = "one, or none where the payload says so"
     ONE_PER_REGION = "one per region"
-    # "No file descriptors SHOULD be passed", yet older QEMUs pass one; it is closed unused.
+    # REM_MEM_REG needs none, yet some frontends send one; it is closed unused.
     AT_MOST_ONE = "none, or one that means nothing"
 
 

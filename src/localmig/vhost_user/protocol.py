@@ -18,7 +18,7 @@ Descriptors a message replaced are open until `complete`, so that a device may s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
@@ -183,19 +183,23 @@ def check_state(state: SessionState, offer: Offer) -> None:
         if vring.started and (not vring.is_configured or vring.kick is None):
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
     check_regions(state.regions, count_max=offer.region_count_max)
-    _check_unparsed(state)
+    _check_unparsed(state.unparsed)
+    _check_fd_count(state.unparsed_fds)
     if len(state.unsent) > HEADER_SIZE + PAYLOAD_SIZE_MAX:
         raise PeerError(f"session has {len(state.unsent)} unsent bytes, more than one reply")
 
 
-def _check_unparsed(state: SessionState) -> None:
+def _check_unparsed(unparsed: bytes) -> None:
     size = HEADER_SIZE
-    if len(state.unparsed) >= HEADER_SIZE:
-        size += Header.decode(state.unparsed[:HEADER_SIZE]).size
-    if len(state.unparsed) >= size:
-        raise PeerError(f"session has {len(state.unparsed)} unparsed bytes, the message ends after {size}")
-    if len(state.unparsed_fds) > TABLE_REGION_COUNT_MAX:
-        raise PeerError(f"message came with {len(state.unparsed_fds)} descriptors, limit is {TABLE_REGION_COUNT_MAX}")
+    if len(unparsed) >= HEADER_SIZE:
+        size += Header.decode(unparsed[:HEADER_SIZE]).size
+    if len(unparsed) >= size:
+        raise PeerError(f"session has {len(unparsed)} unparsed bytes, the message ends after {size}")
+
+
+def _check_fd_count(fds: Sequence[OwnedFd]) -> None:
+    if len(fds) > TABLE_REGION_COUNT_MAX:
+        raise PeerError(f"message came with {len(fds)} descriptors, limit is {TABLE_REGION_COUNT_MAX}")
 
 
 def _check_acked(acked: int, offered: int, name: str) -> None:
@@ -342,8 +346,7 @@ class Backend:
         assert len(data) <= self.bytes_wanted, (len(data), self.bytes_wanted)
         state.unparsed += data
         state.unparsed_fds += fds
-        if len(state.unparsed_fds) > TABLE_REGION_COUNT_MAX:
-            _check_unparsed(state)
+        _check_fd_count(state.unparsed_fds)
         self._parse_header()
         if self._header is None or self.bytes_wanted:
             return None

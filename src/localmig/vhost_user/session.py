@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, Protocol, Self
 
 from localmig import fds
-from localmig.errors import ConfigError, KernelError, LocalmigError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
 
@@ -74,12 +74,16 @@ class Listener:
     """
 
     def __init__(self, state: ListenerState) -> None:
-        """Takes over a socket that listens already, without touching it; `state.fd` is empty afterwards."""
+        """Takes over a socket that listens already, without touching it; `state.fd` is empty afterwards.
+
+        Raises:
+            PeerError: `state.fd` is no socket; it is still the caller's.
+        """
         self.path = state.path
         self._bound_path = state.path
         self._identity = (state.device, state.inode)
+        self._socket = _wrap(state.fd)
         self._fd = state.fd.take()
-        self._socket = _wrap(self._fd)
         self._on_connection: Callable[[OwnedFd], None] | None = None
         self._accepting = False
         self._retry: asyncio.TimerHandle | None = None
@@ -227,9 +231,12 @@ def _kernel_error(path: str, error: OSError) -> KernelError:
 
 
 def _wrap(fd: OwnedFd) -> socket.socket:
-    """A socket object on a borrowed descriptor: detached, never closed."""
-    # With all of family, type and protocol given, this asks the kernel nothing.
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd.fileno())
+    """A socket object on a borrowed descriptor: to be detached, never closed."""
+    try:
+        # With family, type and protocol given, this asks the kernel for nothing but the socket's name.
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd.fileno())
+    except OSError as error:
+        raise PeerError(f"descriptor that came as a socket is none: {error.strerror}") from error
 
 
 # -- one connection ---------------------------------------------------------------------------------------
@@ -249,12 +256,15 @@ class Session:
         """Takes over `connection` (non-blocking) without touching it; it is served from `thaw` on.
 
         `on_closed` is called after the session was closed, not after it was released.
+
+        Raises:
+            PeerError: `connection` is no socket; it is still the caller's.
         """
         self.backend = backend
+        self._socket = _wrap(connection)
         self.connection = connection.take()
         self._handler = handler
         self._on_closed = on_closed
-        self._socket = _wrap(self.connection)
         self._reading = False
         self._writing = False
 
@@ -394,7 +404,8 @@ class Endpoint:
         """Takes over a session that began elsewhere, without touching its socket.
 
         Raises:
-            PeerError: the state cannot be served (see `check_state`); connection and state still own their descriptors.
+            PeerError: the state cannot be served (see `check_state`), or `connection` is no socket; connection and
+                state still own their descriptors.
         """
         backend = Backend.from_state(state, self.offer, config=self.config)
         self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)

@@ -64,9 +64,6 @@ MTU_MAX: Final = 65535
 QUEUE_PAIR_COUNT_MAX: Final = 0x8000
 """The greatest `max_virtqueue_pairs` (section 5.1.4.1)."""
 
-ETHERNET_HEADER_LENGTH: Final = 14
-"""Bytes of a frame that its MTU does not count."""
-
 
 def header_length(features: int) -> int:
     """Bytes of the header before each frame (section 5.1.6): `num_buffers` is there or is not."""

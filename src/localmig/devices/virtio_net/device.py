@@ -232,7 +232,7 @@ class VirtioNet(Part):
         session = self._session_state()
         for index, pair in enumerate(self._pairs):
             pair.set_counters(_load_counters(state.counters[index]))
-            if session is not None:
+            if session is not None and _has_rings(pair):
                 rx, tx = state.next_avail[receive_queue(index)], state.next_avail[transmit_queue(index)]
                 pair.set_positions(rx, tx)
         if session is not None:
@@ -242,7 +242,8 @@ class VirtioNet(Part):
     def recover(self) -> None:
         """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
         for pair in self._pairs:
-            pair.set_positions(None, None)
+            if _has_rings(pair):
+                pair.set_positions(None, None)
 
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
@@ -380,7 +381,7 @@ class VirtioNet(Part):
 
     def _start(self, index: int) -> None:
         pair = self._pairs[index]
-        if pair.positions() != (None, None):
+        if _has_rings(pair):
             pair.start()
             self._starting.append(index)
 
@@ -456,6 +457,10 @@ class VirtioNet(Part):
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"
             )
+
+
+def _has_rings(pair: QueuePair) -> bool:
+    return pair.positions() != (None, None)
 
 
 def _rarp_frame(mac: bytes) -> bytes:

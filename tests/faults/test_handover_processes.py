@@ -1,0 +1,324 @@
+"""Handovers between real processes with a guest that keeps talking, and what comes of them when something goes wrong."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from localmig.errors import PeerError
+from localmig.testing.proxy import StrippingProxy
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Site
+
+    from localmig.testing.daemon import DaemonProcess
+
+
+def hand_over(site: Site, source: DaemonProcess, destination: DaemonProcess) -> dict[str, object]:
+    source.execute("migrate", uri=site.address)
+    info = source.wait_migration()
+    if info["status"] == "completed":
+        destination.wait_event("MigrationStatusChanged", status="completed")
+    return info
+
+
+def assert_undisturbed(site: Site) -> None:
+    """The guest answers, and its connection was never closed (it does not reconnect, so it could not come back)."""
+    assert site.guest is not None
+    assert site.ping().lost == 0
+    report = site.guest.stop()
+    assert (report["reason"], report["carrier_changes"]) == (None, 0)
+
+
+def test_ten_handovers_lose_no_packet_and_the_guest_sees_no_link_change(site: Site) -> None:
+    serving = site.source()
+    site.attach()
+    pinger = site.pinger()
+    for _ in range(10):
+        destination = site.destination()
+        info = hand_over(site, serving, destination)
+        assert info["status"] == "completed", info
+        assert serving.quit() == 0
+        serving = destination
+        assert serving.execute("query-status")["status"] == "running"
+        serving.execute("migrate-set-parameters", local=True)
+    report = pinger.stop()
+    assert (report.lost, report.duplicates) == (0, 0), report
+    assert_undisturbed(site)
+
+
+def test_an_idle_guest_moves_and_answers_afterwards(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    assert hand_over(site, source, destination)["status"] == "completed"
+    assert_undisturbed(site)
+
+
+def test_a_daemon_without_a_frontend_moves_and_serves_the_next_one(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    assert hand_over(site, source, destination)["status"] == "completed"
+    source.quit()
+    site.attach()
+    assert_undisturbed(site)
+
+
+def test_a_frontend_that_comes_back_is_served_again_after_a_handover(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    assert hand_over(site, source, destination)["status"] == "completed"
+    source.quit()
+    assert site.guest is not None
+    site.guest.stop()
+    destination.wait_event("SessionClosed")
+    site.attach()
+    assert_undisturbed(site)
+
+
+def test_a_driver_that_resets_while_handovers_go_on_is_served(site: Site) -> None:
+    serving = site.source()
+    guest = site.attach()
+    for _ in range(3):
+        destination = site.destination()
+        serving.execute("migrate", uri=site.address)
+        guest.reset_driver()
+        info = serving.wait_migration()
+        assert info["status"] == "completed", site.log_of(destination)
+        serving.quit()
+        serving = destination
+        serving.execute("migrate-set-parameters", local=True)
+    assert_undisturbed(site)
+
+
+def test_a_paused_guest_stays_paused_until_cont(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    source.execute("stop")
+    assert hand_over(site, source, destination)["status"] == "completed"
+    assert destination.execute("query-status") == {"status": "paused", "running": False}
+    assert site.ping(20).received == 0
+    destination.execute("cont")
+    assert_undisturbed(site)
+
+
+def test_the_source_holds_nothing_after_a_handover(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    hand_over(site, source, destination)
+    held = site.descriptors(source)
+    assert not [target for target in held if "tun" in target or "memfd" in target], held
+    source.quit()
+    assert site.socket.exists()
+    assert_undisturbed(site)
+
+
+# -- refused, cancelled, lost: the source serves on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "after-receive:HELLO=kill",
+        "before-send:HELLO=kill",
+        "after-receive:SETUP=kill",
+        "before-send:SETUP_ACK=kill",
+        "after-send:SETUP_ACK=kill",
+        "after-receive:SWITCHOVER=kill",
+        "before-send:READY=kill",
+        "after-receive:HELLO=raise",
+        "after-receive:SETUP=raise",
+        "before-send:READY=raise",
+    ],
+)
+def test_a_destination_that_dies_before_ready_leaves_the_source_serving(site: Site, fault: str) -> None:
+    source = site.source()
+    site.attach()
+    pinger = site.pinger()
+    destination = site.destination(fault=fault)
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert info["error-desc"]
+    destination.wait()
+    assert source.execute("query-status")["status"] == "running"
+    report = pinger.stop()
+    assert report.lost == 0, report
+    # And it can be handed over all the same.
+    destination = site.destination()
+    assert hand_over(site, source, destination)["status"] == "completed"
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("fault", ["after-receive:SWITCHOVER=stop", "before-send:READY=stop"])
+def test_a_destination_that_hangs_costs_no_more_than_the_downtime_limit(site: Site, fault: str) -> None:
+    source = site.source()
+    site.attach()
+    source.execute("migrate-set-parameters", downtime_limit=100)
+    destination = site.destination(fault=fault)
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert "downtime-limit" in str(info["error-desc"])
+    destination.send_signal(signal.SIGCONT)
+    assert destination.wait() == 1
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("fault", ["before-send:COMMIT=kill", "after-send:COMMIT=kill", "after-receive:READY=kill"])
+def test_a_source_that_dies_after_ready_is_taken_over_from(site: Site, fault: str) -> None:
+    source, destination = site.source(fault=fault), site.destination()
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    assert source.wait() == -signal.SIGKILL
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert destination.execute("query-status")["status"] == "running"
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("fault", ["after-receive:SETUP_ACK=kill", "before-send:SWITCHOVER=kill"])
+def test_a_source_that_dies_after_setup_is_recovered_from_guest_memory(site: Site, fault: str) -> None:
+    source, destination = site.source(fault=fault), site.destination()
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    assert source.wait() == -signal.SIGKILL
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert "died" in destination.execute("query-migrate")["local"]["note"]
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("fault", ["after-receive:COMMIT=kill", "before-send:DONE=kill"])
+def test_a_destination_that_dies_after_commit_gives_the_guest_back(site: Site, fault: str) -> None:
+    source, destination = site.source(), site.destination(fault=fault)
+    site.attach()
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert "serves again" in str(info["error-desc"])
+    assert source.execute("query-status")["status"] == "running"
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_hangs_after_commit_is_fenced_before_the_source_serves_again(site: Site) -> None:
+    source, destination = site.source(), site.destination(fault="after-receive:COMMIT=stop")
+    site.attach()
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert destination.wait() == -signal.SIGKILL
+    assert_undisturbed(site)
+
+
+def test_a_channel_that_loses_descriptors_is_found_while_the_guest_runs(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    front = site.folder / "proxy"
+    with StrippingProxy(str(front), site.address.removeprefix("unix:")):
+        source.execute("migrate", uri=f"unix:{front}")
+        info = source.wait_migration()
+    assert info["status"] == "failed"
+    assert "does not pass descriptors" in info["error-desc"]
+    assert destination.wait() == 1
+    assert "does not pass descriptors" in site.log_of(destination)
+    assert not [fact for fact in source.facts if fact["event"] == "RingsStopped" and fact["at_ns"] > site.began_ns]
+    assert_undisturbed(site)
+
+
+def test_sides_that_disagree_about_local_find_out_in_setup(site: Site) -> None:
+    source, destination = site.source(), site.destination(local=False)
+    site.attach()
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert "'local' is on in the source and off in the destination" in str(info["error-desc"])
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize(
+    ("netdev", "device", "complaint"),
+    [
+        (",mtu=1400", "", "mtu"),
+        ("", ",local-migration=off", "local-migration=off here and on there"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_setup(site: Site, netdev: str, device: str, complaint: str) -> None:
+    source = site.source()
+    site.attach()
+    destination = site.destination(*site.objects(netdev=netdev, device=device))
+    info = hand_over(site, source, destination)
+    assert info["status"] == "failed"
+    assert complaint in str(info["error-desc"])
+    assert destination.wait() == 1
+    assert_undisturbed(site)
+
+
+def test_a_cancelled_handover_leaves_the_source_serving(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    source.execute("migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}])
+    source.execute("migrate", uri=site.address)
+    source.wait_event("MigrationStatusChanged", status="pre-switchover")
+    assert site.ping().lost == 0
+    source.execute("migrate_cancel")
+    assert source.wait_migration()["status"] == "cancelled"
+    assert destination.wait() == 1
+    assert_undisturbed(site)
+
+
+def test_a_paused_handover_goes_on_with_migrate_continue(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    source.execute("migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}])
+    source.execute("migrate", uri=site.address)
+    source.wait_event("MigrationStatusChanged", status="pre-switchover")
+    with pytest.raises(PeerError, match="not in expected state: pre-switchover"):
+        source.execute("migrate-continue", state="device")
+    source.execute("migrate-continue", state="pre-switchover")
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert_undisturbed(site)
+
+
+def test_local_needs_a_channel_that_can_pass_descriptors(site: Site) -> None:
+    source = site.source()
+    with pytest.raises(PeerError, match="cannot carry descriptors"):
+        source.execute("migrate", uri="tcp:127.0.0.1:4444")
+    assert source.execute("query-migrate") == {}
+
+
+# -- without descriptors ------------------------------------------------------------------------------------------
+
+
+def test_without_local_the_frontend_reconnects_and_the_same_tap_is_opened_again(site: Site) -> None:
+    source, destination = site.source(local=False), site.destination(local=False)
+    guest = site.attach(reconnect_ms=1)
+    info = hand_over(site, source, destination)
+    assert info["status"] == "completed", info
+    guest.wait_for("reconnected", 20)
+    site.address_tap()
+    assert site.ping().received > 0
+    assert guest.stop()["reconnects"] == 1
+
+
+def test_without_local_state_travels_over_tcp_to_another_tap(site: Site) -> None:
+    source = site.source(local=False)
+    guest = site.attach(reconnect_ms=1)
+    with site.namespace.entered():
+        destination = site.daemon(
+            *("--netdev", "tap,id=net0,ifname=tap1"),
+            *("--device", f"virtio-net,id=nic0,netdev=net0,socket={site.socket}"),
+            *("--incoming", "tcp:127.0.0.1:4321"),
+        )
+    source.execute("migrate", uri="tcp:127.0.0.1:4321")
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    site.address_tap("tap1")
+    guest.wait_for("reconnected", 20)
+    assert site.ping().received > 0
+
+
+def test_a_device_with_local_migration_off_keeps_its_descriptors_home(site: Site) -> None:
+    source = site.source(*site.objects(device=",local-migration=off"))
+    guest = site.attach(reconnect_ms=1)
+    assert [report["transfers"] for report in source.execute("query-local-migration")] == [False, False]
+    destination = site.destination()
+    info = hand_over(site, source, destination)
+    assert info["status"] == "completed", info
+    guest.wait_for("reconnected", 20)
+    site.address_tap()
+    assert site.ping().received > 0

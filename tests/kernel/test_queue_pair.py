@@ -1,0 +1,361 @@
+"""A queue pair between a real TAP and a driver: what only the kernel's TAP can show."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmig.dataplane import Counters, DriverPair, GuestMemory, QueuePair, Ring
+from localmig.errors import KernelError
+from localmig.netdev import Tap
+from localmig.testing.frontend import DRIVER_FEATURES, SharedMemory
+from localmig.testing.namespace import NetworkNamespace, configure, ip
+from localmig.virtio.net import header_length
+
+PATIENCE_SECONDS = 10.0
+ETHERTYPE = 0x88B5
+"""Local experimental: nothing but these tests speaks it."""
+MAC = b"\x02\x00\x00\x00\x00\x01"
+BURST = 100
+"""Frames in flight at most: a TAP keeps 1000 and a packet socket some 250 until they drop."""
+
+
+def frame(number: int, *, length: int = 60) -> bytes:
+    header = b"\xff" * 6 + MAC + ETHERTYPE.to_bytes(2, "big")
+    return header + number.to_bytes(4, "big") + bytes(length - len(header) - 4)
+
+
+def number_of(data: bytes) -> int:
+    return int.from_bytes(data[14:18], "big")
+
+
+class Nic:
+    """A TAP with its network on one side; a queue pair, a driver and the guest's frames on the other."""
+
+    def __init__(self, undo: ExitStack) -> None:
+        self.tap = Tap(id="net0", ifname="tap0")
+        self.tap.open()
+        undo.callback(self.tap.close)
+        configure("tap0")
+        self.tap.set_vnet_header_length(header_length(DRIVER_FEATURES))
+        self.network = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+        self.network.bind(("tap0", ETHERTYPE))
+        self.guest, driver_side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        undo.callback(self.guest.close)
+        undo.callback(driver_side.close)
+        driver_side.setblocking(False)
+        for end in (self.network, self.guest):
+            end.settimeout(PATIENCE_SECONDS)
+
+        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(5)]
+        for fd in eventfds:
+            undo.callback(os.close, fd)
+        rx_kick, rx_call, tx_kick, tx_call, self.event_fd = eventfds
+        self.memory = SharedMemory(DriverPair.layout_size(256))
+        undo.callback(self.memory.close)
+        self.driver = DriverPair(
+            name="driver",
+            memory=self.memory.mapping,
+            guest_address=self.memory.region.guest_address,
+            queue_size=256,
+            features=DRIVER_FEATURES,
+            rx_kick_fd=rx_kick,
+            rx_call_fd=rx_call,
+            tx_kick_fd=tx_kick,
+            tx_call_fd=tx_call,
+            tap_fd=driver_side.fileno(),
+        )
+        self.rings = [
+            Ring(
+                size=256,
+                descriptor_table=table,
+                avail_ring=avail,
+                used_ring=used,
+                kick_fd=kick,
+                call_fd=call,
+                error_fd=None,
+                next_avail=None,
+            )
+            for (table, avail, used), kick, call in zip(
+                self.driver.ring_addresses(), (rx_kick, tx_kick), (rx_call, tx_call), strict=True
+            )
+        ]
+        self.pair = self.new_pair()
+        undo.callback(self.close_pair)
+        self.driver.start()
+        undo.callback(self.driver.stop)
+
+    def new_pair(self) -> QueuePair:
+        pair = QueuePair("nic0", self.event_fd)
+        self.configure(pair)
+        return pair
+
+    def close_pair(self) -> None:
+        self.pair.close()  # whichever it is by then
+
+    def configure(self, pair: QueuePair, **changes: Any) -> None:
+        settings: dict[str, Any] = {
+            "memory": self.memory.mapping,
+            "tap_fd": self.tap.fileno(),
+            "header_length": header_length(DRIVER_FEATURES),
+            "frame_length_max": self.tap.frame_length_max,
+            "event_index": True,
+            "indirect": True,
+            "mergeable": True,
+            "rx": self.rings[0],
+            "tx": self.rings[1],
+        }
+        pair.configure(**settings | changes)
+
+    def send_from_guest(self, data: bytes, *, header: bytes = bytes(12)) -> None:
+        self.guest.send(header + data)
+
+    def receive_in_guest(self) -> bytes:
+        return self.guest.recv(4096)[12:]
+
+    def await_ring_errors(self) -> list[tuple[str, str]]:
+        readable, _, _ = select.select([self.event_fd], [], [], PATIENCE_SECONDS)
+        assert readable, "no ring error came"
+        os.eventfd_read(self.event_fd)
+        return self.pair.take_ring_errors()
+
+    def await_counters(self, reached: Callable[[Counters], bool]) -> Counters:
+        """Counters tell nobody when they change: this is a poll with an end."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not reached(counters := self.pair.counters()):
+            assert time.monotonic() < end, counters
+            os.sched_yield()
+        return counters
+
+
+@pytest.fixture
+def nic() -> Iterator[Nic]:
+    try:
+        namespace = NetworkNamespace.create()
+    except KernelError as error:
+        pytest.skip(str(error))
+    with namespace, namespace.entered(), ExitStack() as undo:
+        yield Nic(undo)
+
+
+def test_frames_pass_the_tap_both_ways_unchanged(nic: Nic) -> None:
+    nic.pair.start()
+    for number in range(200):
+        data = frame(number, length=60 + number * 7)
+        nic.send_from_guest(data)
+        assert nic.network.recv(4096) == data
+        nic.network.send(data)
+        assert nic.receive_in_guest() == data
+    counters = nic.pair.counters()
+    assert (counters.rx_packets, counters.tx_packets) == (200, 200)
+    assert counters.rx_bytes == counters.tx_bytes == sum(60 + number * 7 for number in range(200))
+    assert (counters.rx_dropped, counters.tx_dropped) == (0, 0)
+
+
+def test_the_longest_frame_with_a_vlan_tag_fits(nic: Nic) -> None:
+    nic.pair.start()
+    data = frame(1, length=nic.tap.frame_length_max)
+    data = data[:12] + b"\x81\x00\x00\x05" + data[12:-4]
+    nic.network.send(data)
+    received = nic.receive_in_guest()
+    assert received == data
+    assert nic.pair.counters().rx_dropped == 0
+
+
+def exchange(nic: Nic, *, count: int, every_turn: Callable[[], None]) -> None:
+    """Sends `count` frames each way in bursts and checks that each arrives, once and in order."""
+    sent, in_guest, in_network = 0, 0, 0
+    while in_guest < count or in_network < count:
+        while sent < count and sent - min(in_guest, in_network) < BURST:
+            nic.network.send(frame(sent))
+            nic.send_from_guest(frame(sent))
+            sent += 1
+        every_turn()
+        for _ in range(min(BURST // 8, sent - in_guest)):
+            assert number_of(nic.receive_in_guest()) == in_guest
+            in_guest += 1
+        for _ in range(min(BURST // 8, sent - in_network)):
+            assert number_of(nic.network.recv(4096)) == in_network
+            in_network += 1
+
+
+def test_stopping_and_starting_loses_repeats_and_reorders_nothing(nic: Nic) -> None:
+    def stop_and_start() -> None:
+        positions = nic.pair.stop()
+        assert nic.pair.stop() == nic.pair.positions() == positions
+        nic.pair.start()
+
+    nic.pair.start()
+    exchange(nic, count=10_000, every_turn=stop_and_start)
+    counters = nic.pair.counters()
+    assert (counters.rx_packets, counters.tx_packets) == (10_000, 10_000)
+
+
+def test_another_pair_goes_on_where_the_first_stopped(nic: Nic) -> None:
+    def hand_over() -> None:
+        successor = nic.new_pair()
+        successor.set_counters(nic.pair.counters())
+        successor.set_positions(*nic.pair.stop())
+        successor.start()
+        nic.pair.close()
+        nic.pair = successor
+
+    nic.pair.start()
+    exchange(nic, count=10_000, every_turn=hand_over)
+    nic.pair.stop()
+
+
+def test_a_pair_that_was_never_told_positions_goes_on_at_the_used_index(nic: Nic) -> None:
+    nic.pair.start()
+    for number in range(10):
+        nic.network.send(frame(number))
+        assert number_of(nic.receive_in_guest()) == number
+    nic.pair.stop()
+    successor = nic.new_pair()
+    try:
+        assert successor.positions() == nic.pair.positions() == (10, 0)
+    finally:
+        successor.close()
+
+
+def test_an_interface_that_is_down_drops_packets_and_works_again_when_up(nic: Nic) -> None:
+    nic.pair.start()
+    ip("link", "set", "tap0", "down")
+    for number in range(5):
+        nic.send_from_guest(frame(number))
+    nic.await_counters(lambda counters: counters.tx_dropped == 5)
+    ip("link", "set", "tap0", "up")
+    nic.network.close()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as network:
+        network.bind(("tap0", ETHERTYPE))
+        network.settimeout(PATIENCE_SECONDS)
+        nic.send_from_guest(frame(5))
+        assert number_of(network.recv(4096)) == 5
+        network.send(frame(6))
+        assert number_of(nic.receive_in_guest()) == 6
+    assert nic.pair.take_ring_errors() == []
+
+
+def test_a_header_the_kernel_refuses_costs_that_packet_only(nic: Nic) -> None:
+    nic.pair.start()
+    gso_type_unknown = b"\x00\x7f" + bytes(10)
+    nic.send_from_guest(frame(0), header=gso_type_unknown)
+    nic.send_from_guest(frame(1))
+    assert number_of(nic.network.recv(4096)) == 1
+    counters = nic.pair.counters()
+    assert (counters.tx_packets, counters.tx_dropped) == (1, 1)
+    assert nic.pair.take_ring_errors() == []
+
+
+def test_a_frame_longer_than_was_agreed_is_dropped(nic: Nic) -> None:
+    nic.configure(nic.pair, frame_length_max=1000, mergeable=False)
+    nic.pair.start()
+    ip("link", "set", "tap0", "mtu", "9000")
+    nic.network.send(frame(0, length=5000))
+    nic.network.send(frame(1))
+    assert number_of(nic.receive_in_guest()) == 1
+    counters = nic.pair.counters()
+    assert (counters.rx_packets, counters.rx_dropped) == (1, 1)
+
+
+def test_a_tap_that_is_deleted_is_told_once_without_spinning(nic: Nic) -> None:
+    nic.pair.start()
+    ip("link", "delete", "tap0")
+    errors = nic.await_ring_errors()
+    assert [side for side, _ in errors] == ["rx"]
+    assert errors[0][1].startswith("TAP: ")
+    for number in range(3):
+        nic.send_from_guest(frame(number))
+    nic.await_counters(lambda counters: counters.tx_dropped == 3)
+    assert nic.pair.take_ring_errors() == []
+    before = time.process_time()
+    select.select([nic.event_fd], [], [], 0.2)
+    assert time.process_time() - before < 0.1
+
+
+def test_a_released_pair_lets_the_tap_go(nic: Nic) -> None:
+    nic.pair.start()
+    nic.network.send(frame(0))
+    assert number_of(nic.receive_in_guest()) == 0
+    nic.pair.release()
+    nic.tap.close()
+    # It was not persistent: the last descriptor, and the last sleeper on it, took the interface with them.
+    assert "tap0" not in [name for _, name in socket.if_nameindex()]
+
+
+def test_what_is_refused_changes_nothing(nic: Nic) -> None:
+    bare = QueuePair("bare", nic.event_fd)
+    with pytest.raises(RuntimeError, match="not configured"):
+        bare.start()
+    with pytest.raises(RuntimeError, match="not configured"):
+        bare.set_positions(None, None)
+    assert bare.stop() == bare.positions() == (None, None)
+    bare.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        bare.start()
+
+    with pytest.raises(TimeoutError, match="did not start within 0 ms"):
+        nic.pair.wait_started(0)
+    with pytest.raises(ValueError, match="10 or 12 bytes, not 11"):
+        nic.configure(nic.pair, header_length=11)
+    with pytest.raises(ValueError, match="rx ring: descriptor table at 0x1000, 0x1000 bytes, is not inside"):
+        nic.configure(nic.pair, rx=ring_at(0x1000))
+    before = time.monotonic_ns()
+    nic.pair.start()
+    assert nic.pair.is_running()
+    assert before <= nic.pair.wait_started(10_000) <= time.monotonic_ns()
+    for call in (nic.pair.start, lambda: nic.configure(nic.pair), lambda: nic.pair.set_counters(Counters())):
+        with pytest.raises(RuntimeError, match="runs"):
+            call()
+    nic.network.send(frame(0))
+    assert number_of(nic.receive_in_guest()) == 0
+
+
+def ring_at(address: int) -> Ring:
+    return Ring(
+        size=256,
+        descriptor_table=address,
+        avail_ring=address,
+        used_ring=address,
+        kick_fd=0,
+        call_fd=None,
+        error_fd=None,
+        next_avail=None,
+    )
+
+
+def test_guest_memory_refuses_what_is_outside(nic: Nic) -> None:
+    memory, region = nic.memory.mapping, nic.memory.region
+    end = region.guest_address + region.size
+    memory.write(end - 4, b"last")
+    assert memory.read(end - 4, 4) == b"last"
+    assert memory.translate(region.user_address + 5, 1) == region.guest_address + 5
+    assert 0 < memory.populate() <= region.size
+    with pytest.raises(ValueError, match=r"0x5 bytes at 0x[0-9a-f]+ are not inside guest memory"):
+        memory.write(end - 4, b"wrong")
+    with pytest.raises(ValueError, match="not inside guest memory"):
+        memory.read(end, 1)
+    with pytest.raises(ValueError, match="no memory region holds"):
+        memory.translate(region.user_address + region.size, 1)
+    with pytest.raises(ValueError, match="is empty"):
+        GuestMemory([(0, 0, 0, 0, nic.memory.fd.fileno())])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        GuestMemory([(0, 4096, 0, 0, -1)])
+
+
+def test_a_thread_carries_the_pairs_name_and_ends_with_it(nic: Nic) -> None:
+    def names() -> list[str]:
+        return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+    pair = QueuePair("a-name-of-more-than-15", nic.event_fd)
+    assert "a-name-of-more-" in names()
+    pair.close()
+    assert "a-name-of-more-" not in names()

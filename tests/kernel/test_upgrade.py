@@ -1,0 +1,281 @@
+"""`localmig upgrade` between real daemons with a real TAP: what it does, says and leaves, also where daemons die.
+
+No guest is attached: what happens to packets is the guest tier's. Only the first daemon is started in a namespace of
+its own; its successors open nothing, so they need not be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmig.testing.namespace import unavailable_reason
+
+PATIENCE_S = 60
+"""For one program to do its part: it takes a second, a machine under load gets much more."""
+
+LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _namespace() -> None:
+    if reason := unavailable_reason():
+        pytest.skip(reason)
+
+
+class Machine:
+    """One QMP path and the daemons behind it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.qmp = directory / "qmp.sock"
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, program: list[str] | None = None) -> subprocess.Popen[bytes]:
+        """The first daemon, in a namespace of its own, ready."""
+        ready, ready_there = os.pipe()
+        with open(self.directory / "first.log", "wb") as log:
+            daemon = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "localmig.testing.namespace"),
+                    *(program or LOCALMIG),
+                    *("run", "--netdev", "tap,id=net0,ifname=tap0"),
+                    *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.directory}/nic0.sock"),
+                    *("--qmp", f"unix:{self.qmp}", "--ready-fd", str(ready_there)),
+                    *("--migration-parameter", "downtime-limit=250"),
+                ],
+                pass_fds=[ready_there],
+                stderr=log,
+            )
+        self.started.append(daemon)
+        os.close(ready_there)
+        said = os.read(ready, 1)
+        os.close(ready)
+        assert said, (self.directory / "first.log").read_text()
+        return daemon
+
+    def localmig(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*LOCALMIG, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=cwd
+        )
+
+    def upgrade(self, *options: str) -> tuple[int, dict[str, Any], str]:
+        """Exit status, report, stderr."""
+        done = self.localmig("upgrade", "--json", str(self.qmp), *options)
+        print(done.stderr)
+        return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+    def status(self) -> dict[str, Any]:
+        done = self.localmig("status", "--json", str(self.qmp))
+        assert done.returncode == 0, done.stderr
+        facts: dict[str, Any] = json.loads(done.stdout)
+        return facts
+
+    def parameters(self) -> dict[str, Any]:
+        done = self.localmig("qmp", str(self.qmp), "query-migrate-parameters")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def files(self) -> set[str]:
+        return {entry.name for entry in self.directory.iterdir()}
+
+    def program(self, name: str, body: str) -> Path:
+        """A `localmig` of our own, that does `body` first."""
+        path = self.directory.parent / name
+        path.write_text(f"#!{sys.executable} -P\n{textwrap.dedent(body)}")
+        path.chmod(0o700)
+        return path
+
+    def saboteur(self, name: str, *, phase: str, act: str) -> Path:
+        """A `localmig` that does `act` once `phase` of a handover ended."""
+        return self.program(
+            name,
+            f"""\
+            import os, signal, sys
+            from localmig import trace
+            from localmig.cli import main
+
+            emit = trace.Tracer.emit
+
+            def sabotage(tracer, event):
+                emit(tracer, event)
+                if isinstance(event, trace.PhaseEnded) and event.name == {phase!r}:
+                    {act}
+
+            trace.Tracer.emit = sabotage
+            sys.exit(main())
+            """,
+        )
+
+    def stop(self) -> None:
+        """Ends whatever of it runs."""
+        done = self.localmig("qmp", str(self.qmp), "quit")
+        for daemon in self.started:
+            if done.returncode != 0:
+                daemon.kill()
+            daemon.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    directory = tmp_path / "vm"
+    directory.mkdir()
+    it = Machine(directory)
+    yield it
+    it.stop()
+
+
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(machine: Machine) -> None:
+    old = machine.start()
+    code, report, said = machine.upgrade()
+    assert code == 0, said
+    assert report["outcome"] == "committed"
+    assert report["old-pid"] == old.pid
+    assert report["notes"] == []
+    assert old.wait(PATIENCE_S) == 0
+    facts = machine.status()
+    assert facts["pid"] == report["new-pid"]
+    assert facts["status"] == "running"
+    assert [(each["id"], each["transfers"]) for each in facts["objects"]] == [("net0", True), ("nic0", True)]
+    # The operator's settings are the successor's, and nothing of the upgrade is left.
+    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+    assert machine.files() == {"qmp.sock", "qmp.sock.log", "nic0.sock", "first.log"}
+
+
+def test_the_report_tells_phases_downtime_and_descriptors(machine: Machine) -> None:
+    machine.start()
+    code, report, said = machine.upgrade()
+    assert code == 0, said
+    migration = report["migration"]
+    assert migration["status"] == "completed"
+    assert migration["local"]["downtime-us"] > 0
+    assert migration["local"]["descriptors"] > 0
+    assert {"setup", "stop", "ready"} <= {phase["name"] for phase in migration["local"]["phases"]}
+
+
+def test_an_upgrade_can_follow_an_upgrade_also_by_a_relative_path(machine: Machine) -> None:
+    machine.start()
+    assert machine.upgrade()[0] == 0
+    done = machine.localmig("upgrade", "qmp.sock", cwd=machine.directory)
+    assert done.returncode == 0, done.stderr
+    assert "committed: daemon" in done.stdout
+    assert "downtime" in done.stdout
+    assert "handover: completed" in done.stderr
+    assert machine.status()["status"] == "running"
+
+
+def test_more_options_reach_the_new_daemon(machine: Machine) -> None:
+    machine.start()
+    trace = machine.directory / "trace"
+    assert machine.upgrade("--log", str(machine.directory / "other.log"), "--", "--trace", str(trace), "-v")[0] == 0
+    events = [json.loads(line)["event"] for line in trace.read_text().splitlines()]
+    assert {"PhaseEnded", "RunStateChanged"} <= set(events)
+    assert "RunStateChanged" in (machine.directory / "other.log").read_text()
+
+
+def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:
+    """The old daemon is as it was, and nothing of the attempt is left."""
+    facts = machine.status()
+    assert (facts["pid"], facts["status"]) == (old.pid, "running")
+    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+    assert machine.files() == {"qmp.sock", "qmp.sock.log", "nic0.sock", "first.log"}
+
+
+def test_a_program_that_does_not_start_changes_nothing_and_its_words_are_shown(machine: Machine) -> None:
+    old = machine.start()
+    broken = machine.program("broken", "import sys; sys.exit('out of order')")
+    code, _, said = machine.upgrade("--exec", str(broken))
+    assert code == 1
+    assert "the new daemon did not start" in said
+    assert "out of order" in said
+    served_on(machine, old)
+
+
+def test_a_program_that_is_never_ready_is_given_up_in_time(machine: Machine) -> None:
+    old = machine.start()
+    idle = machine.program("idle", "import signal; signal.pause()")
+    code, _, said = machine.upgrade("--exec", str(idle), "--timeout", "0.3")
+    assert code == 1
+    assert "the new daemon is not ready after 0.3 s" in said
+    served_on(machine, old)
+
+
+def test_a_program_that_is_not_there_is_named(machine: Machine) -> None:
+    old = machine.start()
+    code, _, said = machine.upgrade("--exec", "/nonexistent/localmig")
+    assert (code, said.count("/nonexistent/localmig")) == (1, 1)
+    assert machine.status()["pid"] == old.pid
+
+
+def test_a_new_daemon_that_dies_in_setup_is_rolled_back(machine: Machine) -> None:
+    old = machine.start()
+    code, report, said = machine.upgrade("--exec", str(machine.saboteur("dies", phase="setup", act=DIE)))
+    assert code == 1, said
+    assert report["outcome"] == "rolled-back"
+    assert report["reason"]
+    assert f"rolled back: {report['reason']}" in said
+    served_on(machine, old)
+
+
+def test_a_new_daemon_that_hangs_in_setup_is_rolled_back_in_time_and_ended(machine: Machine) -> None:
+    old = machine.start()
+    hang = machine.saboteur("hangs", phase="setup", act="os.kill(os.getpid(), signal.SIGSTOP)")
+    code, report, said = machine.upgrade("--exec", str(hang), "--timeout", "1")
+    assert code == 1, said
+    assert report["outcome"] == "rolled-back"
+    assert not Path(f"/proc/{report['new-pid']}").exists()
+    served_on(machine, old)
+
+
+def test_an_interrupted_upgrade_is_rolled_back(machine: Machine) -> None:
+    old = machine.start()
+    hang = machine.saboteur("hangs", phase="setup", act="os.kill(os.getpid(), signal.SIGSTOP)")
+    with subprocess.Popen(
+        [*LOCALMIG, "upgrade", str(machine.qmp), "--exec", str(hang)], stderr=subprocess.PIPE, text=True
+    ) as upgrade:
+        assert upgrade.stderr is not None
+        while "active" not in upgrade.stderr.readline():
+            assert upgrade.poll() is None
+        upgrade.send_signal(signal.SIGINT)
+        _, said = upgrade.communicate(timeout=PATIENCE_S)
+    assert upgrade.returncode == 1, said
+    assert "interrupted" in said
+    served_on(machine, old)
+
+
+def test_an_old_daemon_that_dies_in_the_middle_is_succeeded_all_the_same(machine: Machine) -> None:
+    old = machine.start([str(machine.saboteur("old", phase="setup-ack", act=DIE))])
+    code, report, said = machine.upgrade()
+    assert code == 0, said
+    assert report["outcome"] == "committed"
+    assert report["notes"] == [f"daemon {old.pid} died during the handover"]
+    facts = machine.status()
+    assert (facts["pid"], facts["status"]) == (report["new-pid"], "running")
+
+
+def test_where_both_daemons_die_the_outcome_is_unknown(machine: Machine) -> None:
+    old = machine.start()
+    act = f"os.kill({old.pid}, signal.SIGKILL); {DIE}"
+    code, report, said = machine.upgrade("--exec", str(machine.saboteur("murderer", phase="setup", act=act)))
+    assert code == 3, said
+    assert report["outcome"] == "unknown"
+    assert f"the old daemon {old.pid} is gone" in said
+    assert f"the new daemon {report['new-pid']} is gone" in said
+
+
+def test_a_daemon_without_a_guest_to_hand_over_is_left_alone(machine: Machine, tmp_path: Path) -> None:
+    done = machine.localmig("upgrade", str(tmp_path / "nothing.sock"))
+    assert done.returncode == 1
+    assert "no daemon answers at" in done.stderr

@@ -1,0 +1,401 @@
+"""The QMP server in front of a real daemon, driven by the `qemu.qmp` package unchanged, and by worse clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qemu.qmp import ExecuteError, QMPClient, Runstate
+
+from localmig.daemon import Daemon, RunState
+from localmig.monitor import INCOMING_SUFFIX, QmpServer
+from localmig.monitor.server import CLIENT_COUNT_MAX
+from localmig.options import Defer
+from localmig.trace import MigrationStatusChanged, RunStateChanged
+
+PATIENCE_S = 20.0
+
+COMMANDS = [
+    "cont",
+    "migrate",
+    "migrate-continue",
+    "migrate-incoming",
+    "migrate-set-capabilities",
+    "migrate-set-parameters",
+    "migrate_cancel",
+    "qmp_capabilities",
+    "query-commands",
+    "query-local-migration",
+    "query-migrate",
+    "query-migrate-capabilities",
+    "query-migrate-parameters",
+    "query-status",
+    "query-version",
+    "quit",
+    "stop",
+]
+
+
+class Rig:
+    """A daemon that waits for a migration that never comes, its server, and clients of it."""
+
+    def __init__(self, path: str, resources: AsyncExitStack) -> None:
+        self.path = path
+        self.daemon = Daemon(incoming=Defer())
+        self.server = QmpServer(self.daemon, path, succeeds=True)
+        self._resources = resources
+
+    async def client(self) -> QMPClient:
+        client = QMPClient()
+        await client.connect(self.path)
+        self._resources.push_async_callback(leave, client)
+        return client
+
+    async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(self.path, limit=2**20)
+        self._resources.callback(writer.close)
+        return reader, writer
+
+    def emit_status(self, count: int) -> None:
+        for _ in range(count):
+            self.daemon.tracer.emit(MigrationStatusChanged(status="active"))
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+async def leave(client: QMPClient) -> None:
+    if client.runstate is not Runstate.IDLE:
+        with suppress(EOFError):
+            await client.disconnect()
+
+
+@asynccontextmanager
+async def rig(path: str) -> AsyncIterator[Rig]:
+    async with asyncio.timeout(PATIENCE_S), AsyncExitStack() as resources:
+        it = Rig(path, resources)
+        resources.push_async_callback(it.server.close, reason="host-signal")
+        await it.daemon.start()
+        await it.server.start()
+        yield it
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[Callable[[Rig], Awaitable[None]]], None]:
+    """Runs a scenario on a fresh rig; no descriptor may be left of it."""
+
+    async def play(scenario: Callable[[Rig], Awaitable[None]]) -> None:
+        async with rig(str(tmp_path / "qmp.sock")) as it:
+            await scenario(it)
+
+    def play_and_count(scenario: Callable[[Rig], Awaitable[None]]) -> None:
+        before = open_descriptors()
+        asyncio.run(play(scenario))
+        assert open_descriptors() == before
+        assert list(tmp_path.iterdir()) == []
+
+    return play_and_count
+
+
+Run = Callable[[Callable[[Rig], Awaitable[None]]], None]
+
+
+async def refused(client: QMPClient, command: str, arguments: Mapping[str, object] | None = None) -> tuple[str, str]:
+    with pytest.raises(ExecuteError) as caught:
+        await client.execute(command, arguments)
+    return caught.value.error_class, str(caught.value)
+
+
+async def fetch_event(client: QMPClient) -> tuple[object, object]:
+    event = await client.events.get()
+    return event["event"], event.get("data")
+
+
+EVENTS_ON: dict[str, object] = {"capabilities": [{"capability": "events", "state": True}]}
+
+
+def test_the_qemu_qmp_package_drives_it_unchanged(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        assert client.greeting is not None
+        version: Any = await client.execute("query-version")
+        assert version["package"].startswith("localmig ")
+        assert version == client.greeting.QMP.version
+        commands: Any = await client.execute("query-commands")
+        assert [command["name"] for command in commands] == COMMANDS
+        assert await client.execute("query-status") == {"running": False, "status": "inmigrate"}
+        assert await client.execute("query-migrate") == {}
+        assert await client.execute("query-local-migration") == []
+        assert await client.execute("migrate_cancel") == {}
+        assert await refused(client, "nope") == ("CommandNotFound", "The command nope has not been found")
+
+    run(scenario)
+
+
+def test_parameters_are_set_all_or_none(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        before = await client.execute("query-migrate-parameters")
+        assert before == {"downtime-limit": 300, "local": False}
+        for limit in (-1, 2_000_001):
+            assert await refused(client, "migrate-set-parameters", {"local": True, "downtime-limit": limit}) == (
+                "GenericError",
+                "Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms",
+            )
+        assert await refused(client, "migrate-set-parameters", {"local": True, "mode": "x"}) == (
+            "GenericError",
+            "Parameter 'mode' is unexpected",
+        )
+        assert await client.execute("query-migrate-parameters") == before
+        assert await client.execute("migrate-set-parameters", {"local": True, "downtime-limit": 2_000_000}) == {}
+        assert await client.execute("migrate-set-parameters", {}) == {}
+        assert await client.execute("query-migrate-parameters") == {"downtime-limit": 2_000_000, "local": True}
+
+    run(scenario)
+
+
+def test_capabilities_are_set_all_or_none(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        wrong = {"capabilities": [{"capability": "events", "state": True}, {"capability": "nope", "state": True}]}
+        assert (await refused(client, "migrate-set-capabilities", wrong))[0] == "GenericError"
+        assert await client.execute("migrate-set-capabilities", EVENTS_ON) == {}
+        assert await client.execute("query-migrate-capabilities") == [
+            {"capability": "events", "state": True},
+            {"capability": "pause-before-switchover", "state": False},
+        ]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({}, "need either 'uri' or 'channels' argument"),
+        ({"channels": []}, "need either 'uri' or 'channels' argument"),
+        ({"uri": "foo"}, "unknown migration protocol: foo"),
+        ({"uri": "unix:"}, "invalid Unix socket address"),
+        ({"uri": "tcp:localhost"}, "error parsing address 'localhost'"),
+        ({"uri": "unix:/x"}, "nothing to migrate in run state 'inmigrate'"),
+    ],
+)
+def test_migrate_says_what_is_wrong_with_an_address(run: Run, arguments: dict[str, object], error: str) -> None:
+    async def scenario(it: Rig) -> None:
+        assert await refused(await it.client(), "migrate", arguments) == ("GenericError", error)
+
+    run(scenario)
+
+
+def test_an_address_may_come_as_a_channel(run: Run, tmp_path: Path) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        address = {"transport": "socket", "type": "unix", "path": str(tmp_path / "migrate.sock")}
+        channel = {"channel-type": "main", "addr": address}
+        assert (await refused(client, "migrate-incoming", {"channels": [channel, channel]}))[1] == (
+            "Channel list has more than one main entry"
+        )
+        assert await client.execute("migrate-incoming", {"channels": [channel]}) == {}
+        assert (tmp_path / "migrate.sock").is_socket()
+        it.daemon.quit()
+        await it.daemon.wait_quit()
+
+    run(scenario)
+
+
+def test_every_client_hears_of_events_and_migration_only_where_asked_for(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        clients = [await it.client(), await it.client()]
+        it.emit_status(1)
+        it.daemon.tracer.emit(RunStateChanged(state="running"))
+        await clients[0].execute("migrate-set-capabilities", EVENTS_ON)
+        it.emit_status(1)
+        it.daemon.tracer.emit(RunStateChanged(state="paused"))
+        for client in clients:
+            heard = [await fetch_event(client) for _ in range(3)]
+            assert heard == [("RESUME", None), ("MIGRATION", {"status": "active"}), ("STOP", None)]
+
+    run(scenario)
+
+
+def test_what_a_command_brought_about_is_told_before_its_answer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(it: Rig) -> None:
+        monkeypatch.setattr(it.daemon, "cont", lambda: it.daemon.tracer.emit(RunStateChanged(state="running")))
+        reader, writer = await it.raw()
+        writer.write(b'{"execute": "qmp_capabilities"}{"execute": "cont"}')
+        lines = [json.loads(await reader.readline()) for _ in range(4)]
+        assert [next(key for key in ("QMP", "return", "event") if key in line) for line in lines] == [
+            "QMP",
+            "return",
+            "event",
+            "return",
+        ]
+
+    run(scenario)
+
+
+def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localmig.monitor.server.OUTPUT_BYTES_MAX", 64 * 1024)
+    loads, load = 10, 500
+
+    async def scenario(it: Rig) -> None:
+        good = await it.client()
+        await good.execute("migrate-set-capabilities", EVENTS_ON)
+        with socket.socket(socket.AF_UNIX) as slow:
+            slow.connect(it.path)
+            slow.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(slow, b'{"execute": "qmp_capabilities"}')
+            for _ in range(loads):
+                it.emit_status(load)
+                for _ in range(load):
+                    await good.events.get()
+            received = b""
+            # That this ends at all is the proof: somebody closed the connection.
+            while data := await asyncio.get_running_loop().sock_recv(slow, 2**20):
+                received += data
+            assert received.count(b"MIGRATION") < loads * load
+        assert await good.execute("query-status") == {"running": False, "status": "inmigrate"}
+
+    run(scenario)
+
+
+def test_a_flood_of_commands_does_not_keep_others_from_their_answers(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        _, writer = await it.raw()
+        writer.write(b'{"execute": "qmp_capabilities"}' + b'{"execute": "query-commands"}' * 20_000)
+        good = await it.client()
+        for _ in range(10):
+            await good.execute("query-status")
+        # Its answers were never taken: most of its commands wait still.
+        assert writer.transport.get_write_buffer_size() > 0
+
+    run(scenario)
+
+
+def test_nonsense_costs_its_sender_the_connection_at_most(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        good = await it.client()
+        for nonsense in (b"\xff\x00 ", b"[" * 1000, b'{"' + b"x" * 2**17, b'{"execute": "query-stat'):
+            _, writer = await it.raw()
+            writer.write(nonsense)
+            writer.close()
+            await good.execute("query-status")
+
+    run(scenario)
+
+
+def test_one_client_too_many_is_refused_until_another_one_left(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        clients = [await it.client() for _ in range(CLIENT_COUNT_MAX)]
+        reader, _ = await it.raw()
+        assert await reader.read() == b""
+        await clients.pop().disconnect()
+        # Its place is free once the server has seen the end of it.
+        while not (greeting := await (await it.raw())[0].readline()):
+            await clients[0].execute("query-status")
+        assert b"QMP" in greeting
+
+    run(scenario)
+
+
+def test_a_bug_in_a_command_is_an_error_of_that_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(it: Rig) -> None:
+        monkeypatch.setattr(it.daemon, "migration_info", lambda: 1 / 0)
+        client = await it.client()
+        kind, desc = await refused(client, "query-migrate")
+        assert (kind, desc) == (
+            "GenericError",
+            "internal error in query-migrate: ZeroDivisionError('division by zero')",
+        )
+        assert await client.execute("query-status") == {"running": False, "status": "inmigrate"}
+        assert "query-migrate failed" in caplog.text
+
+    run(scenario)
+
+
+def test_quit_ends_the_daemon_and_tells_everybody(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        asking, watching = await it.client(), await it.client()
+        assert await asking.execute("quit") == {}
+        assert await it.daemon.wait_quit() is None
+        await it.server.close(reason="host-qmp-quit")
+        for client in (asking, watching):
+            assert await fetch_event(client) == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+
+    run(scenario)
+
+
+def test_who_succeeds_answers_at_the_path_before_it_says_resume(tmp_path: Path) -> None:
+    path = str(tmp_path / "qmp.sock")
+
+    async def play() -> None:
+        async with rig(path) as old, rig_beside(old) as new:
+            assert new.server.path == path + INCOMING_SUFFIX
+            client = QMPClient()
+            await client.connect(new.server.path)
+            new.daemon.tracer.emit(RunStateChanged(state=RunState.RUNNING))
+            assert await fetch_event(client) == ("RESUME", None)
+            await leave(client)
+            assert new.server.path == path
+            await old.server.close(reason="host-qmp-quit")
+            late = QMPClient()
+            await late.connect(path)
+            await leave(late)
+
+    asyncio.run(play())
+    assert list(tmp_path.iterdir()) == []
+
+
+@asynccontextmanager
+async def rig_beside(old: Rig) -> AsyncIterator[Rig]:
+    async with rig(old.path) as new:
+        yield new
+
+
+def test_another_user_is_turned_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(it: Rig) -> None:
+        reader, _ = await it.raw()
+        assert await reader.read() == b""
+
+    monkeypatch.setattr("localmig.monitor.server.peer_credentials", lambda _: (4711, os.geteuid() + 1))
+    run(scenario)
+
+
+def test_root_and_the_same_user_are_let_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario_for(uid: int) -> Callable[[Rig], Awaitable[None]]:
+        async def scenario(it: Rig) -> None:
+            monkeypatch.setattr("localmig.monitor.server.peer_credentials", lambda _: (4711, uid))
+            await it.client()
+
+        return scenario
+
+    for uid in (0, os.geteuid()):
+        run(scenario_for(uid))
+
+
+def test_clients_that_come_before_the_start_are_answered_after_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "qmp.sock")
+
+    async def play() -> None:
+        daemon = Daemon(incoming=Defer())
+        server = QmpServer(daemon, path, succeeds=False)
+        with socket.socket(socket.AF_UNIX) as early:
+            early.connect(path)
+            early.setblocking(False)
+            await server.start()
+            data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(early, 4096), PATIENCE_S)
+        assert b"QMP" in data
+        await server.close(reason="host-signal")
+
+    asyncio.run(play())

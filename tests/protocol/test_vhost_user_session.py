@@ -1,0 +1,567 @@
+"""Sockets of a device with real frontends on them: who is served, what freezes, what moves, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.fds import OwnedFd
+from localmig.vhost_user.message import (
+    HEADER_SIZE,
+    U64,
+    Header,
+    MemoryTable,
+    Payload,
+    RegionDescription,
+    Request,
+    decode_reply,
+    encode_request,
+)
+from localmig.vhost_user.protocol import (
+    PROTOCOL_FEATURES_SERVED,
+    Backend,
+    Event,
+    MemoryChanged,
+    MtuSet,
+    Offer,
+    SessionState,
+)
+from localmig.vhost_user.session import PATH_SIZE_MAX, Endpoint, Listener, ListenerState, Session
+
+OFFER = Offer(features=1, vring_count=2, queue_count=1)
+REGION = RegionDescription(guest_address=0, size=0x1000, user_address=0x10000, mmap_offset=0)
+
+
+class Device:
+    """A handler that tells what it is told, and does `on_event` with every event."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[object] = asyncio.Queue()
+        self.on_event: Callable[[], None] = lambda: None
+
+    def session_opened(self) -> None:
+        self.told.put_nowait("opened")
+
+    def handle(self, event: Event) -> None:
+        self.told.put_nowait(event)
+        self.on_event()
+
+    def session_closed(self, reason: str | None) -> None:
+        self.told.put_nowait(("closed", reason))
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+class Frontend:
+    """A frontend on a non-blocking socket of its own."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(path)
+        self.socket.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        assert socket.send_fds(self.socket, [data], fds or []) == len(data)
+
+    async def reply(self) -> Payload | None:
+        header = Header.decode(await self._receive(HEADER_SIZE))
+        return decode_reply(header, await self._receive(header.size))
+
+    async def ask(
+        self, request: Request, payload: Payload | None = None, fds: list[int] | None = None
+    ) -> Payload | None:
+        self.send(encode_request(request, payload, needs_reply=True), fds)
+        return await self.reply()
+
+    async def negotiate(self) -> None:
+        features = U64(value=PROTOCOL_FEATURES_SERVED)
+        assert await self.ask(Request.SET_PROTOCOL_FEATURES, features) == U64(value=0)
+
+    async def sees_the_end(self) -> bool:
+        return await asyncio.get_running_loop().sock_recv(self.socket, 1) == b""
+
+    async def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = await asyncio.get_running_loop().sock_recv(self.socket, size - len(data))
+            assert part, f"connection ended after {len(data)} of {size} bytes"
+            data += part
+        return data
+
+
+async def turns() -> None:
+    """Lets the event loop do all that it could do now."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def run(scenario: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await scenario
+
+    asyncio.run(bounded())
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> Iterator[None]:
+    before = {entry.name for entry in Path("/proc/self/fd").iterdir()}
+    yield
+    assert {entry.name for entry in Path("/proc/self/fd").iterdir()} == before
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "nic0.sock")
+
+
+def new_endpoint(path: str, device: Device) -> Endpoint:
+    return Endpoint(Listener.bind(path), device, OFFER)
+
+
+def null_fd() -> OwnedFd:
+    return OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+# -- the listener -----------------------------------------------------------------------------------------------
+
+
+def test_only_the_owner_may_connect(path: str) -> None:
+    listener = Listener.bind(path)
+    assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
+    listener.close()
+
+
+def test_close_removes_the_path_and_may_be_repeated(path: str) -> None:
+    listener = Listener.bind(path)
+    listener.close()
+    assert not Path(path).exists()
+    listener.close()
+
+
+def test_what_a_dead_process_left_is_replaced(path: str) -> None:
+    Listener.bind(path).release()
+    listener = Listener.bind(path)
+    with Frontend(path):
+        pass
+    listener.close()
+
+
+def test_a_path_in_use_is_refused_and_its_owner_does_not_notice(path: str) -> None:
+    listener = Listener.bind(path)
+    with pytest.raises(ConfigError, match="is in use by another process"):
+        Listener.bind(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=os.dup(listener.save().fd.fileno())) as accepting:
+        accepting.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            accepting.accept()
+    listener.close()
+
+
+def test_a_file_that_is_no_socket_is_refused_and_kept(path: str) -> None:
+    Path(path).write_text("precious")
+    with pytest.raises(ConfigError, match="is not a socket"):
+        Listener.bind(path)
+    assert Path(path).read_text() == "precious"
+
+
+@pytest.mark.parametrize("size", [0, PATH_SIZE_MAX + 1])
+def test_a_path_of_an_impossible_length_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"has {size} bytes, limit is 107"):
+        Listener.bind("x" * size)
+
+
+def test_a_missing_folder_is_the_kernels_answer(path: str) -> None:
+    with pytest.raises(KernelError, match="No such file or directory"):
+        Listener.bind(f"{path}/nic0.sock")
+
+
+def test_a_path_that_became_another_ones_is_not_removed(path: str) -> None:
+    listener = Listener.bind(path)
+    taker = Listener.bind_beside(path)
+    taker.claim()
+    listener.close()
+    with Frontend(path):
+        pass
+    taker.close()
+    assert not Path(path).exists()
+
+
+def test_a_listener_beside_leaves_the_path_alone_until_it_claims_it(path: str) -> None:
+    listener = Listener.bind(path)
+    before = os.lstat(path).st_ino
+    taker = Listener.bind_beside(path)
+    assert taker.path == path
+    assert os.lstat(path).st_ino == before
+    taker.claim()
+    taker.claim()
+    assert os.lstat(path).st_ino == taker.save().inode
+    listener.close()
+    taker.close()
+    assert list(Path(path).parent.iterdir()) == []
+
+
+def test_a_listener_beside_that_claims_nothing_leaves_nothing(path: str) -> None:
+    Listener.bind_beside(path).close()
+    assert list(Path(path).parent.iterdir()) == []
+
+
+def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"unread")
+        copies = [OwnedFd(os.dup(ours.fileno())) for _ in range(2)]
+        listener = Listener(ListenerState(path=path, device=1, inode=2, fd=copies[0]))
+        session = Session(copies[1], Backend(OFFER), Device(), on_closed=lambda: None)
+        assert os.get_blocking(ours.fileno())
+        session.release()
+        listener.release()
+        assert ours.recv(6) == b"unread"
+        theirs.send(b"alive")
+
+
+def test_a_descriptor_that_is_no_socket_is_refused_and_stays_the_callers(path: str) -> None:
+    with null_fd() as fd:
+        with pytest.raises(PeerError, match="is none: Socket operation on non-socket"):
+            Listener(ListenerState(path=path, device=1, inode=2, fd=fd))
+        with pytest.raises(PeerError, match="is none"):
+            Session(fd, Backend(OFFER), Device(), on_closed=lambda: None)
+        assert fd.is_open
+
+
+# -- one frontend after the other -------------------------------------------------------------------------------
+
+
+def test_a_frontend_is_served_and_one_that_comes_back_too(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        for _ in range(3):
+            with Frontend(path) as frontend:
+                assert await frontend.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+                assert endpoint.state is not None
+            assert await device.told.get() == "opened"
+            assert await device.told.get() == ("closed", None)
+            assert endpoint.state is None
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_second_frontend_waits_until_the_first_leaves(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as first, Frontend(path) as second:
+            second.send(encode_request(Request.GET_QUEUE_NUM))
+            assert await first.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+            await turns()
+            assert await device.told.get() == "opened"
+            assert device.told.empty()
+            first.socket.close()
+            assert await second.reply() == U64(value=1)
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_wrong_message_ends_that_session_and_nothing_else(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as wrong, Frontend(path) as right:
+            wrong.send(b"GET / HTTP/1")
+            assert await wrong.sees_the_end()
+            assert await right.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+        assert await device.told.get() == "opened"
+        assert await device.told.get() == ("closed", "request 542393671 is unknown, the highest known is 45")
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_frontend_that_leaves_inside_a_message_is_told_apart(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as frontend, null_fd() as fd:
+            frontend.send(encode_request(Request.SET_BACKEND_REQ_FD)[:7], [fd.fileno()])
+        assert await device.told.get() == "opened"
+        assert await device.told.get() == ("closed", "frontend left 7 bytes into a message")
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_what_the_device_cannot_do_ends_the_session_with_its_reason(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as frontend, null_fd() as fd:
+            await frontend.negotiate()
+            device.on_event = failing(PeerError("no such memory"))
+            frontend.send(encode_request(Request.SET_MEM_TABLE, MemoryTable(regions=(REGION,))), [fd.fileno()])
+            assert await frontend.sees_the_end()
+        assert [await device.told.get() for _ in range(3)] == ["opened", MemoryChanged(), ("closed", "no such memory")]
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_what_the_device_may_refuse_is_refused_and_the_session_goes_on(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.negotiate()
+            device.on_event = failing(PeerError("too large for this interface"))
+            assert await frontend.ask(Request.NET_SET_MTU, U64(value=9000)) == U64(value=1)
+            device.on_event = lambda: None
+            assert await frontend.ask(Request.NET_SET_MTU, U64(value=1400)) == U64(value=0)
+        assert [await device.told.get() for _ in range(3)] == ["opened", MtuSet(mtu=9000), MtuSet(mtu=1400)]
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_bug_in_the_device_ends_the_session_and_is_reported(path: str) -> None:
+    async def scenario() -> None:
+        bug = ZeroDivisionError()
+        reported: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.negotiate()
+            device.on_event = failing(bug)
+            frontend.send(encode_request(Request.NET_SET_MTU, U64(value=9000)))
+            assert await frontend.sees_the_end()
+        assert reported == [bug]
+        assert endpoint.session is None
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_the_device_may_end_the_session_while_it_handles_an_event(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        device.on_event = lambda: endpoint.session.close("enough") if endpoint.session else None
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.negotiate()
+            frontend.send(encode_request(Request.NET_SET_MTU, U64(value=9000), needs_reply=True))
+            assert await frontend.sees_the_end()
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_closing_the_endpoint_tells_the_device_and_the_frontend(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.ask(Request.GET_FEATURES)
+            endpoint.close()
+            endpoint.close()
+            assert await frontend.sees_the_end()
+        assert await device.told.get() == "opened"
+        assert await device.told.get() == ("closed", "the device was closed")
+        assert device.told.empty()
+
+    run(scenario())
+
+
+# -- frozen, and moved ------------------------------------------------------------------------------------------
+
+
+def travelled(state: SessionState) -> SessionState:
+    """The state as another process gets it: every descriptor a copy."""
+
+    def copy(fd: OwnedFd | None) -> OwnedFd | None:
+        return fd.duplicate() if fd is not None else None
+
+    return replace(
+        state,
+        regions=[replace(region, fd=region.fd.duplicate()) for region in state.regions],
+        vrings=[replace(v, kick=copy(v.kick), call=copy(v.call), error=copy(v.error)) for v in state.vrings],
+        backend_request_fd=copy(state.backend_request_fd),
+        unparsed_fds=[fd.duplicate() for fd in state.unparsed_fds],
+    )
+
+
+def hand_over(endpoint: Endpoint, device: Device) -> Endpoint:
+    """Freezes `endpoint` and gives copies of all it has to a new one, which does nothing yet."""
+    endpoint.freeze()
+    listener = endpoint.listener.save()
+    taker = Endpoint(Listener(replace(listener, fd=listener.fd.duplicate())), device, OFFER)
+    if endpoint.session is not None:
+        state = travelled(endpoint.session.backend.state)
+        taker.adopt_session(endpoint.session.connection.duplicate(), state)
+    return taker
+
+
+def test_a_frozen_endpoint_accepts_and_reads_nothing_and_thaws(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        with Frontend(path) as frontend:
+            await turns()
+            assert device.told.empty()
+            endpoint.thaw()
+            await frontend.negotiate()
+            endpoint.freeze()
+            frontend.send(encode_request(Request.NET_SET_MTU, U64(value=1400), needs_reply=True))
+            await turns()
+            assert await device.told.get() == "opened"
+            assert device.told.empty()
+            endpoint.thaw()
+            assert await frontend.reply() == U64(value=0)
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_session_moves_with_a_message_unread_in_the_kernel(path: str) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        endpoint = new_endpoint(path, source)
+        endpoint.thaw()
+        with Frontend(path) as frontend, null_fd() as fd:
+            await frontend.negotiate()
+            taker = hand_over(endpoint, destination)
+            table = MemoryTable(regions=(REGION,))
+            frontend.send(encode_request(Request.SET_MEM_TABLE, table, needs_reply=True), [fd.fileno()])
+            await turns()
+            endpoint.release()
+            taker.thaw()
+            assert await frontend.reply() == U64(value=0)
+            assert await destination.told.get() == MemoryChanged()
+        assert await source.told.get() == "opened"
+        assert source.told.empty(), "the source lets go without a word"
+        assert await destination.told.get() == ("closed", None)
+        with Frontend(path) as another:
+            assert await another.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+        taker.close()
+
+    run(scenario())
+    assert not Path(path).exists()
+
+
+@pytest.mark.parametrize("cut", range(1, HEADER_SIZE + 40))
+def test_a_session_moves_inside_a_message_and_comes_back(path: str, cut: int) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        endpoint = new_endpoint(path, source)
+        endpoint.thaw()
+        with Frontend(path) as frontend, null_fd() as fd:
+            await frontend.negotiate()
+            message = encode_request(Request.SET_MEM_TABLE, MemoryTable(regions=(REGION,)), needs_reply=True)
+            frontend.send(message[:cut], [fd.fileno()])
+            await turns()
+            assert endpoint.state is not None
+            assert len(endpoint.state.unparsed) == cut
+            discarded = hand_over(endpoint, destination)
+            discarded.release()
+            endpoint.thaw()
+            await turns()
+            taker = hand_over(endpoint, destination)
+            endpoint.release()
+            taker.thaw()
+            frontend.send(message[cut:])
+            assert await frontend.reply() == U64(value=0)
+            assert await destination.told.get() == MemoryChanged()
+        taker.close()
+
+    run(scenario())
+
+
+def test_a_reply_that_found_no_room_moves_and_arrives_whole(path: str) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        endpoint = new_endpoint(path, source)
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.negotiate()
+            count = 0
+            question = encode_request(Request.GET_FEATURES)
+            assert endpoint.session is not None
+            while not endpoint.session.backend.data_to_send():
+                frontend.send(question)
+                count += 1
+                await turns()
+            frontend.send(question)
+            await turns()
+            assert endpoint.session.backend.bytes_wanted == HEADER_SIZE, "nothing is read before the reply is sent"
+            taker = hand_over(endpoint, destination)
+            endpoint.release()
+            taker.thaw()
+            for _ in range(count + 1):
+                assert await frontend.reply() == U64(value=OFFER.all_features)
+        taker.close()
+
+    run(scenario())
+
+
+def test_a_state_that_cannot_be_served_leaves_its_descriptors_with_the_caller(path: str) -> None:
+    endpoint = new_endpoint(path, Device())
+    with null_fd() as connection, null_fd() as waiting:
+        state = SessionState(unparsed=b"\0" * HEADER_SIZE, unparsed_fds=[waiting])
+        with pytest.raises(PeerError):
+            endpoint.adopt_session(connection, state)
+        assert connection.is_open
+        assert waiting.is_open
+    endpoint.close()
+
+
+def test_closing_ends_the_connection_though_another_process_has_a_copy(path: str) -> None:
+    async def scenario() -> None:
+        endpoint = new_endpoint(path, Device())
+        endpoint.thaw()
+        with Frontend(path) as frontend:
+            await frontend.negotiate()
+            assert endpoint.session is not None
+            with endpoint.session.connection.duplicate():
+                endpoint.session.close("wrong")
+                assert await frontend.sees_the_end()
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_no_event_loop_is_needed_to_let_go_of_what_never_ran(path: str) -> None:
+    letting_go: tuple[Callable[[Endpoint], None], ...] = (Endpoint.freeze, Endpoint.release)
+    endpoint = new_endpoint(path, Device())
+    for step in letting_go:
+        step(endpoint)
+    assert Path(path).exists()

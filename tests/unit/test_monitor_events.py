@@ -1,0 +1,35 @@
+"""From facts to QMP's events."""
+
+from __future__ import annotations
+
+from localmig import trace
+from localmig.daemon import RunState
+from localmig.monitor.events import EventSource
+from localmig.monitor.protocol import Event
+
+
+def told(first: RunState, *facts: trace.Event, migration_events: bool = True) -> list[Event]:
+    source = EventSource(first)
+    events = [source.translate(fact, at_s=1.0, migration_events=migration_events) for fact in facts]
+    return [event for event in events if event is not None]
+
+
+def test_stop_and_resume_tell_of_changes_only() -> None:
+    states = [RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE, RunState.RUNNING]
+    facts = [trace.RunStateChanged(state=state) for state in states]
+    assert [event.name for event in told(RunState.INMIGRATE, *facts)] == ["RESUME", "STOP", "RESUME"]
+
+
+def test_migration_is_told_with_its_status_where_the_capability_is_on() -> None:
+    fact = trace.MigrationStatusChanged(status="device")
+    assert told(RunState.RUNNING, fact) == [Event(name="MIGRATION", data={"status": "device"}, at_s=1.0)]
+    assert told(RunState.RUNNING, fact, migration_events=False) == []
+
+
+def test_what_qemu_has_no_event_for_is_not_told() -> None:
+    facts = [
+        trace.SessionOpened(device="nic0"),
+        trace.RingsStarted(device="nic0", queue_pair=0),
+        trace.PhaseEnded(role="source", name="setup", duration_ns=1),
+    ]
+    assert told(RunState.RUNNING, *facts) == []
