@@ -1,4 +1,4 @@
-"""Handovers between real processes with a guest that keeps talking, and what comes of them when something goes wrong."""
+"""Handovers between real processes with a guest that keeps talking, and what comes of those that fail."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient, Runstate
 
 from localmig.daemon import Daemon, RunState
-from localmig.monitor import INCOMING_SUFFIX, QmpServer
+from localmig.monitor import QmpServer
 from localmig.monitor.server import CLIENT_COUNT_MAX
 from localmig.options import Defer
 from localmig.trace import MigrationStatusChanged, RunStateChanged
+from localmig.unix_socket import INCOMING_SUFFIX
 
 PATIENCE_S = 20.0
 

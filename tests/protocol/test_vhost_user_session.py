@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import stat
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Self
 
 import pytest
 
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.errors import PeerError
 from localmig.fds import OwnedFd
+from localmig.unix_socket import ListeningSocket
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     U64,
@@ -35,7 +35,7 @@ from localmig.vhost_user.protocol import (
     Offer,
     SessionState,
 )
-from localmig.vhost_user.session import PATH_SIZE_MAX, Endpoint, Listener, ListenerState, Session
+from localmig.vhost_user.session import Endpoint, Listener, ListenerState, Session
 
 OFFER = Offer(features=1, vring_count=2, queue_count=1)
 REGION = RegionDescription(guest_address=0, size=0x1000, user_address=0x10000, mmap_offset=0)
@@ -136,94 +136,11 @@ def path(tmp_path: Path) -> str:
 
 
 def new_endpoint(path: str, device: Device) -> Endpoint:
-    return Endpoint(Listener.bind(path), device, OFFER)
+    return Endpoint(Listener(ListeningSocket.bind(path)), device, OFFER)
 
 
 def null_fd() -> OwnedFd:
     return OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
-
-
-# -- the listener -----------------------------------------------------------------------------------------------
-
-
-def test_only_the_owner_may_connect(path: str) -> None:
-    listener = Listener.bind(path)
-    assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
-    listener.close()
-
-
-def test_close_removes_the_path_and_may_be_repeated(path: str) -> None:
-    listener = Listener.bind(path)
-    listener.close()
-    assert not Path(path).exists()
-    listener.close()
-
-
-def test_what_a_dead_process_left_is_replaced(path: str) -> None:
-    Listener.bind(path).release()
-    listener = Listener.bind(path)
-    with Frontend(path):
-        pass
-    listener.close()
-
-
-def test_a_path_in_use_is_refused_and_its_owner_does_not_notice(path: str) -> None:
-    listener = Listener.bind(path)
-    with pytest.raises(ConfigError, match="is in use by another process"):
-        Listener.bind(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=os.dup(listener.save().fd.fileno())) as accepting:
-        accepting.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            accepting.accept()
-    listener.close()
-
-
-def test_a_file_that_is_no_socket_is_refused_and_kept(path: str) -> None:
-    Path(path).write_text("precious")
-    with pytest.raises(ConfigError, match="is not a socket"):
-        Listener.bind(path)
-    assert Path(path).read_text() == "precious"
-
-
-@pytest.mark.parametrize("size", [0, PATH_SIZE_MAX + 1])
-def test_a_path_of_an_impossible_length_is_refused(size: int) -> None:
-    with pytest.raises(ConfigError, match=f"has {size} bytes, limit is 107"):
-        Listener.bind("x" * size)
-
-
-def test_a_missing_folder_is_the_kernels_answer(path: str) -> None:
-    with pytest.raises(KernelError, match="No such file or directory"):
-        Listener.bind(f"{path}/nic0.sock")
-
-
-def test_a_path_that_became_another_ones_is_not_removed(path: str) -> None:
-    listener = Listener.bind(path)
-    taker = Listener.bind_beside(path)
-    taker.claim()
-    listener.close()
-    with Frontend(path):
-        pass
-    taker.close()
-    assert not Path(path).exists()
-
-
-def test_a_listener_beside_leaves_the_path_alone_until_it_claims_it(path: str) -> None:
-    listener = Listener.bind(path)
-    before = os.lstat(path).st_ino
-    taker = Listener.bind_beside(path)
-    assert taker.path == path
-    assert os.lstat(path).st_ino == before
-    taker.claim()
-    taker.claim()
-    assert os.lstat(path).st_ino == taker.save().inode
-    listener.close()
-    taker.close()
-    assert list(Path(path).parent.iterdir()) == []
-
-
-def test_a_listener_beside_that_claims_nothing_leaves_nothing(path: str) -> None:
-    Listener.bind_beside(path).close()
-    assert list(Path(path).parent.iterdir()) == []
 
 
 def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
@@ -231,7 +148,7 @@ def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
     with ours, theirs:
         theirs.send(b"unread")
         copies = [OwnedFd(os.dup(ours.fileno())) for _ in range(2)]
-        listener = Listener(ListenerState(path=path, device=1, inode=2, fd=copies[0]))
+        listener = Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=copies[0]))
         session = Session(copies[1], Backend(OFFER), Device(), on_closed=lambda: None)
         assert os.get_blocking(ours.fileno())
         session.release()
@@ -243,7 +160,7 @@ def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
 def test_a_descriptor_that_is_no_socket_is_refused_and_stays_the_callers(path: str) -> None:
     with null_fd() as fd:
         with pytest.raises(PeerError, match="is none: Socket operation on non-socket"):
-            Listener(ListenerState(path=path, device=1, inode=2, fd=fd))
+            Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=fd.duplicate()))
         with pytest.raises(PeerError, match="is none"):
             Session(fd, Backend(OFFER), Device(), on_closed=lambda: None)
         assert fd.is_open
@@ -424,7 +341,7 @@ def hand_over(endpoint: Endpoint, device: Device) -> Endpoint:
     """Freezes `endpoint` and gives copies of all it has to a new one, which does nothing yet."""
     endpoint.freeze()
     listener = endpoint.listener.save()
-    taker = Endpoint(Listener(replace(listener, fd=listener.fd.duplicate())), device, OFFER)
+    taker = Endpoint(Listener.from_state(replace(listener, fd=listener.fd.duplicate())), device, OFFER)
     if endpoint.session is not None:
         state = travelled(endpoint.session.backend.state)
         taker.adopt_session(endpoint.session.connection.duplicate(), state)

@@ -17,6 +17,7 @@ use dataplane::sys::signal;
 use dataplane::{Config, RingSpec};
 
 const SIZE: u16 = 256;
+const HEADER: usize = 12;
 const BUFFERS: u64 = MEMORY_START + 0x10_0000;
 const FEATURES: Features = Features { event_index: true, indirect: true };
 
@@ -44,7 +45,7 @@ fn ring_work() {
     for _ in 0..ROUNDS {
         for _ in 0..SIZE {
             buffers.clear();
-            let chain = ring.take(&memory, Direction::FromGuest, &mut buffers).expect("a good chain");
+            let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).expect("a good chain");
             ring.complete(&chain.expect("one is there"), 0);
             ring.publish();
         }

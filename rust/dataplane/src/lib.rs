@@ -5,7 +5,8 @@
 //!
 //! Owns:        guest memory as mapped here, split rings, the queue pair's thread; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
-//! Read next:   `memory`, then `split` (one ring), then `queue_pair` (the thread). `driver` is the guest's side.
+//! Read next:   `memory`, `split` (one ring), `pump` (packets through two of them), `queue_pair` (the thread); `driver`
+//!              is the guest's side.
 
 mod counters;
 pub mod driver;

@@ -97,6 +97,7 @@ enum Wait {
 /// A ring with its descriptors, and whether it still runs.
 #[derive(Debug)]
 struct RingEnd {
+    side: Side,
     ring: SplitRing,
     kick_fd: RawFd,
     call_fd: Option<RawFd>,
@@ -108,9 +109,11 @@ struct RingEnd {
 }
 
 impl RingEnd {
-    fn new(spec: &RingSpec, features: Features, memory: &GuestMemory) -> Result<Self, String> {
+    fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, String> {
+        let ring = SplitRing::new(&spec.layout, config.features, &config.memory);
         Ok(Self {
-            ring: SplitRing::new(&spec.layout, features, memory)?,
+            side,
+            ring: ring.map_err(|reason| format!("{side} ring: {reason}"))?,
             kick_fd: spec.kick_fd,
             call_fd: spec.call_fd,
             error_fd: spec.error_fd,
@@ -122,7 +125,7 @@ impl RingEnd {
 
     fn begin(&mut self) {
         self.ring.begin(self.start);
-        self.wait = Wait::Nothing;
+        self.wait = if self.failed { Wait::Forever } else { Wait::Nothing };
     }
 
     /// Where `begin` would go on.
@@ -139,13 +142,14 @@ impl RingEnd {
         }
     }
 
-    /// Stops this ring for good: only another configuration makes it run again.
-    fn fail(&mut self) {
+    /// Stops this ring for good: only another configuration makes it run again. Gives what is to be told of it.
+    fn fail(&mut self, reason: &impl fmt::Display) -> (Side, String) {
         self.failed = true;
         self.wait = Wait::Forever;
         if let Some(fd) = self.error_fd {
             sys::signal(fd);
         }
+        (self.side, reason.to_string())
     }
 }
 
@@ -160,9 +164,6 @@ struct Window {
     slots: usize,
 }
 
-// SAFETY: the buffers are guest memory, which any thread may access.
-unsafe impl Send for Window {}
-
 impl Window {
     fn push(&mut self, chain: Chain) {
         self.length += chain.length;
@@ -176,6 +177,10 @@ impl Window {
         self.slots -= usize::from(chain.slots);
         self.used += chain.buffers;
         Some(chain)
+    }
+
+    fn count(&self) -> u16 {
+        u16::try_from(self.chains.len()).expect("no more chains than a ring has")
     }
 
     /// Forgets used buffers where that is cheap: when none is left behind them, or when they are many.
@@ -212,17 +217,14 @@ pub(crate) struct Pump {
     tx: Option<RingEnd>,
     window: Window,
     /// The buffers of the chain being transmitted.
-    outgoing: Outgoing,
+    outgoing: Vec<libc::iovec>,
     /// What went wrong since it was last taken.
     failures: Vec<(Side, String)>,
     memory: Arc<GuestMemory>,
 }
 
-#[derive(Debug, Default)]
-struct Outgoing(Vec<libc::iovec>);
-
-// SAFETY: as for `Window`.
-unsafe impl Send for Outgoing {}
+// SAFETY: every pointer in it leads to guest memory, which `memory` keeps mapped and any thread may access.
+unsafe impl Send for Pump {}
 
 impl Pump {
     /// Checks the configuration and touches neither the TAP nor guest memory.
@@ -236,9 +238,8 @@ impl Pump {
         if config.mergeable && config.header_length != HEADER_LENGTH_WITH_BUFFERS {
             return Err(format!("mergeable buffers need a header of 12 bytes, not {}", config.header_length));
         }
-        let end = |side: Side, spec: &Option<RingSpec>| {
-            let end = spec.as_ref().map(|spec| RingEnd::new(spec, config.features, &config.memory));
-            end.transpose().map_err(|reason| format!("{side} ring: {reason}"))
+        let end = |side, spec: &Option<RingSpec>| {
+            spec.as_ref().map(|spec| RingEnd::new(side, spec, config)).transpose()
         };
         Ok(Self {
             tap_fd: config.tap_fd,
@@ -249,7 +250,7 @@ impl Pump {
             rx: end(Side::Rx, &config.rx)?,
             tx: end(Side::Tx, &config.tx)?,
             window: Window::default(),
-            outgoing: Outgoing::default(),
+            outgoing: Vec::new(),
             failures: Vec::new(),
             memory: Arc::clone(&config.memory),
         })
@@ -265,8 +266,7 @@ impl Pump {
     /// Ends what `begin` began: no chain is held, the guest knows of every used one.
     pub(crate) fn settle(&mut self, counters: &LiveCounters) {
         if let Some(rx) = &mut self.rx {
-            rx.ring
-                .untake(u16::try_from(self.window.chains.len()).expect("no more chains than the ring has"));
+            rx.ring.untake(self.window.count());
         }
         self.window.clear();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
@@ -277,7 +277,7 @@ impl Pump {
 
     /// Where running rings would go on if they were stopped now.
     pub(crate) fn next_positions(&self) -> Positions {
-        let held = self.window.chains.len() as u16;
+        let held = self.window.count();
         Positions {
             rx: self.rx.as_ref().map(|rx| rx.ring.next_avail().wrapping_sub(held)),
             tx: self.tx.as_ref().map(|tx| tx.ring.next_avail()),
@@ -311,7 +311,7 @@ impl Pump {
 
     fn transmit(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(tx) = self.tx.as_mut().filter(|end| !end.failed) else { return };
-        let buffers = &mut self.outgoing.0;
+        let buffers = &mut self.outgoing;
         tx.ring.disarm();
         tx.wait = Wait::Nothing;
         for _ in 0..packets {
@@ -319,26 +319,18 @@ impl Pump {
                 break;
             }
             buffers.clear();
-            let chain = match tx.ring.take(&self.memory, Direction::FromGuest, buffers) {
+            let taken = tx.ring.take(&self.memory, Direction::FromGuest, self.header_length, buffers);
+            let chain = match taken {
                 Ok(Some(chain)) => chain,
                 Ok(None) => {
                     tx.wait = Wait::Guest;
                     break;
                 }
                 Err(error) => {
-                    tx.fail();
-                    self.failures.push((Side::Tx, error.to_string()));
+                    self.failures.push(tx.fail(&error));
                     break;
                 }
             };
-            if chain.length < self.header_length as u64 {
-                tx.ring.untake(1);
-                tx.fail();
-                let error =
-                    RingError::ChainTooShort { length: chain.length, header_length: self.header_length };
-                self.failures.push((Side::Tx, error.to_string()));
-                break;
-            }
             let sent = if self.tap_gone {
                 Err(io::ErrorKind::NotFound.into())
             } else {
@@ -385,38 +377,32 @@ impl Pump {
                     break;
                 }
                 Err(error) => {
-                    rx.fail();
-                    self.failures.push((Side::Rx, error.to_string()));
+                    self.failures.push(rx.fail(&error));
                     break;
                 }
             }
-            match read_frame(self.tap_fd, window) {
-                // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
-                Ok(length) if length > window.length || length < self.header_length as u64 => {
-                    if length == 0 {
-                        self.tap_gone = true;
-                        rx.wait = Wait::Forever;
-                        self.failures.push((Side::Rx, TAP_GONE.into()));
-                        break;
-                    }
-                    counters.rx_dropped.add(1);
-                }
-                Ok(length) => {
-                    deliver(rx, window, length, self.header_length);
-                    counters.rx_packets.add(1);
-                    counters.rx_bytes.add(length - self.header_length as u64);
-                }
+            let length = match read_frame(self.tap_fd, window) {
+                Ok(length) if length > 0 => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     rx.wait = Wait::Tap;
                     break;
                 }
-                Err(error) => {
+                result => {
+                    let reason = result.err().map_or(TAP_GONE.into(), |error| format!("TAP: {error}"));
+                    self.failures.push((Side::Rx, reason));
                     self.tap_gone = true;
                     rx.wait = Wait::Forever;
-                    self.failures.push((Side::Rx, format!("TAP: {error}")));
                     break;
                 }
+            };
+            // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
+            if length > window.length || length < self.header_length as u64 {
+                counters.rx_dropped.add(1);
+                continue;
             }
+            deliver(rx, window, length, self.header_length);
+            counters.rx_packets.add(1);
+            counters.rx_bytes.add(length - self.header_length as u64);
         }
         rx.call_if_due(counters);
     }
@@ -426,11 +412,9 @@ impl Pump {
         fds.fill(libc::pollfd { fd: -1, events: 0, revents: 0 });
         let mut tap_events = 0;
         let mut idle = true;
-        let ends = [
-            (Side::Rx, self.rx.as_mut(), WATCH_RX_KICK, libc::POLLIN),
-            (Side::Tx, self.tx.as_mut(), WATCH_TX_KICK, libc::POLLOUT),
-        ];
-        for (side, end, kick, tap_event) in ends {
+        let ends =
+            [(&mut self.rx, WATCH_RX_KICK, libc::POLLIN), (&mut self.tx, WATCH_TX_KICK, libc::POLLOUT)];
+        for (end, kick, tap_event) in ends {
             let Some(end) = end else { continue };
             match end.wait {
                 Wait::Nothing => idle = false,
@@ -442,10 +426,7 @@ impl Pump {
                         fds[kick].fd = end.kick_fd;
                         fds[kick].events = libc::POLLIN;
                     }
-                    Err(error) => {
-                        end.fail();
-                        self.failures.push((side, error.to_string()));
-                    }
+                    Err(error) => self.failures.push(end.fail(&error)),
                 },
             }
         }
@@ -464,16 +445,12 @@ impl Pump {
             self.tap_gone = true;
             self.failures.push((Side::Rx, TAP_GONE.into()));
         }
-        let ends = [(Side::Rx, self.rx.as_mut(), WATCH_RX_KICK), (Side::Tx, self.tx.as_mut(), WATCH_TX_KICK)];
-        for (side, end, kick) in ends {
-            let Some(end) = end.filter(|_| fds[kick].revents != 0) else { continue };
+        for (end, kick) in [(&mut self.rx, WATCH_RX_KICK), (&mut self.tx, WATCH_TX_KICK)] {
+            let Some(end) = end.as_mut().filter(|_| fds[kick].revents != 0) else { continue };
             match sys::drain(end.kick_fd) {
                 Ok(rung) => counters.kicks.add(rung.into()),
-                Err(error) => {
-                    // Whatever the frontend sent as a kick eventfd, it would wake us for ever.
-                    end.fail();
-                    self.failures.push((side, format!("kick eventfd: {error}")));
-                }
+                // Whatever the frontend sent as a kick eventfd, it would wake us for ever.
+                Err(error) => self.failures.push(end.fail(&format_args!("kick eventfd: {error}"))),
             }
         }
     }
@@ -499,13 +476,8 @@ fn gather(
             return Ok(true);
         }
         let before = window.buffers.len();
-        let Some(chain) = rx.ring.take(memory, Direction::ToGuest, &mut window.buffers)? else {
-            return Ok(false);
-        };
-        if chain.length < header_length as u64 {
-            rx.ring.untake(1);
-            return Err(RingError::ChainTooShort { length: chain.length, header_length });
-        }
+        let taken = rx.ring.take(memory, Direction::ToGuest, header_length, &mut window.buffers);
+        let Some(chain) = taken? else { return Ok(false) };
         if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
             // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
             window.buffers.truncate(before);

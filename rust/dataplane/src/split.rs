@@ -153,9 +153,6 @@ pub struct SplitRing {
     armed: bool,
 }
 
-// SAFETY: the pointers lead to guest memory, which any thread may access; the indices have one owner at a time.
-unsafe impl Send for SplitRing {}
-
 impl SplitRing {
     /// Finds the ring in guest memory and touches none of it. `memory` must outlive the ring.
     ///
@@ -244,12 +241,13 @@ impl SplitRing {
     /// Takes the next chain and appends its buffers; None where the guest has made no more available.
     ///
     /// # Errors
-    /// The chain cannot be: it was not taken, and `buffers` may have grown.
+    /// The chain cannot be, or has no room for a header: it was not taken, and `buffers` may have grown.
     #[inline]
     pub fn take(
         &mut self,
         memory: &GuestMemory,
         direction: Direction,
+        header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Option<Chain>, RingError> {
         if self.next_avail == self.avail_index && !self.read_avail_index()? {
@@ -258,6 +256,9 @@ impl SplitRing {
         let slot = 2 + usize::from(self.next_avail & (self.size - 1));
         let head = u16::from_le(self.avail_field(slot).load(Ordering::Relaxed));
         let chain = self.walk(head, memory, direction, buffers)?;
+        if chain.length < header_length as u64 {
+            return Err(RingError::ChainTooShort { length: chain.length, header_length });
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(chain))
     }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, memory, readable, receive, send, wire, Queue, MEMORY_START, NEXT,
-    PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, memory, readable, receive, send, wire, Queue, INDIRECT, MEMORY_START,
+    NEXT, PATIENCE, WRITE,
 };
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
@@ -235,6 +235,26 @@ fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does
 }
 
 #[test]
+fn more_buffers_than_one_read_takes_are_left_for_the_next() {
+    let mut bench = Bench::new();
+    // Sixteen chains of a hundred buffers each, by one indirect table that all of them share.
+    let table = MEMORY_START + 0x8_0000;
+    for index in 0..100 {
+        let flags = if index == 99 { WRITE } else { WRITE | NEXT };
+        bench.rx.queue.descriptor_at(table + 16 * u64::from(index), rx_buffer(index), 1, flags, index + 1);
+    }
+    for head in 0..16 {
+        bench.rx.queue.descriptor(head, table, 1600, INDIRECT, 0);
+        bench.rx.queue.offer(head);
+    }
+    bench.start();
+    assert!(send(&bench.wire, &with_header(&[1; 1000 - HEADER])));
+    let used: Vec<_> = (0..10).map(|_| bench.rx.await_used()).collect();
+    assert_eq!(used, (0..10).map(|head| (head, 100)).collect::<Vec<_>>());
+    assert_eq!(bench.pair.stop().rx, Some(10));
+}
+
+#[test]
 fn without_merging_a_frame_longer_than_its_buffer_is_dropped() {
     let mut bench = Bench::new();
     bench.offer_rx(0, 64);
@@ -438,9 +458,21 @@ fn two_pairs_that_take_turns_lose_repeat_and_reorder_nothing() {
     });
 }
 
+/// Fails if the thread of this name is busy.
+fn assert_sleeps(name: &str) {
+    let read = |task: &std::path::Path, what| std::fs::read_to_string(task.join(what)).unwrap_or_default();
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let task = { tasks }.find(|task| read(task, "comm").trim() == name).expect("there is such a thread");
+    let cpu_ns = || -> u64 { read(&task, "schedstat").split(' ').next().unwrap().parse().unwrap() };
+    let before = cpu_ns();
+    std::thread::sleep(A_MOMENT);
+    assert!(cpu_ns() - before < A_MOMENT.as_nanos() as u64 / 4, "the thread spins");
+}
+
 #[test]
 fn a_broken_ring_stops_alone_and_says_why_once() {
     let mut bench = Bench::new();
+    bench.pair = QueuePair::new("broken", bench.event.as_raw_fd()).unwrap();
     bench.rx.queue.descriptor(0, rx_buffer(0), BUFFER_SIZE, 0, 0); // read-only
     bench.rx.queue.offer(0);
     bench.start();
@@ -450,12 +482,13 @@ fn a_broken_ring_stops_alone_and_says_why_once() {
     bench.offer_tx(0, b"frame");
     bench.tx.kick();
     assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
-    bench.rx.kick();
     bench.pair.stop();
     bench.pair.start().unwrap();
     bench.offer_tx(1, b"frame");
     bench.tx.kick();
     assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    bench.rx.kick();
+    assert_sleeps("broken");
     assert_eq!(bench.pair.take_ring_errors(), []);
     assert_eq!(bench.pair.stop().rx, Some(0));
 }
@@ -491,6 +524,7 @@ fn an_index_that_jumps_while_the_pair_sleeps_stops_the_ring() {
 #[test]
 fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
     let mut bench = Bench::new();
+    bench.pair = QueuePair::new("gone", bench.event.as_raw_fd()).unwrap();
     bench.offer_rx(0, BUFFER_SIZE);
     bench.start();
     let (other, _) = wire();
@@ -501,6 +535,7 @@ fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
         bench.tx.kick();
         assert_eq!(bench.tx.await_used(), (head, 0));
     }
+    assert_sleeps("gone");
     assert_eq!(bench.pair.counters().tx_dropped, 4);
     assert_eq!(bench.pair.take_ring_errors(), []);
 }

@@ -9,6 +9,7 @@ use dataplane::memory::GuestMemory;
 use dataplane::split::{Chain, Direction, Features, Layout, RingError, SplitRing, CHAIN_BUFFERS_MAX};
 
 const SIZE: u16 = 8;
+const HEADER: usize = 12;
 const RING: u64 = MEMORY_START;
 const BUFFERS: u64 = MEMORY_START + 0x10_0000;
 const ALL: Features = Features { event_index: true, indirect: true };
@@ -36,7 +37,7 @@ impl Bench {
 
     fn take(&mut self) -> Result<Option<Chain>, RingError> {
         self.buffers.clear();
-        self.ring.take(&self.memory, Direction::FromGuest, &mut self.buffers)
+        self.ring.take(&self.memory, Direction::FromGuest, HEADER, &mut self.buffers)
     }
 
     fn lengths(&self) -> Vec<usize> {
@@ -130,7 +131,7 @@ fn a_buffer_across_two_regions_is_two_buffers() {
     queue.descriptor(0, MEMORY_START + half - 100, 300, 0, 0);
     queue.offer(0);
     let mut buffers = Vec::new();
-    let chain = ring.take(&memory, Direction::FromGuest, &mut buffers).unwrap().unwrap();
+    let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
     assert_eq!((chain.buffers, chain.length), (2, 300));
     assert_eq!(buffers.iter().map(|buffer| buffer.iov_len).collect::<Vec<_>>(), [100, 200]);
 }
@@ -143,7 +144,7 @@ fn what_cannot_be_is_an_error_and_takes_nothing() {
     const END: u64 = MEMORY_START + MEMORY_SIZE;
     const TABLE: u64 = BUFFERS + 0x8000;
     let outside = |address, length| RingError::OutsideMemory { address, length };
-    let cases: [Hostile; 18] = [
+    let cases: [Hostile; 19] = [
         ("avail index jumps", |q| q.set_avail_index(9), RingError::AvailIndex { index: 9, next: 0, size: 8 }),
         (
             "avail index goes back",
@@ -161,6 +162,11 @@ fn what_cannot_be_is_an_error_and_takes_nothing() {
             "direction",
             |q| one(q, BUFFERS, 64, WRITE),
             RingError::WrongDirection { index: 0, expected: Direction::FromGuest },
+        ),
+        (
+            "no room for the header",
+            |q| one(q, BUFFERS, 11, 0),
+            RingError::ChainTooShort { length: 11, header_length: 12 },
         ),
         ("loop", |q| one(q, BUFFERS, 64, NEXT), RingError::ChainLength { limit: 8 }),
         (
@@ -234,7 +240,7 @@ fn an_indirect_table_that_was_not_negotiated_is_an_error() {
 fn a_read_only_buffer_in_a_receive_queue_is_an_error() {
     let mut bench = Bench::new(ALL);
     one(&mut bench.queue, BUFFERS, 64, 0);
-    let taken = bench.ring.take(&bench.memory, Direction::ToGuest, &mut bench.buffers);
+    let taken = bench.ring.take(&bench.memory, Direction::ToGuest, HEADER, &mut bench.buffers);
     assert_eq!(taken.unwrap_err(), RingError::WrongDirection { index: 0, expected: Direction::ToGuest });
 }
 

@@ -18,8 +18,7 @@ from typing import Any, Final
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from localmig.errors import ConfigError, KernelError, PeerError, PeerLostError
-from localmig.monitor.listener import peer_credentials
-from localmig.options.address import check_socket_path
+from localmig.unix_socket import check_path, peer_credentials
 
 ANSWER_TIMEOUT_S: Final = 10.0
 """For connecting, and for one answer. No command of localmig waits for anything; a loaded machine may."""
@@ -106,7 +105,7 @@ async def connect(path: str) -> Client:
         KernelError: this user may not connect there.
         PeerError: whatever answers does not speak QMP, or does not answer.
     """
-    check_socket_path(path)
+    check_path(path)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     try:

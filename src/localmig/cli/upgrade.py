@@ -35,9 +35,7 @@ from localmig.cli.status import milliseconds, table
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
-from localmig.monitor import INCOMING_SUFFIX
-from localmig.monitor.listener import holder_of
-from localmig.options.address import check_socket_path
+from localmig.unix_socket import INCOMING_SUFFIX, check_path, is_listening
 
 _EXAMPLES: Final = """\
 examples:
@@ -139,7 +137,10 @@ def execute(arguments: argparse.Namespace) -> int:
     """Carries the command out."""
     # The new daemon starts elsewhere, and a rename must replace the socket, not a link to it.
     arguments.socket = str(Path(arguments.socket).resolve())
-    report = asyncio.run(_upgrade(arguments))
+    try:
+        report = asyncio.run(_upgrade(arguments))
+    except asyncio.CancelledError:
+        raise StateError("interrupted before the handover: nothing was changed") from None
     if arguments.json:
         print(json.dumps(_to_json(report), indent=2))
     elif report.outcome is Outcome.COMMITTED:
@@ -163,14 +164,13 @@ def _seconds(text: str) -> float:
 
 
 async def _upgrade(arguments: argparse.Namespace) -> Report:
-    task = asyncio.current_task()
-    assert task is not None
-    # As Ctrl-C does: the handover is cancelled and the outcome told.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    _let_signals_cancel()
     path = arguments.socket
     async with contextlib.AsyncExitStack() as resources:
         old = await connect(path)
         resources.push_async_callback(old.close)
+        old_process = _process_of(old)
+        resources.callback(old_process.close)
         settings = await _check_old(old)
         address = resources.enter_context(_handover_socket(path))
         successor = _start(arguments, path, address, settings, old)
@@ -182,12 +182,38 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
             await successor.end()
             raise
         resources.push_async_callback(new.close)
-        upgrade = Upgrade(path=path, old=old, new=new, settings=settings)
+        upgrade = Upgrade(path=path, old=old, old_process=old_process, new=new, settings=settings)
         await upgrade.hand_over(f"unix:{address}", arguments.timeout)
         report = await upgrade.conclude()
         if report.outcome is Outcome.ROLLED_BACK:
             await successor.end()
         return report
+
+
+def _let_signals_cancel() -> None:
+    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+
+
+def _ignore_signals() -> None:
+    """For what must be told to its end, and has one soon."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+
+
+def _process_of(client: Client) -> Peer:
+    """The daemon's process, by a pidfd: its number may be another process's by the time it is ended."""
+    try:
+        return Peer(OwnedFd(os.pidfd_open(client.pid)))
+    except OSError as error:
+        raise KernelError(
+            f"cannot see the process that answers at '{client.path}' (number {client.pid}): {error.strerror}; "
+            "is it in another PID namespace?",
+            errno=error.errno or errno.EIO,
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +254,7 @@ def _handover_socket(path: str) -> Iterator[str]:
         ) from error
     try:
         address = os.path.join(directory, "migrate.sock")
-        check_socket_path(address)
+        check_path(address)
         yield address
     finally:
         # What the new daemon listened on is in it. Where it waits still, nobody will come.
@@ -281,9 +307,12 @@ class Successor:
                 break
         self._peer.close()
         self.process.poll()
-        # A daemon that was killed leaves its socket behind.
+        self._remove_dead_socket()
+
+    def _remove_dead_socket(self) -> None:
+        """A daemon that was killed leaves its socket behind."""
         with contextlib.suppress(ConfigError, OSError):
-            if holder_of(self.path) is None:
+            if not is_listening(self.path):
                 Path(self.path).unlink()
 
     def _tail(self) -> str:
@@ -341,6 +370,7 @@ class Upgrade:
 
     path: str
     old: Client
+    old_process: Peer
     new: Client
     settings: Settings
     trouble: str | None = None
@@ -354,6 +384,7 @@ class Upgrade:
         except TimeoutError:
             await self._cancel(f"no end of the handover in {timeout_s:g} s")
         except asyncio.CancelledError:
+            _ignore_signals()
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
@@ -374,6 +405,10 @@ class Upgrade:
         )
         await self.old.execute("migrate-set-parameters", {"local": True})
         await self.old.execute("migrate", {"uri": uri})
+        await self._watch()
+
+    async def _watch(self) -> None:
+        """Shows the old daemon's progress until its migration ended."""
         while True:
             event = await self.old.next_event(timeout_s=SETTLE_TIMEOUT_S)
             if event is not None and event["event"] == "MIGRATION":
@@ -385,14 +420,19 @@ class Upgrade:
     async def _cancel(self, reason: str) -> None:
         self.trouble = reason
         _say(f"{reason}: cancelling")
-        # Committed, or gone: what the daemons answer next tells.
-        with contextlib.suppress(PeerError):
-            await self.old.execute("migrate_cancel")
+        # Where this does not work, it is committed or gone: what the daemons answer next tells.
+        with contextlib.suppress(PeerError, TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                await self.old.execute("migrate_cancel")
+                await self._watch()
 
     async def conclude(self) -> Report:
         """Asks both daemons who serves, and brings everything in order for that outcome."""
+        _ignore_signals()
         report = Report(outcome=await self._settle(), old_pid=self.old.pid, new_pid=self.new.pid, reason=self.trouble)
-        report.migration = await self._migration(self.old) or await self._migration(self.new)
+        report.migration = await _migration(self.old) or await _migration(self.new)
+        if note := report.migration.get("local", {}).get("note"):
+            report.notes.append(note)
         if report.outcome is Outcome.COMMITTED:
             await self._end_old(report)
             await self._verify(report)
@@ -408,39 +448,27 @@ class Upgrade:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 while True:
-                    if await _run_state(self.new) in _SERVING:
-                        return Outcome.COMMITTED
                     old_state = await _run_state(self.old)
-                    status = (await self._migration(self.old)).get("status")
+                    status = (await _migration(self.old)).get("status")
                     if old_state in _SERVING and status not in _UNDER_WAY:
                         return Outcome.ROLLED_BACK
+                    if await _run_state(self.new) in _SERVING:
+                        return Outcome.COMMITTED
                     if not self.new.is_connected and not self.old.is_connected:
                         return Outcome.UNKNOWN
                     with contextlib.suppress(PeerLostError):
                         await self.new.next_event(timeout_s=SETTLE_STEP_S)
         return Outcome.UNKNOWN
 
-    async def _migration(self, client: Client) -> Mapping[str, Any]:
-        try:
-            answer: Mapping[str, Any] = await client.execute("query-migrate")
-        except PeerError:
-            return {}
-        return answer
-
     async def _end_old(self, report: Report) -> None:
         """Ends the old daemon, which serves no more."""
-        try:
-            peer = Peer(OwnedFd(os.pidfd_open(self.old.pid)))
-        except ProcessLookupError:
+        if self.old_process.is_dead:
             report.notes.append(f"daemon {self.old.pid} died during the handover")
             return
-        try:
-            with contextlib.suppress(PeerError):
-                await self.old.execute("quit")
-            if not await peer.wait_dead(timeout_s=END_TIMEOUT_S):
-                report.notes.append(f"daemon {self.old.pid} does not end: it serves nothing, SIGTERM or SIGKILL may")
-        finally:
-            peer.close()
+        with contextlib.suppress(PeerError):
+            await self.old.execute("quit")
+        if not await self.old_process.wait_dead(timeout_s=END_TIMEOUT_S):
+            report.notes.append(f"daemon {self.old.pid} does not end: it serves nothing, SIGTERM or SIGKILL may")
 
     async def _verify(self, report: Report) -> None:
         """Sees the new daemon where clients will look for it, and gives it the operator's settings."""
@@ -480,6 +508,15 @@ async def _run_state(client: Client) -> str | None:
         return str((await client.execute("query-status"))["status"])
     except PeerError:
         return None
+
+
+async def _migration(client: Client) -> Mapping[str, Any]:
+    """What a daemon knows of its migration, nothing where it cannot be asked any more."""
+    try:
+        answer: Mapping[str, Any] = await client.execute("query-migrate")
+    except PeerError:
+        return {}
+    return answer
 
 
 # -- what is printed ------------------------------------------------------------------------------------------------

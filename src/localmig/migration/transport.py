@@ -8,22 +8,19 @@ Read next:   channel.py for what travels then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import stat
-import struct
-from pathlib import Path
+from errno import EIO, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.migration.channel import Channel
 from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
+from localmig.unix_socket import ListeningSocket, peer_credentials
 
 CONNECT_TIMEOUT_S: Final = 10.0
 """A destination on this machine accepts at once; over TCP this covers three lost SYNs."""
-
-_UCRED: Final = struct.Struct("3i")
 
 
 def check_local(address: Address, *, local: bool) -> None:
@@ -72,11 +69,13 @@ async def connect(address: Address) -> Channel:
                 sock.close()
                 raise
     except TimeoutError as error:
-        raise KernelError(f"cannot connect to '{address}': no answer in {CONNECT_TIMEOUT_S:g} s", errno=110) from error
+        raise KernelError(
+            f"cannot connect to '{address}': no answer in {CONNECT_TIMEOUT_S:g} s", errno=ETIMEDOUT
+        ) from error
     except OSError as error:
         raise KernelError(
             f"cannot connect to '{address}': {error.strerror}; is a daemon with --incoming {address} running?",
-            errno=error.errno or 0,
+            errno=error.errno or EIO,
         ) from error
     return Channel(sock)
 
@@ -92,19 +91,20 @@ class Listener:
             KernelError: the kernel refused the address.
         """
         self._address = address
+        self._unix: ListeningSocket | None = None
         self._sock: socket.socket | None = None
-        self._inode: tuple[int, int] | None = None
-        if isinstance(address, FdAddress):
-            with _borrow(address):
-                return
-        try:
-            if isinstance(address, UnixAddress):
-                self._sock, self._inode = _listen_unix(address.path)
-            else:
-                self._sock = socket.create_server((address.host or "0.0.0.0", address.port), backlog=1)
-        except OSError as error:
-            raise KernelError(f"cannot listen on '{address}': {error.strerror}", errno=error.errno or 0) from error
-        self._sock.setblocking(False)
+        match address:
+            case FdAddress():
+                _borrow(address).close()
+            case UnixAddress():
+                self._unix = ListeningSocket.bind(address.path)
+                self._sock = socket.socket(fileno=os.dup(self._unix.fd.fileno()))
+            case TcpAddress():
+                try:
+                    self._sock = socket.create_server((address.host or "0.0.0.0", address.port), backlog=1)
+                except OSError as error:
+                    raise KernelError(f"cannot listen at '{address}': {error}", errno=error.errno or EIO) from error
+                self._sock.setblocking(False)
 
     async def accept(self) -> Channel:
         """The channel to the first source that may connect. Waits as long as the operator does.
@@ -117,7 +117,7 @@ class Listener:
             return Channel(_inherited(self._address))
         sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         if sock.family == socket.AF_UNIX:
-            _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            _, uid = peer_credentials(sock)
             if uid not in (0, os.geteuid()):
                 sock.close()
                 raise PeerError(
@@ -131,45 +131,8 @@ class Listener:
         """Stops listening. Idempotent."""
         if self._sock is not None:
             self._sock.close()
-            self._sock = None
-        if self._inode is not None and isinstance(self._address, UnixAddress):
-            path = Path(self._address.path)
-            with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                if (found.st_dev, found.st_ino) == self._inode:
-                    path.unlink()
-            self._inode = None
-
-
-def _listen_unix(path: str) -> tuple[socket.socket, tuple[int, int]]:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if Path(path).is_socket():
-            _remove_stale(path)
-        mask = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
-        sock.listen(1)
-        status = Path(path).stat()
-    except BaseException:
-        sock.close()
-        raise
-    return sock, (status.st_dev, status.st_ino)
-
-
-def _remove_stale(path: str) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            Path(path).unlink()
-            return
-        except BlockingIOError:
-            pass
-    raise ConfigError(f"'{path}' is in use by a living process: choose another path, or end that process")
+        if self._unix is not None:
+            self._unix.close()
 
 
 def _borrow(address: FdAddress) -> socket.socket:

@@ -5,6 +5,6 @@ Never sees:  devices, the migration stream, descriptors of guests.
 Read next:   wire.py (bytes), protocol.py (one client), schema.py (types), commands/ (what can be asked), server.py.
 """
 
-from localmig.monitor.server import INCOMING_SUFFIX, QmpServer
+from localmig.monitor.server import QmpServer
 
-__all__ = ["INCOMING_SUFFIX", "QmpServer"]
+__all__ = ["QmpServer"]

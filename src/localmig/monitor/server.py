@@ -2,7 +2,7 @@
 
 Owns:        the clients' connections, who may connect, how much may wait for a slow one.
 Never sees:  what a command does, JSON.
-Read next:   protocol.py for a client's conversation, listener.py for the socket file.
+Read next:   protocol.py for a client's conversation, unix_socket.py for the socket file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -20,11 +21,11 @@ from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.migration.hello import program_version
 from localmig.monitor.commands import COMMANDS
 from localmig.monitor.events import EventSource
-from localmig.monitor.listener import INCOMING_SUFFIX, Listener, peer_credentials
 from localmig.monitor.protocol import Event, Session, greeting
 from localmig.monitor.schema import Command
+from localmig.unix_socket import ListeningSocket, is_listening, peer_credentials
 
-__all__ = ["INCOMING_SUFFIX", "QmpServer"]
+__all__ = ["QmpServer"]
 
 CLIENT_COUNT_MAX: Final = 32
 """Clients at once. A management layer uses two or three; descriptors of the daemon are for guests."""
@@ -51,7 +52,7 @@ class QmpServer:
         daemon: who carries out the commands.
         path: where to answer.
         succeeds: whether the daemon waits for a migration, perhaps from the one that answers at `path` now. Then it
-            answers at `path + INCOMING_SUFFIX`, and at `path` as soon as it has the guest.
+            answers at `path` + INCOMING_SUFFIX, and at `path` as soon as it has the guest.
 
     Raises:
         ConfigError: somebody else answers at `path`. Nothing changed.
@@ -60,7 +61,8 @@ class QmpServer:
 
     def __init__(self, daemon: Daemon, path: str, *, succeeds: bool) -> None:
         self._daemon = daemon
-        self._listener = Listener(path, succeeds=succeeds)
+        is_successor = succeeds and is_listening(path)
+        self._listening = (ListeningSocket.bind_beside if is_successor else ListeningSocket.bind)(path)
         self._event_source = EventSource(daemon.run_state)
         self._events: list[Event] = []
         self._clients: dict[asyncio.StreamWriter, Session] = {}
@@ -71,11 +73,12 @@ class QmpServer:
     @property
     def path(self) -> str:
         """Where clients reach this daemon now."""
-        return self._listener.path
+        return self._listening.bound_path
 
     async def start(self) -> None:
         """Begins to answer."""
-        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=READ_BYTES)
+        sock = socket.socket(fileno=os.dup(self._listening.fd.fileno()))
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=READ_BYTES)
 
     async def close(self, *, reason: str) -> None:
         """Tells clients SHUTDOWN, gives them a moment to read it, and removes the socket. Idempotent.
@@ -88,7 +91,7 @@ class QmpServer:
         # The event loop lets go of the socket before it is closed.
         if self._server is not None:
             self._server.close()
-        self._listener.close()
+        self._listening.close()
         self._send_events()
         self._broadcast(Event(name="SHUTDOWN", data={"guest": False, "reason": reason}, at_s=time.time()))
         for writer in self._clients:
@@ -167,7 +170,7 @@ class QmpServer:
 
     def _claim(self) -> None:
         try:
-            self._listener.claim()
+            self._listening.claim()
         except KernelError as error:
             _log.error("QMP stays where it is: %s", error)
 

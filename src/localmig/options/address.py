@@ -11,24 +11,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from localmig.errors import ConfigError
-
-SOCKET_PATH_BYTES_MAX: Final = 107
-"""Longest path a UNIX socket can have: `sun_path` holds 108 bytes, the last one is NUL (unix(7))."""
+from localmig.unix_socket import check_path
 
 PORT_MAX: Final = 65535
 """TCP's port field has 16 bits."""
 
 FD_DIGITS_MAX: Final = 10
 """A descriptor is a C int, which has at most 10 digits."""
-
-
-def check_socket_path(path: str) -> None:
-    """Raises ConfigError where `path` cannot be the path of a UNIX socket."""
-    if not path or "\0" in path:
-        raise ConfigError("invalid Unix socket address")
-    size = len(path.encode("utf-8", "surrogateescape"))
-    if size > SOCKET_PATH_BYTES_MAX:
-        raise ConfigError(f"UNIX socket path '{path}' is too long: {size} bytes, limit is {SOCKET_PATH_BYTES_MAX}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +27,7 @@ class UnixAddress:
     path: str
 
     def __post_init__(self) -> None:
-        check_socket_path(self.path)
+        check_path(self.path)
 
     def __str__(self) -> str:
         return f"unix:{self.path}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from localmig.errors import ConfigError, PeerError
-from localmig.options.address import IncomingSpec, UnixAddress, check_socket_path
+from localmig.options.address import IncomingSpec, UnixAddress
 from localmig.options.keyval import is_json, parse_json, parse_keyval
 from localmig.options.values import (
     FilePath,
@@ -29,6 +29,7 @@ from localmig.options.values import (
     Value,
     ValueType,
 )
+from localmig.unix_socket import check_path
 
 MTU_MIN: Final = 68
 """Smallest MTU of IPv4 (RFC 791) and of a TAP; virtio names the same bound for the MTU a device gives."""
@@ -197,7 +198,7 @@ class MonitorSpec:
     path: str
 
     def __post_init__(self) -> None:
-        check_socket_path(self.path)
+        check_path(self.path)
 
 
 NetdevSpec = TapSpec

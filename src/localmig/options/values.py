@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
 from localmig.errors import ConfigError
-from localmig.options.address import check_socket_path
+from localmig.unix_socket import check_path
 
 ID_LENGTH_MAX: Final = 63
 """An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
@@ -174,6 +174,6 @@ class SocketPath(_Text):
     def check_text(self, name: str, text: str) -> None:
         """As long as `sun_path` can hold."""
         try:
-            check_socket_path(text)
+            check_path(text)
         except ConfigError as error:
             raise ConfigError(f"Parameter '{name}': {error}") from error

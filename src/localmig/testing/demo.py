@@ -25,11 +25,11 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.testing import uml
@@ -129,11 +129,10 @@ class Service:
         _reap()
 
     def downtime_us(self) -> int:
-        """Microseconds since the last call in which no ring ran, or not both: as the daemons traced it."""
+        """Microseconds since `forget` from the first ring that stopped to the last that started, as traced."""
         with self._trace.open() as trace:
             trace.seek(self._seen)
             events = [json.loads(line) for line in trace]
-            self._seen = trace.tell()
         stopped = [event["at_ns"] for event in events if event["event"] == "RingsStopped"]
         started = [event["at_ns"] for event in events if event["event"] == "RingsStarted"]
         if not stopped or not started:
@@ -169,8 +168,8 @@ class DemoGuest(ABC):
         """How often its link went up or down; None where it cannot be asked any more."""
 
     @abstractmethod
-    def wait_reconnected(self) -> bool:
-        """Waits until it has its NIC back; False where that will never be."""
+    def wait_reconnected(self) -> None:
+        """Waits until it has found its backend again, where it looks for it."""
 
 
 class BuiltinGuest(DemoGuest):
@@ -186,10 +185,9 @@ class BuiltinGuest(DemoGuest):
         """As its kernel saw it."""
         return self._process.carrier_changes()
 
-    def wait_reconnected(self) -> bool:
+    def wait_reconnected(self) -> None:
         """As it tells."""
         self._process.wait_for("reconnected", STEP_SECONDS_MAX)
-        return True
 
 
 class RealGuest(DemoGuest):
@@ -208,9 +206,8 @@ class RealGuest(DemoGuest):
         except PeerLostError:
             return None
 
-    def wait_reconnected(self) -> bool:
-        """Its NIC does not come back."""
-        return False
+    def wait_reconnected(self) -> None:
+        """It does not look."""
 
 
 # -- the rounds -------------------------------------------------------------------------------------------------
@@ -237,88 +234,104 @@ class Round:
 
 def hand_over(service: Service, guest: DemoGuest, *, times: int) -> Round:
     """Traffic, and `times` handovers in it."""
-    downtimes = []
-    with _traffic(guest) as traffic:
-        for number in range(1, times + 1):
-            service.forget()
-            service.hand_over()
-            downtimes.append(service.downtime_us())
-            traffic.recover()
-            _progress(f"handover {number}/{times}: downtime {_milliseconds(downtimes[-1])}")
-    assert traffic.pings is not None
-    return Round(
-        downtimes_us=tuple(downtimes),
-        pings=traffic.pings,
-        stream=traffic.stream,
-        carrier_changes=guest.carrier_changes(),
-        guest_lost=False,
-    )
+    return _round("handover", guest, service, service.hand_over, times=times)
 
 
 def restart(service: Service, guest: DemoGuest, *, times: int) -> Round:
-    """The same with restarts, until a guest does not come back from one."""
+    """The same with restarts."""
+
+    def replace() -> None:
+        service.restart()
+        guest.wait_reconnected()
+
+    return _round("restart", guest, service, replace, times=times)
+
+
+def _round(name: str, guest: DemoGuest, service: Service, replace: Callable[[], None], *, times: int) -> Round:
+    """Replaces the daemon under traffic until it was done `times` times or the guest did not recover."""
     downtimes = []
-    lost = False
-    with _traffic(guest) as traffic:
+    with Traffic(guest.port) as traffic:
+        traffic.recover()
         for number in range(1, times + 1):
             service.forget()
-            service.restart()
-            if not guest.wait_reconnected():
-                lost = True
-                _progress(f"restart {number}/{times}: the guest does not reconnect")
+            replace()
+            if not traffic.recover():
+                _progress(f"{name} {number}/{times}: the guest has lost its network")
+                traffic.give_up()
                 break
             downtimes.append(service.downtime_us())
-            traffic.recover()
-            _progress(f"restart {number}/{times}: downtime {_milliseconds(downtimes[-1])}")
-    assert traffic.pings is not None
+            _progress(f"{name} {number}/{times}: downtime {_milliseconds(downtimes[-1])}")
+        pings, stream = traffic.reports()
+    guest_lost = len(downtimes) < times
     return Round(
         downtimes_us=tuple(downtimes),
-        pings=traffic.pings,
-        stream=traffic.stream,
-        carrier_changes=None if lost else guest.carrier_changes(),
-        guest_lost=lost,
+        pings=pings,
+        stream=stream,
+        carrier_changes=None if guest_lost else guest.carrier_changes(),
+        guest_lost=guest_lost,
     )
 
 
-@dataclass(kw_only=True, slots=True)
-class _Traffic:
-    sender: StreamSender
-    pings: PingReport | None = None
-    stream: StreamReport | None = None
+class Traffic:
+    """Pings every millisecond and a TCP stream, from the host to the guest."""
 
-    def recover(self) -> None:
-        """Waits until the stream flows."""
-        self.sender.wait_progress(STREAM_PROGRESS_BYTES, RECOVERY_SECONDS_MAX)
-
-
-@contextmanager
-def _traffic(guest: DemoGuest) -> Iterator[_Traffic]:
-    """Pings and a stream for as long as the block lasts; the reports are there behind it."""
-    address = GUEST_ADDRESS.partition("/")[0]
-    # In a process of its own: nothing that happens here may make it late.
-    argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", address]
-    pinger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    try:
-        sender = StreamSender(address, guest.port, bytes_per_second=STREAM_BYTES_PER_SECOND)
-        traffic = _Traffic(sender=sender)
-        traffic.recover()
-        yield traffic
+    def __init__(self, port: int) -> None:
+        address = GUEST_ADDRESS.partition("/")[0]
+        # In a process of its own: nothing that happens here may make it late.
+        argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", address]
+        self._pinger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert self._pinger.stdout is not None
+        self._output = self._pinger.stdout
         try:
-            traffic.stream = sender.stop()
-        except PeerLostError as error:
-            _progress(f"TCP: {error}")
-        pinger.send_signal(signal.SIGTERM)
-        report, _ = pinger.communicate(timeout=STEP_SECONDS_MAX)
-        traffic.pings = PingReport(**json.loads(report))
-    finally:
-        if pinger.poll() is None:
-            pinger.kill()
-            pinger.wait()
-        assert pinger.stdout is not None
-        pinger.stdout.close()
+            self._wait_answer(address)
+            self._sender = StreamSender(address, port, bytes_per_second=STREAM_BYTES_PER_SECOND)
+        except (PeerError, OSError):
+            self.close()
+            raise
+
+    def _wait_answer(self, address: str) -> None:
+        """The pinger's first line tells of its first answer."""
+        if not select.select([self._output], [], [], STEP_SECONDS_MAX)[0] or not self._output.readline():
+            raise PeerError(f"guest does not answer at {address}")
+
+    def recover(self) -> bool:
+        """Waits until the stream flows; False if it does not any more."""
+        return self._sender.wait_progress(STREAM_PROGRESS_BYTES, RECOVERY_SECONDS_MAX)
+
+    def give_up(self) -> None:
+        """Breaks the stream off, which would wait for a guest that is lost."""
+        self._sender.abort()
+
+    def reports(self) -> tuple[PingReport, StreamReport | None]:
+        """Ends both; None for a stream that broke."""
+        try:
+            stream = self._sender.stop()
+        except PeerLostError:
+            stream = None
+        self._pinger.send_signal(signal.SIGTERM)
+        report, _ = self._pinger.communicate(timeout=STEP_SECONDS_MAX)
+        return PingReport(**json.loads(report)), stream
+
+    def close(self) -> None:
+        """Kills the pinger, if it still runs. Idempotent."""
+        if self._pinger.poll() is None:
+            self._pinger.kill()
+            self._pinger.wait()
+        self._output.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------
+
+
+_LEGEND: Final = f"""\
+handover: 'localmig upgrade'. restart: the daemon ends, another is started, the guest looks for it each {RECONNECT_MS} ms.
+downtime: from the old daemon's rings stopping to the new one's running. silence: pings waiting, none answered."""
 
 
 def table(handovers: Round, restarts: Round) -> str:
@@ -411,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
         both = {"handover": dataclasses.asdict(handovers), "restart": dataclasses.asdict(restarts)}
         sys.stdout.write(json.dumps(both) + "\n")
     else:
-        sys.stdout.write(f"\n{table(handovers, restarts)}\n")
+        sys.stdout.write(f"\n{table(handovers, restarts)}\n\n{_LEGEND}\n")
     unharmed = handovers.pings.lost == 0 and handovers.carrier_changes == 0
     return 0 if unharmed and handovers.stream is not None and handovers.stream.intact else 1
 

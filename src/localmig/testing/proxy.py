@@ -39,7 +39,7 @@ class StrippingProxy:
         self._path = path
         self._target = target
         self.bytes_carried = 0
-        """In both directions together."""
+        """In both directions together, counted before they go on."""
         self._peers: dict[socket.socket, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
@@ -100,10 +100,10 @@ class StrippingProxy:
     def _carry(self, source: socket.socket, destination: socket.socket) -> None:
         try:
             data = source.recv(_CHUNK_BYTES)
+            self.bytes_carried += len(data)
             destination.sendall(data)
         except OSError:
             data = b""
-        self.bytes_carried += len(data)
         if not data:
             for sock in (source, destination):
                 del self._peers[sock]

@@ -4,8 +4,8 @@ Owns:        what is sent, what is counted, the reports.
 Never sees:  daemons, namespaces: it uses the network of whoever runs it.
 Read next:   demo.py, which judges handovers by it.
 
-`python -m localmig.testing.traffic ping|receive|send|flood --help`; each prints its report as one line of JSON, also
-when it is ended by SIGINT or SIGTERM.
+`python -m localmig.testing.traffic ping|receive|send|flood --help`; each prints its report as a last line of JSON, also
+when it is ended by SIGINT or SIGTERM. Before that, `ping` tells of the first answer, and `receive` its port.
 """
 
 from __future__ import annotations
@@ -166,13 +166,22 @@ class Pinger:
         address: IPv4 address to ping.
         interval_ns: time between requests.
         count_max: it stops sending after so many.
+        on_first_answer: called once, from its thread.
     """
 
     _HEADER: Final = struct.Struct("!BBHHH")
     _PAYLOAD: Final = struct.Struct("!8sQ")
     _STAMP: Final = struct.Struct("@qq")
 
-    def __init__(self, address: str, *, interval_ns: int = 1_000_000, count_max: int = PING_COUNT_MAX) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        interval_ns: int = 1_000_000,
+        count_max: int = PING_COUNT_MAX,
+        on_first_answer: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_first_answer = on_first_answer
         self._address = address
         self._interval_ns = interval_ns
         self._count_left = min(count_max, PING_COUNT_MAX)
@@ -263,6 +272,9 @@ class Pinger:
             token, sequence = self._PAYLOAD.unpack_from(icmp, self._HEADER.size)
             if token == self._token:
                 self._log.answered(sequence, at_ns)
+                if self._on_first_answer is not None:
+                    self._on_first_answer()
+                    self._on_first_answer = None
 
     def _arrival(self, ancillary: Sequence[tuple[int, int, bytes]]) -> int:
         """When the kernel received the packet: this thread may have been kept waiting since. CLOCK_MONOTONIC."""
@@ -454,6 +466,11 @@ class StreamSender:
             goal = self.bytes_sent + size
             return self._progressed.wait_for(lambda: self.bytes_sent >= goal, timeout)
 
+    def abort(self) -> None:
+        """Breaks the stream off at once, where nobody can be there to end it; `stop` raises then."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def stop(self) -> StreamReport:
         """Ends the stream, waits for the receiver's verdict and reports.
 
@@ -627,7 +644,12 @@ def main(argv: Sequence[str]) -> int:
     match options.kind:
         case "ping":
             interval_ns = int(options.interval_ms * 1e6)
-            traffic = Pinger(options.address, interval_ns=interval_ns, count_max=options.count).start()
+            traffic = Pinger(
+                options.address,
+                interval_ns=interval_ns,
+                count_max=options.count,
+                on_first_answer=lambda: _write(f"{options.address} answers"),
+            ).start()
         case "send":
             traffic = StreamSender(
                 options.address,
@@ -660,7 +682,11 @@ def _wait_for_signal(seconds: float | None) -> None:
 
 
 def _print(facts: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(facts) + "\n")
+    _write(json.dumps(facts))
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 

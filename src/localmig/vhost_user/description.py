@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from localmig.unix_socket import PATH_BYTES_MAX
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
 from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
 from localmig.vhost_user.protocol import SessionState, VringState
-from localmig.vhost_user.session import PATH_SIZE_MAX, ListenerState
+from localmig.vhost_user.session import ListenerState
 from localmig.vmstate import Description, array, blob, boolean, fd, optional, text, u8, u16, u32, u64
 
 MEMORY_REGION: Final = Description(
@@ -66,5 +67,5 @@ LISTENER: Final = Description(
     version=1,
     oldest_version=1,
     state=ListenerState,
-    fields=(text("path", size_max=PATH_SIZE_MAX), u64("device"), u64("inode"), fd("fd")),
+    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd")),
 )

@@ -13,24 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol, Self
 
 from localmig import fds
-from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
+from localmig.errors import LocalmigError, PeerError
 from localmig.fds import OwnedFd
+from localmig.unix_socket import ListeningSocket
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
-
-PATH_SIZE_MAX: Final = 107
-"""Bytes of a socket's path: `sun_path` has 108, the last one ends the string."""
-
-_BACKLOG: Final = 8
-"""Frontends that may wait while one is served. One is usual: the VMM that takes over from another."""
 
 _ACCEPT_RETRY_SECONDS: Final = 1.0
 """Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
@@ -67,75 +59,43 @@ class ListenerState:
 
 
 class Listener:
-    """A listening UNIX socket and the path it is bound to.
+    """Hands the frontends that connect to a listening socket to whoever serves them.
 
     Attributes:
-        path: where frontends connect.
+        listening: the socket, this listener's.
     """
 
-    def __init__(self, state: ListenerState) -> None:
-        """Takes over a socket that listens already, without touching it; `state.fd` is empty afterwards.
-
-        Raises:
-            PeerError: `state.fd` is no socket; it is still the caller's.
-        """
-        self.path = state.path
-        self._bound_path = state.path
-        self._identity = (state.device, state.inode)
-        self._socket = _wrap(state.fd)
-        self._fd = state.fd.take()
+    def __init__(self, listening: ListeningSocket) -> None:
+        self.listening = listening
+        self._socket = _wrap(listening.fd)
         self._on_connection: Callable[[OwnedFd], None] | None = None
         self._accepting = False
         self._retry: asyncio.TimerHandle | None = None
 
     @classmethod
-    def bind(cls, path: str, *, mode: int = 0o600) -> Self:
-        """Listens at `path`; what a dead process left there is replaced.
+    def from_state(cls, state: ListenerState) -> Self:
+        """Takes over a socket that listens already, without touching it; `state.fd` is empty afterwards.
 
         Raises:
-            ConfigError: the path is too long, in use, or something else than a socket. Nothing was changed.
-            KernelError: the kernel refused.
+            PeerError: it is no socket; `state.fd` is closed.
         """
-        _remove_stale(path)
-        return cls(_listen(path, mode))
-
-    @classmethod
-    def bind_beside(cls, path: str, *, mode: int = 0o600) -> Self:
-        """Listens next to `path`, which another process still has; `claim` moves it there.
-
-        Raises:
-            ConfigError, KernelError: as `bind`.
-        """
-        beside = f"{path}.{os.getpid()}"
-        _remove_stale(beside)
-        listener = cls(_listen(beside, mode))
-        listener.path = path
-        return listener
-
-    def claim(self) -> None:
-        """Moves the socket to its path, over whatever is there, in one step. A second call does nothing.
-
-        Raises:
-            KernelError: the kernel refused; it listens where it did.
-        """
-        if self._bound_path == self.path:
-            return
+        listening = ListeningSocket(state.fd, path=state.path, identity=(state.device, state.inode))
         try:
-            Path(self._bound_path).rename(self.path)
-        except OSError as error:
-            raise _kernel_error(self.path, error) from error
-        self._bound_path = self.path
+            return cls(listening)
+        except PeerError:
+            listening.release()
+            raise
 
     def save(self) -> ListenerState:
         """The listener as it travels; its descriptor is lent, and stays this listener's."""
-        device, inode = self._identity
-        return ListenerState(path=self.path, device=device, inode=inode, fd=self._fd)
+        device, inode = self.listening.identity
+        return ListenerState(path=self.listening.path, device=device, inode=inode, fd=self.listening.fd)
 
     def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
         """Hands each connection (non-blocking) to `on_connection`, until `pause`."""
         self._on_connection = on_connection
         if not self._accepting:
-            asyncio.get_running_loop().add_reader(self._fd.fileno(), self._accept)
+            asyncio.get_running_loop().add_reader(self.listening.fd.fileno(), self._accept)
             self._accepting = True
 
     def pause(self) -> None:
@@ -144,22 +104,20 @@ class Listener:
             self._retry.cancel()
             self._retry = None
         if self._accepting:
-            asyncio.get_running_loop().remove_reader(self._fd.fileno())
+            asyncio.get_running_loop().remove_reader(self.listening.fd.fileno())
             self._accepting = False
 
     def release(self) -> None:
         """Drops the socket and leaves its path: another process serves it."""
         self.pause()
         self._socket.detach()
-        self._fd.close()
+        self.listening.release()
 
     def close(self) -> None:
         """Ends listening for good and removes the path if it is still ours. Calling it again does nothing."""
-        if not self._fd.is_open:
-            return
-        self.release()
-        if _identity(self._bound_path) == self._identity:
-            Path(self._bound_path).unlink()
+        self.pause()
+        self._socket.detach()
+        self.listening.close()
 
     def _accept(self) -> None:
         assert self._on_connection is not None
@@ -177,57 +135,6 @@ class Listener:
             return
         connection.setblocking(False)
         self._on_connection(OwnedFd(connection.detach()))
-
-
-def _listen(path: str, mode: int) -> ListenerState:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        # Linux gives the path the mode its socket has: at no moment may others connect.
-        os.fchmod(listening.fileno(), mode)
-        listening.bind(path)
-        listening.listen(_BACKLOG)
-        identity = _identity(path)
-        assert identity is not None, path
-    except OSError as error:
-        listening.close()
-        raise _kernel_error(path, error) from error
-    device, inode = identity
-    return ListenerState(path=path, device=device, inode=inode, fd=OwnedFd(listening.detach()))
-
-
-def _remove_stale(path: str) -> None:
-    """Makes room at `path` where only a dead process' socket is in the way."""
-    size = len(os.fsencode(path))
-    if not 0 < size <= PATH_SIZE_MAX:
-        raise ConfigError(f'socket path "{path}" has {size} bytes, limit is {PATH_SIZE_MAX}')
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(f'"{path}" exists and is not a socket: choose another path, or remove it')
-    except FileNotFoundError:
-        return
-    # A datagram socket cannot connect to a stream socket: whoever listens there does not notice the question.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        answer = probe.connect_ex(path)
-    if answer != errno.ECONNREFUSED:
-        raise ConfigError(
-            f'socket "{path}" is in use by another process: stop that process or choose another path'
-            if answer in (0, errno.EPROTOTYPE)
-            else f'socket "{path}" exists and cannot be probed ({os.strerror(answer)}): choose another path'
-        )
-    Path(path).unlink()
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _kernel_error(path: str, error: OSError) -> KernelError:
-    assert error.errno is not None
-    return KernelError(f'cannot listen on "{path}": {error.strerror}', errno=error.errno)
 
 
 def _wrap(fd: OwnedFd) -> socket.socket:

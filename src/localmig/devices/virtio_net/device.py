@@ -30,6 +30,7 @@ from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.unix_socket import ListeningSocket
 from localmig.vhost_user.memory import borrowed, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
@@ -99,7 +100,7 @@ class VirtioNet(Part):
         """Listens on the socket. The netdev is open already."""
         self._make_pairs()
         try:
-            self._endpoint = self._make_endpoint(Listener.bind(self._socket_path))
+            self._endpoint = self._make_endpoint(Listener(ListeningSocket.bind(self._socket_path)))
         except BaseException:
             self._drop_pairs()
             raise
@@ -128,7 +129,7 @@ class VirtioNet(Part):
         self._report_started()
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
-        self._endpoint.listener.claim()
+        self._endpoint.listener.listening.claim()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
 
@@ -201,9 +202,9 @@ class VirtioNet(Part):
         self._make_pairs()
         self._awaits_netdev = not self._netdev.is_open
         if state.socket is None:
-            self._endpoint = self._make_endpoint(Listener.bind_beside(self._socket_path))
+            self._endpoint = self._make_endpoint(Listener(ListeningSocket.bind_beside(self._socket_path)))
             return
-        self._endpoint = self._make_endpoint(Listener(state.socket.listener))
+        self._endpoint = self._make_endpoint(Listener.from_state(state.socket.listener))
         if state.socket.connection is not None:
             self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
             try:
@@ -252,7 +253,9 @@ class VirtioNet(Part):
             self._apply_all()
 
     def discard(self) -> None:
-        """Drops what was adopted: the source goes on."""
+        """Drops what was adopted; a socket of our own, beside the source's, goes too."""
+        if self._endpoint is not None and self._endpoint.listener.listening.is_beside:
+            self._endpoint.close()
         self.release()
 
     # -- the frontend's events ----------------------------------------------------------------------------------

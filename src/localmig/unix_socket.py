@@ -1,0 +1,169 @@
+"""Listening UNIX sockets: whose path it is, how it changes hands, when it goes; and who is at the other end.
+
+Owns:        ListeningSocket; taking a path from the dead; rename(2) over a living one; a peer's credentials.
+Never sees:  what is said on a connection.
+Read next:   its users: vhost_user/session.py, monitor/server.py, migration/transport.py.
+
+A path is only ever taken from a dead process, or by rename from the process this one succeeds, so that at every
+instant it leads to somebody who listens. Only what was bound here is removed, which the inode tells: a path that a
+successor took over is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+from typing import Final, Self
+
+from localmig.errors import ConfigError, KernelError
+from localmig.fds import OwnedFd
+
+PATH_BYTES_MAX: Final = 107
+"""Longest path a UNIX socket can have: `sun_path` holds 108 bytes, the last one is NUL (unix(7))."""
+
+INCOMING_SUFFIX: Final = ".incoming"
+"""What a process that may succeed another one appends to the paths that the other one still has."""
+
+_BACKLOG: Final = 16
+"""Connections that may wait while the process is busy: more than come at once to one VM's sockets."""
+
+_CREDENTIALS: Final = struct.Struct("3i")
+"""`struct ucred`: pid, uid, gid (unix(7))."""
+
+
+def check_path(path: str) -> None:
+    """Raises ConfigError where `path` cannot be the path of a UNIX socket."""
+    if not path or "\0" in path:
+        raise ConfigError("invalid Unix socket address")
+    size = len(os.fsencode(path))
+    if size > PATH_BYTES_MAX:
+        raise ConfigError(
+            f"UNIX socket path '{path}' is too long: {size} bytes, limit is {PATH_BYTES_MAX}; use a shorter directory"
+        )
+
+
+class ListeningSocket:
+    """A listening stream socket, non-blocking, and its path.
+
+    Attributes:
+        path: where it is meant to be reached.
+        bound_path: where it is reached: another path until `claim`, where it was bound beside.
+        identity: device and inode of the file it bound.
+        fd: the socket; whoever holds this object lends it.
+    """
+
+    def __init__(self, fd: OwnedFd, *, path: str, identity: tuple[int, int], bound_path: str | None = None) -> None:
+        """Takes over a socket that listens already, without touching it; `fd` is empty afterwards."""
+        self.fd = fd.take()
+        self.path = path
+        self.bound_path = bound_path or path
+        self.identity = identity
+
+    @classmethod
+    def bind(cls, path: str, *, mode: int = 0o600) -> Self:
+        """Listens at `path`; what a dead process left there is replaced.
+
+        Raises:
+            ConfigError: the path is too long, a living process listens there, or it is something else than a socket.
+                Nothing was changed.
+            KernelError: the kernel refused. Nothing was changed.
+        """
+        return cls._bind(path, path, mode)
+
+    @classmethod
+    def bind_beside(cls, path: str, *, mode: int = 0o600) -> Self:
+        """Listens at `path` + INCOMING_SUFFIX while another process has `path`; `claim` moves it there.
+
+        Raises:
+            ConfigError, KernelError: as `bind`.
+        """
+        return cls._bind(path, path + INCOMING_SUFFIX, mode)
+
+    @classmethod
+    def _bind(cls, path: str, bound_path: str, mode: int) -> Self:
+        check_path(bound_path)
+        if is_listening(bound_path):
+            raise ConfigError(f"socket '{bound_path}' is in use by a living process: end it, or choose another path")
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # The path gets the mode that its socket has: at no moment may others connect.
+            os.fchmod(listening.fileno(), mode)
+            Path(bound_path).unlink(missing_ok=True)  # dead, or there would be a holder
+            listening.bind(bound_path)
+            listening.listen(_BACKLOG)
+            identity = _identity(bound_path)
+        except OSError as error:
+            listening.close()
+            raise KernelError(
+                f"cannot listen at '{bound_path}': {error.strerror}", errno=error.errno or errno.EIO
+            ) from error
+        assert identity is not None, bound_path
+        return cls(OwnedFd(listening.detach()), path=path, identity=identity, bound_path=bound_path)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it was bound beside its path and has not claimed it."""
+        return self.bound_path != self.path
+
+    def claim(self) -> None:
+        """Moves the socket to its path, over whatever is there, in one step. Does nothing where it is there already.
+
+        Raises:
+            KernelError: the kernel refused; it listens where it did.
+        """
+        if not self.is_beside:
+            return
+        try:
+            Path(self.bound_path).rename(self.path)
+        except OSError as error:
+            raise KernelError(
+                f"cannot rename '{self.bound_path}' to '{self.path}': {error.strerror}", errno=error.errno or errno.EIO
+            ) from error
+        self.bound_path = self.path
+
+    def release(self) -> None:
+        """Drops the socket and leaves its path: another process serves it. Idempotent."""
+        self.fd.close()
+
+    def close(self) -> None:
+        """Ends listening and removes the path, if it is still ours. Idempotent."""
+        if self.fd.is_open:
+            self.release()
+            if _identity(self.bound_path) == self.identity:
+                Path(self.bound_path).unlink()
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """Process id and user id of whoever connected a UNIX socket."""
+    size = _CREDENTIALS.size
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid
+
+
+def is_listening(path: str) -> bool:
+    """Whether a living process has the socket at `path`; it does not notice being asked about.
+
+    Raises:
+        ConfigError: something that is no socket is there.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False  # nothing there, or binding will say what is wrong
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"'{path}' exists and is no socket: remove it, or choose another path")
+    # A datagram socket cannot connect to a stream socket, so nobody is disturbed; the dead refuse in another way.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(path) != errno.ECONNREFUSED
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

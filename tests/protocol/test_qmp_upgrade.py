@@ -1,0 +1,285 @@
+"""How `localmig upgrade` tells its outcomes apart, with QMP servers in front of daemons that do as a script says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from localmig.cli import upgrade
+from localmig.cli.client import connect
+from localmig.cli.upgrade import Outcome, Report, Settings, Upgrade
+from localmig.daemon import Daemon, RunState
+from localmig.errors import StateError
+from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.peer import Peer
+from localmig.migration.status import MigrationInfo
+from localmig.monitor import QmpServer
+from localmig.options import Address
+from localmig.trace import MigrationStatusChanged, RunStateChanged, Tracer
+
+PATIENCE_S = 30.0
+NEVER_S = 1000.0
+
+SETTINGS = Settings(
+    parameters={"local": False, "downtime-limit": 123},
+    capabilities=[
+        {"capability": "events", "state": False},
+        {"capability": "pause-before-switchover", "state": True},
+    ],
+)
+
+
+class ScriptedDaemon:
+    """Has the face of a daemon, and does nothing by itself."""
+
+    def __init__(self, run_state: RunState) -> None:
+        self.tracer = Tracer()
+        self.run_state = run_state
+        self.parameters = Parameters(downtime_limit_ms=123)
+        self.capabilities = Capabilities(pause_before_switchover=True)
+        self.status = "none"
+        self.calls: list[str] = []
+        self.asked = asyncio.Event()
+        self.on_migrate: Callable[[], None] = lambda: None
+        self.on_cancel: Callable[[], None] = lambda: None
+        self.at_migrate: tuple[Parameters, Capabilities] | None = None
+
+    def become(self, *, run_state: RunState | None = None, status: str | None = None) -> None:
+        if run_state is not None:
+            self.run_state = run_state
+            self.tracer.emit(RunStateChanged(state=run_state))
+        if status is not None:
+            self.status = status
+            self.tracer.emit(MigrationStatusChanged(status=status))
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+    def set_capabilities(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+
+    def migration_info(self) -> MigrationInfo:
+        return MigrationInfo(status=self.status, error_desc="as scripted" if self.status == "failed" else None)
+
+    def migrate(self, address: Address) -> None:
+        self.calls.append(f"migrate {address}")
+        self.asked.set()
+        self.at_migrate = (self.parameters, self.capabilities)
+        self.on_migrate()
+
+    def migrate_cancel(self) -> None:
+        self.calls.append("migrate_cancel")
+        self.on_cancel()
+
+    def quit(self) -> None:
+        self.calls.append("quit")
+
+
+class ScriptedProcess:
+    """The old daemon's process."""
+
+    def __init__(self) -> None:
+        self.is_dead = False
+
+    async def wait_dead(self, *, timeout_s: float) -> bool:
+        assert timeout_s > 0
+        return True
+
+
+@dataclass(kw_only=True, slots=True)
+class Scene:
+    """Two daemons, and the upgrade between them."""
+
+    old: ScriptedDaemon
+    new: ScriptedDaemon
+    old_server: QmpServer
+    new_server: QmpServer
+    process: ScriptedProcess
+    upgrade: Upgrade
+
+    def complete(self) -> None:
+        self.old.become(status="active")
+        self.old.become(status="completed", run_state=RunState.POSTMIGRATE)
+        self.new.become(run_state=RunState.RUNNING)
+
+    async def lose(self, server: QmpServer) -> None:
+        await server.close(reason="host-error")
+
+    async def play(self, *, timeout_s: float = NEVER_S) -> Report:
+        await self.upgrade.hand_over("unix:/nowhere", timeout_s)
+        return await self.upgrade.conclude()
+
+
+@asynccontextmanager
+async def scene(path: str) -> AsyncIterator[Scene]:
+    async with asyncio.timeout(PATIENCE_S):
+        old, new = ScriptedDaemon(RunState.RUNNING), ScriptedDaemon(RunState.INMIGRATE)
+        old_server = QmpServer(cast(Daemon, old), path, succeeds=False)
+        await old_server.start()
+        new_server = QmpServer(cast(Daemon, new), path, succeeds=True)
+        await new_server.start()
+        old_client, new_client = await connect(path), await connect(new_server.path)
+        process = ScriptedProcess()
+        try:
+            yield Scene(
+                old=old,
+                new=new,
+                old_server=old_server,
+                new_server=new_server,
+                process=process,
+                upgrade=Upgrade(
+                    path=path,
+                    old=old_client,
+                    old_process=cast(Peer, process),
+                    new=new_client,
+                    settings=SETTINGS,
+                ),
+            )
+        finally:
+            for client in (old_client, new_client):
+                await client.close()
+            for server in (old_server, new_server):
+                await server.close(reason="host-signal")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[Callable[[Scene], Awaitable[None]]], None]:
+    async def play(scenario: Callable[[Scene], Awaitable[None]]) -> None:
+        async with scene(str(tmp_path / "qmp.sock")) as it:
+            await scenario(it)
+
+    return lambda scenario: asyncio.run(play(scenario))
+
+
+Run = Callable[[Callable[[Scene], Awaitable[None]]], None]
+
+
+def settings_of(daemon: ScriptedDaemon) -> tuple[int, bool, bool, bool]:
+    return (
+        daemon.parameters.downtime_limit_ms,
+        daemon.parameters.local,
+        daemon.capabilities.events,
+        daemon.capabilities.pause_before_switchover,
+    )
+
+
+AS_BEFORE = (123, False, False, True)
+
+
+def test_completed_and_served_by_the_new_daemon_is_committed(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = it.complete
+        report = await it.play()
+        assert (report.outcome, report.reason, report.notes) == (Outcome.COMMITTED, None, [])
+        assert it.old.calls == ["migrate unix:/nowhere", "quit"]
+        assert it.old.at_migrate == (Parameters(local=True, downtime_limit_ms=123), Capabilities(events=True))
+        assert settings_of(it.new) == AS_BEFORE
+
+    run(scenario)
+
+
+def test_a_failure_is_rolled_back_with_the_daemons_reason_and_the_settings_are_as_before(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="failed")
+        report = await it.play()
+        assert (report.outcome, report.reason) == (Outcome.ROLLED_BACK, "as scripted")
+        assert settings_of(it.old) == AS_BEFORE
+        assert "quit" not in it.old.calls
+
+    run(scenario)
+
+
+def test_a_migration_that_is_refused_is_rolled_back(run: Run) -> None:
+    def refuse() -> None:
+        raise StateError("not today")
+
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = refuse
+        report = await it.play()
+        assert (report.outcome, report.reason) == (Outcome.ROLLED_BACK, "not today")
+        assert settings_of(it.old) == AS_BEFORE
+
+    run(scenario)
+
+
+def test_no_end_in_time_is_cancelled(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="active")
+        it.old.on_cancel = lambda: it.old.become(status="cancelled")
+        report = await it.play(timeout_s=0.05)
+        assert (report.outcome, report.reason) == (Outcome.ROLLED_BACK, "no end of the handover in 0.05 s")
+        assert it.old.calls == ["migrate unix:/nowhere", "migrate_cancel"]
+
+    run(scenario)
+
+
+def test_a_cancel_that_comes_too_late_is_committed_all_the_same(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="device")
+        it.old.on_cancel = it.complete
+        report = await it.play(timeout_s=0.05)
+        assert report.outcome is Outcome.COMMITTED
+
+    run(scenario)
+
+
+def test_an_old_daemon_that_is_lost_is_succeeded_once_the_new_one_serves(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="active")
+        playing = asyncio.create_task(it.play())
+        await it.old.asked.wait()
+        it.process.is_dead = True
+        await it.lose(it.old_server)
+        # Only now: so it was asked before, and waited for.
+        it.new.become(run_state=RunState.RUNNING)
+        report = await playing
+        assert report.outcome is Outcome.COMMITTED
+        assert report.notes == [f"daemon {report.old_pid} died during the handover"]
+
+    run(scenario)
+
+
+def test_both_lost_is_unknown(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="active")
+        playing = asyncio.create_task(it.play())
+        await it.old.asked.wait()
+        await it.lose(it.new_server)
+        await it.lose(it.old_server)
+        report = await playing
+        assert report.outcome is Outcome.UNKNOWN
+        assert report.reason is not None
+        assert "the old daemon" in report.reason
+        assert "the new daemon" in report.reason
+
+    run(scenario)
+
+
+def test_nobody_settling_who_serves_is_unknown_and_nobody_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "SETTLE_TIMEOUT_S", 0.2)
+
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="device")
+        report = await it.play(timeout_s=0.05)
+        assert report.outcome is Outcome.UNKNOWN
+        assert "quit" not in it.old.calls + it.new.calls
+
+    run(scenario)
+
+
+def test_a_new_daemon_that_nobody_finds_at_the_path_is_unknown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = it.complete
+        monkeypatch.setattr(it.upgrade, "path", "/nonexistent/qmp.sock")
+        report = await it.play()
+        assert report.outcome is Outcome.UNKNOWN
+        assert report.reason is not None
+        assert "took over, but no daemon answers at '/nonexistent/qmp.sock'" in report.reason
+
+    run(scenario)
