@@ -49,7 +49,7 @@ def test_ten_handovers_lose_no_packet_and_change_no_link(
     pings = finish_pings(pinger)
 
     assert stream.intact
-    assert pings.lost == 0, pings
+    assert pings.lost == guest.discarded_replies(), pings  # on a machine that is not overloaded: 0
     assert pings.duplicates == 0, pings
     assert guest.carrier_changes() == carrier_changes
 

@@ -1,17 +1,27 @@
-"""The kit's driver against the packet path: both ends of the same rings, in one process and in two."""
+"""The kit's guest: its driver against the packet path, its frontend against any answer, all of it against a daemon."""
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from localmig.dataplane import DriverPair, QueuePair, Ring
-from localmig.testing.frontend import DRIVER_FEATURES, SharedMemory
+from localmig.errors import KernelError, PeerError, PeerLostError
+from localmig.netdev.tap import Tap
+from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest, SharedMemory
+from localmig.testing.guest import GuestProcess, GuestSettings
+from localmig.testing.namespace import NetworkNamespace, configure, create_tap
+from localmig.testing.traffic import Pinger
+from localmig.vhost_user.message import U64, ProtocolFeature, Request, VringNumber, encode_reply
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature, header_length
 
@@ -129,6 +139,7 @@ def test_frames_pass_both_ways_unchanged(wire: Wire) -> None:
         assert wire.host.recv(2048) == frame(number)
         wire.host.send(frame(number, 1514))
         assert payload(wire.guest.recv(2048)) == payload(frame(number, 1514))
+    wire.driver.stop()  # a frame is counted once it is through: the last may be a moment later
     counters = wire.driver.counters()
     assert (counters.rx_packets, counters.tx_packets) == (1000, 1000)
     assert counters.rx_dropped == counters.tx_dropped == 0
@@ -179,5 +190,204 @@ def exchange(wire: Wire, *, count: int, handovers: int) -> None:
         if handover_every and sum(received.values()) >= next_handover:
             next_handover += handover_every
             wire.hand_over()
+    wire.driver.stop()  # a frame is counted once it is through: the last may be a moment later
     assert wire.driver.counters().rx_packets == count
     assert wire.driver.counters().tx_packets == count
+
+
+# -- the frontend, against a backend made by hand --
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Frontend, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with Frontend(ours, answer_seconds_max=PATIENCE_SECONDS) as frontend, theirs:
+        yield frontend, theirs
+
+
+def number(request: Request, value: int) -> bytes:
+    return encode_reply(request, U64(value=value))
+
+
+def test_a_reply_is_the_answer_and_an_acknowledgement_is_none(ends: tuple[Frontend, socket.socket]) -> None:
+    frontend, backend = ends
+    backend.sendall(number(Request.GET_FEATURES, 0x1_4000_0000))
+    assert frontend.get_features() == 0x1_4000_0000
+    frontend.set_protocol_features(ProtocolFeature.REPLY_ACK)
+    backend.sendall(number(Request.SET_OWNER, 0))
+    frontend.set_owner()
+
+
+@pytest.mark.parametrize(
+    ("answer", "ask", "expected"),
+    [
+        (number(Request.SET_OWNER, 1), Frontend.set_owner, "backend refused SET_OWNER: it acknowledged with 1"),
+        (number(Request.SET_FEATURES, 0), Frontend.set_owner, "backend answered SET_FEATURES to SET_OWNER"),
+        (
+            encode_reply(Request.GET_VRING_BASE, VringNumber(index=1, number=7)),
+            lambda frontend: frontend.get_vring_base(0),
+            "backend answered for vring 1, asked was 0",
+        ),
+        (b"\xff" * 12, Frontend.get_features, "unknown"),
+    ],
+)
+def test_a_wrong_answer_is_the_backends_fault(
+    ends: tuple[Frontend, socket.socket], answer: bytes, ask: Callable[[Frontend], object], expected: str
+) -> None:
+    frontend, backend = ends
+    frontend.set_protocol_features(ProtocolFeature.REPLY_ACK)
+    backend.sendall(answer)
+    with pytest.raises(PeerError, match=expected):
+        ask(frontend)
+
+
+def test_a_backend_that_leaves_or_is_silent_is_lost(ends: tuple[Frontend, socket.socket]) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with Frontend(ours, answer_seconds_max=0.01) as frontend, theirs:
+        with pytest.raises(PeerLostError, match=r"did not answer GET_FEATURES within 0\.01 s"):
+            frontend.get_features()
+        assert not frontend.is_lost()
+    frontend, backend = ends
+    backend.close()
+    assert frontend.is_lost(PATIENCE_SECONDS)
+    with pytest.raises(PeerLostError, match="closed the connection"):
+        frontend.get_features()
+
+
+def test_nobody_who_listens_is_a_lost_backend(tmp_path: Path) -> None:
+    with pytest.raises(PeerLostError, match="no backend listens on"), NetGuest(str(tmp_path / "nobody")) as guest:
+        guest.attach()
+
+
+# -- a guest and a daemon --
+
+HOST, GUEST = "10.9.0.1", "10.9.0.2"
+
+
+class Daemon:
+    """One daemon after another on `tap0`, in this namespace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.nic = str(folder / "nic0.sock")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        ready, announce = os.pipe()
+        argv = [sys.executable, "-m", "localmig.cli", "run", "--netdev", "tap,id=net0,ifname=tap0"]
+        argv += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={self.nic}", "--ready-fd", str(announce)]
+        self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=[announce])
+        os.close(announce)
+        assert select.select([ready], [], [], PATIENCE_SECONDS)[0]
+        assert os.read(ready, 1)
+        os.close(ready)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(PATIENCE_SECONDS)
+            self._process = None
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    try:
+        namespace = NetworkNamespace.create()
+    except KernelError as error:
+        pytest.skip(str(error))
+    with namespace, namespace.entered():
+        create_tap("tap0")
+        configure("tap0", address=f"{HOST}/24")
+        made = Daemon(tmp_path)
+        made.start()
+        yield made
+        made.stop()
+
+
+def assert_answers(count: int = 20) -> None:
+    """Pings from here reach the guest, and their answers come back."""
+    pinger = Pinger(GUEST, count_max=count).start()
+    assert pinger.wait(PATIENCE_SECONDS)
+    report = pinger.stop()
+    assert (report.received, report.duplicates) == (count, 0)
+
+
+def settings(daemon: Daemon, *, reconnect_ms: float | None = None) -> GuestSettings:
+    return GuestSettings(socket=daemon.nic, address=f"{GUEST}/24", reconnect_ms=reconnect_ms)
+
+
+def test_a_guest_talks_pauses_and_resets_its_driver(daemon: Daemon) -> None:
+    with GuestProcess(settings(daemon)) as guest:
+        assert_answers()
+        for _ in range(3):
+            guest.pause()
+            assert_answers()
+            guest.reset_driver()
+            assert_answers()
+        report = guest.stop()
+    assert (report["reason"], report["pauses"], report["resets"], report["reconnects"]) == (None, 3, 3, 0)
+    assert report["carrier_changes"] == report["rx_dropped"] == report["tx_dropped"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_guest_that_may_reconnects_and_its_link_shows_it(daemon: Daemon, number: signal.Signals) -> None:
+    with GuestProcess(settings(daemon, reconnect_ms=10)) as guest:
+        assert_answers()
+        for times in (1, 2):
+            daemon.stop(number)
+            daemon.start()
+            guest.wait_for("reconnected", PATIENCE_SECONDS)
+            assert guest.carrier_changes() == 2 * times
+            assert_answers()
+        assert guest.stop()["reconnects"] == 2
+
+
+def test_a_guest_that_looks_for_its_backend_ends_when_told(daemon: Daemon) -> None:
+    with GuestProcess(settings(daemon, reconnect_ms=1)) as guest:
+        daemon.stop()
+        guest.wait_for("lost", PATIENCE_SECONDS)
+        report = guest.stop()
+    assert (report["reason"], report["reconnects"], report["carrier_changes"]) == (None, 0, 1)
+
+
+def test_a_guest_that_may_not_reconnect_ends_with_its_backend(daemon: Daemon) -> None:
+    with GuestProcess(settings(daemon)) as guest:
+        daemon.stop()
+        ended = guest.wait_for("ended", PATIENCE_SECONDS)
+    assert "backend closed the connection" in ended["reason"]
+
+
+def test_a_guest_without_a_backend_says_so(daemon: Daemon) -> None:
+    daemon.stop()
+    with pytest.raises(PeerLostError, match="no backend listens on"):
+        GuestProcess(settings(daemon))
+
+
+def test_positions_survive_detaching(daemon: Daemon) -> None:
+    with NetworkNamespace.create() as inside, inside.entered():
+        tap = Tap(id="guest", ifname="gtap0")
+        tap.open()
+        with NetGuest(daemon.nic, tap_fd=tap.fileno(), queue_size=64) as guest:
+            guest.attach()
+            configure("gtap0", address=f"{GUEST}/24")
+            pinger = Pinger(HOST, count_max=100).start()
+            assert pinger.wait(PATIENCE_SECONDS)
+            assert pinger.stop().lost == 0
+            guest.detach()
+            assert guest.bases == (guest.used_index(RX), guest.used_index(TX))
+            guest.attach()
+            pinger = Pinger(HOST, count_max=100).start()
+            assert pinger.wait(PATIENCE_SECONDS)
+            assert pinger.stop().lost == 0
+            assert not guest.ring_error(RX)
+            assert not guest.ring_error(TX)
+        tap.close()
+
+
+@pytest.mark.parametrize("protocol_features", [ProtocolFeature(0), ProtocolFeature.REPLY_ACK, ProtocolFeature.STATUS])
+def test_a_frontend_that_knows_little_is_served(daemon: Daemon, protocol_features: ProtocolFeature) -> None:
+    with NetGuest(daemon.nic, protocol_features=protocol_features, features=int(Feature.VERSION_1)) as guest:
+        guest.attach()
+        guest.detach()
+        guest.reset_driver()
+        assert guest.features == Feature.VERSION_1
+        assert not guest.frontend.is_lost()

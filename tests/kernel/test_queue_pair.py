@@ -302,16 +302,13 @@ def test_what_is_refused_changes_nothing(nic: Nic) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         bare.start()
 
-    with pytest.raises(TimeoutError, match="did not start within 0 ms"):
-        nic.pair.wait_started(0)
     with pytest.raises(ValueError, match="10 or 12 bytes, not 11"):
         nic.configure(nic.pair, header_length=11)
     with pytest.raises(ValueError, match="rx ring: descriptor table at 0x1000, 0x1000 bytes, is not inside"):
         nic.configure(nic.pair, rx=ring_at(0x1000))
     before = time.monotonic_ns()
-    nic.pair.start()
+    assert before <= nic.pair.start() <= time.monotonic_ns()
     assert nic.pair.is_running()
-    assert before <= nic.pair.wait_started(10_000) <= time.monotonic_ns()
     for call in (nic.pair.start, lambda: nic.configure(nic.pair), lambda: nic.pair.set_counters(Counters())):
         with pytest.raises(RuntimeError, match="runs"):
             call()

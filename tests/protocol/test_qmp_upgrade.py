@@ -46,6 +46,7 @@ class ScriptedDaemon:
         self.status = "none"
         self.calls: list[str] = []
         self.asked = asyncio.Event()
+        self.asked_migration = asyncio.Event()
         self.on_migrate: Callable[[], None] = lambda: None
         self.on_cancel: Callable[[], None] = lambda: None
         self.at_migrate: tuple[Parameters, Capabilities] | None = None
@@ -65,6 +66,7 @@ class ScriptedDaemon:
         self.capabilities = capabilities
 
     def migration_info(self) -> MigrationInfo:
+        self.asked_migration.set()
         return MigrationInfo(status=self.status, error_desc="as scripted" if self.status == "failed" else None)
 
     def migrate(self, address: Address) -> None:
@@ -180,6 +182,18 @@ def test_completed_and_served_by_the_new_daemon_is_committed(run: Run) -> None:
         assert it.old.calls == ["migrate unix:/nowhere", "quit"]
         assert it.old.at_migrate == (Parameters(local=True, downtime_limit_ms=123), Capabilities(events=True))
         assert settings_of(it.new) == AS_BEFORE
+
+    run(scenario)
+
+
+def test_a_run_state_that_follows_its_migration_late_is_not_taken_for_a_rollback(run: Run) -> None:
+    async def scenario(it: Scene) -> None:
+        it.old.on_migrate = lambda: it.old.become(status="completed")
+        playing = asyncio.create_task(it.play())
+        # It is asked, sees the old daemon running still, and goes on asking.
+        await it.old.asked_migration.wait()
+        it.new.become(run_state=RunState.RUNNING)
+        assert (await playing).outcome is Outcome.COMMITTED
 
     run(scenario)
 

@@ -2,12 +2,11 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use dataplane::queue_pair::Error;
 use dataplane::split::{Features, Layout};
 use dataplane::{Config, Positions, RingSpec};
-use pyo3::exceptions::{PyRuntimeError, PyTimeoutError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::memory::GuestMemory;
@@ -166,14 +165,8 @@ impl QueuePair {
         self.inner.set_positions(rx_next_avail, tx_next_avail).map_err(refused)
     }
 
-    fn start(&self, py: Python<'_>) -> PyResult<()> {
+    fn start(&self, py: Python<'_>) -> PyResult<u64> {
         py.detach(|| self.inner.start()).map_err(refused)
-    }
-
-    fn wait_started(&self, py: Python<'_>, timeout_ms: u64) -> PyResult<u64> {
-        py.detach(|| self.inner.wait_started(Duration::from_millis(timeout_ms))).ok_or_else(|| {
-            PyTimeoutError::new_err(format!("the queue pair did not start within {timeout_ms} ms"))
-        })
     }
 
     fn stop(&self, py: Python<'_>) -> (Option<u16>, Option<u16>) {

@@ -20,7 +20,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
@@ -78,8 +77,6 @@ struct Shared {
     parked: Condvar,
     /// When the thread began its first scan after the last start. Apart from `state`, because a thread that moves
     /// packets leaves hardly a moment between two holds of that lock.
-    started_at_ns: Mutex<Option<u64>>,
-    started: Condvar,
     /// Someone wants the lock to stop the rings.
     stop_requested: AtomicBool,
     /// Copies of `state`, for those who must not wait for the lock.
@@ -119,8 +116,6 @@ impl QueuePair {
             state: Mutex::default(),
             resumed: Condvar::new(),
             parked: Condvar::new(),
-            started_at_ns: Mutex::default(),
-            started: Condvar::new(),
             stop_requested: AtomicBool::new(false),
             running: AtomicBool::new(false),
             positions: AtomicU64::new(pack(Positions::default())),
@@ -175,9 +170,11 @@ impl QueuePair {
 
     /// Scans both rings and the TAP, calls on both rings, and lets the thread go on from there.
     ///
+    /// Gives the `CLOCK_MONOTONIC` nanoseconds at which that scan began.
+    ///
     /// # Errors
     /// The pair runs already or is not configured. Nothing changed.
-    pub fn start(&self) -> Result<(), Error> {
+    pub fn start(&self) -> Result<u64, Error> {
         let shared = &self.shared;
         let mut state = self.idle()?;
         state.pump.as_mut().ok_or(Error::NotConfigured)?.begin();
@@ -190,19 +187,9 @@ impl QueuePair {
             // It never noticed the last stop and sleeps on what mattered then.
             sys::signal(shared.wake_fd.as_raw_fd());
         }
-        *lock(&shared.started_at_ns) = Some(sys::monotonic_ns());
-        shared.started.notify_all();
+        let began_ns = sys::monotonic_ns();
         shared.turn(&mut state, START_PACKETS);
-        Ok(())
-    }
-
-    /// CLOCK_MONOTONIC nanoseconds at which the first scan of the last start began; None after `timeout`.
-    #[must_use]
-    pub fn wait_started(&self, timeout: Duration) -> Option<u64> {
-        let at = lock(&self.shared.started_at_ns);
-        let waited = self.shared.started.wait_timeout_while(at, timeout, |at| at.is_none());
-        let (at, _) = waited.unwrap_or_else(std::sync::PoisonError::into_inner);
-        *at
+        Ok(began_ns)
     }
 
     /// Stops between two packets; gives where the rings would go on.

@@ -72,6 +72,7 @@ LOG_TAIL_LINES: Final = 10
 """How much of the new daemon's log is shown when it does not start: its error, and what came right before."""
 
 _SERVING: Final = ("running", "paused")
+_TAKEN_BACK: Final = (None, "none", "failed", "cancelled")
 _UNDER_WAY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "failing")
 
 
@@ -450,7 +451,8 @@ class Upgrade:
                 while True:
                     old_state = await _run_state(self.old)
                     status = (await _migration(self.old)).get("status")
-                    if old_state in _SERVING and status not in _UNDER_WAY:
+                    # Not where it is completed: that is said a moment before the run state follows.
+                    if old_state in _SERVING and status in _TAKEN_BACK:
                         return Outcome.ROLLED_BACK
                     if await _run_state(self.new) in _SERVING:
                         return Outcome.COMMITTED

@@ -234,7 +234,7 @@ class Daemon:
         Raises:
             StateError: COMMIT is out, so the guest is the destination's.
         """
-        if self._outgoing is not None and not self._outgoing.has_ended and not self._outgoing.cancel():
+        if self._outgoing is not None and self._is_migrating() and not self._outgoing.cancel():
             raise StateError("the handover is committed and cannot be cancelled any more")
 
     def migrate_continue(self, state: str) -> None:
@@ -308,12 +308,10 @@ class Daemon:
         self._set_run_state(RunState.RUNNING if self._incoming.source_was_running else RunState.PAUSED)
 
     def _is_migrating(self) -> bool:
-        if self._outgoing is not None and not self._outgoing.has_ended:
-            return True
-        return self._run_state is RunState.INMIGRATE and self._listener is not None
+        return self._outgoing is not None and not self._outgoing.has_ended
 
     def _check_idle(self, what: str) -> None:
-        if self._outgoing is not None and not self._outgoing.has_ended:
+        if self._is_migrating():
             raise StateError(f"cannot {what} while a handover is under way: migrate_cancel ends it")
 
     def _set_run_state(self, state: RunState) -> None:

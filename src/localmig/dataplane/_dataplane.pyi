@@ -126,20 +126,13 @@ class QueuePair:
     def set_positions(self, rx_next_avail: int | None, tx_next_avail: int | None) -> None:
         """Sets where the rings go on; None means the used index in guest memory. RuntimeError if the pair runs."""
 
-    def start(self) -> None:
+    def start(self) -> int:
         """Scans both rings and the TAP once, signals both call eventfds, and lets the thread go on from there.
 
-        The first packets are moved before this returns, at most 16 each way; releases the GIL.
+        Gives the CLOCK_MONOTONIC nanoseconds at which the scan began. The first packets are moved before this returns, at most 16 each way; releases the GIL.
 
         Raises:
             RuntimeError: the pair runs already or was never configured. Nothing changed.
-        """
-
-    def wait_started(self, timeout_ms: int) -> int:
-        """CLOCK_MONOTONIC nanoseconds at which the first scan of the last `start` began. Releases the GIL.
-
-        Raises:
-            TimeoutError: nobody called `start` within `timeout_ms`.
         """
 
     def stop(self) -> tuple[int | None, int | None]:

@@ -183,14 +183,16 @@ class Channel:
         self.descriptors_sent += len(fds)
 
     def try_send(self, kind: FrameKind, data: bytes = b"") -> bool:
-        """Sends one small frame at once, or not at all; whether it was sent."""
+        """Sends one small frame at once. False: the other side is there but does not read, so it cannot be told."""
         if self._is_mid_frame:
             return False
         frame = _HEADER.pack(_MAGIC, kind, len(data)) + data
         try:
             self._is_mid_frame = fds_module.send(self._sock, frame) < len(frame)
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError:
+            return True  # nobody there needs to be told
         return not self._is_mid_frame
 
     async def _send_piece(self, piece: memoryview, fds: Sequence[int], deadline: float) -> None:

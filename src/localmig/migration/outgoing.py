@@ -99,6 +99,7 @@ class Outgoing:
             self._continued.set()
         self._pausing = False
         self._cancelling = False
+        self._reported = SOURCE_STATUS[SourceState.IDLE]
         self._task: asyncio.Task[None] | None = None
         self._error: str | None = None
         self._note: str | None = None
@@ -144,7 +145,7 @@ class Outgoing:
             return False
         if not self._cancelling:
             self._cancelling = True
-            self._tracer.emit(MigrationStatusChanged(status="cancelling"))
+            self._report()
             self._task.cancel()
         return True
 
@@ -238,7 +239,7 @@ class Outgoing:
     async def _pause(self, channel: Channel) -> None:
         """Waits for the operator, as long as the destination is there: it has nothing to say now."""
         self._pausing = True
-        self._tracer.emit(MigrationStatusChanged(status="pre-switchover"))
+        self._report()
         waits = [
             asyncio.ensure_future(self._continued.wait()),
             asyncio.ensure_future(channel.receive(timeout_s=None)),
@@ -285,55 +286,58 @@ class Outgoing:
         while self.state not in SOURCE_ENDED:
             match self.state:
                 case SourceState.COMMITTED:
-                    await self._await_done()
+                    event = await self._await_done()
                 case SourceState.FENCING:
-                    await self._fence()
-                case SourceState.IN_DOUBT:
-                    if self._peer is None:
-                        # Nothing is shared without a pidfd: the frontend is free to go to whoever answers it.
-                        self._error = (
-                            "the channel broke after COMMIT and nobody can tell whether the destination serves: "
-                            "look there; 'cont' serves here again, 'quit' ends this daemon"
-                        )
-                        return
-                    dead = await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S)
-                    self._fire(SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT)
-                    if not dead:
-                        self._note = "the channel broke after COMMIT; the destination lives and serves"
+                    event = await self._fence()
+                case SourceState.IN_DOUBT if self._peer is not None:
+                    event = await self._await_death(self._peer)
                 case _:
-                    raise AssertionError(self.state)
+                    # Nothing is shared without a pidfd: the frontend is free to go to whoever answers it.
+                    self._error = (
+                        "the channel broke after COMMIT and nobody can tell whether the destination serves: "
+                        "look there; 'cont' serves here again, 'quit' ends this daemon"
+                    )
+                    return
+            self._machine.fire(event)
+        # Told only when it is true: who reads "completed" finds nothing here any more.
         if self.state is SourceState.TAKEN_BACK:
             self._error = "the destination died after COMMIT: this daemon serves again"
             self._take_back()
         else:
             for part in self._parts:
                 part.release()
+        self._report()
 
-    async def _await_done(self) -> None:
+    async def _await_done(self) -> SourceEvent:
         assert self._channel is not None
         begun_ns = time.monotonic_ns()
         try:
             frame = await self._channel.receive(timeout_s=COMMIT_TIMEOUT_S)
             frame.close()
             if frame.kind is not FrameKind.DONE:
-                raise _unexpected(frame, "DONE")
+                return SourceEvent.REFUSED
             done = Done.decode(frame.data)
         except TimeoutError:
-            self._fire(SourceEvent.TIMED_OUT)
+            return SourceEvent.TIMED_OUT
         except PeerLostError:
             died = self._peer is not None and self._peer.is_dead
-            self._fire(SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST)
+            return SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST
         except PeerError:
-            self._fire(SourceEvent.REFUSED)
-        else:
-            self._serving_ns = done.serving_ns
-            self._note_phase("done", time.monotonic_ns() - begun_ns)
-            self._phases += [(f"destination-{name}", ns) for name, ns in done.phases]
-            self._fire(SourceEvent.DONE_RECEIVED)
+            return SourceEvent.REFUSED
+        self._serving_ns = done.serving_ns
+        self._note_phase("done", time.monotonic_ns() - begun_ns)
+        self._phases += [(f"destination-{name}", ns) for name, ns in done.phases]
+        return SourceEvent.DONE_RECEIVED
 
-    async def _fence(self) -> None:
+    async def _fence(self) -> SourceEvent:
         dead = self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S)
-        self._fire(SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT)
+        return SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT
+
+    async def _await_death(self, peer: Peer) -> SourceEvent:
+        if await peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
+            return SourceEvent.PEER_DIED
+        self._note = "the channel broke after COMMIT; the destination lives and serves"
+        return SourceEvent.TIMED_OUT
 
     # -- going back ---------------------------------------------------------------------------------------------
 
@@ -402,10 +406,15 @@ class Outgoing:
         return frame
 
     def _fire(self, event: SourceEvent) -> None:
-        before = self._status()
         self._machine.fire(event)
-        if self._status() != before:
-            self._tracer.emit(MigrationStatusChanged(status=self._status(), reason=self._error))
+        self._report()
+
+    def _report(self) -> None:
+        """Traces the status where it is another one than last time."""
+        status = self._status()
+        if status != self._reported:
+            self._reported = status
+            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._error))
 
     def _status(self) -> str:
         if self._pausing:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.fds import OwnedFd
 from localmig.testing import uml
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.namespace import configure, create_tap, isolate
@@ -59,6 +60,9 @@ one is a fair subject for the next."""
 RECOVERY_SECONDS_MAX: Final = 10.0
 """How long that may take: TCP tries again after 0.2 s, 0.4 s, 0.8 s …"""
 
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -75,27 +79,26 @@ class Service:
         self._log = folder / "daemon.log"
         self._seen = 0
         self._pid: int | None = None
-        # Daemons that an upgrade starts outlive it; they become our children, and end with us.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def start(self) -> None:
         """Starts a daemon and waits until it is ready. PeerError if it is not."""
-        ready, announce = os.pipe()
-        try:
+        with contextlib.ExitStack() as ends:
+            ready, announce = (ends.enter_context(OwnedFd(fd)) for fd in os.pipe())
             argv = [sys.executable, "-m", "localmig.cli", "run", "--netdev", "tap,id=net0,ifname=tap0"]
             argv += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={self.nic}", "--qmp", f"unix:{self._qmp}"]
-            argv += ["--trace", str(self._trace), "--log", str(self._log), "--ready-fd", str(announce)]
-            with self._log.open("a") as log:
-                # In a session of its own: Ctrl-C is for us, who end it in order.
-                daemon = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stderr=log, pass_fds=[announce], start_new_session=True
-                )
+            argv += ["--trace", str(self._trace), "--log", str(self._log), "--ready-fd", str(announce.fileno())]
+            # In a session of its own: Ctrl-C is for us, who end it in order.
+            daemon = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stderr=ends.enter_context(self._log.open("a")),
+                pass_fds=[announce.fileno()],
+                start_new_session=True,
+            )
             self._pid = daemon.pid
-            os.close(announce)
-            if not select.select([ready], [], [], STEP_SECONDS_MAX)[0] or not os.read(ready, 1):
+            announce.close()
+            if not select.select([ready], [], [], STEP_SECONDS_MAX)[0] or not os.read(ready.fileno(), 1):
                 raise PeerError(f"the daemon did not start:\n{self._log_tail()}")
-        finally:
-            os.close(ready)
 
     def hand_over(self) -> None:
         """Replaces the daemon as localmig does it. PeerError if the new one does not serve."""
@@ -107,7 +110,6 @@ class Service:
         if done.returncode != 0:
             raise PeerError(f"the upgrade failed:\n{done.stderr}")
         self._pid = json.loads(done.stdout)["new-pid"]
-        _reap()
 
     def restart(self) -> None:
         """Replaces the daemon as a service manager does: ends it, then starts another."""
@@ -118,15 +120,11 @@ class Service:
         """Ends the daemon, if there is one, and waits until it is gone."""
         if self._pid is None:
             return
-        pidfd = os.pidfd_open(self._pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            if not select.select([pidfd], [], [], STEP_SECONDS_MAX)[0]:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
-        self._pid = None
-        _reap()
+        pid, self._pid = self._pid, None
+        with OwnedFd(os.pidfd_open(pid)) as daemon:
+            signal.pidfd_send_signal(daemon.fileno(), signal.SIGTERM)
+            if not select.select([daemon], [], [], STEP_SECONDS_MAX)[0]:
+                signal.pidfd_send_signal(daemon.fileno(), signal.SIGKILL)
 
     def downtime_us(self) -> int:
         """Microseconds since `forget` from the first ring that stopped to the last that started, as traced."""
@@ -145,13 +143,6 @@ class Service:
 
     def _log_tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-
-
-def _reap() -> None:
-    """Takes the exit status of children that have ended."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 # -- the guests -------------------------------------------------------------------------------------------------
@@ -330,7 +321,7 @@ class Traffic:
 
 
 _LEGEND: Final = f"""\
-handover: 'localmig upgrade'. restart: the daemon ends, another is started, the guest looks for it each {RECONNECT_MS} ms.
+handover: 'localmig upgrade'. restart: the daemon ends, then another starts; the guest looks every {RECONNECT_MS} ms.
 downtime: from the old daemon's rings stopping to the new one's running. silence: pings waiting, none answered."""
 
 
@@ -356,6 +347,7 @@ def _facts(result: Round) -> dict[str, str]:
         "downtime p99": _milliseconds(percentile(downtimes, 0.99)),
         "downtime max": _milliseconds(max(downtimes, default=None)),
         "longest silence": "for good" if result.guest_lost else _milliseconds(pings.silence_us_max),
+        "pinger itself late": _milliseconds(pings.send_gap_us_max),
         "link changes in guest": "-" if result.carrier_changes is None else str(result.carrier_changes),
         "TCP stream": "broken" if stream is None else f"{stream.bytes_sent / 1e6:.0f} MB",
         "SHA-256 at both ends": "-" if stream is None else "equal" if stream.intact else "DIFFERENT",
@@ -371,6 +363,20 @@ def _progress(line: str) -> None:
     sys.stderr.flush()
 
 
+def _adopt_orphans() -> None:
+    """Daemons outlive the upgrade that starts them: lets them become our children then, so that none is lost."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_children() -> None:
+    """Kills what is left where the demonstration was broken off in the middle."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    while pids := children.read_text().split():
+        for pid in map(int, pids):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 def run(*, guest: str, times: int) -> tuple[Round, Round]:
     """Both rounds, each with a fresh guest.
 
@@ -384,9 +390,11 @@ def run(*, guest: str, times: int) -> tuple[Round, Round]:
     isolate()
     create_tap("tap0")  # persistent: a restart keeps the host's addresses, as a careful operator has it
     configure("tap0", address=HOST_ADDRESS)
+    _adopt_orphans()
     rounds = []
     for play in (hand_over, restart):
         with ExitStack() as resources:
+            resources.callback(_end_children)
             folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="localmig-demo-")))
             service = Service(folder)
             resources.callback(service.stop)
@@ -415,11 +423,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not 1 <= options.handovers <= TIMES_MAX:
         parser.error(f"--handovers {options.handovers} is not between 1 and {TIMES_MAX}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         handovers, restarts = run(guest=options.guest, times=options.handovers)
     except LocalmigError as error:
         sys.stderr.write(f"localmig: error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if options.json:
         both = {"handover": dataclasses.asdict(handovers), "restart": dataclasses.asdict(restarts)}
         sys.stdout.write(json.dumps(both) + "\n")

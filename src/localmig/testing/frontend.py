@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
@@ -446,34 +445,17 @@ class NetGuest:
             self._frontend.close()
             self._frontend = None
 
-    def reconnect(self, *, every_seconds: float, seconds_max: float) -> int:
+    def reconnect(self) -> None:
         """Connects to whoever listens now and goes on with the rings as they stand in memory, as QEMU does.
 
-        Args:
-            every_seconds: time between attempts.
-            seconds_max: when to give up.
-
-        Returns:
-            the number of attempts it took.
-
         Raises:
-            PeerLostError: nobody listened until the end. The guest is detached.
+            PeerLostError: nobody listens, or not for long. The guest is detached, and may try again.
+            PeerError: the backend refused a step, or offers less than the driver uses. The guest is detached.
         """
         self.disconnect()
-        deadline = time.monotonic() + seconds_max
-        attempts = 0
-        while True:
-            attempts += 1
-            # A backend that went away told no position: what it completed is in the used index, the rest is undone.
-            self._bases = [self.used_index(RX), self.used_index(TX)]
-            try:
-                self.attach()
-            except PeerLostError:
-                if time.monotonic() + every_seconds > deadline:
-                    raise
-            else:
-                return attempts
-            time.sleep(every_seconds)
+        # A backend that went away told no position: what it completed is in the used index, the rest is undone.
+        self._bases = [self.used_index(RX), self.used_index(TX)]
+        self.attach()
 
     def close(self) -> None:
         """Ends the guest: driver, connection, memory. Idempotent."""

@@ -8,7 +8,7 @@ Read next:   frontend.py for what it says to the backend, demo.py for who starts
     kernel TCP/IP ─ tap0 ─ daemon ═ vhost-user ═ driver ─ gtap0 ─ kernel TCP/IP
 
 `python -m localmig.testing.guest --socket nic0.sock --address 10.9.0.2/24` prints an event a line, as JSON: `ready`,
-`reset`, `paused`, `reconnected`, and at its end `ended` with a reason (None: it was told to) and what it counted.
+`reset`, `paused`, `lost`, `reconnected`, at last `ended` with a reason (None: it was told to) and what it counted.
 SIGUSR1 resets the driver, SIGUSR2 stops the rings at the backend and starts them again, as a VMM does that pauses.
 """
 
@@ -102,19 +102,26 @@ class _Guest:
     def run(self) -> str | None:
         """Serves signals and losses until the end; gives its reason, None for being told to end."""
         self._tell("ready", pid=os.getpid(), mac=link(self._settings.ifname)["address"])
-        while True:
-            try:
-                number = self._next_signal()
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    return None
-                if number is not None:
-                    self._obey(number)
-            except PeerLostError as error:
-                if self._settings.reconnect_ms is None:
-                    return str(error)
-                self._reconnect(self._settings.reconnect_ms)
-            except PeerError as error:
-                return str(error)
+        try:
+            while self._serve():
+                pass
+        except PeerError as error:
+            return str(error)
+        return None
+
+    def _serve(self) -> bool:
+        """Deals with a signal or a loss, if there is one; False for being told to end."""
+        try:
+            number = self._next_signal()
+            if number in (signal.SIGTERM, signal.SIGINT):
+                return False
+            if number is not None:
+                self._obey(number)
+        except PeerLostError:
+            if self._settings.reconnect_ms is None:
+                raise
+            return self._reconnect(self._settings.reconnect_ms)
+        return True
 
     def _next_signal(self) -> signal.Signals | None:
         """A signal that came, None for none so far. Raises what is wrong with the backend or the driver."""
@@ -155,14 +162,31 @@ class _Guest:
             self._pauses += 1
             self._tell("paused")
 
-    def _reconnect(self, every_ms: float) -> None:
-        """Looks for a backend as QEMU does: the guest's link is down until there is one."""
+    def _reconnect(self, every_ms: float) -> bool:
+        """Looks for a backend as QEMU does, its link down until there is one; False for being told to end.
+
+        Raises:
+            PeerError: there was none for `RECONNECT_SECONDS_MAX`, or it refused.
+        """
         began = time.monotonic()
         self._set_carrier(0)
-        attempts = self._driver.reconnect(every_seconds=every_ms / 1e3, seconds_max=RECONNECT_SECONDS_MAX)
+        self._tell("lost")
+        while True:
+            try:
+                self._driver.reconnect()
+                break
+            except PeerLostError as error:
+                seconds = time.monotonic() - began
+                if seconds > RECONNECT_SECONDS_MAX:
+                    raise PeerError(f"no backend for {seconds:.0f} s: {error}") from error
+            told = select.select([self._wake], [], [], every_ms / 1e3)[0]
+            # A driver reset, or a pause, is nobody's business while nobody is there.
+            if told and os.read(self._wake, 1)[0] in (signal.SIGTERM, signal.SIGINT):
+                return False
         self._set_carrier(1)
         self._reconnects += 1
-        self._tell("reconnected", attempts=attempts, seconds=time.monotonic() - began)
+        self._tell("reconnected", seconds=time.monotonic() - began)
+        return True
 
     def _set_carrier(self, carrier: int) -> None:
         fcntl.ioctl(self._tap.fileno(), _TUNSETCARRIER, struct.pack("i", carrier))

@@ -60,9 +60,6 @@ FEATURES: Final = (
 )
 """What the packet path serves."""
 
-_START_TIMEOUT_MS: Final = 1000
-"""A thread that was woken runs within microseconds; on a machine that cannot do it in a second nothing works."""
-
 _COUNTER_NAMES: Final = tuple(CountersState.__dataclass_fields__)
 
 
@@ -92,7 +89,6 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._serving = False
         self._awaits_netdev = False
-        self._starting: list[int] = []
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -106,7 +102,7 @@ class VirtioNet(Part):
             raise
 
     def resume(self) -> None:
-        """Starts the queue pairs whose rings are ready. `thaw` reports them as started."""
+        """Starts the queue pairs whose rings are ready."""
         if not self._serving:
             self._serving = True
             for index in range(len(self._pairs)):
@@ -126,7 +122,6 @@ class VirtioNet(Part):
 
     def thaw(self) -> None:
         """Serves socket and connection."""
-        self._report_started()
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
         self._endpoint.listener.listening.claim()
@@ -306,7 +301,6 @@ class VirtioNet(Part):
         self._lay_out(index)
         if self._serving:
             self._start(index)
-            self._report_started()
 
     def _change_memory(self) -> None:
         for index, pair in enumerate(self._pairs):
@@ -385,15 +379,7 @@ class VirtioNet(Part):
     def _start(self, index: int) -> None:
         pair = self._pairs[index]
         if _has_rings(pair):
-            pair.start()
-            self._starting.append(index)
-
-    def _report_started(self) -> None:
-        """Waits for the threads to be up; all were woken before, so this takes as long as the slowest one."""
-        starting, self._starting = self._starting, []
-        for index in starting:
-            at_ns = self._pairs[index].wait_started(_START_TIMEOUT_MS)
-            self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=at_ns))
+            self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
 
     def _stop(self, index: int) -> None:
         """Stops the queue pair and writes its positions into the session's state."""
@@ -403,9 +389,7 @@ class VirtioNet(Part):
         for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
             if state is not None and position is not None:
                 state.vrings[vring].next_avail = position
-        if index in self._starting:
-            self._starting.remove(index)
-        elif was_running:
+        if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
 
     def _report_ring_errors(self) -> None:
@@ -427,7 +411,6 @@ class VirtioNet(Part):
         for pair in self._pairs:
             pair.close()
         self._pairs = []
-        self._starting = []
         self._memory = None
         if self._ring_errors is not None:
             asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())

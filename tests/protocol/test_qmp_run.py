@@ -1,0 +1,132 @@
+"""`localmig run` as a process: readiness, signals, the trace file, its place at the QMP path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localmig.cli.client import connected
+
+PATIENCE_S = 60
+
+LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
+
+
+class Launcher:
+    """Starts daemons that wait for a migration that never comes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.qmp = directory / "qmp.sock"
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """A daemon, ready."""
+        ready, ready_there = os.pipe()
+        process = subprocess.Popen(
+            [
+                *(*LOCALMIG, "run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}"),
+                *("--ready-fd", str(ready_there), *options),
+            ],
+            pass_fds=[ready_there],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        os.close(ready_there)
+        try:
+            assert os.read(ready, 2) == b"\n"
+            assert os.read(ready, 1) == b"", "the daemon keeps the descriptor"
+        finally:
+            os.close(ready)
+        return process
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    it = Launcher(tmp_path)
+    yield it
+    it.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_daemon_in_good_order(launcher: Launcher, number: signal.Signals) -> None:
+    daemon = launcher.start()
+
+    async def watch() -> object:
+        async with connected(str(launcher.qmp)) as client:
+            assert client.pid == daemon.pid
+            daemon.send_signal(number)
+            event = await client.next_event(timeout_s=PATIENCE_S)
+            assert event is not None
+            return event["event"], event["data"]
+
+    assert asyncio.run(watch()) == ("SHUTDOWN", {"guest": False, "reason": "host-signal"})
+    _, log = daemon.communicate(timeout=PATIENCE_S)
+    assert daemon.returncode == 0, log
+    assert "Traceback" not in log
+    assert not launcher.qmp.exists()
+
+
+def test_quit_ends_the_daemon_in_good_order(launcher: Launcher) -> None:
+    daemon = launcher.start()
+    done = subprocess.run(
+        [*LOCALMIG, "qmp", str(launcher.qmp), "quit"], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{}\n", "")
+    _, log = daemon.communicate(timeout=PATIENCE_S)
+    assert daemon.returncode == 0, log
+    assert "Traceback" not in log
+
+
+def test_every_fact_is_a_line_of_the_trace_file_at_once(launcher: Launcher, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    launcher.start("--trace", str(trace))
+    # The daemon runs still: nothing is held back.
+    [event] = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert (event["event"], event["state"]) == ("RunStateChanged", "inmigrate")
+
+
+def test_a_daemon_may_be_started_with_migration_parameters(launcher: Launcher) -> None:
+    launcher.start("--migration-parameter", "local=on")
+
+    async def ask() -> object:
+        async with connected(str(launcher.qmp)) as client:
+            return await client.execute("query-migrate-parameters")
+
+    assert asyncio.run(ask()) == {"downtime-limit": 300, "local": True}
+
+
+def test_the_log_goes_to_its_file(launcher: Launcher, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    daemon = launcher.start("--log", str(log), "-v")
+    daemon.terminate()
+    assert daemon.communicate(timeout=PATIENCE_S)[1] == ""
+    assert "RunStateChanged" in log.read_text()
+
+
+def test_one_incoming_daemon_may_wait_beside_another_and_no_more(launcher: Launcher) -> None:
+    launcher.start()
+    launcher.start()
+    third = subprocess.run(
+        [*LOCALMIG, "run", "--incoming", "defer", "--qmp", f"unix:{launcher.qmp}"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert third.returncode == 1
+    assert third.stderr.startswith("localmig: error: socket")
+    assert "is in use by a living process" in third.stderr

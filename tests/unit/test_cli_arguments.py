@@ -1,0 +1,167 @@
+"""The command line: what words mean, what is printed, which exit status."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from localmig.cli import main
+from localmig.cli.qmp import read_arguments
+from localmig.cli.run import read_parameters
+from localmig.cli.status import show, show_migration, table
+from localmig.errors import ConfigError
+from localmig.migration.parameters import Parameters
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """`run` sets up the process's log; here the process is the tests'."""
+    root, ours = logging.getLogger(), logging.getLogger("localmig")
+    handlers, level = root.handlers[:], ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("words", "parameters"),
+    [
+        ([], Parameters()),
+        (["local=on"], Parameters(local=True)),
+        (["local=on", "local=off"], Parameters(local=False)),
+        (["local=on", "downtime-limit=7"], Parameters(local=True, downtime_limit_ms=7)),
+    ],
+)
+def test_migration_parameters_are_written_under_qmps_names(words: list[str], parameters: Parameters) -> None:
+    assert read_parameters(words, Parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [
+        ("local", "expected NAME=VALUE"),
+        ("local=yes", "Invalid parameter type for 'local', expected: boolean"),
+        ("local=1", "Invalid parameter type for 'local', expected: boolean"),
+        ("downtime-limit=x", "Parameter 'downtime-limit' expects uint64"),
+        ("downtime-limit=99999999999999999999999", "Parameter 'downtime-limit' expects uint64"),
+        ("mode=normal", "Parameter 'mode' is unexpected"),
+    ],
+)
+def test_a_wrong_migration_parameter_is_named_with_its_error(word: str, error: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_parameters([word], Parameters())
+    assert str(caught.value) == f"--migration-parameter {word}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ([], {}),
+        (["local=true", "downtime-limit=5"], {"local": True, "downtime-limit": 5}),
+        (["uri=unix:/run/x=y.sock"], {"uri": "unix:/run/x=y.sock"}),
+        (['{"uri": "unix:/x"}'], {"uri": "unix:/x"}),
+    ],
+)
+def test_arguments_of_a_command_are_pairs_or_one_object(words: list[str], arguments: dict[str, object]) -> None:
+    assert read_arguments(words) == arguments
+
+
+@pytest.mark.parametrize("words", [["local"], ["=1"], ["{local: true}"]])
+def test_arguments_that_are_neither_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        read_arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error"),
+    [
+        (["run"], 1, "nothing to serve: give --netdev and --device, or --incoming to take over from a daemon"),
+        (["run", "--netdev", "tap"], 1, "--netdev tap: Parameter 'id' is missing"),
+        (["run", "--incoming", "foo"], 1, "unknown migration protocol: foo"),
+        (["run", "--incoming", "defer", "--ready-fd", "999"], 1, "--ready-fd 999: Bad file descriptor"),
+        (["run", "--incoming", "defer", "--trace", "/nonexistent/x"], 1, "--trace /nonexistent/x: No such file"),
+        (["run", "--incoming", "defer", "--qmp", "tcp:x"], 1, "--qmp tcp:x"),
+        (["status", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
+        (["upgrade", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
+        (["qmp", "/nonexistent/x", "query-status"], 1, "no daemon answers at '/nonexistent/x'"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_in_one_line(
+    words: list[str], code: int, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("localmig: error: ")
+    assert error in line
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["bogus"], ["upgrade"], ["upgrade", "x", "--timeout", "0"], ["upgrade", "x", "--timeout", "nan"]]
+)
+def test_wrong_usage_has_exit_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: localmig" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "upgrade", "status", "qmp"])
+def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"examples:\n  {'localmig ' + command if command in ('status', 'qmp') else ''}" in capsys.readouterr().out
+
+
+def test_help_for_an_object_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--netdev", "tap,help"]) == 0
+    assert "ifname=" in capsys.readouterr().out
+    assert main(["run", "--device", "help"]) == 0
+    assert "virtio-net" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("migration", "text"),
+    [
+        ({}, "none yet"),
+        ({"status": "setup", "local": {"descriptors": 0}}, "setup"),
+        (
+            {"status": "completed", "local": {"downtime-us": 215, "descriptors": 11}},
+            "completed, downtime 0.215 ms, 11 descriptors",
+        ),
+        ({"status": "failed", "error-desc": "gone", "local": {"note": "look"}}, "failed: gone: look"),
+    ],
+)
+def test_a_migration_is_shown_in_one_line(migration: dict[str, object], text: str) -> None:
+    assert show_migration(migration) == text
+
+
+def test_the_status_of_a_daemon_is_shown_with_its_objects() -> None:
+    facts = {
+        "pid": 5,
+        "version": "localmig 1.2.3",
+        "status": "running",
+        "migration": {},
+        "objects": [
+            {"id": "net0", "type": "tap", "transfers": True},
+            {"id": "nic0", "type": "virtio-net", "transfers": False, "reason": "told so"},
+        ],
+    }
+    assert show(json.loads(json.dumps(facts))).splitlines() == [
+        "daemon     process 5, localmig 1.2.3",
+        "run state  running",
+        "migration  none yet",
+        "",
+        "object  type        descriptors in a local migration",
+        "net0    tap         would move",
+        "nic0    virtio-net  stays home: told so",
+    ]
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    assert table(("a", "bb"), [("ccc", "d")]) == "a    bb\nccc  d"
