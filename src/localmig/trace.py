@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -91,6 +92,7 @@ class Tracer:
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[Event], None]] = []
+        self._held: list[Event] | None = None
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Adds a subscriber; the returned function removes it again."""
@@ -99,8 +101,23 @@ class Tracer:
 
     def emit(self, event: Event) -> None:
         """Hands `event` out. A subscriber must not raise."""
+        if self._held is not None:
+            self._held.append(event)
+            return
         for subscriber in tuple(self._subscribers):
             subscriber(event)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds events back until the end of the block, which hands them out in order. Not to be nested."""
+        assert self._held is None, "events are held already"
+        self._held = []
+        try:
+            yield
+        finally:
+            events, self._held = self._held, None
+            for event in events:
+                self.emit(event)
 
 
 def to_json(event: Event) -> str:

@@ -159,8 +159,8 @@ class Guest:
     def discarded_replies(self) -> int:
         """How many ping replies its own network stack discarded since boot, before they reached its NIC.
 
-        Its ICMP has room for about 170 of them. Where a busy machine keeps a guest from running for a sixth of a second, as
-        many requests wait for it, and it answers them all at once.
+        Its ICMP has room for about 170 of them. Where a busy machine keeps a guest from running for a sixth of a
+        second, as many requests wait for it, and it answers them all at once.
         """
         names, values = self.run("grep ^Icmp: /proc/net/snmp").splitlines()
         return int(dict(zip(names.split(), values.split(), strict=True))["OutErrors"])
@@ -269,11 +269,11 @@ class Lab:
     """A network namespace with the processes of one test, all of them ended by `close`."""
 
     def __init__(self) -> None:
+        self.namespace = NetworkNamespace.create()
         # A short path: a UNIX socket's may have 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self._processes: list[Process] = []
         self._guest_count = 0
-        self.namespace = NetworkNamespace.create()
 
     def start(self, argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = ()) -> Process:
         """Start a process in the namespace; its output goes to `name`.log in the lab's folder."""

@@ -181,14 +181,15 @@ impl QueuePair {
         state.running = true;
         state.starts += 1;
         shared.running.store(true, Ordering::Release);
+        let began_ns = sys::monotonic_ns();
+        shared.turn(&mut state, START_PACKETS);
+        // Only now: a thread that wakes up takes the processor from the packets the guest waits for.
         if state.parked {
             shared.resumed.notify_one();
         } else {
             // It never noticed the last stop and sleeps on what mattered then.
             sys::signal(shared.wake_fd.as_raw_fd());
         }
-        let began_ns = sys::monotonic_ns();
-        shared.turn(&mut state, START_PACKETS);
         Ok(began_ns)
     }
 

@@ -29,8 +29,9 @@ from localmig.fds import OwnedFd, close_all
 _HEADER: Final = struct.Struct(">4sB3xI")
 _MAGIC: Final = b"LMIG"
 
-_RECEIVE_SIZE: Final = 256 * 1024
-"""Bytes asked of one recvmsg: more than a UNIX socket buffers by default, so one call empties it."""
+_RECEIVE_SIZE: Final = 32 * 1024
+"""Bytes asked of one recvmsg: what a switchover of some NICs needs. Much more would be memory to be mapped anew for
+every call, which takes longer than another call."""
 
 EAGER_WAIT_MS: Final = 5
 """How long a receiver inside the downtime sits in poll(2) before it lets the event loop run: ten times what the

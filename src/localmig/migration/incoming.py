@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from localmig.device_api import Part
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError
+from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.downtime import undisturbed
 from localmig.migration.handover import (
     DESTINATION_STATUS,
     DestinationEvent,
@@ -32,9 +34,9 @@ from localmig.migration.outgoing import COMMIT_TIMEOUT_S, HELLO_TIMEOUT_S, SETUP
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.status import MigrationInfo, Phase
-from localmig.migration.stream import IncomingStream, section_name
+from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
 from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
-from localmig.vmstate import close_descriptors
+from localmig.vmstate import Description, close_descriptors
 
 _logger = logging.getLogger(__name__)
 
@@ -155,14 +157,24 @@ class Incoming:
         frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
         with self._phase("setup"):
             self._adopt_setup(frame)
+            self._rehearse()
         self._prepared_ns = time.monotonic_ns()
         await channel.send(FrameKind.SETUP_ACK, timeout_s=HELLO_TIMEOUT_S)
         self._fire(DestinationEvent.SETUP_ADOPTED)
 
         # The operator may let the source pause here, and past READY the source alone decides: both waits end with it.
         frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
+        with undisturbed(self._tracer):
+            await self._switch_over(channel, frame)
+        try:
+            await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
+        except (TimeoutError, PeerError) as error:
+            self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
+        self._settle()
+
+    async def _switch_over(self, channel: Channel, frame: Frame) -> None:
         begun_ns = time.monotonic_ns()
-        self._adopt_switchover(frame)
+        self._adopt_switchover(self._stream, frame.data, frame.fds)
         await channel.send(FrameKind.READY, timeout_s=HELLO_TIMEOUT_S)
         self._fire(DestinationEvent.SWITCHOVER_ADOPTED)
         ready_ns = time.monotonic_ns()
@@ -182,11 +194,20 @@ class Incoming:
         self._on_serving()
         for name, duration_ns in own_phases:
             self._note_phase(name, duration_ns)
-        try:
-            await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
-        except (TimeoutError, PeerError) as error:
-            self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
-        self._settle()
+
+    def _rehearse(self) -> None:
+        """Does once, with states of our own, what the downtime will do: what runs for the first time is slow."""
+        stream = IncomingStream(setup={}, switchover=self._switchover_descriptions())
+        sections = [
+            Section(
+                name=section_name(part.id, part.switchover),
+                description=part.switchover,
+                state=part.save_switchover(),
+            )
+            for part in self._parts
+            if part.switchover is not None
+        ]
+        self._adopt_switchover(stream, OutgoingStream().switchover(sections).data, [])
 
     async def _greet(self, channel: Channel) -> None:
         frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)
@@ -204,11 +225,7 @@ class Incoming:
         self._parts = self._build(hello)
         self._stream = IncomingStream(
             setup={section_name(part.id, part.setup): part.setup for part in self._parts},
-            switchover={
-                section_name(part.id, part.switchover): part.switchover
-                for part in self._parts
-                if part.switchover is not None
-            },
+            switchover=self._switchover_descriptions(),
         )
         answer = Hello(version=program_version(), local=local, running=hello.running).encode()
         if channel.passes_descriptors:
@@ -233,8 +250,18 @@ class Incoming:
                 close_descriptors(part.setup, state)
             raise
 
-    def _adopt_switchover(self, frame: Frame) -> None:
-        states = {section.name: section.state for section in self._stream.switchover(frame.data, frame.fds)}
+    def _switchover_descriptions(self) -> dict[str, Description[Any]]:
+        return {
+            section_name(part.id, part.switchover): part.switchover
+            for part in self._parts
+            if part.switchover is not None
+        }
+
+    def _adopt_switchover(
+        self, stream: IncomingStream, data: bytes | bytearray, fds: Iterable[tuple[int, OwnedFd]]
+    ) -> None:
+        """Decodes all, checks all, then applies all: a bad last section leaves no half-loaded device."""
+        states = {section.name: section.state for section in stream.switchover(bytes(data), fds)}
         pairs = [
             (part, states[section_name(part.id, part.switchover)])
             for part in self._parts
@@ -249,9 +276,9 @@ class Incoming:
         if self.source_was_running:
             for part in self._parts:
                 part.resume()
+        self._serving_ns = time.monotonic_ns()
         for part in self._parts:
             part.thaw()
-        self._serving_ns = time.monotonic_ns()
 
     def _recover(self) -> None:
         """The source is dead: serve from what arrived whole and from what stands in guest memory."""

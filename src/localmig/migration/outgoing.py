@@ -12,7 +12,6 @@ destination is known dead.
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.downtime import undisturbed
 from localmig.migration.handover import (
     SOURCE_ENDED,
     SOURCE_STATUS,
@@ -166,7 +166,9 @@ class Outgoing:
         self._task = asyncio.current_task()
         try:
             await self._prepare()
-            await self._switch_over()
+            with undisturbed(self._tracer):
+                await self._switch_over()
+                event = await self._await_done()
         except asyncio.CancelledError:
             assert self._task is not None
             self._task.uncancel()
@@ -184,7 +186,7 @@ class Outgoing:
             self._end()
             raise
         else:
-            await self._conclude()
+            await self._conclude(event)
         self._end()
         return self.state
 
@@ -262,31 +264,28 @@ class Outgoing:
         channel = self._channel
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
-        with _without_garbage_collection():
-            stopped_ns = self._stopped_ns = time.monotonic_ns()
-            for part in self._parts:
-                if self._running:
-                    self._stopped.append(part)
-                part.stop()
-            saved_ns = time.monotonic_ns()
-            blob = self._stream.switchover(self._switchover_sections())
-            await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
-            sent_ns = time.monotonic_ns()
-            await self._expect(FrameKind.READY, limit_s, "say READY within downtime-limit", eager=True)
-            self._fire(SourceEvent.READY_RECEIVED)
-            await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=limit_s)
-            self._fire(SourceEvent.COMMIT_SENT)
-            ready_ns = time.monotonic_ns()
+        stopped_ns = self._stopped_ns = time.monotonic_ns()
+        for part in self._parts:
+            if self._running:
+                self._stopped.append(part)
+            part.stop()
+        saved_ns = time.monotonic_ns()
+        blob = self._stream.switchover(self._switchover_sections())
+        await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
+        sent_ns = time.monotonic_ns()
+        await self._expect(FrameKind.READY, limit_s, "say READY within downtime-limit", eager=True)
+        self._fire(SourceEvent.READY_RECEIVED)
+        await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=limit_s)
+        self._fire(SourceEvent.COMMIT_SENT)
+        ready_ns = time.monotonic_ns()
         self._note_phase("stop", saved_ns - stopped_ns)
         self._note_phase("switchover", sent_ns - saved_ns)
         self._note_phase("ready", ready_ns - sent_ns)
 
-    async def _conclude(self) -> None:
+    async def _conclude(self, event: SourceEvent) -> None:
         """Past COMMIT: ends when the destination serves, or is known dead and the source serves again."""
-        while self.state not in SOURCE_ENDED:
+        while self._machine.fire(event) not in SOURCE_ENDED:
             match self.state:
-                case SourceState.COMMITTED:
-                    event = await self._await_done()
                 case SourceState.FENCING:
                     event = await self._fence()
                 case SourceState.IN_DOUBT if self._peer is not None:
@@ -298,7 +297,6 @@ class Outgoing:
                         "look there; 'cont' serves here again, 'quit' ends this daemon"
                     )
                     return
-            self._machine.fire(event)
         # Told only when it is true: who reads "completed" finds nothing here any more.
         if self.state is SourceState.TAKEN_BACK:
             self._error = "the destination died after COMMIT: this daemon serves again"
@@ -312,7 +310,7 @@ class Outgoing:
         assert self._channel is not None
         begun_ns = time.monotonic_ns()
         try:
-            frame = await self._channel.receive(timeout_s=COMMIT_TIMEOUT_S)
+            frame = await self._channel.receive(timeout_s=COMMIT_TIMEOUT_S, eager=True)
             frame.close()
             if frame.kind is not FrameKind.DONE:
                 return SourceEvent.REFUSED
@@ -468,15 +466,3 @@ def _unexpected(frame: Frame, expected: str) -> PeerError:
 def on_off(value: bool) -> str:  # noqa: FBT001 - a value to be shown
     """How a switch is written."""
     return "on" if value else "off"
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """A collection takes milliseconds in a large daemon, and nothing in the downtime makes garbage worth it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
