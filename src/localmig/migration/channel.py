@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import select
 import socket
 import struct
@@ -36,6 +37,11 @@ every call, which takes longer than another call."""
 EAGER_WAIT_MS: Final = 5
 """How long a receiver inside the downtime sits in poll(2) before it lets the event loop run: ten times what the
 other side usually needs, and too short for a monitor client to notice."""
+
+
+_AWAKE_NS: Final = 500_000
+"""How long an eager receiver stays awake: a processor that fell asleep takes as long to wake, above all in a virtual
+machine, as the whole answer takes to come."""
 
 
 class FrameKind(IntEnum):
@@ -150,7 +156,6 @@ class Channel:
         self._buffer = FrameBuffer()
         self.passes_descriptors: Final = sock.family == socket.AF_UNIX
         """Whether the kind of socket can carry descriptors; whether they arrive is seen only on the way."""
-        self.descriptors_sent = 0
         self._is_mid_frame = False
 
     async def send(
@@ -181,7 +186,6 @@ class Channel:
             position = place + 1
         await self._send_piece(view[position:], (), deadline)
         self._is_mid_frame = False
-        self.descriptors_sent += len(fds)
 
     def try_send(self, kind: FrameKind, data: bytes = b"") -> bool:
         """Sends one small frame at once. False: the other side is there but does not read, so it cannot be told."""
@@ -255,9 +259,16 @@ class Channel:
         self._sock.close()
 
     def _poll_briefly(self, timeout_s: float | None) -> None:
+        """Waits for something to read without the event loop, first awake and then asleep."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        limit_ms = EAGER_WAIT_MS if timeout_s is None else min(EAGER_WAIT_MS, timeout_s * 1000)
+        limit_ms = EAGER_WAIT_MS if timeout_s is None else max(0.0, min(EAGER_WAIT_MS, timeout_s * 1000))
+        awake_until_ns = time.monotonic_ns() + min(_AWAKE_NS, int(limit_ms * 1e6))
+        while time.monotonic_ns() < awake_until_ns:
+            if poll.poll(0):
+                return
+            # Where the other side needs this very processor, it gets it.
+            os.sched_yield()
         poll.poll(limit_ms)
 
     async def _wait(self, mask: int, deadline: float | None) -> None:

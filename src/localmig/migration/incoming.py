@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from localmig.device_api import Part
@@ -33,9 +32,10 @@ from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, 
 from localmig.migration.outgoing import COMMIT_TIMEOUT_S, HELLO_TIMEOUT_S, SETUP_TIMEOUT_S, on_off, take_peer
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, own_pidfd
-from localmig.migration.status import MigrationInfo, Phase
+from localmig.migration.progress import Progress
+from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
-from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
+from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Description, close_descriptors
 
 _logger = logging.getLogger(__name__)
@@ -75,20 +75,12 @@ class Incoming:
         self._build = build
         self._on_serving = on_serving
         self._tracer = tracer
+        self._progress = Progress("destination", tracer)
         self._machine = destination_machine()
         self._parts: Sequence[Part] = ()
         self._peer: Peer | None = None
         self._stream = IncomingStream(setup={}, switchover={})
         self._hello: Hello | None = None
-        self._error: str | None = None
-        self._note: str | None = None
-        self._phases: list[tuple[str, int]] = []
-        self._started_ns = time.monotonic_ns()
-        self._ended_ns: int | None = None
-        self._prepared_ns: int | None = None
-        self._stopped_ns: int | None = None
-        self._serving_ns: int | None = None
-        self._descriptors = 0
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
@@ -104,26 +96,13 @@ class Incoming:
 
     def info(self) -> MigrationInfo:
         """The facts so far."""
-        end_ns = self._ended_ns or time.monotonic_ns()
-        downtime_us = None
-        if self._stopped_ns is not None and self._serving_ns is not None:
-            downtime_us = (self._serving_ns - self._stopped_ns) // 1000
-        return MigrationInfo(
-            status=DESTINATION_STATUS[self.state],
-            error_desc=self._error,
-            note=self._note,
-            total_time_ms=(end_ns - self._started_ns) // 1_000_000,
-            setup_time_ms=None if self._prepared_ns is None else (self._prepared_ns - self._started_ns) // 1_000_000,
-            downtime_us=downtime_us,
-            phases=tuple(Phase(name=name, duration_us=ns // 1000) for name, ns in self._phases),
-            descriptors=self._descriptors,
-        )
+        return self._progress.info(DESTINATION_STATUS[self.state])
 
     # -- the handover -------------------------------------------------------------------------------------------
 
     async def run(self, channel: Channel) -> DestinationState:
         """Takes over what comes through `channel`, which it closes. Gives COMPLETED or FAILED."""
-        self._started_ns = time.monotonic_ns()
+        self._progress.start()
         self._fire(DestinationEvent.CONNECTED)
         try:
             await self._take_over(channel)
@@ -143,22 +122,30 @@ class Incoming:
         except (LocalmigError, OSError) as error:
             self._give_up(DestinationEvent.FAILED_HERE, str(error))
             channel.try_send(FrameKind.REFUSE, encode_reason(str(error)))
+        except BaseException as error:
+            if self._progress.serving_ns is None:
+                self._give_up(None, f"internal error: {error!r}")
+                raise
+            # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
+            _logger.exception("internal error after the takeover")
+            self._progress.note = f"internal error after the takeover: {error!r}"
+            self._settle()
         finally:
             channel.close()
             if self._peer is not None:
                 self._peer.close()
-            self._ended_ns = time.monotonic_ns()
+            self._progress.end()
         return self.state
 
     async def _take_over(self, channel: Channel) -> None:
-        with self._phase("hello"):
+        with self._progress.phase("hello"):
             await self._greet(channel)
         self._fire(DestinationEvent.HELLO_ACCEPTED)
         frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
-        with self._phase("setup"):
+        with self._progress.phase("setup"):
             self._adopt_setup(frame)
             self._rehearse()
-        self._prepared_ns = time.monotonic_ns()
+        self._progress.prepared_ns = time.monotonic_ns()
         await channel.send(FrameKind.SETUP_ACK, timeout_s=HELLO_TIMEOUT_S)
         self._fire(DestinationEvent.SETUP_ADOPTED)
 
@@ -169,7 +156,7 @@ class Incoming:
         try:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
         except (TimeoutError, PeerError) as error:
-            self._note = f"the source did not let go: {str(error) or 'no end of the channel'}"
+            self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
         self._settle()
 
     async def _switch_over(self, channel: Channel, frame: Frame) -> None:
@@ -183,17 +170,17 @@ class Incoming:
         self._fire(DestinationEvent.COMMIT_RECEIVED)
         committed_ns = time.monotonic_ns()
         self._serve()
-        self._stopped_ns = int.from_bytes(frame.data[:8], "big")
-        assert self._serving_ns is not None
+        self._progress.stopped_ns = int.from_bytes(frame.data[:8], "big")
+        assert self._progress.serving_ns is not None
         own_phases = (
             ("adopt", ready_ns - begun_ns),
             ("await-commit", committed_ns - ready_ns),
-            ("start", self._serving_ns - committed_ns),
+            ("start", self._progress.serving_ns - committed_ns),
         )
-        channel.try_send(FrameKind.DONE, Done(serving_ns=self._serving_ns, phases=own_phases).encode())
+        channel.try_send(FrameKind.DONE, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
         self._on_serving()
         for name, duration_ns in own_phases:
-            self._note_phase(name, duration_ns)
+            self._progress.add_phase(name, duration_ns)
 
     def _rehearse(self) -> None:
         """Does once, with states of our own, what the downtime will do: what runs for the first time is slow."""
@@ -236,7 +223,7 @@ class Incoming:
             await channel.send(FrameKind.HELLO, answer, timeout_s=HELLO_TIMEOUT_S)
 
     def _adopt_setup(self, frame: Frame) -> None:
-        self._descriptors = len(frame.fds)
+        self._progress.descriptors = len(frame.fds)
         states = {section.name: section.state for section in self._stream.setup(frame.data, frame.fds)}
         pairs = [(part, states[section_name(part.id, part.setup)]) for part in self._parts]
         try:
@@ -276,7 +263,7 @@ class Incoming:
         if self.source_was_running:
             for part in self._parts:
                 part.resume()
-        self._serving_ns = time.monotonic_ns()
+        self._progress.serving_ns = time.monotonic_ns()
         for part in self._parts:
             part.thaw()
 
@@ -284,7 +271,7 @@ class Incoming:
         """The source is dead: serve from what arrived whole and from what stands in guest memory."""
         for part in self._parts:
             part.recover()
-        self._note = "the source died during the handover; this daemon took over from guest memory"
+        self._progress.note = "the source died during the handover; this daemon took over from guest memory"
         self._serve()
         self._on_serving()
         self._settle()
@@ -296,12 +283,12 @@ class Incoming:
                 part.source_released()
             except (ConfigError, KernelError) as error:
                 # Too late for a no: this process owns the guest, and the rest of it works.
-                self._note = str(error)
+                self._progress.note = str(error)
                 _logger.warning("%s", error)
         self._fire(DestinationEvent.SETTLED)
 
     def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
-        self._error = reason
+        self._progress.error = reason
         for part in reversed(self._parts):
             part.discard()
         if event is not None:
@@ -332,16 +319,4 @@ class Incoming:
         before = DESTINATION_STATUS[self.state]
         status = DESTINATION_STATUS[self._machine.fire(event)]
         if status != before or event is DestinationEvent.CONNECTED:
-            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._error))
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        begun_ns = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self._note_phase(name, time.monotonic_ns() - begun_ns)
-
-    def _note_phase(self, name: str, duration_ns: int) -> None:
-        self._phases.append((name, duration_ns))
-        self._tracer.emit(PhaseEnded(role="destination", name=name, duration_ns=duration_ns))
+            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._progress.error))

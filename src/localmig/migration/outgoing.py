@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from localmig.device_api import Part
@@ -39,16 +38,17 @@ from localmig.migration.hello import (
 )
 from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.peer import Peer, own_pidfd
-from localmig.migration.status import MigrationInfo, Phase
+from localmig.migration.progress import Progress
+from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
-from localmig.trace import MigrationStatusChanged, PhaseEnded, Tracer
+from localmig.trace import MigrationStatusChanged, Tracer
 
 HELLO_TIMEOUT_S: Final = 10.0
 """A destination answers HELLO after it looked at its options; it opens nothing slow."""
 
-SETUP_TIMEOUT_S: Final = 120.0
-"""The destination maps and populates guest memory: about a second per hundred gigabytes, on a loaded machine ten times
-that."""
+SETUP_TIMEOUT_S: Final = 30.0
+"""The destination maps and populates guest memory: about a second per hundred gigabytes. Meanwhile a guest that resets
+its driver waits for us, so it cannot be much longer."""
 
 COMMIT_TIMEOUT_S: Final = 5.0
 """How long DONE may take: starting rings takes microseconds, so a destination silent for this long hangs, and by then
@@ -88,6 +88,7 @@ class Outgoing:
         self._objects = tuple(objects)
         self._running = running
         self._tracer = tracer
+        self._progress = Progress("source", tracer)
         self._machine = source_machine()
         self._channel: Channel | None = None
         self._peer: Peer | None = None
@@ -101,14 +102,6 @@ class Outgoing:
         self._cancelling = False
         self._reported = SOURCE_STATUS[SourceState.IDLE]
         self._task: asyncio.Task[None] | None = None
-        self._error: str | None = None
-        self._note: str | None = None
-        self._phases: list[tuple[str, int]] = []
-        self._started_ns = time.monotonic_ns()
-        self._ended_ns: int | None = None
-        self._prepared_ns: int | None = None
-        self._stopped_ns: int | None = None
-        self._serving_ns: int | None = None
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
@@ -120,24 +113,11 @@ class Outgoing:
     @property
     def has_ended(self) -> bool:
         """Whether `run` is over, also where the outcome stays unknown."""
-        return self._ended_ns is not None
+        return self._progress.has_ended
 
     def info(self) -> MigrationInfo:
         """The facts so far."""
-        end_ns = self._ended_ns or time.monotonic_ns()
-        downtime_ns = None
-        if self._stopped_ns is not None and self._serving_ns is not None:
-            downtime_ns = self._serving_ns - self._stopped_ns
-        return MigrationInfo(
-            status=self._status(),
-            error_desc=self._error,
-            note=self._note,
-            total_time_ms=(end_ns - self._started_ns) // 1_000_000,
-            setup_time_ms=None if self._prepared_ns is None else (self._prepared_ns - self._started_ns) // 1_000_000,
-            downtime_us=None if downtime_ns is None else downtime_ns // 1000,
-            phases=tuple(Phase(name=name, duration_us=ns // 1000) for name, ns in self._phases),
-            descriptors=0 if self._channel is None else self._channel.descriptors_sent,
-        )
+        return self._progress.info(self._status())
 
     def cancel(self) -> bool:
         """Takes the handover back if it is not committed; whether it can be. `run` then ends soon."""
@@ -192,22 +172,23 @@ class Outgoing:
 
     async def _prepare(self) -> None:
         self._fire(SourceEvent.START)
-        with self._phase("connect"):
+        with self._progress.phase("connect"):
             channel = self._channel = await self._connect()
         self._fire(SourceEvent.CONNECTED)
-        with self._phase("hello"):
+        with self._progress.phase("hello"):
             await self._greet(channel)
         self._fire(SourceEvent.HELLO_ACCEPTED)
-        with self._phase("setup"):
+        with self._progress.phase("setup"):
             for part in self._parts:
                 self._frozen.append(part)
                 part.freeze()
             blob = self._stream.setup([self._setup_section(part) for part in self._parts])
+            self._progress.descriptors = len(blob.fds)
             await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
             self._stream.prepare(self._switchover_sections())
-        with self._phase("setup-ack"):
+        with self._progress.phase("setup-ack"):
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
-        self._prepared_ns = time.monotonic_ns()
+        self._progress.prepared_ns = time.monotonic_ns()
         self._fire(SourceEvent.SETUP_ACKED)
         if not self._continued.is_set():
             await self._pause(channel)
@@ -264,7 +245,7 @@ class Outgoing:
         channel = self._channel
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
-        stopped_ns = self._stopped_ns = time.monotonic_ns()
+        stopped_ns = self._progress.stopped_ns = time.monotonic_ns()
         for part in self._parts:
             if self._running:
                 self._stopped.append(part)
@@ -273,14 +254,15 @@ class Outgoing:
         blob = self._stream.switchover(self._switchover_sections())
         await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
         sent_ns = time.monotonic_ns()
-        await self._expect(FrameKind.READY, limit_s, "say READY within downtime-limit", eager=True)
+        left_s = limit_s - (sent_ns - stopped_ns) / 1e9
+        await self._expect(FrameKind.READY, left_s, "say READY within downtime-limit", eager=True)
         self._fire(SourceEvent.READY_RECEIVED)
-        await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=limit_s)
+        await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=COMMIT_TIMEOUT_S)
         self._fire(SourceEvent.COMMIT_SENT)
         ready_ns = time.monotonic_ns()
-        self._note_phase("stop", saved_ns - stopped_ns)
-        self._note_phase("switchover", sent_ns - saved_ns)
-        self._note_phase("ready", ready_ns - sent_ns)
+        self._progress.add_phase("stop", saved_ns - stopped_ns)
+        self._progress.add_phase("switchover", sent_ns - saved_ns)
+        self._progress.add_phase("ready", ready_ns - sent_ns)
 
     async def _conclude(self, event: SourceEvent) -> None:
         """Past COMMIT: ends when the destination serves, or is known dead and the source serves again."""
@@ -292,14 +274,14 @@ class Outgoing:
                     event = await self._await_death(self._peer)
                 case _:
                     # Nothing is shared without a pidfd: the frontend is free to go to whoever answers it.
-                    self._error = (
+                    self._progress.error = (
                         "the channel broke after COMMIT and nobody can tell whether the destination serves: "
                         "look there; 'cont' serves here again, 'quit' ends this daemon"
                     )
                     return
         # Told only when it is true: who reads "completed" finds nothing here any more.
         if self.state is SourceState.TAKEN_BACK:
-            self._error = "the destination died after COMMIT: this daemon serves again"
+            self._progress.error = "the destination died after COMMIT: this daemon serves again"
             self._take_back()
         else:
             for part in self._parts:
@@ -322,9 +304,9 @@ class Outgoing:
             return SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST
         except PeerError:
             return SourceEvent.REFUSED
-        self._serving_ns = done.serving_ns
-        self._note_phase("done", time.monotonic_ns() - begun_ns)
-        self._phases += [(f"destination-{name}", ns) for name, ns in done.phases]
+        self._progress.serving_ns = done.serving_ns
+        self._progress.add_phase("done", time.monotonic_ns() - begun_ns)
+        self._progress.add_phases_of_the_other_side("destination", done.phases)
         return SourceEvent.DONE_RECEIVED
 
     async def _fence(self) -> SourceEvent:
@@ -334,14 +316,14 @@ class Outgoing:
     async def _await_death(self, peer: Peer) -> SourceEvent:
         if await peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
             return SourceEvent.PEER_DIED
-        self._note = "the channel broke after COMMIT; the destination lives and serves"
+        self._progress.note = "the channel broke after COMMIT; the destination lives and serves"
         return SourceEvent.TIMED_OUT
 
     # -- going back ---------------------------------------------------------------------------------------------
 
     def _abandon(self, event: SourceEvent, reason: str) -> None:
         """Before COMMIT: the source serves on, the destination is told so."""
-        self._error = None if event is SourceEvent.CANCEL else reason
+        self._progress.error = None if event is SourceEvent.CANCEL else reason
         for part in reversed(self._stopped):
             part.resume()
         # Told before control planes thaw: whoever took over from here later would hold old control state.
@@ -363,7 +345,7 @@ class Outgoing:
             part.thaw()
 
     def _end(self) -> None:
-        self._ended_ns = time.monotonic_ns()
+        self._progress.end()
         # The end of the channel tells the destination that the source holds nothing any more.
         if self._channel is not None:
             self._channel.close()
@@ -394,7 +376,7 @@ class Outgoing:
         try:
             frame = await self._channel.receive(timeout_s=timeout_s, eager=eager)
         except TimeoutError:
-            raise TimeoutError(f"the destination did not {what} ({timeout_s * 1000:g} ms)") from None
+            raise TimeoutError(f"the destination did not {what} ({max(0.0, timeout_s * 1000):.0f} ms)") from None
         if frame.kind is FrameKind.REFUSE:
             frame.close()
             raise PeerError(f"the destination refused: {decode_reason(frame.data)}")
@@ -412,7 +394,7 @@ class Outgoing:
         status = self._status()
         if status != self._reported:
             self._reported = status
-            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._error))
+            self._tracer.emit(MigrationStatusChanged(status=status, reason=self._progress.error))
 
     def _status(self) -> str:
         if self._pausing:
@@ -422,20 +404,6 @@ class Outgoing:
         if self.state is SourceState.IN_DOUBT and self.has_ended:
             return "failed"
         return SOURCE_STATUS[self.state]
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        begun_ns = time.monotonic_ns()
-        try:
-            yield
-        except BaseException as error:
-            self._note_phase(name, time.monotonic_ns() - begun_ns, error=str(error) or type(error).__name__)
-            raise
-        self._note_phase(name, time.monotonic_ns() - begun_ns)
-
-    def _note_phase(self, name: str, duration_ns: int, *, error: str | None = None) -> None:
-        self._phases.append((name, duration_ns))
-        self._tracer.emit(PhaseEnded(role="source", name=name, duration_ns=duration_ns, error=error))
 
 
 def take_peer(frame: Frame, *, required: bool) -> Peer | None:
