@@ -222,7 +222,6 @@ def test_every_descriptor_arrives_at_its_place(count: int) -> None:
             assert [offset for offset, _ in frame.fds] == places
             assert [inode(fd.fileno()) for _, fd in frame.fds] == [inode(fd.fileno()) for fd in sent]
             assert not any(os.get_inheritable(fd.fileno()) for _, fd in frame.fds)
-            assert near.descriptors_sent == count
             frame.close()
 
     asyncio.run(exchange())

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qemu.qmp import ExecuteError, QMPClient, Runstate
 
 from localmig.daemon import Daemon, RunState
 from localmig.monitor import QmpServer
+from localmig.monitor.protocol import Session
 from localmig.monitor.server import CLIENT_COUNT_MAX
 from localmig.options import Defer
 from localmig.trace import MigrationStatusChanged, RunStateChanged
@@ -400,3 +401,21 @@ def test_clients_that_come_before_the_start_are_answered_after_it(tmp_path: Path
         await server.close(reason="host-signal")
 
     asyncio.run(play())
+
+
+def test_an_event_from_before_negotiation_never_comes_before_its_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(it: Rig) -> None:
+        await (await it.client()).execute("migrate-set-capabilities", EVENTS_ON)
+        receive = Session.receive
+
+        def receive_after_an_event(self: Session, data: bytes) -> Iterator[bytes]:
+            it.emit_status(1)
+            return receive(self, data)
+
+        monkeypatch.setattr(Session, "receive", receive_after_an_event)
+        late = await it.client()
+        assert late.runstate is Runstate.RUNNING
+
+    run(scenario)

@@ -129,7 +129,8 @@ class QueuePair:
     def start(self) -> int:
         """Scans both rings and the TAP once, signals both call eventfds, and lets the thread go on from there.
 
-        Gives the CLOCK_MONOTONIC nanoseconds at which the scan began. The first packets are moved before this returns, at most 16 each way; releases the GIL.
+        Gives the CLOCK_MONOTONIC nanoseconds at which the scan began. The first packets are moved before this returns,
+        at most 16 each way; releases the GIL.
 
         Raises:
             RuntimeError: the pair runs already or was never configured. Nothing changed.

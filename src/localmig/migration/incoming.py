@@ -12,6 +12,7 @@ ends its process, which is how a source in doubt learns that nobody else serves.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -122,6 +123,10 @@ class Incoming:
         except (LocalmigError, OSError) as error:
             self._give_up(DestinationEvent.FAILED_HERE, str(error))
             channel.try_send(FrameKind.REFUSE, encode_reason(str(error)))
+        except asyncio.CancelledError:
+            if self._progress.serving_ns is None:
+                self._give_up(None, "the destination was told to quit")
+            raise
         except BaseException as error:
             if self._progress.serving_ns is None:
                 self._give_up(None, f"internal error: {error!r}")

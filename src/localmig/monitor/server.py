@@ -134,7 +134,13 @@ class QmpServer:
         self._clients[writer] = session
         writer.write(greeting(program_version()))
         while data := await reader.read(READ_BYTES):
-            for answer in session.receive(data):
+            answers = session.receive(data)
+            while True:
+                # What happened before a command is not for a client that negotiates by this very command.
+                self._send_events()
+                answer = next(answers, None)
+                if answer is None:
+                    break
                 # What a command brought about is told before its answer, as QEMU does.
                 self._send_events()
                 writer.write(answer)

@@ -1,0 +1,519 @@
+"""Source and destination in one event loop, and everything that a part or a process can do wrong, at every point.
+
+A fault waits at the n-th point a side passes, for n = 1, 2, 3 … until a run has no n-th point. A point is the
+beginning or the end of a call of a part, or of a frame's sending or receiving. After each run exactly one side serves,
+whole, and no descriptor is lost; on the way there were never two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from localmig.device_api import Part
+from localmig.errors import KernelError
+from localmig.fds import OwnedFd
+from localmig.migration import incoming as incoming_module
+from localmig.migration import outgoing as outgoing_module
+from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.handover import DestinationState, SourceState
+from localmig.migration.hello import Hello
+from localmig.migration.incoming import Incoming
+from localmig.migration.outgoing import Outgoing
+from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.peer import Peer
+from localmig.trace import Event, MigrationStatusChanged, Tracer
+from localmig.vmstate import Description, fd, optional, u32, u64
+
+PATIENCE_S: Final = 10.0
+"""No run waits so long for anything but a handover that is stuck."""
+
+
+# -- a part ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FakeSetup:
+    generation: int
+    file: OwnedFd | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FakeRings:
+    position: int
+
+
+SETUP: Final = Description(
+    name="fake", version=1, oldest_version=1, state=FakeSetup, fields=(u32("generation"), optional(fd("file")))
+)
+RINGS: Final = Description(name="fake-rings", version=1, oldest_version=1, state=FakeRings, fields=(u64("position"),))
+
+
+class FakePart(Part):
+    """A part with one descriptor, which keeps account of what it was told."""
+
+    setup = SETUP
+    switchover = RINGS
+
+    def __init__(self, side: Side, id: str) -> None:  # noqa: A002
+        self.id = id
+        self.side = side
+        self.running = False
+        self.frozen = True
+        self.generation = 1
+        self.position = 0
+        self.file: OwnedFd | None = None
+        side.parts.append(self)
+
+    @property
+    def serves(self) -> bool:
+        return self.running and not self.frozen and self.file is not None
+
+    def open(self) -> None:
+        self.file = OwnedFd(os.memfd_create(self.id, os.MFD_CLOEXEC))
+
+    def resume(self) -> None:
+        with self.side.points(f"{self.id}.resume"):
+            self.side.world.note_start(self.side)
+            assert self.file is not None
+            self.running = True
+
+    def stop(self) -> None:
+        with self.side.points(f"{self.id}.stop"):
+            if self.running:
+                self.position += 1
+            self.running = False
+
+    def freeze(self) -> None:
+        with self.side.points(f"{self.id}.freeze"):
+            self.frozen = True
+
+    def thaw(self) -> None:
+        with self.side.points(f"{self.id}.thaw"):
+            self.frozen = False
+
+    def close(self) -> None:
+        self.drop()
+
+    def save_setup(self, *, with_descriptors: bool) -> FakeSetup:
+        with self.side.points(f"{self.id}.save_setup"):
+            return FakeSetup(generation=self.generation, file=self.file if with_descriptors else None)
+
+    def save_switchover(self) -> FakeRings:
+        with self.side.points(f"{self.id}.save_switchover"):
+            return FakeRings(position=self.position)
+
+    def release(self) -> None:
+        with self.side.points(f"{self.id}.release"):
+            self.drop()
+
+    def check_setup(self, state: FakeSetup) -> None:
+        with self.side.points(f"{self.id}.check_setup"):
+            assert state.file is not None
+
+    def adopt_setup(self, state: FakeSetup) -> None:
+        with self.side.points(f"{self.id}.adopt_setup"):
+            assert state.file is not None
+            self.generation = state.generation + 1
+            self.file = state.file.take()
+
+    def check_switchover(self, state: FakeRings) -> None:
+        with self.side.points(f"{self.id}.check_switchover"):
+            pass
+
+    def adopt_switchover(self, state: FakeRings) -> None:
+        with self.side.points(f"{self.id}.adopt_switchover"):
+            self.position = state.position
+
+    def recover(self) -> None:
+        with self.side.points(f"{self.id}.recover"):
+            assert self.file is not None
+
+    def source_released(self) -> None:
+        with self.side.points(f"{self.id}.source_released"):
+            pass
+
+    def discard(self) -> None:
+        with self.side.points(f"{self.id}.discard"):
+            self.drop()
+
+    def drop(self) -> None:
+        self.running = False
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+# -- two processes --------------------------------------------------------------------------------------------
+
+
+class What(StrEnum):
+    """What happens at a point."""
+
+    FAILS = "fails"
+    """A part says that it cannot."""
+    HAS_A_BUG = "has a bug"
+    """Something is raised that nobody expects."""
+    DIES = "dies"
+    """The process is killed."""
+    IS_CANCELLED = "is cancelled"
+    """The task is cancelled, as by a loop that ends."""
+    CHANNEL_BREAKS = "channel breaks"
+    """What is on its way still arrives; nothing more can be said."""
+
+
+class BugError(Exception):
+    """What nobody expects."""
+
+
+class DiedError(BaseException):
+    """Unwinds the task of a process that is dead; it passes no point any more."""
+
+
+class Side:
+    """A process: its parts, its end of the channel, and a child that lives and dies in its place."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.parts: list[FakePart] = []
+        self.child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        self.lives = True
+        self.sock: socket.socket | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.passed: list[str] = []
+        self.error: BaseException | None = None
+        self.statuses: list[str] = []
+        self.tracer = Tracer()
+        self.tracer.subscribe(self._note)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, MigrationStatusChanged):
+            self.statuses.append(event.status)
+
+    @property
+    def serves(self) -> bool:
+        return self.lives and any(part.running for part in self.parts)
+
+    @property
+    def serves_whole(self) -> bool:
+        return self.lives and all(part.serves for part in self.parts) and len(self.parts) == 2
+
+    @contextmanager
+    def points(self, name: str) -> Iterator[None]:
+        self.pass_by(f"before {name}", in_part=True)
+        yield
+        self.pass_by(f"after {name}", in_part=True)
+
+    def pass_by(self, point: str, *, in_part: bool) -> None:
+        if not self.lives:
+            raise DiedError
+        self.passed.append(point)
+        self.world.act(self, point, in_part=in_part)
+
+    def die(self) -> None:
+        """The process is gone, with all it held."""
+        if self.lives:
+            self.lives = False
+            self.child.kill()
+            self.child.wait()
+            for part in self.parts:
+                part.drop()
+            if self.sock is not None and self.sock.fileno() >= 0:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            if self.task is not None and self.task is not asyncio.current_task():
+                self.task.cancel()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.drop()
+        self.child.kill()
+        self.child.wait()
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+
+
+class WatchedChannel(Channel):
+    """A channel whose sending and receiving are points."""
+
+    def __init__(self, sock: socket.socket, side: Side) -> None:
+        super().__init__(sock)
+        self._side = side
+        side.sock = sock
+
+    async def send(self, kind: FrameKind, *arguments: Any, **options: Any) -> None:
+        self._side.pass_by(f"before send {kind.name}", in_part=False)
+        await super().send(kind, *arguments, **options)
+        self._side.pass_by(f"after send {kind.name}", in_part=False)
+
+    def try_send(self, kind: FrameKind, data: bytes = b"") -> bool:
+        self._side.pass_by(f"before send {kind.name}", in_part=False)
+        told = super().try_send(kind, data)
+        self._side.pass_by(f"after send {kind.name}", in_part=False)
+        return told
+
+    async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:
+        self._side.pass_by("before receive", in_part=False)
+        # The two share a thread: whoever waits must let the other one run.
+        frame = await super().receive(timeout_s=timeout_s)
+        try:
+            self._side.pass_by(f"after receive {frame.kind.name}", in_part=False)
+        except BaseException:
+            frame.close()
+            raise
+        return frame
+
+
+Fault = Callable[[Side, str], What | None]
+"""What happens at a point that a side passes."""
+
+
+def at(side: str, point: str, what: What) -> Fault:
+    """The same each time the side passes the point."""
+    return lambda passing, name: what if (passing.name, name) == (side, point) else None
+
+
+def at_number(side: str, number: int, what: What) -> Fault:
+    """At the n-th point the side passes."""
+    return lambda passing, _: what if passing.name == side and len(passing.passed) == number else None
+
+
+class World:
+    """One handover between two processes, and the faults that wait in it."""
+
+    def __init__(self, *faults: Fault, running: bool = True) -> None:
+        self.faults = faults
+        self.running = running
+        self.fired: dict[Fault, str] = {}
+        self.two_owners: list[str] = []
+        self.stuck = False
+        self.wrong: str | None = None
+        self.source, self.destination = Side(self, "source"), Side(self, "destination")
+        self.states: dict[str, StrEnum] = {}
+        self.outgoing: Outgoing | None = None
+
+    def act(self, side: Side, point: str, *, in_part: bool) -> None:
+        """The faults that wait here happen, each once."""
+        for fault in self.faults:
+            what = None if fault in self.fired else fault(side, point)
+            if what is None or (what is What.FAILS and not in_part):
+                continue
+            self.fired[fault] = f"{side.name} {what} {point}"
+            match what:
+                case What.FAILS:
+                    raise KernelError(self.fired[fault], errno=errno.EIO)
+                case What.HAS_A_BUG:
+                    raise BugError(self.fired[fault])
+                case What.DIES:
+                    side.die()
+                    raise DiedError
+                case What.IS_CANCELLED:
+                    assert side.task is not None
+                    side.task.cancel()
+                case What.CHANNEL_BREAKS:
+                    for each in (self.source, self.destination):
+                        if each.sock is not None and each.sock.fileno() >= 0:
+                            each.sock.shutdown(socket.SHUT_RDWR)
+
+    def note_start(self, side: Side) -> None:
+        """Rings start on `side`."""
+        other = self.destination if side is self.source else self.source
+        if other.serves:
+            self.two_owners.append(f"{side.name} starts while {other.name} runs")
+
+    async def run(self) -> None:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        near.setblocking(False)
+        far.setblocking(False)
+        for name in ("a", "b"):
+            part = FakePart(self.source, name)
+            part.open()
+            part.running, part.frozen = self.running, False
+        self.source.sock, self.destination.sock = near, far
+        self.source.task = asyncio.create_task(self._source(near))
+        self.destination.task = asyncio.create_task(self._destination(far))
+        tasks = [self.source.task, self.destination.task]
+        _, pending = await asyncio.wait(tasks, timeout=PATIENCE_S)
+        self.stuck = bool(pending)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        near.close()
+        far.close()
+        if not self.source.lives and self.outgoing is not None and self.outgoing._peer is not None:
+            # A process that is killed closes everything; here it only unwound.
+            self.outgoing._peer.close()
+
+    async def _source(self, sock: socket.socket) -> None:
+        async def connect() -> Channel:
+            return WatchedChannel(sock, self.source)
+
+        self.outgoing = outgoing = Outgoing(
+            connect=connect,
+            parameters=Parameters(local=True),
+            capabilities=Capabilities(),
+            parts=self.source.parts,
+            objects=(),
+            running=self.running,
+            tracer=self.source.tracer,
+        )
+        try:
+            self.states["source"] = await outgoing.run()
+        except DiedError:
+            pass
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the daemon logs it and goes on
+            self.source.error = error
+
+    async def _destination(self, sock: socket.socket) -> None:
+        def build(hello: Hello) -> list[FakePart]:
+            return [FakePart(self.destination, name) for name in ("a", "b")]
+
+        incoming = Incoming(
+            parameters=lambda: Parameters(local=True),
+            build=build,
+            on_serving=lambda: None,
+            tracer=self.destination.tracer,
+        )
+        try:
+            state = await incoming.run(WatchedChannel(sock, self.destination))
+            self.states["destination"] = state
+            if state is DestinationState.FAILED:
+                self.destination.die()
+        except DiedError:
+            pass
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the daemon logs it and ends its process
+            self.destination.error = error
+            self.destination.die()
+
+    @property
+    def nobody_could_serve(self) -> bool:
+        """Whether who had the guest died: before the other side had everything, or after it had let go."""
+        if not self.source.lives:
+            return "after b.adopt_setup" not in self.destination.passed
+        return not self.destination.lives and "after receive DONE" in self.source.passed
+
+    def judge(self) -> str | None:
+        """What is wrong in the end, None if nothing is."""
+        assert self.outgoing is not None
+        if self.two_owners:
+            return "; ".join(self.two_owners)
+        if self.stuck:
+            return "stuck"
+        if self.source.lives and not self.outgoing.has_ended:
+            return f"the source's migration never ends: {self.source.error!r}"
+        if self.nobody_could_serve:
+            return None
+        owners = [side for side in (self.source, self.destination) if side.serves]
+        if len(owners) != 1:
+            return f"{len(owners)} owners, {self.states}"
+        if not owners[0].serves_whole:
+            return f"{owners[0].name} serves in part: {[(part.running, part.frozen) for part in owners[0].parts]}"
+        if self.states.get("source") is SourceState.COMPLETED and any(part.file for part in self.source.parts):
+            return "the source says completed and holds something"
+        return None
+
+    def close(self) -> None:
+        self.source.close()
+        self.destination.close()
+
+
+@pytest.fixture(autouse=True)
+def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a process in this process; each side is known by a child of its own."""
+    monkeypatch.setattr(outgoing_module, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(incoming_module, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True) -> World:
+    before = set(Path("/proc/self/fd").iterdir())
+    world = World(*faults, running=running)
+    kill = Peer.kill
+
+    def kill_destination(peer: Peer) -> bool:
+        taken = kill(peer)
+        world.destination.die()
+        return taken
+
+    with ExitStack() as stack, monkeypatch.context() as patch:
+        stack.callback(world.close)
+        for module, side in ((outgoing_module, world.source), (incoming_module, world.destination)):
+            patch.setattr(module, "own_pidfd", lambda pid=side.child.pid: OwnedFd(os.pidfd_open(pid)))
+        patch.setattr(Peer, "kill", kill_destination)
+        asyncio.run(world.run())
+        world.wrong = world.judge()
+    if lost := set(Path("/proc/self/fd").iterdir()) - before:
+        world.wrong = f"{world.wrong or 'fine'}, but {len(lost)} descriptors are lost"
+    if world.outgoing is not None and world.outgoing._peer is not None:
+        world.outgoing._peer.close()  # judged already; the next run starts afresh
+    return world
+
+
+def wrong_runs(monkeypatch: pytest.MonkeyPatch, side: str, what: What, *besides: Fault) -> list[str]:
+    """Lets it happen at every point the side passes; the runs that ended wrong."""
+    wrong = []
+    number = 0
+    while True:
+        number += 1
+        fault = at_number(side, number, what)
+        world = hand_over(monkeypatch, fault, *besides)
+        if world.wrong is not None:
+            wrong.append(f"{', '.join(world.fired.values()) or 'no fault'}: {world.wrong}")
+        passed = (world.source if side == "source" else world.destination).passed
+        if fault not in world.fired and number > len(passed):
+            assert number > 20, passed
+            return wrong
+
+
+# -- one fault ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_fault_everything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert [(part.generation, part.position) for part in world.destination.parts] == [(2, 1), (2, 1)]
+    assert world.source.statuses == ["setup", "active", "device", "completed"]
+    assert world.destination.statuses == ["setup", "active", "completed"]
+
+
+def test_parts_that_stood_still_stand_still_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = hand_over(monkeypatch, running=False)
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert [(part.running, part.frozen) for part in world.destination.parts] == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("what", What, ids=str)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_whatever_happens_once_one_side_serves(monkeypatch: pytest.MonkeyPatch, side: str, what: What) -> None:
+    assert wrong_runs(monkeypatch, side, what) == []
+
+
+# -- a fault on the way back ----------------------------------------------------------------------------------
+
+REFUSED = at("destination", "before b.check_switchover", What.FAILS)
+DEAD_PAST_COMMIT = at("destination", "after receive COMMIT", What.DIES)
+
+
+@pytest.mark.parametrize("what", [What.FAILS, What.HAS_A_BUG], ids=str)
+@pytest.mark.parametrize("trouble", [REFUSED, DEAD_PAST_COMMIT], ids=["refused", "dead-past-commit"])
+def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
+    monkeypatch: pytest.MonkeyPatch, trouble: Fault, what: What
+) -> None:
+    wrong = wrong_runs(monkeypatch, "source", what, trouble)
+    # What does not start does not run: but it alone, and everybody is told.
+    assert [run for run in wrong if "source serves in part" not in run] == []
