@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any, Final
 import pytest
 
 from localmig.device_api import Part
-from localmig.errors import KernelError
+from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.migration import incoming as incoming_module
 from localmig.migration import outgoing as outgoing_module
@@ -36,6 +35,8 @@ from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.peer import Peer
 from localmig.trace import Event, MigrationStatusChanged, Tracer
 from localmig.vmstate import Description, fd, optional, u32, u64
+
+SERVES_IN_PART: Final = "serves, but not with all of its parts"
 
 PATIENCE_S: Final = 10.0
 """No run waits so long for anything but a handover that is stuck."""
@@ -164,6 +165,8 @@ class What(StrEnum):
 
     FAILS = "fails"
     """A part says that it cannot."""
+    BLAMES = "blames the other side"
+    """A part says that what the other side sent cannot be."""
     HAS_A_BUG = "has a bug"
     """Something is raised that nobody expects."""
     DIES = "dies"
@@ -191,6 +194,8 @@ class Side:
         self.parts: list[FakePart] = []
         self.child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
         self.lives = True
+        self.was_ended = False
+        """Whether somebody killed it or told it to quit; else it ended by itself."""
         self.sock: socket.socket | None = None
         self.task: asyncio.Task[None] | None = None
         self.passed: list[str] = []
@@ -308,19 +313,23 @@ class World:
         """The faults that wait here happen, each once."""
         for fault in self.faults:
             what = None if fault in self.fired else fault(side, point)
-            if what is None or (what is What.FAILS and not in_part):
+            if what is None or (what in (What.FAILS, What.BLAMES) and not in_part):
                 continue
             self.fired[fault] = f"{side.name} {what} {point}"
             match what:
                 case What.FAILS:
                     raise KernelError(self.fired[fault], errno=errno.EIO)
+                case What.BLAMES:
+                    raise PeerError(self.fired[fault])
                 case What.HAS_A_BUG:
                     raise BugError(self.fired[fault])
                 case What.DIES:
+                    side.was_ended = True
                     side.die()
                     raise DiedError
                 case What.IS_CANCELLED:
                     assert side.task is not None
+                    side.was_ended = True
                     side.task.cancel()
                 case What.CHANNEL_BREAKS:
                     for each in (self.source, self.destination):
@@ -402,7 +411,7 @@ class World:
         """Whether who had the guest died: before the other side had everything, or after it had let go."""
         if not self.source.lives:
             return "after b.adopt_setup" not in self.destination.passed
-        return not self.destination.lives and "after receive DONE" in self.source.passed
+        return self.destination.was_ended and "after receive DONE" in self.source.passed
 
     def judge(self) -> str | None:
         """What is wrong in the end, None if nothing is."""
@@ -419,7 +428,7 @@ class World:
         if len(owners) != 1:
             return f"{len(owners)} owners, {self.states}"
         if not owners[0].serves_whole:
-            return f"{owners[0].name} serves in part: {[(part.running, part.frozen) for part in owners[0].parts]}"
+            return f"{owners[0].name} {SERVES_IN_PART}"
         if self.states.get("source") is SourceState.COMPLETED and any(part.file for part in self.source.parts):
             return "the source says completed and holds something"
         return None
@@ -436,7 +445,6 @@ def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming_module, "COMMIT_TIMEOUT_S", 0.5)
     monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.5)
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True) -> World:
@@ -497,8 +505,25 @@ def test_parts_that_stood_still_stand_still_afterwards(monkeypatch: pytest.Monke
     assert [(part.running, part.frozen) for part in world.destination.parts] == [(False, False)] * 2
 
 
-@pytest.mark.parametrize("what", What, ids=str)
-@pytest.mark.parametrize("side", ["source", "destination"])
+NOT_SO_YET: Final = {
+    ("source", What.FAILS): "an error in a release past COMMIT: run() never ends, the peer is never closed",
+    ("source", What.BLAMES): "an error in a release past COMMIT: run() never ends, the peer is never closed",
+    ("source", What.HAS_A_BUG): "an error past COMMIT resumes the source: two owners",
+    ("source", What.IS_CANCELLED): "a cancelled task past COMMIT resumes the source: two owners",
+    ("source", What.DIES): "a destination that learns of the death by a failed send does not recover: no owner",
+    ("destination", What.BLAMES): "a PeerError of source_released gives up what it owns: no owner",
+    ("destination", What.HAS_A_BUG): "a bug in thaw, before DONE: it serves on with frozen control planes",
+}
+
+
+def each_fault() -> Iterator[Any]:
+    for side in ("source", "destination"):
+        for what in What:
+            reason = NOT_SO_YET.get((side, what))
+            yield pytest.param(side, what, marks=[pytest.mark.xfail(reason=reason)] if reason else [])
+
+
+@pytest.mark.parametrize(("side", "what"), [*each_fault()])
 def test_whatever_happens_once_one_side_serves(monkeypatch: pytest.MonkeyPatch, side: str, what: What) -> None:
     assert wrong_runs(monkeypatch, side, what) == []
 
@@ -509,6 +534,7 @@ REFUSED = at("destination", "before b.check_switchover", What.FAILS)
 DEAD_PAST_COMMIT = at("destination", "after receive COMMIT", What.DIES)
 
 
+@pytest.mark.xfail(reason="an error on the way back leaves the rest undone, and run() never ends")
 @pytest.mark.parametrize("what", [What.FAILS, What.HAS_A_BUG], ids=str)
 @pytest.mark.parametrize("trouble", [REFUSED, DEAD_PAST_COMMIT], ids=["refused", "dead-past-commit"])
 def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
@@ -516,4 +542,4 @@ def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
 ) -> None:
     wrong = wrong_runs(monkeypatch, "source", what, trouble)
     # What does not start does not run: but it alone, and everybody is told.
-    assert [run for run in wrong if "source serves in part" not in run] == []
+    assert [run for run in wrong if not run.endswith(SERVES_IN_PART)] == []

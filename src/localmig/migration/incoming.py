@@ -22,7 +22,7 @@ from localmig.device_api import Part
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import undisturbed
+from localmig.migration.downtime import rehearse_exchange, undisturbed
 from localmig.migration.handover import (
     DESTINATION_STATUS,
     DestinationEvent,
@@ -149,10 +149,11 @@ class Incoming:
         frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
         with self._progress.phase("setup"):
             self._adopt_setup(frame)
-            self._rehearse()
+            await self._rehearse()
         self._progress.prepared_ns = time.monotonic_ns()
         await channel.send(FrameKind.SETUP_ACK, timeout_s=HELLO_TIMEOUT_S)
         self._fire(DestinationEvent.SETUP_ADOPTED)
+        await self._rehearse()
 
         # The operator may let the source pause here, and past READY the source alone decides: both waits end with it.
         frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
@@ -187,8 +188,12 @@ class Incoming:
         for name, duration_ns in own_phases:
             self._progress.add_phase(name, duration_ns)
 
-    def _rehearse(self) -> None:
-        """Does once, with states of our own, what the downtime will do: what runs for the first time is slow."""
+    async def _rehearse(self) -> None:
+        """Does, with states of our own, what the downtime will do.
+
+        Once in setup, to find what cannot work while the guest still runs; and once more right before it counts, for
+        what was not run for some milliseconds is several times slower.
+        """
         stream = IncomingStream(setup={}, switchover=self._switchover_descriptions())
         sections = [
             Section(
@@ -199,7 +204,10 @@ class Incoming:
             for part in self._parts
             if part.switchover is not None
         ]
-        self._adopt_switchover(stream, OutgoingStream().switchover(sections).data, [])
+        sample = OutgoingStream().switchover(sections).data
+        with undisturbed(self._tracer):
+            await rehearse_exchange(sample)
+            self._adopt_switchover(stream, sample, [])
 
     async def _greet(self, channel: Channel) -> None:
         frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)

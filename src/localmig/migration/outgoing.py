@@ -20,7 +20,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import undisturbed
+from localmig.migration.downtime import rehearse_exchange, undisturbed
 from localmig.migration.handover import (
     SOURCE_ENDED,
     SOURCE_STATUS,
@@ -185,7 +185,6 @@ class Outgoing:
             blob = self._stream.setup([self._setup_section(part) for part in self._parts])
             self._progress.descriptors = len(blob.fds)
             await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
-            self._stream.prepare(self._switchover_sections())
         with self._progress.phase("setup-ack"):
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
         self._progress.prepared_ns = time.monotonic_ns()
@@ -245,6 +244,8 @@ class Outgoing:
         channel = self._channel
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
+        # Right before, not in setup: what is warmed up here cools down in milliseconds.
+        await rehearse_exchange(self._stream.prepare(self._switchover_sections()))
         stopped_ns = self._progress.stopped_ns = time.monotonic_ns()
         for part in self._parts:
             if self._running:

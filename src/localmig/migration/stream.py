@@ -112,8 +112,10 @@ class OutgoingStream:
         self._devices = _explain_each(sections)
         return piece
 
-    def prepare(self, sections: Sequence[Section]) -> None:
+    def prepare(self, sections: Sequence[Section]) -> bytes:
         """Does what is slow about `switchover`, with states of the same shape: writes the vmdesc.
+
+        Returns a piece as it will look, for a rehearsal.
 
         Raises:
             StateError: as `setup`.
@@ -123,6 +125,7 @@ class OutgoingStream:
         _append_sections(sections, sample, self._section_count)
         self._prepared_end = self._end(sections)
         self._prepared_shape = _shape(sections, sample)
+        return bytes(sample.data + self._prepared_end)
 
     def switchover(self, sections: Sequence[Section]) -> Blob:
         """The switchover piece. Quick where the sections have the shape that was prepared, else merely right.

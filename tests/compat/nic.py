@@ -1,0 +1,195 @@
+"""The streams of a daemon with one TAP and one virtio-net device, from fixed states: what its vectors are made of.
+
+Owns:        three daemons' states, one with a session, one without, one whose descriptors stay home.
+Never sees:  a live device.
+Read next:   test_nic_vectors.py, vectors/README.md.
+
+`python -m tests.compat.nic` writes the vectors that are not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.compat.synthetic import open_descriptors, write_vector
+
+from localmig.devices.virtio_net.state import (
+    RINGS,
+    VIRTIO_NET,
+    ConnectionState,
+    CountersState,
+    RingsState,
+    SocketState,
+    VirtioNetState,
+)
+from localmig.fds import OwnedFd
+from localmig.migration.stream import OutgoingStream, Section, section_name
+from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.vhost_user.memory import MemoryRegion
+from localmig.vhost_user.protocol import SessionState, VringState
+from localmig.vhost_user.session import ListenerState
+from localmig.vmstate import Blob
+
+VECTORS: Final = Path(__file__).parent / "vectors"
+
+TAP_NAME: Final = section_name("net0", TAP)
+NIC_NAME: Final = section_name("nic0", VIRTIO_NET)
+RINGS_NAME: Final = section_name("nic0", RINGS)
+
+FEATURES: Final = 0x1_7001_8008
+"""VERSION_1, EVENT_IDX, INDIRECT_DESC, protocol features, STATUS, MRG_RXBUF, MTU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Daemon:
+    """What a daemon's parts would save."""
+
+    tap: TapState
+    nic: VirtioNetState
+    rings: RingsState
+
+    @property
+    def setup(self) -> list[Section]:
+        """The sections that travel while the guest runs."""
+        return [
+            Section(name=TAP_NAME, description=TAP, state=self.tap),
+            Section(name=NIC_NAME, description=VIRTIO_NET, state=self.nic),
+        ]
+
+    @property
+    def switchover(self) -> list[Section]:
+        """The sections that travel inside the downtime."""
+        return [Section(name=RINGS_NAME, description=RINGS, state=self.rings)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A vector: its name and how many descriptors travel."""
+
+    name: str
+    descriptor_count: int
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return VECTORS / f"{self.name}.hex"
+
+    def daemon(self, fds: list[OwnedFd]) -> Daemon:
+        """The states, with these descriptors."""
+        take = iter(fds)
+        return Daemon(
+            tap=_tap(None if self is HOME else TapDescriptors(queues=(next(take),), downscript="/etc/tap-down")),
+            nic=VirtioNetState(
+                features_acked=0 if self is IDLE else FEATURES, socket=None if self is HOME else _socket(self, take)
+            ),
+            rings=_rings(() if self is IDLE else (0x1234, 0xFFFF)),
+        )
+
+
+SESSION: Final = Sample(name="nic-session", descriptor_count=12)
+IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
+HOME: Final = Sample(name="nic-home", descriptor_count=0)
+SAMPLES: Final = (SESSION, IDLE, HOME)
+
+
+def _tap(descriptors: TapDescriptors | None) -> TapState:
+    return TapState(ifname="tap0", mtu=9000, vnet_header_length=12, descriptors=descriptors)
+
+
+def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
+    listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
+    if sample is IDLE:
+        return SocketState(listener=listener, connection=None)
+    return SocketState(listener=listener, connection=ConnectionState(connection=next(fds), session=_session_state(fds)))
+
+
+def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
+    """A session with something in every field, in the middle of a SET_VRING_CALL."""
+    return SessionState(
+        features_acked=FEATURES,
+        protocol_features_acked=0x1_A02D,
+        device_status=0x0F,
+        mtu=9000,
+        regions=[
+            MemoryRegion(guest_address=0, size=0xC000_0000, user_address=0x7F00_0000_0000, mmap_offset=0, fd=next(fds)),
+            MemoryRegion(
+                guest_address=1 << 32,
+                size=1 << 30,
+                user_address=0x7F00_C000_0000,
+                mmap_offset=0xC000_0000,
+                fd=next(fds),
+            ),
+        ],
+        vrings=[
+            VringState(
+                size=256,
+                descriptor_table=0x7F00_0010_0000,
+                avail_ring=0x7F00_0010_1000,
+                used_ring=0x7F00_0010_2000,
+                next_avail=0x1200,
+                started=True,
+                enabled=True,
+                kick=next(fds),
+                call=next(fds),
+                error=next(fds),
+            ),
+            VringState(
+                size=1024,
+                descriptor_table=0x7F00_0020_0000,
+                avail_ring=0x7F00_0020_4000,
+                used_ring=0x7F00_0020_5000,
+                next_avail=0xFFF0,
+                started=True,
+                enabled=False,
+                kick=next(fds),
+                # A guest that polls has no call eventfd.
+                call=None,
+                error=next(fds),
+            ),
+        ],
+        backend_request_fd=next(fds),
+        unparsed=bytes.fromhex("0d000000 09000000 08000000 0000"),
+        unparsed_fds=[next(fds)],
+        unsent=bytes.fromhex("01000000 05000000"),
+    )
+
+
+def _rings(next_avail: tuple[int, ...]) -> RingsState:
+    counters = CountersState(
+        rx_packets=1 << 40,
+        rx_bytes=3 << 50,
+        rx_dropped=1,
+        tx_packets=77,
+        tx_bytes=7700,
+        tx_dropped=2,
+        kicks=3,
+        calls=4,
+    )
+    return RingsState(next_avail=next_avail, counters=(counters,))
+
+
+@contextmanager
+def written_stream(sample: Sample) -> Iterator[tuple[Blob, Blob]]:
+    """Both pieces, descriptors open for now, as today's code writes them."""
+    with open_descriptors(sample.descriptor_count) as fds:
+        daemon = sample.daemon(fds)
+        stream = OutgoingStream()
+        setup = stream.setup(daemon.setup)
+        stream.prepare(daemon.switchover)
+        yield setup, stream.switchover(daemon.switchover)
+
+
+def main() -> None:
+    """Writes the vectors that are not there yet: one that is there does not change."""
+    for sample in SAMPLES:
+        if not sample.path.exists():
+            with written_stream(sample) as (setup, switchover):
+                write_vector(sample.path, setup, switchover)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The virtio-net device on a real TAP, in this process, with a guest that is not always well-behaved."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import pytest
+
+from localmig.devices.virtio_net import VirtioNet
+from localmig.errors import KernelError, PeerError
+from localmig.netdev.tap import Tap
+from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, NetGuest
+from localmig.testing.namespace import NetworkNamespace
+from localmig.trace import Event, RingFailed, SessionClosed, Tracer
+from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.virtio import Feature
+from localmig.virtio.net import header_length
+
+PATIENCE_S: Final = 10.0
+ETH_P_ALL: Final = 3
+SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
+MAC: Final = bytes.fromhex("525400123456")
+QUEUE_SIZE: Final = 16
+
+EventT = TypeVar("EventT", bound=Event)
+Result = TypeVar("Result")
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    try:
+        fresh = NetworkNamespace.create()
+    except KernelError as error:
+        pytest.skip(str(error))
+    with fresh, fresh.entered():
+        # A new interface speaks IPv6 by itself; here only the tests speak.
+        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_lost(namespace: None) -> Iterator[None]:
+    before = set(Path("/proc/self/fd").iterdir())
+    yield
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def frame(number: int) -> bytes:
+    """An Ethernet frame to everybody, of a type nobody knows."""
+    return b"\xff" * 6 + MAC + b"\x88\xb5" + number.to_bytes(4, "big") + bytes(42)
+
+
+class Site:
+    """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
+
+    def __init__(self, path: Path, ends: ExitStack) -> None:
+        self.path = str(path)
+        self.facts: list[Event] = []
+        self._new_fact = asyncio.Event()
+        self._ends = ends
+        tracer = Tracer()
+        tracer.subscribe(self._note)
+        self.tap = Tap(id="net0", ifname="tap0")
+        self.tap.open()
+        ends.callback(self.tap.close)
+        self.device = VirtioNet(id="nic0", netdev=self.tap, socket_path=self.path, local_migration=True, tracer=tracer)
+        self.device.open()
+        ends.callback(self.device.close)
+        self.device.resume()
+        self.device.thaw()
+        self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
+        self.machine.bind(("tap0", ETH_P_ALL))
+        self.machine.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        self.machine.settimeout(PATIENCE_S)
+
+    def _note(self, fact: Event) -> None:
+        self.facts.append(fact)
+        self._new_fact.set()
+
+    async def fact(self, kind: type[EventT]) -> EventT:
+        """The last fact of a kind, once there is one."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not (found := [each for each in self.facts if isinstance(each, kind)]):
+                self._new_fact.clear()
+                await self._new_fact.wait()
+        return found[-1]
+
+    def guest(self, kind: type[NetGuest] = NetGuest) -> Guest:
+        """A guest that is not attached yet."""
+        return Guest(self, kind, self._ends)
+
+
+async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
+    """What blocks, beside the loop that serves the device."""
+    return await asyncio.to_thread(work, *arguments)
+
+
+class Guest:
+    """A guest whose own TAP is a socket: frames go in and come out of `near`, behind their header."""
+
+    def __init__(self, site: Site, kind: type[NetGuest], ends: ExitStack) -> None:
+        self._site = site
+        self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ends.enter_context(self.near)
+        ends.enter_context(tap)
+        self.near.settimeout(PATIENCE_S)
+        tap.setblocking(False)
+        self.vmm = ends.enter_context(
+            kind(site.path, tap_fd=tap.fileno(), queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
+        )
+
+    @property
+    def header(self) -> int:
+        return header_length(self.vmm.features)
+
+    async def hears(self, number: int) -> None:
+        """A frame from the machine reaches the guest."""
+        self._site.machine.send(frame(number))
+        assert (await beside(self.near.recv, 4096))[self.header :] == frame(number)
+
+    async def says(self, number: int) -> None:
+        """A frame from the guest reaches the machine."""
+        self.near.send(bytes(self.header) + frame(number))
+        assert await beside(self._site.machine.recv, 4096) == frame(number)
+
+    async def talks(self) -> None:
+        """More frames pass either way than a ring has entries."""
+        for number in range(QUEUE_SIZE + 1):
+            await self.hears(number)
+            await self.says(number)
+
+    def write_descriptor(self, ring: int, *, address: int, length: int, flags: int = 0, following: int = 0) -> None:
+        """Makes a descriptor available that no driver of ours would write, and kicks."""
+        assert self.vmm._driver is not None
+        table, avail, _ = self.vmm._driver.ring_addresses()[ring]
+        memory = self.vmm.memory.mapping
+        descriptor = b"".join(
+            value.to_bytes(size, "little") for value, size in ((address, 8), (length, 4), (flags, 2), (following, 2))
+        )
+        memory.write(table, descriptor)
+        index = int.from_bytes(memory.read(avail + 2, 2), "little")
+        memory.write(avail + 4 + 2 * (index % QUEUE_SIZE), bytes(2))
+        memory.write(avail + 2, ((index + 1) % (1 << 16)).to_bytes(2, "little"))
+        os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
+
+
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
+    """Serves the device while the scenario plays."""
+
+    async def play() -> None:
+        with ExitStack() as ends:
+            await scenario(Site(path / "nic0.sock", ends))
+
+    asyncio.run(play())
+
+
+# -- broken rings ---------------------------------------------------------------------------------------------
+
+VRING_DESC_F_NEXT, VRING_DESC_F_WRITE = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "flags"),
+    [
+        (0x10, 64, 0),  # nobody's memory
+        (0x4000_0000, 0x7FFF_FFFF, 0),  # begins in memory and ends behind it
+        (0xFFFF_FFFF_FFFF_FFF0, 64, 0),  # wraps around
+        (0x4000_0000, 64, VRING_DESC_F_NEXT),  # follows itself
+        (0x4000_0000, 64, VRING_DESC_F_WRITE),  # nothing to read for who sends
+    ],
+)
+def test_a_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_resets(
+    tmp_path: Path, address: int, length: int, flags: int
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        guest.write_descriptor(TX, address=address, length=length, flags=flags)
+        failed = await site.fact(RingFailed)
+        assert (failed.device, failed.vring) == ("nic0", TX)
+        assert failed.reason
+        assert await beside(guest.vmm.ring_error, TX, PATIENCE_S)
+        # The other ring goes on, and so does the session.
+        for number in range(QUEUE_SIZE + 1):
+            await guest.hears(number)
+        assert not guest.vmm.ring_error(RX)
+        assert await beside(guest.vmm.frontend.get_features)
+        await beside(guest.vmm.reset_driver)
+        guest.vmm.ring_error(TX)  # each time the pair is laid out anew, the broken ring is tried again
+        await guest.talks()
+        assert not guest.vmm.ring_error(TX)
+
+    run(tmp_path, scenario)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_may_be_told_anew_while_rings_run(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        memory = guest.vmm.memory
+        for _ in range(3):
+            await guest.talks()
+            await beside(guest.vmm.frontend.set_mem_table, [(memory.region, memory.fd.fileno())])
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_rings_stand_still_while_their_memory_is_away(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        frontend, memory = guest.vmm.frontend, guest.vmm.memory
+        await guest.talks()
+        with ExitStack() as ends:
+            file = os.memfd_create("more")
+            ends.callback(os.close, file)
+            os.ftruncate(file, 4096)
+            more = RegionDescription(guest_address=0x1000, size=4096, user_address=0x5000_0000, mmap_offset=0)
+            await beside(frontend.add_mem_region, more, file)
+        await guest.talks()
+        await beside(frontend.remove_mem_region, memory.region)
+        guest.near.send(bytes(guest.header) + frame(7))
+        site.machine.send(frame(8))
+        await beside(frontend.remove_mem_region, more)
+        assert guest.vmm.used_index(TX) == guest.vmm.used_index(RX) == 2 * (QUEUE_SIZE + 1)
+        # What waited meanwhile goes its way.
+        await beside(frontend.add_mem_region, memory.region, memory.fd.fileno())
+        assert await beside(site.machine.recv, 4096) == frame(7)
+        assert (await beside(guest.near.recv, 4096))[guest.header :] == frame(8)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+# -- what a frontend asks for ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mtu", "accepted"), [(68, True), (1500, True), (1501, False), (9000, False)])
+def test_an_mtu_the_tap_does_not_have_is_refused_and_the_session_goes_on(
+    tmp_path: Path, mtu: int, accepted: bool
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        if accepted:
+            await beside(guest.vmm.frontend.set_mtu, mtu)
+        else:
+            with pytest.raises(PeerError, match="backend refused NET_SET_MTU"):
+                await beside(guest.vmm.frontend.set_mtu, mtu)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_rarp_for_the_guest_goes_into_the_network(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.send_rarp, MAC)
+        packet = await beside(site.machine.recv, 4096)
+        # RFC 903: to everybody, from the guest, type 8035, operation 3 "request reverse", the guest as both.
+        assert packet[:14] == b"\xff" * 6 + MAC + b"\x80\x35"
+        assert packet[14:42] == bytes.fromhex("0001 0800 06 04 0003") + 2 * (MAC + bytes(4))
+        assert len(packet) == 60
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+class LegacyGuest(NetGuest):
+    """A driver from before virtio 1.0, which acknowledges nothing: its header has no number of buffers."""
+
+    def _negotiate(self, frontend: Frontend) -> None:
+        frontend.get_features()
+        frontend.set_protocol_features(frontend.get_protocol_features() & PROTOCOL_FEATURES)
+        frontend.set_owner()
+        for index, vring in enumerate(self._vrings):
+            frontend.set_vring_call(index, vring.call.fileno())
+
+
+def test_the_header_has_the_length_the_guest_knows(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        for kind, length in ((NetGuest, 12), (LegacyGuest, 10), (NetGuest, 12)):
+            guest = site.guest(kind)
+            await beside(guest.vmm.attach)
+            assert bool(guest.vmm.features & Feature.VERSION_1) == (kind is NetGuest)
+            assert site.tap.vnet_header_length == guest.header == length
+            await guest.talks()
+            await beside(guest.vmm.close)
+
+    run(tmp_path, scenario)
+
+
+# -- frontends that come and go -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (b"\xff" * 12, "unknown"),
+        (encode_request(Request.SET_VRING_NUM, VringNumber(index=TX, number=8)), "which is running"),
+        (encode_request(Request.GET_QUEUE_NUM)[:4] + b"\2\0\0\0\0\0\0\0", "version"),
+    ],
+)
+def test_a_wrong_message_closes_its_session_and_the_next_frontend_is_served(
+    tmp_path: Path, message: bytes, complaint: str
+) -> None:
+    async def scenario(site: Site) -> None:
+        rude = site.guest()
+        await beside(rude.vmm.attach)
+        await rude.talks()
+        rude.vmm.frontend.send(message)
+        closed = await site.fact(SessionClosed)
+        assert complaint in str(closed.reason)
+        assert await beside(rude.vmm.frontend.is_lost, PATIENCE_S)
+        polite = site.guest()
+        await beside(polite.vmm.attach)
+        await polite.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        first, second = site.guest(), site.guest()
+        await beside(first.vmm.attach)
+        waiting = asyncio.ensure_future(beside(second.vmm.attach))
+        await first.talks()
+        assert not waiting.done()
+        await beside(first.vmm.close)
+        await waiting
+        assert (await site.fact(SessionClosed)).reason is None
+        await second.talks()
+
+    run(tmp_path, scenario)

@@ -1,0 +1,124 @@
+"""From specs to parts, and how a destination's own specs meet the source's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from localmig.daemon.objects import Objects
+from localmig.devices.virtio_net import VirtioNet
+from localmig.errors import ConfigError, PeerError
+from localmig.migration.hello import HandoverObject, Hello
+from localmig.netdev.tap import Tap
+from localmig.options import TapSpec, VirtioNetSpec
+from localmig.trace import Tracer
+
+TAP = TapSpec(id="net0", ifname="tap0")
+NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock")
+BOTH = Objects(netdevs=(TAP,), devices=(NIC,))
+NOTHING = Objects()
+
+
+def hello(objects: Objects, *, local: bool = True) -> Hello:
+    """What a source with these objects says, after a journey."""
+    return Hello.decode(Hello(version="0.1.0", local=local, running=True, objects=objects.for_hello()).encode())
+
+
+def test_parts_are_built_netdevs_first() -> None:
+    other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
+    parts = Objects(netdevs=(TAP, other_tap), devices=(NIC, other_nic)).build(Tracer())
+    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic1"]
+    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet]
+
+
+def test_specs_that_do_not_fit_each_other_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="can't find netdev 'net0'"):
+        Objects(devices=(NIC,))
+
+
+def test_types_are_what_the_user_wrote() -> None:
+    assert BOTH.types() == {"net0": "tap", "nic0": "virtio-net"}
+    assert (NOTHING.is_empty, BOTH.is_empty) == (True, False)
+
+
+def test_a_device_that_stays_home_keeps_its_netdev_there_too() -> None:
+    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
+    reasons = [part.local_migration_blocker() for part in home.build(Tracer())]
+    assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off"]
+
+
+# -- at the destination ---------------------------------------------------------------------------------------
+
+
+def test_a_destination_without_objects_builds_the_sources() -> None:
+    assert NOTHING.fit(hello(BOTH)) == BOTH
+
+
+def test_a_destination_with_the_same_objects_keeps_its_own() -> None:
+    assert BOTH.fit(hello(BOTH)) == BOTH
+
+
+def test_a_netdev_without_a_name_gets_the_sources() -> None:
+    own = Objects(netdevs=(TapSpec(id="net0", script="/etc/up"),), devices=(NIC,))
+    assert own.fit(hello(BOTH)).netdevs == (TapSpec(id="net0", script="/etc/up", ifname="tap0"),)
+
+
+def test_a_netdev_with_an_inherited_descriptor_needs_no_name() -> None:
+    own = Objects(netdevs=(TapSpec(id="net0", fd=7),), devices=(NIC,))
+    assert own.fit(hello(BOTH, local=False)).netdevs == (TapSpec(id="net0", fd=7),)
+
+
+@pytest.mark.parametrize(
+    ("ours", "complaints"),
+    [
+        (
+            Objects(netdevs=(dataclasses.replace(TAP, id="net9"),), devices=(dataclasses.replace(NIC, netdev="net9"),)),
+            ["'net9' is here but not in the source", "'net0' is in the source but not here", "netdev=net9 here"],
+        ),
+        (Objects(netdevs=(TAP,)), ["'nic0' is in the source but not here"]),
+        (
+            Objects(netdevs=(dataclasses.replace(TAP, ifname="tap1", mtu=9000),), devices=(NIC,)),
+            ["netdev 'net0' has ifname=tap1 here and tap0 there"],
+        ),
+        (
+            Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),)),
+            ["device 'nic0' has local-migration=off here and on there"],
+        ),
+    ],
+)
+def test_every_option_that_does_not_fit_is_named(ours: Objects, complaints: list[str]) -> None:
+    with pytest.raises(PeerError, match="options do not fit: ") as caught:
+        ours.fit(hello(BOTH))
+    for complaint in complaints:
+        assert complaint in str(caught.value)
+
+
+def test_what_only_matters_beside_descriptors_may_differ_without_them() -> None:
+    ours = Objects(
+        netdevs=(dataclasses.replace(TAP, ifname="tap1"),), devices=(dataclasses.replace(NIC, socket="/run/b.sock"),)
+    )
+    assert ours.fit(hello(BOTH, local=False)) == ours
+    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
+    own = Objects(netdevs=ours.netdevs, devices=(dataclasses.replace(NIC, local_migration=False, socket="/b"),))
+    assert own.fit(hello(home)) == own
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "complaint"),
+    [
+        (HandoverObject(kind="drive", options={}), "object of kind 'drive', this release knows netdev and device"),
+        (HandoverObject(kind="netdev", options={"type": "user", "id": "x"}), "user"),
+        (HandoverObject(kind="netdev", options={"type": "tap"}), "id"),
+        (HandoverObject(kind="netdev", options={"type": "tap", "id": "n", "color": "blue"}), "color"),
+        (HandoverObject(kind="netdev", options={"type": "tap", "id": "n", "mtu": "big"}), "mtu"),
+        (
+            HandoverObject(kind="device", options={"driver": "virtio-net", "id": "n", "netdev": "no", "socket": "/s"}),
+            "the source's objects cannot be: device 'n': can't find netdev 'no'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ours", [NOTHING, BOTH])
+def test_objects_that_cannot_be_are_the_sources_fault(ours: Objects, spoiled: HandoverObject, complaint: str) -> None:
+    with pytest.raises(PeerError, match=complaint):
+        ours.fit(Hello(version="0.1.0", local=True, running=True, objects=(spoiled,)))

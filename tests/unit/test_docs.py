@@ -1,0 +1,101 @@
+"""The pages say what the code says: states, steps and waits of the handover, the version, links between pages."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from localmig.migration import incoming, outgoing, transport
+from localmig.migration.handover import (
+    DESTINATION,
+    DESTINATION_SERVES,
+    DESTINATION_STATUS,
+    SOURCE,
+    SOURCE_SERVES,
+    SOURCE_STATUS,
+    DestinationState,
+    SourceState,
+)
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PAGES: Final = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))
+HANDOVER: Final = (ROOT / "docs/handover.md").read_text()
+
+
+def rows(page: str, heads: str) -> Iterator[list[str]]:
+    """The cells of every row of the first table in `page` that begins with `heads`."""
+    lines = iter(page[page.index(heads) :].splitlines())
+    next(lines)
+    next(lines)
+    for line in lines:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def steps(page: str) -> list[tuple[str, str, str]]:
+    """(state, event, next state) for each combination of what the cells of the first such table list."""
+    return [
+        (state, event, target)
+        for states, events, target in rows(page, "| in state |")
+        for state in states.split(", ")
+        for event in events.split(", ")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heading", "table"),
+    [("## The source", SOURCE), ("## The destination", DESTINATION)],
+    ids=["source", "destination"],
+)
+def test_the_handover_page_has_every_step_once_and_no_other(
+    heading: str, table: Mapping[tuple[StrEnum, StrEnum], StrEnum]
+) -> None:
+    page = HANDOVER[HANDOVER.index(heading) :]
+    expected = [(str(state), str(event), str(target)) for (state, event), target in table.items()]
+    assert sorted(steps(page)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "states", "status", "serving"),
+    [
+        ("| source state |", SourceState, SOURCE_STATUS, SOURCE_SERVES),
+        ("| destination state |", DestinationState, DESTINATION_STATUS, DESTINATION_SERVES),
+    ],
+    ids=["source", "destination"],
+)
+def test_the_handover_page_tells_status_and_owner_of_every_state(
+    heads: str, states: type[StrEnum], status: Mapping[StrEnum, str], serving: frozenset[StrEnum]
+) -> None:
+    told = [tuple(row[:3]) for row in rows(HANDOVER, heads)]
+    assert told == [(str(state), status[state], "yes" if state in serving else "no") for state in states]
+
+
+def test_the_waits_of_the_handover_page_are_those_of_the_code() -> None:
+    modules = {"incoming": incoming, "outgoing": outgoing, "transport": transport}
+    waits = {
+        f"`{module}.{name}`": f"{value:g} s"
+        for module, names in modules.items()
+        for name, value in vars(names).items()
+        if name.isupper() and name.endswith("_S") and not (module == "incoming" and hasattr(outgoing, name))
+    }
+    assert {wait: duration for wait, duration, _ in rows(HANDOVER, "| wait |")} == waits
+
+
+def test_the_changelog_begins_with_the_present_version() -> None:
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []

@@ -1,0 +1,225 @@
+"""Addresses to channels: what each kind accepts, what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.migration import transport
+from localmig.migration.channel import Channel, FrameKind
+from localmig.migration.transport import Listener, check_local, connect
+from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
+
+PATIENCE_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_lost() -> Iterator[None]:
+    before = set(Path("/proc/self/fd").iterdir())
+    yield
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.fixture
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A UNIX socket's path has 107 bytes.
+    return tmp_path_factory.mktemp("t") / "m"
+
+
+def fd_address(sock: socket.socket) -> FdAddress:
+    return FdAddress(name=str(sock.fileno()))
+
+
+async def exchange(source: Channel, destination: Channel) -> None:
+    await source.send(FrameKind.READY, timeout_s=PATIENCE_S)
+    assert (await destination.receive(timeout_s=PATIENCE_S)).kind is FrameKind.READY
+
+
+async def meet(listener: Listener, address: Address) -> None:
+    """A source connects to the listener, and they can talk."""
+    with ExitStack() as ends:
+        source, destination = await asyncio.gather(connect(address), listener.accept())
+        ends.callback(source.close)
+        ends.callback(destination.close)
+        await exchange(source, destination)
+        assert source.passes_descriptors == destination.passes_descriptors == isinstance(address, UnixAddress)
+
+
+# -- unix: ----------------------------------------------------------------------------------------------------
+
+
+def test_a_unix_path_is_there_while_somebody_listens_and_only_for_this_user(path: Path) -> None:
+    address = UnixAddress(path=str(path))
+    with closing(Listener(address)) as listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        asyncio.run(meet(listener, address))
+    assert not path.exists()
+    listener.close()
+
+
+def test_a_path_that_somebody_else_took_over_is_left_alone(path: Path) -> None:
+    with closing(Listener(UnixAddress(path=str(path)))):
+        path.unlink()
+        path.write_text("not ours")
+    assert path.read_text() == "not ours"
+
+
+def test_a_path_a_dead_process_left_is_taken(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    address = UnixAddress(path=str(path))
+    with closing(Listener(address)) as listener:
+        asyncio.run(meet(listener, address))
+
+
+def test_a_path_of_a_living_process_is_not_taken(path: Path) -> None:
+    address = UnixAddress(path=str(path))
+    with closing(Listener(address)) as listener:
+        with pytest.raises(ConfigError, match="is in use by a living process"):
+            Listener(address)
+        asyncio.run(meet(listener, address))
+
+
+def test_a_path_that_is_no_socket_is_not_taken(path: Path) -> None:
+    path.write_text("keep")
+    with pytest.raises(ConfigError, match="exists and is no socket"):
+        Listener(UnixAddress(path=str(path)))
+    assert path.read_text() == "keep"
+
+
+@pytest.mark.parametrize("uid", [12345])
+def test_a_process_of_another_user_is_turned_away(path: Path, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
+    monkeypatch.setattr(transport, "peer_credentials", lambda sock: (1, uid))
+    address = UnixAddress(path=str(path))
+
+    async def try_it() -> None:
+        with closing(await connect(address)), pytest.raises(PeerError, match=f"a process of uid {uid} connected"):
+            await listener.accept()
+
+    with closing(Listener(address)) as listener:
+        asyncio.run(try_it())
+
+
+@pytest.mark.parametrize("uid", [0, os.geteuid()])
+def test_root_and_the_same_user_are_let_in(path: Path, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
+    monkeypatch.setattr(transport, "peer_credentials", lambda sock: (1, uid))
+    address = UnixAddress(path=str(path))
+    with closing(Listener(address)) as listener:
+        asyncio.run(meet(listener, address))
+
+
+def test_nobody_at_the_path_is_an_error_that_says_what_to_look_at(path: Path) -> None:
+    with pytest.raises(KernelError, match=f"cannot connect to 'unix:{path}': .*; is a daemon with --incoming unix:"):
+        asyncio.run(connect(UnixAddress(path=str(path))))
+
+
+# -- tcp: -----------------------------------------------------------------------------------------------------
+
+
+def free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(("listens", "connects"), [("127.0.0.1", "127.0.0.1"), ("", "127.0.0.1"), ("localhost", "")])
+def test_tcp_carries_frames_but_no_descriptors(listens: str, connects: str) -> None:
+    port = free_port("127.0.0.1")
+    with closing(Listener(TcpAddress(host=listens, port=port))) as listener:
+        asyncio.run(meet(listener, TcpAddress(host=connects, port=port)))
+
+
+def test_tcp_frames_leave_at_once() -> None:
+    port = free_port("127.0.0.1")
+
+    async def look() -> None:
+        source, destination = await asyncio.gather(connect(TcpAddress(host="127.0.0.1", port=port)), listener.accept())
+        for channel in (source, destination):
+            assert channel._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            channel.close()
+
+    with closing(Listener(TcpAddress(host="127.0.0.1", port=port))) as listener:
+        asyncio.run(look())
+
+
+def test_a_port_in_use_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(KernelError, match=f"cannot listen at 'tcp:127.0.0.1:{port}'"):
+            Listener(TcpAddress(host="127.0.0.1", port=port))
+
+
+def test_nobody_at_the_port_is_an_error() -> None:
+    with pytest.raises(KernelError, match="cannot connect to"):
+        asyncio.run(connect(TcpAddress(host="127.0.0.1", port=free_port("127.0.0.1"))))
+
+
+# -- fd: ------------------------------------------------------------------------------------------------------
+
+
+def test_inherited_sockets_are_taken_over_on_both_sides() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.set_inheritable(near.fileno(), True)
+    number = near.fileno()
+    addresses = fd_address(near), fd_address(far)
+    listener = Listener(addresses[1])
+    near.detach()
+    far.detach()
+
+    async def talk() -> None:
+        with closing(await connect(addresses[0])) as source, closing(await listener.accept()) as destination:
+            assert not os.get_inheritable(number)
+            assert not os.get_blocking(number)
+            assert source.passes_descriptors
+            await exchange(source, destination)
+
+    asyncio.run(talk())
+    listener.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+def test_what_fd_names_must_be_a_stream_socket_and_is_left_alone_where_it_is_none() -> None:
+    with ExitStack() as ends:
+        datagrams = ends.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        file = os.memfd_create("file")
+        ends.callback(os.close, file)
+        for address, complaint in (
+            (FdAddress(name=str(file)), f"'fd:{file}' is no socket: pass a connected stream socket"),
+            (fd_address(datagrams), f"'fd:{datagrams.fileno()}' is no stream socket"),
+            (FdAddress(name="9999"), "'fd:9999' is no open descriptor"),
+            (FdAddress(name="migration"), "descriptors have no names here"),
+        ):
+            with pytest.raises(ConfigError, match=complaint):
+                Listener(address)
+            with pytest.raises(ConfigError, match=complaint):
+                asyncio.run(connect(address))
+            with pytest.raises(ConfigError, match=complaint):
+                check_local(address, local=True)
+        os.fstat(file)
+        os.fstat(datagrams.fileno())
+
+
+# -- local ----------------------------------------------------------------------------------------------------
+
+
+def test_local_wants_a_socket_that_can_pass_descriptors() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with near, far, socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp:
+        check_local(UnixAddress(path="/run/m"), local=True)
+        check_local(fd_address(near), local=True)
+        for address in (TcpAddress(host="127.0.0.1", port=1), fd_address(tcp)):
+            check_local(address, local=False)
+            with pytest.raises(ConfigError, match=f"parameter 'local' is on, but '{address}' .*cannot carry descr"):
+                check_local(address, local=True)
+        # Looked at, not taken.
+        near.send(b"x")
+        assert far.recv(1) == b"x"
