@@ -40,6 +40,10 @@ def undisturbed(tracer: Tracer) -> Iterator[None]:
             gc.enable()
 
 
+class MirrorChannel(Channel):
+    """A channel to ourselves. Its own type, so that what is injected into real ones does not hit a rehearsal."""
+
+
 async def rehearse_exchange(switchover: bytes | bytearray) -> None:
     """Sends the frames of a switchover to ourselves and receives them.
 
@@ -48,7 +52,7 @@ async def rehearse_exchange(switchover: bytes | bytearray) -> None:
     pair = socket.socketpair()
     for sock in pair:
         sock.setblocking(False)
-    near, far = map(Channel, pair)
+    near, far = map(MirrorChannel, pair)
     try:
         for sender, receiver, kind, data in (
             (near, far, FrameKind.SWITCHOVER, switchover[:_SAMPLE_BYTES_MAX]),

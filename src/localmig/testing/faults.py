@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from localmig.errors import ConfigError
 from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.downtime import MirrorChannel
 
 
 class Place(StrEnum):
@@ -84,27 +85,27 @@ def install(fault: Fault) -> None:
     """From now on the fault waits in every channel of this process."""
     waiting = [fault]
 
-    def pass_by(place: Place, kind: FrameKind) -> None:
-        if waiting and (fault.place, fault.kind) == (place, kind):
+    def pass_by(channel: Channel, place: Place, kind: FrameKind) -> None:
+        if waiting and not isinstance(channel, MirrorChannel) and (fault.place, fault.kind) == (place, kind):
             waiting.clear()
             fault.act()
 
     send, try_send, receive = Channel.send, Channel.try_send, Channel.receive
 
     async def faulty_send(self: Channel, kind: FrameKind, *arguments: Any, **options: Any) -> None:
-        pass_by(Place.BEFORE_SEND, kind)
+        pass_by(self, Place.BEFORE_SEND, kind)
         await send(self, kind, *arguments, **options)
-        pass_by(Place.AFTER_SEND, kind)
+        pass_by(self, Place.AFTER_SEND, kind)
 
     def faulty_try_send(self: Channel, kind: FrameKind, data: bytes = b"") -> bool:
-        pass_by(Place.BEFORE_SEND, kind)
+        pass_by(self, Place.BEFORE_SEND, kind)
         is_sent = try_send(self, kind, data)
-        pass_by(Place.AFTER_SEND, kind)
+        pass_by(self, Place.AFTER_SEND, kind)
         return is_sent
 
     async def faulty_receive(self: Channel, **options: Any) -> Frame:
         frame = await receive(self, **options)
-        pass_by(Place.AFTER_RECEIVE, frame.kind)
+        pass_by(self, Place.AFTER_RECEIVE, frame.kind)
         return frame
 
     Channel.send = faulty_send  # type: ignore[method-assign]
