@@ -174,7 +174,9 @@ def test_a_source_that_dies_after_ready_is_taken_over_from(site: Site, fault: st
     assert_undisturbed(site)
 
 
-@pytest.mark.parametrize("fault", ["after-receive:SETUP_ACK=kill", "before-send:SWITCHOVER=kill"])
+@pytest.mark.parametrize(
+    "fault", ["after-receive:SETUP_ACK=kill", "before-send:SWITCHOVER=kill", "after-send:SWITCHOVER=kill"]
+)
 def test_a_source_that_dies_after_setup_is_recovered_from_guest_memory(site: Site, fault: str) -> None:
     source, destination = site.source(fault=fault), site.destination()
     site.attach()
@@ -182,6 +184,20 @@ def test_a_source_that_dies_after_setup_is_recovered_from_guest_memory(site: Sit
     assert source.wait() == -signal.SIGKILL
     destination.wait_event("MigrationStatusChanged", status="completed")
     assert "died" in destination.execute("query-migrate")["local"]["note"]
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_learns_of_the_death_when_it_answers_takes_over(site: Site) -> None:
+    source, destination = (
+        site.source(fault="after-send:SWITCHOVER=kill"),
+        site.destination(fault="after-receive:SWITCHOVER=stop"),
+    )
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    assert source.wait() == -signal.SIGKILL
+    destination.wait_stopped()
+    destination.send_signal(signal.SIGCONT)
+    destination.wait_event("MigrationStatusChanged", status="completed")
     assert_undisturbed(site)
 
 

@@ -261,7 +261,6 @@ def test_what_does_not_fit_a_migration_under_way_is_refused(calls: list[str]) ->
     run(migrate)
 
 
-@pytest.mark.xfail(reason="before its task runs a migration cannot be cancelled, and is called committed")
 def test_a_migration_is_cancelled_as_soon_as_it_is_asked_for(calls: list[str]) -> None:
     async def migrate(daemon: Daemon) -> None:
         async with migration(daemon):

@@ -118,7 +118,7 @@ DEVICE_ERRORS = {
     "virtio-net,id=nic0,netdev=net0": "Parameter 'socket' is missing",
     "virtio-net,id=nic0,netdev=net0,socket=": "Parameter 'socket': invalid Unix socket address",
     f"virtio-net,id=nic0,netdev=net0,socket=/{'s' * 107}": "Parameter 'socket': "
-    f"UNIX socket path '/{'s' * 107}' is too long: 108 bytes, limit is 107",
+    f"UNIX socket path '/{'s' * 107}' is too long: 108 bytes, limit is 107; use a shorter directory",
     "virtio-net,id=nic0,netdev=net0,socket=/x,local-migration=yes": "Parameter 'local-migration' "
     "expects 'on' or 'off', not 'yes'",
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local-migration": "on"}': "Invalid "

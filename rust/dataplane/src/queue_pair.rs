@@ -75,8 +75,6 @@ struct Shared {
     resumed: Condvar,
     /// Tells that the thread parked.
     parked: Condvar,
-    /// When the thread began its first scan after the last start. Apart from `state`, because a thread that moves
-    /// packets leaves hardly a moment between two holds of that lock.
     /// Someone wants the lock to stop the rings.
     stop_requested: AtomicBool,
     /// Copies of `state`, for those who must not wait for the lock.

@@ -1,4 +1,4 @@
-//! One split virtqueue, from the device's side (virtio 1.3, section 2.7).
+//! One split virtqueue, from the device's side (virtio 1.2, section 2.7).
 //!
 //! Owns:        the ring's indices, the strict reading of descriptor chains, notification suppression both ways.
 //! Never sees:  descriptors of the process, packets, threads.
@@ -13,7 +13,7 @@ use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
 
 use crate::memory::GuestMemory;
 
-/// Entries a split virtqueue may have: virtio 1.3, section 2.7.
+/// Entries a split virtqueue may have: virtio 1.2, section 2.7.
 pub const RING_SIZE_MAX: u16 = 32768;
 
 /// Buffers one chain may have: readv(2) takes 1024 (UIO_MAXIOV), and receiving adds one of its own.
@@ -301,7 +301,7 @@ impl SplitRing {
             slots += u16::from(!indirect);
             let descriptor = table.read(index)?;
             if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
-                // It may stand behind ordinary ones, but ends them (virtio 1.3, section 2.7.5.3.2).
+                // It may stand behind ordinary ones, but ends them (virtio 1.2, section 2.7.5.3.2).
                 if indirect {
                     return Err(RingError::IndirectNested { index });
                 }

@@ -191,7 +191,7 @@ class Daemon:
             StateError: another migration is under way, or this daemon does not have the guest.
             ConfigError: `local` is on and the address cannot carry descriptors. Nothing was stopped.
         """
-        if self._is_migrating():
+        if self._is_migrating() or (self._incoming is not None and not self._incoming.has_ended):
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise StateError(f"nothing to migrate in run state '{self._run_state}'")

@@ -105,7 +105,10 @@ class Part(Protocol):
         """Raises PeerError where the state does not fit what was set up; changes nothing."""
 
     def adopt_switchover(self, state: Any) -> None:
-        """Applies a checked state. Must not fail."""
+        """Applies a checked state. Must not fail.
+
+        Called more than once: before the state that counts, it is rehearsed with this part's own `save_switchover`.
+        """
 
     @abstractmethod
     def recover(self) -> None:

@@ -211,6 +211,7 @@ class Channel:
                     # Descriptors in flight count against the sender until they are received.
                     await self._wait_drained(deadline)
                     continue
+                self._is_mid_frame = False  # nobody is left to take it for the middle of one
                 raise PeerLostError(f"the other side is gone: {error.strerror}") from error
 
     async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from localmig.device_api import Part
-from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError
+from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, undisturbed
@@ -36,6 +36,7 @@ from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
+from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Description, close_descriptors
 
@@ -82,6 +83,8 @@ class Incoming:
         self._peer: Peer | None = None
         self._stream = IncomingStream(setup={}, switchover={})
         self._hello: Hello | None = None
+        self._is_sole_owner = False
+        """Whether nobody else can serve the guest any more: DONE goes out, or the source is dead."""
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
@@ -89,6 +92,11 @@ class Incoming:
     def state(self) -> DestinationState:
         """Where the destination stands."""
         return self._machine.state
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `run` is over."""
+        return self._progress.has_ended
 
     @property
     def source_was_running(self) -> bool:
@@ -124,11 +132,12 @@ class Incoming:
             self._give_up(DestinationEvent.FAILED_HERE, str(error))
             channel.try_send(FrameKind.REFUSE, encode_reason(str(error)))
         except asyncio.CancelledError:
-            if self._progress.serving_ns is None:
+            if not self._is_sole_owner:
                 self._give_up(None, "the destination was told to quit")
             raise
         except BaseException as error:
-            if self._progress.serving_ns is None:
+            if not self._is_sole_owner:
+                # The end of this process gives the guest back, where it had it.
                 self._give_up(None, f"internal error: {error!r}")
                 raise
             # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
@@ -151,8 +160,8 @@ class Incoming:
             self._adopt_setup(frame)
             await self._rehearse()
         self._progress.prepared_ns = time.monotonic_ns()
-        await channel.send(FrameKind.SETUP_ACK, timeout_s=HELLO_TIMEOUT_S)
         self._fire(DestinationEvent.SETUP_ADOPTED)
+        await self._say(channel, FrameKind.SETUP_ACK)
         await self._rehearse()
 
         # The operator may let the source pause here, and past READY the source alone decides: both waits end with it.
@@ -168,7 +177,7 @@ class Incoming:
     async def _switch_over(self, channel: Channel, frame: Frame) -> None:
         begun_ns = time.monotonic_ns()
         self._adopt_switchover(self._stream, frame.data, frame.fds)
-        await channel.send(FrameKind.READY, timeout_s=HELLO_TIMEOUT_S)
+        await self._say(channel, FrameKind.READY)
         self._fire(DestinationEvent.SWITCHOVER_ADOPTED)
         ready_ns = time.monotonic_ns()
         frame = await self._expect(channel, FrameKind.COMMIT, None)
@@ -183,6 +192,8 @@ class Incoming:
             ("await-commit", committed_ns - ready_ns),
             ("start", self._progress.serving_ns - committed_ns),
         )
+        # Before it is sent: a source that has read it lets go.
+        self._is_sole_owner = True
         channel.try_send(FrameKind.DONE, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
         self._on_serving()
         for name, duration_ns in own_phases:
@@ -282,32 +293,39 @@ class Incoming:
 
     def _recover(self) -> None:
         """The source is dead: serve from what arrived whole and from what stands in guest memory."""
-        for part in self._parts:
-            part.recover()
+        self._is_sole_owner = True
         self._progress.note = "the source died during the handover; this daemon took over from guest memory"
-        self._serve()
+        problems = for_all(self._parts, lambda part: part.recover())
+        if self.source_was_running:
+            problems += for_all(self._parts, lambda part: part.resume())
+        self._progress.serving_ns = time.monotonic_ns()
+        problems += for_all(self._parts, lambda part: part.thaw())
+        self._progress.note = "; ".join([self._progress.note, *problems])
         self._on_serving()
         self._settle()
 
     def _settle(self) -> None:
-        """The source holds nothing any more."""
-        for part in self._parts:
-            try:
-                part.source_released()
-            except (ConfigError, KernelError) as error:
-                # Too late for a no: this process owns the guest, and the rest of it works.
-                self._progress.note = str(error)
-                _logger.warning("%s", error)
+        """The source holds nothing any more. Too late for a no: this process owns the guest, and the rest works."""
+        problems = for_all(self._parts, lambda part: part.source_released())
+        if problems:
+            self._progress.note = "; ".join([*([self._progress.note] if self._progress.note else []), *problems])
         self._fire(DestinationEvent.SETTLED)
 
     def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
         self._progress.error = reason
-        for part in reversed(self._parts):
-            part.discard()
+        for_all(reversed(self._parts), lambda part: part.discard())
         if event is not None:
             self._fire(event)
 
     # -- small things -------------------------------------------------------------------------------------------
+
+    async def _say(self, channel: Channel, kind: FrameKind) -> None:
+        """Sends a frame without content. Where that fails, what the source said before is heard first."""
+        try:
+            await channel.send(kind, timeout_s=HELLO_TIMEOUT_S)
+        except PeerLostError:
+            await self._expect(channel, FrameKind.CANCEL, HELLO_TIMEOUT_S)
+            raise
 
     async def _expect(self, channel: Channel, kind: FrameKind, timeout_s: float | None) -> Frame:
         """The next frame, which must be a `kind`."""

@@ -12,8 +12,10 @@ destination is known dead.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from typing import Final
 
 from localmig.device_api import Part
@@ -41,7 +43,10 @@ from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
+from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
+
+_logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S: Final = 10.0
 """A destination answers HELLO after it looked at its options; it opens nothing slow."""
@@ -121,12 +126,13 @@ class Outgoing:
 
     def cancel(self) -> bool:
         """Takes the handover back if it is not committed; whether it can be. `run` then ends soon."""
-        if not self._machine.allows(SourceEvent.CANCEL) or self._task is None or self.has_ended:
+        if self.has_ended or not (self._task is None or self._machine.allows(SourceEvent.CANCEL)):
             return False
         if not self._cancelling:
             self._cancelling = True
             self._report()
-            self._task.cancel()
+            if self._task is not None:
+                self._task.cancel()
         return True
 
     def continue_switchover(self) -> bool:
@@ -145,10 +151,22 @@ class Outgoing:
         """
         self._task = asyncio.current_task()
         try:
-            await self._prepare()
-            with undisturbed(self._tracer):
-                await self._switch_over()
+            with ExitStack() as downtime:
+                if not await self._commit(downtime):
+                    return self.state
+                # COMMIT is out: from here on nothing leads to `_abandon`.
                 event = await self._await_done()
+            await self._conclude(event)
+        finally:
+            self._end()
+        return self.state
+
+    async def _commit(self, downtime: ExitStack) -> bool:
+        """Everything up to COMMIT; whether it was sent. Where it was not, the source serves on."""
+        try:
+            await self._prepare()
+            downtime.enter_context(undisturbed(self._tracer))
+            await self._switch_over()
         except asyncio.CancelledError:
             assert self._task is not None
             self._task.uncancel()
@@ -163,15 +181,32 @@ class Outgoing:
             self._abandon(SourceEvent.FAILED_HERE, str(error))
         except BaseException as error:
             self._abandon(SourceEvent.FAILED_HERE, f"internal error: {error!r}")
-            self._end()
             raise
         else:
-            await self._conclude(event)
-        self._end()
-        return self.state
+            return await self._send_commit()
+        return False
+
+    async def _send_commit(self) -> bool:
+        """Sends COMMIT; whether it may have been sent."""
+        assert self._channel is not None
+        assert self._progress.stopped_ns is not None
+        commit = self._progress.stopped_ns.to_bytes(8, "big")
+        try:
+            await self._channel.send(FrameKind.COMMIT, commit, timeout_s=COMMIT_TIMEOUT_S)
+        except (PeerLostError, TimeoutError) as error:
+            # It is so short that the socket takes it whole or not at all.
+            self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost before COMMIT: {error}")
+            return False
+        except Exception:
+            # Sent or not? Only the destination's answer, or its death, can tell now.
+            _logger.exception("internal error while COMMIT was sent")
+        self._machine.fire(SourceEvent.COMMIT_SENT)
+        return True
 
     async def _prepare(self) -> None:
         self._fire(SourceEvent.START)
+        if self._cancelling:
+            raise asyncio.CancelledError
         with self._progress.phase("connect"):
             channel = self._channel = await self._connect()
         self._fire(SourceEvent.CONNECTED)
@@ -258,12 +293,13 @@ class Outgoing:
         left_s = limit_s - (sent_ns - stopped_ns) / 1e9
         await self._expect(FrameKind.READY, left_s, "say READY within downtime-limit", eager=True)
         self._fire(SourceEvent.READY_RECEIVED)
-        await channel.send(FrameKind.COMMIT, stopped_ns.to_bytes(8, "big"), timeout_s=COMMIT_TIMEOUT_S)
-        self._fire(SourceEvent.COMMIT_SENT)
         ready_ns = time.monotonic_ns()
-        self._progress.add_phase("stop", saved_ns - stopped_ns)
-        self._progress.add_phase("switchover", sent_ns - saved_ns)
-        self._progress.add_phase("ready", ready_ns - sent_ns)
+        for name, duration_ns in (
+            ("stop", saved_ns - stopped_ns),
+            ("switchover", sent_ns - saved_ns),
+            ("ready", ready_ns - sent_ns),
+        ):
+            self._progress.add_phase(name, duration_ns)
 
     async def _conclude(self, event: SourceEvent) -> None:
         """Past COMMIT: ends when the destination serves, or is known dead and the source serves again."""
@@ -282,11 +318,12 @@ class Outgoing:
                     return
         # Told only when it is true: who reads "completed" finds nothing here any more.
         if self.state is SourceState.TAKEN_BACK:
-            self._progress.error = "the destination died after COMMIT: this daemon serves again"
-            self._take_back()
+            problems = self._take_back()
+            self._progress.error = "; ".join(["the destination died after COMMIT: this daemon serves again", *problems])
         else:
-            for part in self._parts:
-                part.release()
+            problems = for_all(self._parts, lambda part: part.release())
+            if problems:
+                self._progress.note = "; ".join(["something is still held here, end this daemon", *problems])
         self._report()
 
     async def _await_done(self) -> SourceEvent:
@@ -305,6 +342,10 @@ class Outgoing:
             return SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST
         except PeerError:
             return SourceEvent.REFUSED
+        except Exception:
+            # A bug here says nothing about the destination: its life or death does.
+            _logger.exception("internal error while DONE was awaited")
+            return SourceEvent.CHANNEL_LOST
         self._progress.serving_ns = done.serving_ns
         self._progress.add_phase("done", time.monotonic_ns() - begun_ns)
         self._progress.add_phases_of_the_other_side("destination", done.phases)
@@ -324,26 +365,23 @@ class Outgoing:
 
     def _abandon(self, event: SourceEvent, reason: str) -> None:
         """Before COMMIT: the source serves on, the destination is told so."""
-        self._progress.error = None if event is SourceEvent.CANCEL else reason
-        for part in reversed(self._stopped):
-            part.resume()
+        self._machine.fire(event if self._machine.allows(event) else SourceEvent.FAILED_HERE)
+        problems = for_all(reversed(self._stopped), lambda part: part.resume())
         # Told before control planes thaw: whoever took over from here later would hold old control state.
         told = self._channel is None or self._channel.try_send(FrameKind.CANCEL, encode_reason(reason))
         if not told and self._peer is not None:
             # It owns nothing and cannot even be told; it must not take over when this process ends one day.
             self._peer.kill()
-        for part in reversed(self._frozen):
-            part.thaw()
-        self._fire(event if self._machine.allows(event) else SourceEvent.FAILED_HERE)
+        problems += for_all(reversed(self._frozen), lambda part: part.thaw())
+        if event is not SourceEvent.CANCEL or problems:
+            self._progress.error = "; ".join([reason, *problems])
+        self._report()
 
-    def _take_back(self) -> None:
-        for part in self._parts:
-            part.recover()
+    def _take_back(self) -> list[str]:
+        problems = for_all(self._parts, lambda part: part.recover())
         if self._running:
-            for part in self._parts:
-                part.resume()
-        for part in self._parts:
-            part.thaw()
+            problems += for_all(self._parts, lambda part: part.resume())
+        return problems + for_all(self._parts, lambda part: part.thaw())
 
     def _end(self) -> None:
         self._progress.end()

@@ -2,7 +2,7 @@
 
 Owns:        the address forms, their texts, QEMU's words for what is wrong with one.
 Never sees:  sockets, descriptors, which side migrates.
-Read next:   migration/channel.py, which connects to one.
+Read next:   migration/transport.py, which connects to one.
 """
 
 from __future__ import annotations

@@ -153,6 +153,10 @@ class DaemonProcess:
         """Sends a signal."""
         self._process.send_signal(number)
 
+    def wait_stopped(self) -> None:
+        """Waits until SIGSTOP has stopped it; the caller bounds the wait."""
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
     def wait(self, *, seconds: float = END_SECONDS_MAX) -> int:
         """Waits for its end; the exit status, negative for a signal."""
         status = self._process.wait(seconds)

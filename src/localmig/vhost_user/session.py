@@ -5,7 +5,7 @@ Owns:        Listener (the path and who may connect), Session (one connection), 
 Never sees:  a ring. What a message means stands in protocol.py.
 Read next:   devices/virtio_net/ for a handler.
 
-Nothing here touches a socket between adoption and `start`: until the handover commits it is shared with the process
+Nothing here touches a socket between adoption and `thaw`: until the handover commits it is shared with the process
 that serves it.
 """
 
