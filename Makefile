@@ -79,6 +79,7 @@ guest-packages:
 
 guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	@[ -e .lab/kernel ] || { rm -rf .lab/unpack && mkdir -p .lab/unpack && cd .lab/unpack && \
+	  { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && $(APT_GET) update -qq; }; } && \
 	  package=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p') && \
 	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
 	  echo "no guest kernel could be downloaded from Debian's packages: guest tests under QEMU are skipped"
