@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from tests.guest.image import LabError, qemu_image, uml_image
+from tests.guest.image import LabError, qemu_image
 
+from localmig.testing import uml
+from localmig.testing.initramfs import ECHO_PORT, READY_LINE, SHELL_PORT
 from localmig.testing.namespace import NetworkNamespace, configure, create_tap
 from localmig.testing.traffic import STALL_SECONDS_MAX, STREAM_WINDOW_BYTES, PingReport, StreamReport
 
@@ -44,10 +46,6 @@ STOP_SECONDS_MAX: Final = 10
 
 BULK_NICENESS: Final = 10
 """A tenth of the weight of a process with niceness 0."""
-
-ECHO_PORT: Final = 7
-SHELL_PORT: Final = 9
-"""Services of guest-init."""
 
 
 class Process:
@@ -136,7 +134,7 @@ class Guest:
 
     def wait_ready(self) -> None:
         """Wait until its network is up and its services listen."""
-        self.process.wait_for("guest: ready", seconds_max=BOOT_SECONDS_MAX)
+        self.process.wait_for(READY_LINE, seconds_max=BOOT_SECONDS_MAX)
 
     def connect(self, port: int) -> socket.socket:
         """A TCP connection to one of its services, which is tried again for as long as the guest is unreachable."""
@@ -308,20 +306,18 @@ class Lab:
         argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
         argv += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
         # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.
-        argv += ["-append", _kernel_words("console=ttyS0 no_timer_check ipv6.disable=1")]
+        words = f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={GUEST_ADDRESS}{PREFIX}"
+        argv += ["-append", words]
         argv += netdev
         # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
         argv += ["-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile="]
         return self._booting(argv)
 
-    def boot_uml(self, device: Path | None) -> Guest:
+    def boot_uml(self, device: Path) -> Guest:
         """Boot a guest under User-Mode Linux, its NIC served at the vhost-user socket `device`."""
-        image = uml_image(self.folder)
-        argv = [str(image.kernel), "mem=256M", f"initrd={image.initramfs}", f"uml_dir={self.folder}/"]
-        argv += ["con=null", "con0=null,fd:1", *_kernel_words("").split()]
-        if device is not None:
-            argv.append(f"virtio_uml.device={device}:1")  # 1: virtio's id of a NIC
-        return self._booting(argv)
+        if (reason := uml.unavailable_reason()) is not None:
+            raise LabError(reason)
+        return self._booting(uml.command(str(device), address=GUEST_ADDRESS + PREFIX, folder=self.folder))
 
     def _booting(self, argv: Sequence[str]) -> Guest:
         self._guest_count += 1
@@ -371,10 +367,6 @@ def tap_netdev(ifname: str = "tap0") -> list[str]:
 def vhost_user_netdev(socket: Path) -> list[str]:
     """A vhost-user backend at `socket`, to which QEMU reconnects every second when it goes away."""
     return ["-chardev", f"socket,id=c0,path={socket},reconnect=1", "-netdev", "vhost-user,id=n0,chardev=c0"]
-
-
-def _kernel_words(words: str) -> str:
-    return f"quiet {words} guestip={GUEST_ADDRESS}{PREFIX}"
 
 
 def _qemu() -> str:

@@ -13,11 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide, socket_pair
 
-from localmig.dataplane import DriverPair, QueuePair, Ring
-from localmig.errors import KernelError, PeerError, PeerLostError
+from localmig.dataplane import QueuePair
+from localmig.errors import PeerError, PeerLostError
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest, SharedMemory
+from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.namespace import NetworkNamespace, configure, create_tap
 from localmig.testing.traffic import Pinger
@@ -25,69 +26,21 @@ from localmig.vhost_user.message import U64, ProtocolFeature, Request, VringNumb
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature, header_length
 
-PATIENCE_SECONDS = 10.0
 HEADER = bytes(12)
 
 
-class Wire:
+class Wire(GuestSide):
     """A driver and a queue pair over the same memory, with a socket pair for each one's TAP."""
 
-    def __init__(self, *, queue_size: int = 256, features: int = DRIVER_FEATURES) -> None:
-        with ExitStack() as undo:
-            self.guest, guest_tap = self._socket_pair(undo)
-            self.host, host_tap = self._socket_pair(undo)
-            eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(5)]
-            for fd in eventfds:
-                undo.callback(os.close, fd)
-            rx_kick, rx_call, tx_kick, tx_call, errors = eventfds
-            self.memory = SharedMemory(DriverPair.layout_size(queue_size))
-            undo.callback(self.memory.close)
-            self.driver = DriverPair(
-                name="driver",
-                memory=self.memory.mapping,
-                guest_address=self.memory.region.guest_address,
-                queue_size=queue_size,
-                features=features,
-                rx_kick_fd=rx_kick,
-                rx_call_fd=rx_call,
-                tx_kick_fd=tx_kick,
-                tx_call_fd=tx_call,
-                tap_fd=guest_tap.fileno(),
-            )
-            undo.callback(self.driver.stop)
-            self.rings = tuple(
-                Ring(
-                    size=queue_size,
-                    descriptor_table=table,
-                    avail_ring=avail,
-                    used_ring=used,
-                    kick_fd=kick,
-                    call_fd=call,
-                    error_fd=None,
-                    next_avail=0,
-                )
-                for (table, avail, used), kick, call in zip(
-                    self.driver.ring_addresses(), (rx_kick, tx_kick), (rx_call, tx_call), strict=True
-                )
-            )
-            self.features = features
-            self.host_tap = host_tap
-            self.errors = errors
-            self.device = self.new_device()
-            self._undo = undo.pop_all()
-
-    @staticmethod
-    def _socket_pair(undo: ExitStack) -> tuple[socket.socket, socket.socket]:
-        near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        undo.callback(near.close)
-        undo.callback(tap.close)
-        near.settimeout(PATIENCE_SECONDS)
-        tap.setblocking(False)
-        return near, tap
+    def __init__(self, undo: ExitStack, *, queue_size: int = 256, features: int = DRIVER_FEATURES) -> None:
+        super().__init__(undo, queue_size=queue_size, features=features)
+        self.features = features
+        self.host, self.host_tap = socket_pair(undo)
+        self.device = self.new_device()
+        undo.callback(self.close_device)
 
     def new_device(self) -> QueuePair:
-        device = QueuePair("device", self.errors)
-        rx, tx = self.rings
+        device = QueuePair("device", self.event_fd)
         device.configure(
             memory=self.memory.mapping,
             tap_fd=self.host_tap.fileno(),
@@ -96,10 +49,13 @@ class Wire:
             event_index=bool(self.features & Feature.RING_EVENT_IDX),
             indirect=False,
             mergeable=bool(self.features & NetFeature.MRG_RXBUF),
-            rx=rx,
-            tx=tx,
+            rx=self.rx,
+            tx=self.tx,
         )
         return device
+
+    def close_device(self) -> None:
+        self.device.close()  # whichever it is by then
 
     def hand_over(self) -> None:
         """What a handover does to the rings: one device stops, another goes on where it stood."""
@@ -110,16 +66,11 @@ class Wire:
         self.device.close()
         self.device = device
 
-    def close(self) -> None:
-        self.device.close()
-        self._undo.close()
-
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    made = Wire()
-    yield made
-    made.close()
+    with ExitStack() as undo:
+        yield Wire(undo)
 
 
 def frame(number: int, size: int = 60) -> bytes:
@@ -156,13 +107,11 @@ def test_frames_pass_both_ways_unchanged(wire: Wire) -> None:
 )
 @pytest.mark.parametrize("queue_size", [2, 16, 1024])
 def test_a_burst_comes_complete_and_in_order_whatever_is_negotiated(queue_size: int, features: int) -> None:
-    wire = Wire(queue_size=queue_size, features=features)
-    try:
+    with ExitStack() as undo:
+        wire = Wire(undo, queue_size=queue_size, features=features)
         wire.device.start()
         wire.driver.start()
         exchange(wire, count=5000, handovers=0)
-    finally:
-        wire.close()
 
 
 def test_a_device_that_takes_over_in_a_burst_loses_and_repeats_nothing(wire: Wire) -> None:
@@ -289,18 +238,13 @@ class Daemon:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    try:
-        namespace = NetworkNamespace.create()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with namespace, namespace.entered():
-        create_tap("tap0")
-        configure("tap0", address=f"{HOST}/24")
-        made = Daemon(tmp_path)
-        made.start()
-        yield made
-        made.stop()
+def daemon(namespace: NetworkNamespace, tmp_path: Path) -> Iterator[Daemon]:
+    create_tap("tap0")
+    configure("tap0", address=f"{HOST}/24")
+    made = Daemon(tmp_path)
+    made.start()
+    yield made
+    made.stop()
 
 
 def assert_answers(count: int = 20) -> None:

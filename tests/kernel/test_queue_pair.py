@@ -7,20 +7,19 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide
 
-from localmig.dataplane import Counters, DriverPair, GuestMemory, QueuePair, Ring
-from localmig.errors import KernelError
+from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
 from localmig.netdev import Tap
-from localmig.testing.frontend import DRIVER_FEATURES, SharedMemory
+from localmig.testing.frontend import DRIVER_FEATURES
 from localmig.testing.namespace import NetworkNamespace, configure, ip
 from localmig.virtio.net import header_length
 
-PATIENCE_SECONDS = 10.0
 ETHERTYPE = 0x88B5
 """Local experimental: nothing but these tests speaks it."""
 MAC = b"\x02\x00\x00\x00\x00\x01"
@@ -37,10 +36,11 @@ def number_of(data: bytes) -> int:
     return int.from_bytes(data[14:18], "big")
 
 
-class Nic:
+class Nic(GuestSide):
     """A TAP with its network on one side; a queue pair, a driver and the guest's frames on the other."""
 
     def __init__(self, undo: ExitStack) -> None:
+        super().__init__(undo)
         self.tap = Tap(id="net0", ifname="tap0")
         self.tap.open()
         undo.callback(self.tap.close)
@@ -48,50 +48,10 @@ class Nic:
         self.tap.set_vnet_header_length(header_length(DRIVER_FEATURES))
         self.network = undo.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
         self.network.bind(("tap0", ETHERTYPE))
-        self.guest, driver_side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        undo.callback(self.guest.close)
-        undo.callback(driver_side.close)
-        driver_side.setblocking(False)
-        for end in (self.network, self.guest):
-            end.settimeout(PATIENCE_SECONDS)
-
-        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(5)]
-        for fd in eventfds:
-            undo.callback(os.close, fd)
-        rx_kick, rx_call, tx_kick, tx_call, self.event_fd = eventfds
-        self.memory = SharedMemory(DriverPair.layout_size(256))
-        undo.callback(self.memory.close)
-        self.driver = DriverPair(
-            name="driver",
-            memory=self.memory.mapping,
-            guest_address=self.memory.region.guest_address,
-            queue_size=256,
-            features=DRIVER_FEATURES,
-            rx_kick_fd=rx_kick,
-            rx_call_fd=rx_call,
-            tx_kick_fd=tx_kick,
-            tx_call_fd=tx_call,
-            tap_fd=driver_side.fileno(),
-        )
-        self.rings = [
-            Ring(
-                size=256,
-                descriptor_table=table,
-                avail_ring=avail,
-                used_ring=used,
-                kick_fd=kick,
-                call_fd=call,
-                error_fd=None,
-                next_avail=None,
-            )
-            for (table, avail, used), kick, call in zip(
-                self.driver.ring_addresses(), (rx_kick, tx_kick), (rx_call, tx_call), strict=True
-            )
-        ]
+        self.network.settimeout(PATIENCE_SECONDS)
         self.pair = self.new_pair()
         undo.callback(self.close_pair)
         self.driver.start()
-        undo.callback(self.driver.stop)
 
     def new_pair(self) -> QueuePair:
         pair = QueuePair("nic0", self.event_fd)
@@ -110,8 +70,8 @@ class Nic:
             "event_index": True,
             "indirect": True,
             "mergeable": True,
-            "rx": self.rings[0],
-            "tx": self.rings[1],
+            "rx": self.rx,
+            "tx": self.tx,
         }
         pair.configure(**settings | changes)
 
@@ -137,12 +97,8 @@ class Nic:
 
 
 @pytest.fixture
-def nic() -> Iterator[Nic]:
-    try:
-        namespace = NetworkNamespace.create()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with namespace, namespace.entered(), ExitStack() as undo:
+def nic(namespace: NetworkNamespace) -> Iterator[Nic]:
+    with ExitStack() as undo:
         yield Nic(undo)
 
 
@@ -349,10 +305,21 @@ def test_guest_memory_refuses_what_is_outside(nic: Nic) -> None:
 
 
 def test_a_thread_carries_the_pairs_name_and_ends_with_it(nic: Nic) -> None:
-    def names() -> list[str]:
-        return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    def is_there() -> bool:
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it may end meanwhile
+                if task.joinpath("comm").read_text() == "a-name-of-more-\n":
+                    return True
+        return False
+
+    def await_thread(*, there: bool) -> None:
+        """A thread takes its name a moment after it began, and is gone from /proc a moment after it was joined."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while is_there() is not there:
+            assert time.monotonic() < end
+            os.sched_yield()
 
     pair = QueuePair("a-name-of-more-than-15", nic.event_fd)
-    assert "a-name-of-more-" in names()
+    await_thread(there=True)
     pair.close()
-    assert "a-name-of-more-" not in names()
+    await_thread(there=False)

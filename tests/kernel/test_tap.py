@@ -28,23 +28,7 @@ ETH_P_ALL = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 
 
-@pytest.fixture(autouse=True)
-def namespace() -> Iterator[None]:
-    try:
-        fresh = NetworkNamespace.create()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with fresh, fresh.entered():
-        # A new interface speaks IPv6 by itself; here only the tests speak.
-        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_lost(namespace: None) -> Iterator[None]:
-    before = set(Path("/proc/self/fd").iterdir())
-    yield
-    assert set(Path("/proc/self/fd").iterdir()) == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_lost")
 
 
 @contextlib.contextmanager

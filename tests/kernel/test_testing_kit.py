@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from localmig.errors import KernelError, PeerLostError
+from localmig.errors import PeerLostError
 from localmig.testing.namespace import CommandError, NetworkNamespace, configure, create_tap, ip, link
 from localmig.testing.proxy import StrippingProxy
 from localmig.testing.traffic import Flood, Pinger, StreamReceiver, StreamSender
@@ -21,21 +20,7 @@ from localmig.testing.traffic import Flood, Pinger, StreamReceiver, StreamSender
 PATIENCE_SECONDS = 20.0
 
 
-@pytest.fixture(autouse=True)
-def namespace() -> Iterator[NetworkNamespace]:
-    try:
-        fresh = NetworkNamespace.create()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with fresh, fresh.entered():
-        yield fresh
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_lost(namespace: NetworkNamespace) -> Iterator[None]:
-    before = set(Path("/proc/self/fd").iterdir())
-    yield
-    assert set(Path("/proc/self/fd").iterdir()) == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_lost")
 
 
 # -- namespaces --

@@ -194,11 +194,21 @@ def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:
 
 def test_a_program_that_does_not_start_changes_nothing_and_its_words_are_shown(machine: Machine) -> None:
     old = machine.start()
+    Path(f"{machine.qmp}.log").write_text("of an earlier upgrade\n")
     broken = machine.program("broken", "import sys; sys.exit('out of order')")
     code, _, said = machine.upgrade("--exec", str(broken))
     assert code == 1
-    assert "the new daemon did not start" in said
-    assert "out of order" in said
+    assert said.endswith("the new daemon did not start, its log ends with:\n  out of order\n")
+    served_on(machine, old)
+
+
+def test_a_program_that_says_nothing_is_not_given_the_words_of_an_earlier_one(machine: Machine) -> None:
+    old = machine.start()
+    Path(f"{machine.qmp}.log").write_text("of an earlier upgrade\n")
+    mute = machine.program("mute", "")
+    code, _, said = machine.upgrade("--exec", str(mute))
+    assert code == 1
+    assert said.endswith("the new daemon did not start\n")
     served_on(machine, old)
 
 

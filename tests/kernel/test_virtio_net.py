@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -13,10 +13,9 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from localmig.devices.virtio_net import VirtioNet
-from localmig.errors import KernelError, PeerError
+from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, NetGuest
-from localmig.testing.namespace import NetworkNamespace
 from localmig.trace import Event, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
 from localmig.virtio import Feature
@@ -32,23 +31,7 @@ EventT = TypeVar("EventT", bound=Event)
 Result = TypeVar("Result")
 
 
-@pytest.fixture(autouse=True)
-def namespace() -> Iterator[None]:
-    try:
-        fresh = NetworkNamespace.create()
-    except KernelError as error:
-        pytest.skip(str(error))
-    with fresh, fresh.entered():
-        # A new interface speaks IPv6 by itself; here only the tests speak.
-        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_lost(namespace: None) -> Iterator[None]:
-    before = set(Path("/proc/self/fd").iterdir())
-    yield
-    assert set(Path("/proc/self/fd").iterdir()) == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_lost")
 
 
 def frame(number: int) -> bytes:

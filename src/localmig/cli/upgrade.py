@@ -269,12 +269,16 @@ class Successor:
         process: the process.
         path: where it answers QMP until it serves.
         log: where its output goes.
+        log_start: where in that file its output begins.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], ready: OwnedFd, *, path: str, log: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], ready: OwnedFd, *, path: str, log: str, log_start: int
+    ) -> None:
         self.process = process
         self.path = path
         self.log = log
+        self.log_start = log_start
         self._ready = ready
         self._peer = Peer(OwnedFd(os.pidfd_open(process.pid)))
 
@@ -317,8 +321,12 @@ class Successor:
                 Path(self.path).unlink()
 
     def _tail(self) -> str:
+        if not Path(self.log).is_file():
+            return ""  # a terminal or a pipe: whoever reads it has seen it
         try:
-            lines = Path(self.log).read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+            with open(self.log, "rb") as log:
+                log.seek(self.log_start)
+                lines = log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         except OSError:
             return ""
         return ", its log ends with:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
@@ -334,6 +342,7 @@ def _start(arguments: argparse.Namespace, path: str, address: str, settings: Set
     ready, ready_there = os.pipe()
     try:
         with open(log, "ab") as output:
+            log_start = os.fstat(output.fileno()).st_size
             process = subprocess.Popen(
                 [*command, "--ready-fd", str(ready_there), *arguments.run_options],
                 stdin=subprocess.DEVNULL,
@@ -349,7 +358,7 @@ def _start(arguments: argparse.Namespace, path: str, address: str, settings: Set
         raise KernelError(f"cannot start the new daemon: {error}", errno=error.errno or errno.EIO) from error
     finally:
         os.close(ready_there)
-    return Successor(process, OwnedFd(ready), path=path + INCOMING_SUFFIX, log=log)
+    return Successor(process, OwnedFd(ready), path=path + INCOMING_SUFFIX, log=log, log_start=log_start)
 
 
 def _program(program: str | None) -> list[str]:

@@ -35,6 +35,7 @@ from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.testing import uml
 from localmig.testing.guest import GuestProcess, GuestSettings
+from localmig.testing.initramfs import STREAM_PORT
 from localmig.testing.namespace import configure, create_tap, isolate
 from localmig.testing.traffic import PingReport, StreamReceiver, StreamReport, StreamSender, percentile
 
@@ -184,7 +185,7 @@ class BuiltinGuest(DemoGuest):
 class RealGuest(DemoGuest):
     """User-Mode Linux."""
 
-    port = uml.STREAM_PORT
+    port = STREAM_PORT
 
     def __init__(self, nic: str, resources: ExitStack, folder: Path) -> None:
         self._guest = resources.enter_context(uml.UmlGuest(nic, address=GUEST_ADDRESS, folder=folder))

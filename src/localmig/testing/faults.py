@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from localmig.errors import ConfigError
 from localmig.migration.channel import Channel, Frame, FrameKind
@@ -62,10 +62,10 @@ class Fault:
         """Reads `PLACE:KIND=ACTION`. ConfigError where it is none."""
         point, _, action = text.partition("=")
         place, _, kind = point.partition(":")
-        try:
-            return cls(place=Place(place), kind=FrameKind[kind], action=Action(action))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"fault '{text}' is none: expected PLACE:KIND=ACTION, see --help") from error
+        for word, known in ((place, list(Place)), (kind, [each.name for each in FrameKind]), (action, list(Action))):
+            if word not in known:
+                raise ConfigError(f"fault '{text}' is not PLACE:KIND=ACTION: '{word}' is none of {', '.join(known)}")
+        return cls(place=Place(place), kind=FrameKind[kind], action=Action(action))
 
     def __str__(self) -> str:
         return f"{self.place}:{self.kind.name}={self.action}"
@@ -113,11 +113,29 @@ def install(fault: Fault) -> None:
     Channel.receive = faulty_receive  # type: ignore[method-assign]
 
 
+USAGE: Final = f"""\
+usage: python -m localmig.testing.faults PLACE:KIND=ACTION -- LOCALMIG-ARGUMENTS…
+
+  PLACE   {", ".join(Place)}
+  KIND    {", ".join(kind.name for kind in FrameKind)}
+  ACTION  {", ".join(Action)}
+"""
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs `localmig` with the arguments behind `--` and the fault before it."""
-    if len(argv) < 2 or argv[1] != "--":
-        sys.exit("usage: python -m localmig.testing.faults PLACE:KIND=ACTION -- LOCALMIG-ARGUMENTS…")
-    install(Fault.parse(argv[0]))
+    if argv in (["-h"], ["--help"]):
+        sys.stdout.write(USAGE)
+        return
+    if len(argv) < 3 or argv[1] != "--":
+        sys.stderr.write(USAGE)
+        sys.exit(2)
+    try:
+        fault = Fault.parse(argv[0])
+    except ConfigError as error:
+        sys.stderr.write(f"{USAGE}\nlocalmig: error: {error}\n")
+        sys.exit(2)
+    install(fault)
     sys.argv = ["localmig", *argv[2:]]
     runpy.run_module("localmig.cli", run_name="__main__", alter_sys=True)
 
