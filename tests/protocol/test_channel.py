@@ -433,3 +433,16 @@ def test_a_channel_over_tcp_passes_no_descriptors() -> None:
         assert channel.passes_descriptors
         channel.close()
         channel.close()
+
+
+def test_what_is_there_counts_more_than_a_deadline_that_passed_while_the_process_stood_still() -> None:
+    async def receive_late(channel: Channel, theirs: socket.socket) -> Frame:
+        waiting = asyncio.ensure_future(channel.receive(timeout_s=AT_ONCE_S))
+        await asyncio.sleep(0)
+        theirs.send(header(FrameKind.READY, 0))
+        # The process stands still, as under SIGSTOP: afterwards the loop finds the frame and the deadline at once.
+        threading.Event().wait(2 * AT_ONCE_S)
+        return await waiting
+
+    with pair() as (channel, theirs):
+        assert asyncio.run(receive_late(channel, theirs)).kind is FrameKind.READY

@@ -280,9 +280,20 @@ impl Drop for QueuePair {
     }
 }
 
+/// The end of the thread, also by a panic: nobody may wait for it to park any more.
+struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).closing = true;
+        self.0.parked.notify_all();
+    }
+}
+
 impl Shared {
     /// The thread.
     fn work(&self) {
+        let _ended = Ended(self);
         block_signals();
         let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED + 1];
         let mut state = self.park(lock(&self.state));

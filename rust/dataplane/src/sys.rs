@@ -6,8 +6,17 @@
 use std::io;
 use std::os::fd::RawFd;
 
-/// Adds one to an eventfd: rings it. An eventfd that is full was rung already, so errors mean nothing here.
+/// Adds one to an eventfd: rings it. One that is full was rung already, so it is left alone.
+///
+/// A peer's eventfd may be in blocking mode and full, and O_NONBLOCK is not ours to set: so only a descriptor that can
+/// take the write is written to. (Eventfds know no RWF_NOWAIT for writing.)
 pub fn signal(fd: RawFd) {
+    let mut target = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one valid pollfd; a timeout of 0 does not wait.
+    let ready = unsafe { libc::poll(&raw mut target, 1, 0) };
+    if ready != 1 || target.revents & libc::POLLOUT == 0 {
+        return;
+    }
     let one = 1u64;
     // SAFETY: `one` lives across the call and is 8 bytes long, as an eventfd wants.
     unsafe { libc::write(fd, (&raw const one).cast(), 8) };

@@ -601,3 +601,19 @@ fn a_released_pair_holds_no_memory_and_no_descriptor_and_may_be_used_again() {
     bench.start();
     assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
 }
+
+#[test]
+fn a_call_eventfd_that_blocks_and_is_full_holds_up_nobody() {
+    let bench = Bench::new();
+    let full = u64::MAX - 1; // what an eventfd can count at most; one more has to wait
+    for call in [&bench.rx.call, &bench.tx.call] {
+        let fd = call.as_raw_fd();
+        // SAFETY: plain calls on a descriptor the bench owns; the buffer is 8 bytes, as an eventfd wants.
+        unsafe {
+            assert_eq!(libc::write(fd, (&raw const full).cast(), 8), 8);
+            assert_eq!(libc::fcntl(fd, libc::F_SETFL, 0), 0, "blocking from here on");
+        }
+    }
+    bench.start();
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(0), tx: Some(0) });
+}

@@ -16,7 +16,7 @@ from localmig.daemon.objects import Objects
 from localmig.device_api import Part
 from localmig.errors import ConfigError, LocalmigError, StateError
 from localmig.migration import transport
-from localmig.migration.handover import DestinationState, SourceState
+from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
@@ -268,15 +268,18 @@ class Daemon:
     # -- inside -------------------------------------------------------------------------------------------------
 
     async def _migrate(self, outgoing: Outgoing) -> None:
-        state = await outgoing.run()
+        try:
+            state = await outgoing.run()
+        finally:
+            # Also after an error nobody expected: what COMMIT gave away is not ours to run or to close.
+            if outgoing.state not in SOURCE_SERVES:
+                self._set_run_state(RunState.POSTMIGRATE)
         info = outgoing.info()
         if state is SourceState.COMPLETED:
             _logger.info("handed over: downtime %s us, %s descriptors", info.downtime_us, info.descriptors)
             self._parts = []
-            self._set_run_state(RunState.POSTMIGRATE)
         elif state is SourceState.IN_DOUBT:
             _logger.error("%s", info.error_desc)
-            self._set_run_state(RunState.POSTMIGRATE)
         else:
             _logger.warning("handover %s, this daemon serves on: %s", info.status, info.error_desc)
 
@@ -289,7 +292,7 @@ class Daemon:
         finally:
             listener.close()
         state = await incoming.run(channel)
-        if state is DestinationState.FAILED:
+        if state is not DestinationState.COMPLETED:
             self._fail_incoming(incoming.info().error_desc)
 
     def _fail_incoming(self, reason: str | None) -> None:
@@ -332,5 +335,9 @@ class Daemon:
 
     def _close_parts(self) -> None:
         for part in reversed(self._parts):
-            part.close()
+            # After a handover with an unknown end the destination may serve what is still open here.
+            if self._run_state is RunState.POSTMIGRATE:
+                part.release()
+            else:
+                part.close()
         self._parts = []

@@ -44,6 +44,10 @@ _AWAKE_NS: Final = 500_000
 machine, as the whole answer takes to come."""
 
 
+_GONE: Final = (errno.EPIPE, errno.ECONNRESET)
+"""What the kernel says where the other side closed its end; any other error leaves it there."""
+
+
 class FrameKind(IntEnum):
     """What a frame says; the order is the order of a handover."""
 
@@ -148,7 +152,8 @@ class FrameBuffer:
 class Channel:
     """One connected stream socket that carries frames. Takes the socket over; it must be non-blocking.
 
-    Every wait has a bound. When a call raises, the channel can only be closed; cancelling a call has the same effect.
+    Every wait has a bound. When a call raises, the channel can only be closed. Cancelling `receive` is safe; a
+    cancelled `send` may have left half a frame behind.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -196,8 +201,8 @@ class Channel:
             self._is_mid_frame = fds_module.send(self._sock, frame) < len(frame)
         except BlockingIOError:
             return False
-        except OSError:
-            return True  # nobody there needs to be told
+        except OSError as error:
+            return error.errno in _GONE  # nobody there needs to be told
         return not self._is_mid_frame
 
     async def _send_piece(self, piece: memoryview, fds: Sequence[int], deadline: float) -> None:
@@ -211,7 +216,8 @@ class Channel:
                     # Descriptors in flight count against the sender until they are received.
                     await self._wait_drained(deadline)
                     continue
-                self._is_mid_frame = False  # nobody is left to take it for the middle of one
+                if error.errno in _GONE:
+                    self._is_mid_frame = False  # nobody is left to take it for the middle of one
                 raise PeerLostError(f"the other side is gone: {error.strerror}") from error
 
     async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:
@@ -282,9 +288,18 @@ class Channel:
         try:
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 await ready
+        except TimeoutError:
+            # A process that stood still past the deadline sees both at once, and what is there counts more.
+            if not self._is_ready(mask):
+                raise
         finally:
             # Out of the event loop at once: the descriptor may be closed next.
             remove(self._sock)
+
+    def _is_ready(self, mask: int) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, mask)
+        return bool(poll.poll(0))
 
     async def _wait_drained(self, deadline: float) -> None:
         """Waits for the other side to receive some of the descriptors in flight; the kernel tells nobody when."""

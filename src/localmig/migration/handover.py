@@ -5,8 +5,8 @@ Never sees:  sockets, parts, time.
 Read next:   outgoing.py and incoming.py, which fire the events and do what a state asks for.
 
 The promise: at every instant at most one side may run rings, and as long as one side lives, one of them will.
-The source may run them in every state before COMMITTING. The destination may run them only once it read COMMIT, or
-once the source is known dead. A lost channel alone never changes the owner.
+The source runs them in every state before SWITCHING, and again once it went back. The destination may run them only
+once it read COMMIT, or once the source is known dead. A lost channel alone never changes the owner.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SourceState(StrEnum):
     COMMITTED = "committed"
     """COMMIT is out: the destination owns the guest, unless it is known dead."""
     FENCING = "fencing"
-    """The destination was silent past COMMIT and got SIGKILL; its death is awaited."""
+    """The destination was silent, or talked nonsense, past COMMIT and gets SIGKILL; its death is awaited."""
     IN_DOUBT = "in-doubt"
     """The channel broke past COMMIT. The destination owns the guest as long as it lives."""
     COMPLETED = "completed"

@@ -132,7 +132,7 @@ class Done:
 
 def encode_reason(reason: str) -> bytes:
     """A reason as the payload of REFUSE or CANCEL."""
-    return reason[:REASON_LENGTH_MAX].encode()
+    return reason[:REASON_LENGTH_MAX].encode(errors="replace")
 
 
 def decode_reason(data: bytes) -> str:

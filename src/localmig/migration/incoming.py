@@ -110,40 +110,32 @@ class Incoming:
     # -- the handover -------------------------------------------------------------------------------------------
 
     async def run(self, channel: Channel) -> DestinationState:
-        """Takes over what comes through `channel`, which it closes. Gives COMPLETED or FAILED."""
+        """Takes over what comes through `channel`, which it closes.
+
+        Gives COMPLETED; anything else means that this process must end, for it does not serve.
+        """
         self._progress.start()
         self._fire(DestinationEvent.CONNECTED)
         try:
-            await self._take_over(channel)
-        except _SourceDiedError as error:
-            if self._machine.allows(DestinationEvent.SOURCE_DIED):
-                self._fire(DestinationEvent.SOURCE_DIED)
-            if self.state is DestinationState.RECOVERING:
-                self._recover()
-            else:
-                self._give_up(None, f"{error} before it had sent everything: nothing to recover")
-        except _CancelledError as error:
-            self._give_up(DestinationEvent.CANCELLED, str(error))
-        except PeerLostError as error:
-            self._give_up(DestinationEvent.CHANNEL_LOST, f"source lost while '{self.state}': {error}")
-        except TimeoutError as error:
-            self._give_up(DestinationEvent.TIMED_OUT, str(error) or "the source does not read")
-        except (LocalmigError, OSError) as error:
-            self._give_up(DestinationEvent.FAILED_HERE, str(error))
-            channel.try_send(FrameKind.REFUSE, encode_reason(str(error)))
+            try:
+                await self._take_over(channel)
+            except _SourceDiedError as error:
+                self._outlive_source(error)
         except asyncio.CancelledError:
             if not self._is_sole_owner:
                 self._give_up(None, "the destination was told to quit")
             raise
-        except BaseException as error:
+        except Exception as error:
             if not self._is_sole_owner:
                 # The end of this process gives the guest back, where it had it.
-                self._give_up(None, f"internal error: {error!r}")
-                raise
-            # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
-            _logger.exception("internal error after the takeover")
-            self._progress.note = f"internal error after the takeover: {error!r}"
-            self._settle()
+                self._refuse(channel, error)
+                if not isinstance(error, LocalmigError | OSError):
+                    raise
+            else:
+                # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
+                _logger.exception("internal error after the takeover")
+                self._progress.note = f"internal error after the takeover: {error!r}"
+                self._settle()
         finally:
             channel.close()
             if self._peer is not None:
@@ -170,7 +162,7 @@ class Incoming:
             await self._switch_over(channel, frame)
         try:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
-        except (TimeoutError, PeerError) as error:
+        except (OSError, PeerError) as error:
             self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
         self._settle()
 
@@ -311,10 +303,31 @@ class Incoming:
             self._progress.note = "; ".join([*([self._progress.note] if self._progress.note else []), *problems])
         self._fire(DestinationEvent.SETTLED)
 
+    def _outlive_source(self, error: _SourceDiedError) -> None:
+        if self._machine.allows(DestinationEvent.SOURCE_DIED):
+            self._fire(DestinationEvent.SOURCE_DIED)
+        if self.state is DestinationState.RECOVERING:
+            self._recover()
+        else:
+            self._give_up(None, f"{error} before it had sent everything: nothing to recover")
+
+    def _refuse(self, channel: Channel, error: Exception) -> None:
+        match error:
+            case _CancelledError():
+                self._give_up(DestinationEvent.CANCELLED, str(error))
+            case PeerLostError():
+                self._give_up(DestinationEvent.CHANNEL_LOST, f"source lost while '{self.state}': {error}")
+            case TimeoutError():
+                self._give_up(DestinationEvent.TIMED_OUT, str(error) or "the source does not read")
+            case _:
+                reason = str(error) if isinstance(error, LocalmigError | OSError) else f"internal error: {error!r}"
+                self._give_up(DestinationEvent.FAILED_HERE, reason)
+                channel.try_send(FrameKind.REFUSE, encode_reason(reason))
+
     def _give_up(self, event: DestinationEvent | None, reason: str) -> None:
         self._progress.error = reason
         for_all(reversed(self._parts), lambda part: part.discard())
-        if event is not None:
+        if event is not None and self._machine.allows(event):
             self._fire(event)
 
     # -- small things -------------------------------------------------------------------------------------------

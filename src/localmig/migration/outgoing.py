@@ -272,7 +272,7 @@ class Outgoing:
             case Frame() as frame:
                 frame.close()
                 raise _unexpected(frame, "nothing")
-            case LocalmigError() as error:
+            case BaseException() as error if not isinstance(error, asyncio.CancelledError):
                 raise error
 
     async def _switch_over(self) -> None:

@@ -74,7 +74,8 @@ class Peer:
             signal.pidfd_send_signal(self._pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             return True
-        except PermissionError:
+        except OSError:
+            # Another user's, or of another pid namespace.
             return False
         return True
 

@@ -99,6 +99,7 @@ class Listener:
             case UnixAddress():
                 self._unix = ListeningSocket.bind(address.path)
                 self._sock = socket.socket(fileno=os.dup(self._unix.fd.fileno()))
+                self._sock.setblocking(False)
             case TcpAddress():
                 try:
                     self._sock = socket.create_server((address.host or "0.0.0.0", address.port), backlog=1)

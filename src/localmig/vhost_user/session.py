@@ -1,6 +1,6 @@
 """The vhost-user socket of a device: asyncio and descriptors around the session protocol.
 
-Owns:        Listener (the path and who may connect), Session (one connection), Endpoint (a listener and at most one
+Owns:        Listener (who connects), Session (one connection), Endpoint (a listener and at most one
              session, which is what a device has).
 Never sees:  a ring. What a message means stands in protocol.py.
 Read next:   devices/virtio_net/ for a handler.

@@ -245,6 +245,11 @@ class VirtioNet(Part):
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
         if self._awaits_netdev and self._netdev.is_open:
             self._awaits_netdev = False
+            assert self._endpoint is not None, self.id
+            self._endpoint.config = self._config()
+            if self._endpoint.session is not None:
+                self._endpoint.session.backend.config = self._endpoint.config
+                self._set_header_length()
             self._apply_all()
 
     def discard(self) -> None:
@@ -270,7 +275,9 @@ class VirtioNet(Part):
             case MemoryChanged():
                 self._change_memory()
             case DeviceReset():
+                self._set_header_length()
                 self._apply_all()
+                self._rewind()
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
             case RarpRequested(mac=mac):
@@ -437,6 +444,13 @@ class VirtioNet(Part):
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
+
+    def _rewind(self) -> None:
+        """Every ring is back at the beginning: stopping it wrote down where it stood."""
+        state = self._session_state()
+        assert state is not None, self.id
+        for vring in state.vrings:
+            vring.next_avail = 0
 
     def _check_mtu(self, mtu: int) -> None:
         if self._netdev.is_open and mtu > self._netdev.mtu:
