@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +25,12 @@ class Site:
     Attributes:
         folder: of all sockets.
         guest: behind the NIC, None until `attach`.
+        host_address: of the TAP.
+        guest_address: of the guest.
     """
+
+    host_address = HOST
+    guest_address = GUEST
 
     def __init__(self, folder: Path, namespace: NetworkNamespace, ends: ExitStack) -> None:
         self.folder = folder
@@ -45,7 +50,7 @@ class Site:
             *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.socket}{device}"),
         ]
 
-    def daemon(self, *arguments: str, fault: str | None = None) -> DaemonProcess:
+    def daemon(self, *arguments: str, fault: str | None = None, inherited: Sequence[int] = ()) -> DaemonProcess:
         """A daemon with a QMP socket of its own."""
         self._count += 1
         name = f"d{self._count}"
@@ -55,6 +60,7 @@ class Site:
                 qmp=self.folder / f"{name}.qmp",
                 fault=Fault.parse(fault) if fault else None,
                 log=self.folder / f"{name}.log",
+                inherited=inherited,
             )
         self._logs[daemon.pid] = self.folder / f"{name}.log"
         return self._ends.enter_context(daemon)

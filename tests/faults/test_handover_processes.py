@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
 from localmig.errors import PeerError
 from localmig.testing.proxy import StrippingProxy
+from localmig.testing.traffic import Flood
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
@@ -53,6 +55,36 @@ def test_an_idle_guest_moves_and_answers_afterwards(site: Site) -> None:
     source, destination = site.source(), site.destination()
     site.attach()
     assert hand_over(site, source, destination)["status"] == "completed"
+    assert_undisturbed(site)
+
+
+def test_a_guest_flooded_from_both_sides_moves_and_answers_afterwards(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    guest = site.attach()
+    with site.namespace.entered():
+        inward = Flood(site.guest_address)
+    with guest.namespace.entered():
+        outward = Flood(site.host_address)
+    assert hand_over(site, source, destination)["status"] == "completed"
+    assert inward.stop().sent > 0
+    assert outward.stop().sent > 0
+    assert_undisturbed(site)
+
+
+def test_a_handover_goes_through_an_inherited_socket(site: Site) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        source = site.daemon(*site.objects(), inherited=[ours.fileno()])
+        destination = site.daemon(
+            *("--incoming", f"fd:{theirs.fileno()}", "--migration-parameter", "local=on"), inherited=[theirs.fileno()]
+        )
+        source_address = f"fd:{ours.fileno()}"
+    site.address_tap()
+    site.attach()
+    source.execute("migrate-set-parameters", local=True)
+    source.execute("migrate", uri=source_address)
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_event("MigrationStatusChanged", status="completed")
     assert_undisturbed(site)
 
 

@@ -48,10 +48,17 @@ class DaemonProcess:
         qmp: the path of its QMP socket, where it is to have one.
         fault: what shall happen to it, see faults.py.
         log: where its stderr goes; None: to ours.
+        inherited: descriptors of ours it shall have too, under the same numbers.
     """
 
     def __init__(
-        self, arguments: Sequence[str], *, qmp: Path | None = None, fault: Fault | None = None, log: Path | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        qmp: Path | None = None,
+        fault: Fault | None = None,
+        log: Path | None = None,
+        inherited: Sequence[int] = (),
     ) -> None:
         self.qmp = qmp
         self._facts: list[Fact] = []
@@ -69,7 +76,7 @@ class DaemonProcess:
                     *(sys.executable, *command, "run", *arguments),
                     *("--trace", f"/dev/fd/{trace_writer.fileno()}", "--ready-fd", str(ready_writer.fileno())),
                 ],
-                pass_fds=(trace_writer.fileno(), ready_writer.fileno()),
+                pass_fds=(trace_writer.fileno(), ready_writer.fileno(), *inherited),
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
             )
