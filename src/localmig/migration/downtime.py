@@ -1,7 +1,8 @@
 """What is done so that the downtime is short: nothing else happens in it, and nothing happens in it first.
 
-Owns:        holding back garbage collection and trace events while the guest waits; the rehearsal of the exchange.
-Never sees:  the states of a handover, parts.
+Owns:        the sections that travel in it; holding back garbage collection and trace events while the guest waits; the
+             rehearsal of the exchange.
+Never sees:  the states of a handover, the channel to the other side.
 Read next:   outgoing.py and incoming.py, its two users.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from localmig.device_api import Part
 from localmig.migration.channel import Channel, FrameKind
+from localmig.migration.stream import Section, section_name
 from localmig.trace import Tracer
 
 _SAMPLE_BYTES_MAX: Final = 16 * 1024
@@ -21,6 +24,15 @@ _SAMPLE_BYTES_MAX: Final = 16 * 1024
 
 _SAMPLE_TIMEOUT_S: Final = 1.0
 """Nobody else is needed for a rehearsal; it takes some hundred microseconds."""
+
+
+def switchover_sections(parts: Iterable[Part]) -> list[Section]:
+    """What travels in the downtime, as it stands: exact once every part is stopped."""
+    return [
+        Section(name=section_name(part.id, part.switchover), description=part.switchover, state=part.save_switchover())
+        for part in parts
+        if part.switchover is not None
+    ]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import rehearse_exchange, undisturbed
+from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed
 from localmig.migration.handover import (
     DESTINATION_STATUS,
     DestinationEvent,
@@ -35,7 +35,7 @@ from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.status import MigrationInfo
-from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
+from localmig.migration.stream import IncomingStream, OutgoingStream, section_name
 from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Description, close_descriptors
@@ -198,16 +198,7 @@ class Incoming:
         what was not run for some milliseconds is several times slower.
         """
         stream = IncomingStream(setup={}, switchover=self._switchover_descriptions())
-        sections = [
-            Section(
-                name=section_name(part.id, part.switchover),
-                description=part.switchover,
-                state=part.save_switchover(),
-            )
-            for part in self._parts
-            if part.switchover is not None
-        ]
-        sample = OutgoingStream().switchover(sections).data
+        sample = OutgoingStream().switchover(switchover_sections(self._parts)).data
         with undisturbed(self._tracer):
             await rehearse_exchange(sample)
             self._adopt_switchover(stream, sample, [])

@@ -22,7 +22,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import rehearse_exchange, undisturbed
+from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed
 from localmig.migration.handover import (
     SOURCE_ENDED,
     SOURCE_STATUS,
@@ -280,14 +280,14 @@ class Outgoing:
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
         # Right before, not in setup: what is warmed up here cools down in milliseconds.
-        await rehearse_exchange(self._stream.prepare(self._switchover_sections()))
+        await rehearse_exchange(self._stream.prepare(switchover_sections(self._parts)))
         stopped_ns = self._progress.stopped_ns = time.monotonic_ns()
         for part in self._parts:
             if self._running:
                 self._stopped.append(part)
             part.stop()
         saved_ns = time.monotonic_ns()
-        blob = self._stream.switchover(self._switchover_sections())
+        blob = self._stream.switchover(switchover_sections(self._parts))
         await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
         sent_ns = time.monotonic_ns()
         left_s = limit_s - (sent_ns - stopped_ns) / 1e9
@@ -397,17 +397,6 @@ class Outgoing:
         with_descriptors = self._parameters.local and part.local_migration_blocker() is None
         state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
-
-    def _switchover_sections(self) -> list[Section]:
-        return [
-            Section(
-                name=section_name(part.id, part.switchover),
-                description=part.switchover,
-                state=part.save_switchover(),
-            )
-            for part in self._parts
-            if part.switchover is not None
-        ]
 
     async def _expect(self, kind: FrameKind, timeout_s: float, what: str, *, eager: bool = False) -> Frame:
         """The next frame, which must be a `kind`; PeerError with the destination's reason if it refuses."""
