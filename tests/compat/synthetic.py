@@ -95,14 +95,14 @@ REGION: Final = Description(
     version=1,
     oldest_version=1,
     state=Region,
-    fields=(u64("guest_address"), u64("size"), fd("file")),
+    fields=(u64("guest_address"), u64("size"), fd("file", kind="memory")),
 )
 QUEUE: Final = Description(
     name="queue",
     version=1,
     oldest_version=1,
     state=Queue,
-    fields=(u16("size"), boolean("enabled"), optional(fd("kick")), text("label", size_max=16)),
+    fields=(u16("size"), boolean("enabled"), optional(fd("kick", kind="eventfd")), text("label", size_max=16)),
 )
 LINK: Final = Description(name="link", version=1, oldest_version=1, state=Link, fields=(u32("speed"), boolean("is_up")))
 NIC: Final = Description(

@@ -20,6 +20,7 @@ from localmig.vmstate import (
     blob,
     boolean,
     explain,
+    fd,
     load,
     optional,
     save,
@@ -249,6 +250,9 @@ def test_each_kind_has_its_bytes(field: Field, value: object, data: str) -> None
                 {"name": "value", "type": "buffer", "size": 2, "index": 1},
             ],
         ),
+        # A descriptor is explained without a look at it.
+        (fd("value"), None, [{"name": "value", "type": "fd", "size": 1}]),
+        (fd("value", kind="eventfd"), None, [{"name": "value", "type": "fd", "size": 1, "kind": "eventfd"}]),
         (optional(u8("value")), None, [{"name": "value.present", "type": "bool", "size": 1}]),
         (
             optional(u8("value")),

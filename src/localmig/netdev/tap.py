@@ -23,6 +23,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -98,7 +99,7 @@ TAP_DESCRIPTORS: Final = Description(
     oldest_version=1,
     state=TapDescriptors,
     fields=(
-        array("queues", fd, count_max=_STREAM_QUEUE_COUNT_MAX),
+        array("queues", partial(fd, kind="tap"), count_max=_STREAM_QUEUE_COUNT_MAX),
         text("downscript", size_max=_PATH_BYTES_MAX),
     ),
 )

@@ -21,7 +21,7 @@ MEMORY_REGION: Final = Description(
     version=1,
     oldest_version=1,
     state=MemoryRegion,
-    fields=(u64("guest_address"), u64("size"), u64("user_address"), u64("mmap_offset"), fd("fd")),
+    fields=(u64("guest_address"), u64("size"), u64("user_address"), u64("mmap_offset"), fd("fd", kind="memory")),
 )
 
 VRING: Final = Description(
@@ -37,9 +37,9 @@ VRING: Final = Description(
         u16("next_avail"),
         boolean("started"),
         boolean("enabled"),
-        optional(fd("kick")),
-        optional(fd("call")),
-        optional(fd("error")),
+        optional(fd("kick", kind="eventfd")),
+        optional(fd("call", kind="eventfd")),
+        optional(fd("error", kind="eventfd")),
     ),
 )
 
@@ -55,7 +55,7 @@ SESSION: Final = Description(
         u16("mtu"),
         array("regions", MEMORY_REGION, count_max=REGION_COUNT_MAX),
         array("vrings", VRING, count_max=VRING_INDEX_MAX + 1),
-        optional(fd("backend_request_fd")),
+        optional(fd("backend_request_fd", kind="socket")),
         blob("unparsed", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
         array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),
         blob("unsent", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
@@ -67,5 +67,5 @@ LISTENER: Final = Description(
     version=1,
     oldest_version=1,
     state=ListenerState,
-    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd")),
+    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd", kind="listening-socket")),
 )

@@ -16,7 +16,7 @@ Read next:   description.py, which puts fields together.
 
 What stands in front of a value (its size, count, presence) is a vmdesc field of its own, called `name.size`,
 `name.count`, `name.present`: no attribute can have such a name. Elements of one size are explained once, with
-their number as `array_len`.
+their number as `array_len`. What a descriptor is of stands at its field as `kind`, a key that QEMU's tools pass over.
 """
 # ruff: noqa: ARG002 - every kind of field answers the same calls, also where it has no use for an argument
 
@@ -171,6 +171,10 @@ class _Fd(Field):
 
     is_fixed = True
 
+    def __init__(self, name: str, since: int, kind: str | None) -> None:
+        super().__init__(name, since)
+        self.kind = kind
+
     def put(self, value: OwnedFd, into: Blob) -> None:
         into.put_fd(value)
 
@@ -178,7 +182,8 @@ class _Fd(Field):
         return reader.take_fd()
 
     def explain(self, value: OwnedFd) -> list[Explained]:
-        return [{"name": self.name, "type": "fd", "size": 1}]
+        line: Explained = {"name": self.name, "type": "fd", "size": 1}
+        return [line if self.kind is None else {**line, "kind": self.kind}]
 
     def descriptors(self, value: OwnedFd) -> Iterator[OwnedFd]:
         yield value
@@ -466,9 +471,15 @@ def blob(name: str, *, size_max: int, since: int = 1) -> Field:
     return _Bytes(name, since, size_max)
 
 
-def fd(name: str, *, since: int = 1) -> Field:
-    """A descriptor, an `OwnedFd` in the state."""
-    return _Fd(name, since)
+def fd(name: str, *, kind: str | None = None, since: int = 1) -> Field:
+    """A descriptor, an `OwnedFd` in the state.
+
+    Args:
+        name: the attribute.
+        kind: what it is a descriptor of, for who reads the vmdesc; None where nobody can know. Nothing checks it.
+        since: the first version of the section that has it.
+    """
+    return _Fd(name, since, kind)
 
 
 def struct(name: str, inner: Description[Any], *, since: int = 1) -> Field:

@@ -77,7 +77,7 @@ CONNECTION: Final = Description(
     version=1,
     oldest_version=1,
     state=ConnectionState,
-    fields=(fd("connection"), struct("session", SESSION)),
+    fields=(fd("connection", kind="socket"), struct("session", SESSION)),
 )
 
 SOCKET: Final = Description(
