@@ -127,9 +127,9 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
         vrings=[
             VringState(
                 size=256,
-                descriptor_table=0x7F00_0010_0000,
-                avail_ring=0x7F00_0010_1000,
-                used_ring=0x7F00_0010_2000,
+                descriptor_area=0x7F00_0010_0000,
+                driver_area=0x7F00_0010_1000,
+                device_area=0x7F00_0010_2000,
                 next_avail=0x1200,
                 started=True,
                 enabled=True,
@@ -139,9 +139,9 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
             ),
             VringState(
                 size=1024,
-                descriptor_table=0x7F00_0020_0000,
-                avail_ring=0x7F00_0020_4000,
-                used_ring=0x7F00_0020_5000,
+                descriptor_area=0x7F00_0020_0000,
+                driver_area=0x7F00_0020_4000,
+                device_area=0x7F00_0020_5000,
                 next_avail=0xFFF0,
                 started=True,
                 enabled=False,

@@ -62,9 +62,9 @@ class GuestSide:
         self.rx, self.tx = (
             Ring(
                 size=queue_size,
-                descriptor_table=table,
-                avail_ring=avail,
-                used_ring=used,
+                descriptor_area=table,
+                driver_area=avail,
+                device_area=used,
                 kick_fd=kick,
                 call_fd=call,
                 error_fd=None,

@@ -275,9 +275,9 @@ def test_what_is_refused_changes_nothing(nic: Nic) -> None:
 def ring_at(address: int) -> Ring:
     return Ring(
         size=256,
-        descriptor_table=address,
-        avail_ring=address,
-        used_ring=address,
+        descriptor_area=address,
+        driver_area=address,
+        device_area=address,
         kick_fd=0,
         call_fd=None,
         error_fd=None,

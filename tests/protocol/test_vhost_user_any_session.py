@@ -50,7 +50,7 @@ PAYLOADS: dict[type[Payload] | None, st.SearchStrategy[Payload | None]] = {
     U64: st.builds(U64, value=NUMBERS),
     VringNumber: st.builds(VringNumber, index=INDEXES, number=st.sampled_from([0, 1, 1, 2, 256, 0x10000])),
     VringAddress: st.builds(
-        VringAddress, index=INDEXES, descriptor_table=ADDRESSES, used_ring=ADDRESSES, avail_ring=ADDRESSES
+        VringAddress, index=INDEXES, descriptor_area=ADDRESSES, device_area=ADDRESSES, driver_area=ADDRESSES
     ),
     VringFile: st.builds(VringFile, index=INDEXES, has_fd=st.sampled_from([True, True, False])),
     MemoryTable: st.builds(MemoryTable, regions=st.lists(REGIONS, max_size=3).map(tuple)),
@@ -98,7 +98,7 @@ def open_descriptors() -> set[str]:
 
 
 REGION = RegionDescription(guest_address=0x1000, size=0x1000, user_address=0x1000, mmap_offset=0)
-ADDRESS = VringAddress(index=0, descriptor_table=0x1000, used_ring=0x2000, avail_ring=0x3000)
+ADDRESS = VringAddress(index=0, descriptor_area=0x1000, device_area=0x2000, driver_area=0x3000)
 RUNNING = (
     (encode_request(Request.SET_PROTOCOL_FEATURES, U64(value=PROTOCOL_FEATURES_SERVED)), 0),
     (encode_request(Request.SET_FEATURES, U64(value=1 << PROTOCOL_FEATURES_BIT)), 0),

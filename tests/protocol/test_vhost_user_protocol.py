@@ -50,7 +50,7 @@ OFFER = Offer(features=0b101, vring_count=2, queue_count=1, vring_size_max=1024,
 CONFIG = bytes(range(24))
 BIT = 1 << PROTOCOL_FEATURES_BIT
 REGION = RegionDescription(guest_address=0, size=0x10000, user_address=0x7F0000000000, mmap_offset=0)
-ADDRESS = VringAddress(index=0, descriptor_table=0x7F0000000000, avail_ring=0x7F0000001000, used_ring=0x7F0000002000)
+ADDRESS = VringAddress(index=0, descriptor_area=0x7F0000000000, driver_area=0x7F0000001000, device_area=0x7F0000002000)
 
 Message = tuple[Request, Payload | None, int]
 """Request, payload, number of descriptors."""
@@ -169,7 +169,7 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
     assert (region.guest_address, region.size, region.user_address) == (0, 0x10000, 0x7F0000000000)
     vring, other = served.state.vrings
     assert vring.is_running
-    assert (vring.size, vring.next_avail, vring.used_ring) == (256, 7, ADDRESS.used_ring)
+    assert (vring.size, vring.next_avail, vring.device_area) == (256, 7, ADDRESS.device_area)
     assert None not in (vring.kick, vring.call, vring.error)
     assert other == VringState()
     assert served.state.device_status == 15
@@ -275,9 +275,9 @@ def test_a_disabled_ring_may_be_set_up_anew_while_started(served: Backend) -> No
 
 
 def test_addresses_may_change_while_the_ring_runs(served: Backend) -> None:
-    moved = replace(ADDRESS, used_ring=0x7F0000003000)
+    moved = replace(ADDRESS, device_area=0x7F0000003000)
     assert converse(served, Request.SET_VRING_ADDR, moved) == VringChanged(index=0)
-    assert served.state.vrings[0].used_ring == 0x7F0000003000
+    assert served.state.vrings[0].device_area == 0x7F0000003000
 
 
 def test_the_guest_may_poll_instead_of_being_called(served: Backend) -> None:
@@ -438,9 +438,9 @@ WRONG: tuple[tuple[Message, str], ...] = (
     ((Request.GET_VRING_BASE, VringNumber(index=2), 0), "names vring 2"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, index=9), 0), "names vring 9"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, flags=1), 0), "logging was not offered"),
-    ((Request.SET_VRING_ADDR, replace(ADDRESS, descriptor_table=8), 0), "at 0x8, must be aligned to 16"),
-    ((Request.SET_VRING_ADDR, replace(ADDRESS, avail_ring=1), 0), "avail ring of vring 0 is at 0x1"),
-    ((Request.SET_VRING_ADDR, replace(ADDRESS, used_ring=2), 0), "used ring of vring 0 is at 0x2"),
+    ((Request.SET_VRING_ADDR, replace(ADDRESS, descriptor_area=8), 0), "at 0x8, must be aligned to 16"),
+    ((Request.SET_VRING_ADDR, replace(ADDRESS, driver_area=1), 0), "avail ring of vring 0 is at 0x1"),
+    ((Request.SET_VRING_ADDR, replace(ADDRESS, device_area=2), 0), "used ring of vring 0 is at 0x2"),
     ((Request.SET_VRING_KICK, VringFile(index=1), 1), "vring 1, which has no size or no addresses"),
     ((Request.SET_VRING_KICK, VringFile(index=0, has_fd=False), 0), "polled, which is not supported"),
     ((Request.SET_VRING_KICK, VringFile(index=0), 0), "0 descriptors, expected 1"),
@@ -555,12 +555,12 @@ def spoil_region(**values: int) -> Spoil:
         (spoil_vring(size=0), "vring 0 is started without"),
         (spoil_vring(size=3), "3 entries"),
         (spoil_vring(size=2048), "2048 entries"),
-        (spoil_vring(descriptor_table=0), "vring 0 is started without"),
-        (spoil_vring(descriptor_table=8), "descriptor table of vring 0 is at 0x8"),
-        (spoil_vring(avail_ring=0), "vring 0 is started without"),
-        (spoil_vring(avail_ring=1), "avail ring of vring 0 is at 0x1"),
-        (spoil_vring(used_ring=0), "vring 0 is started without"),
-        (spoil_vring(used_ring=2), "used ring of vring 0 is at 0x2"),
+        (spoil_vring(descriptor_area=0), "vring 0 is started without"),
+        (spoil_vring(descriptor_area=8), "descriptor table of vring 0 is at 0x8"),
+        (spoil_vring(driver_area=0), "vring 0 is started without"),
+        (spoil_vring(driver_area=1), "avail ring of vring 0 is at 0x1"),
+        (spoil_vring(device_area=0), "vring 0 is started without"),
+        (spoil_vring(device_area=2), "used ring of vring 0 is at 0x2"),
         (spoil_vring(next_avail=65536), "position of vring 0 is 65536"),
         (spoil_vring(kick=None), "vring 0 is started without"),
         (spoil_region(size=0), "is empty"),

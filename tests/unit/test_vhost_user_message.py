@@ -46,7 +46,7 @@ GOLDEN = {
     Request.SET_MEM_TABLE: (MemoryTable(regions=(REGION,)), "01000000 00000000" + REGION_HEX),
     Request.SET_VRING_NUM: (VringNumber(index=1, number=256), "01000000 00010000"),
     Request.SET_VRING_ADDR: (
-        VringAddress(index=1, descriptor_table=0x10, used_ring=0x20, avail_ring=0x30, log=0x40),
+        VringAddress(index=1, descriptor_area=0x10, device_area=0x20, driver_area=0x30, log=0x40),
         "01000000 00000000 1000000000000000 2000000000000000 3000000000000000 4000000000000000",
     ),
     Request.SET_VRING_BASE: (VringNumber(index=1, number=0x1234), "01000000 34120000"),

@@ -14,7 +14,7 @@ use crate::queue_pair::Counters;
 type Addresses = (u64, u64, u64);
 
 fn addresses(ring: RingAddresses) -> Addresses {
-    (ring.descriptor_table, ring.avail_ring, ring.used_ring)
+    (ring.descriptor_area, ring.driver_area, ring.device_area)
 }
 
 /// A virtio-net driver between its rings and a TAP.

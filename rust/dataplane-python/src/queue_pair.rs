@@ -3,8 +3,8 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::split::{Features, Layout};
 use dataplane::{Config, Positions, RingSpec};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -20,19 +20,19 @@ pub struct Ring {
 #[pymethods]
 impl Ring {
     #[new]
-    #[pyo3(signature = (*, size, descriptor_table, avail_ring, used_ring, kick_fd, call_fd, error_fd, next_avail))]
+    #[pyo3(signature = (*, size, descriptor_area, driver_area, device_area, kick_fd, call_fd, error_fd, next_avail))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         size: u32,
-        descriptor_table: u64,
-        avail_ring: u64,
-        used_ring: u64,
+        descriptor_area: u64,
+        driver_area: u64,
+        device_area: u64,
         kick_fd: RawFd,
         call_fd: Option<RawFd>,
         error_fd: Option<RawFd>,
         next_avail: Option<u16>,
     ) -> Self {
-        let layout = Layout { size, descriptor_table, avail_ring, used_ring };
+        let layout = Layout { size, descriptor_area, driver_area, device_area };
         Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail } }
     }
 }

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{eventfd, memory, receive, wire, Queue, MEMORY_START, NEXT};
+use dataplane::chain::{Direction, Features};
 use dataplane::queue_pair::QueuePair;
-use dataplane::split::{Direction, Features, SplitRing};
+use dataplane::split::SplitRing;
 use dataplane::sys::signal;
 use dataplane::{Config, RingSpec};
 

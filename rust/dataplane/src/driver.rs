@@ -65,9 +65,9 @@ pub struct DriverConfig {
 /// Guest addresses of one split ring's three parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
-    pub descriptor_table: u64,
-    pub avail_ring: u64,
-    pub used_ring: u64,
+    pub descriptor_area: u64,
+    pub driver_area: u64,
+    pub device_area: u64,
 }
 
 /// Where everything of a pair lies, as offsets from its first byte.
@@ -89,9 +89,9 @@ impl Layout {
             start
         };
         let mut ring = || RingAddresses {
-            descriptor_table: place(16 * entries),
-            avail_ring: place(6 + 2 * entries),
-            used_ring: place(6 + 8 * entries),
+            descriptor_area: place(16 * entries),
+            driver_area: place(6 + 2 * entries),
+            device_area: place(6 + 8 * entries),
         };
         let (rx, tx) = (ring(), ring());
         let buffers = entries * BUFFER_SIZE as u64;
@@ -620,7 +620,7 @@ impl DriverPair {
         // SAFETY: `layout.size` bytes are mapped at `host`, and every offset of the layout lies inside them.
         let at = |offset: u64| unsafe { host.add(offset as usize) };
         let ring = |name, part: &RingAddresses| {
-            let parts = [part.descriptor_table, part.avail_ring, part.used_ring].map(at);
+            let parts = [part.descriptor_area, part.driver_area, part.device_area].map(at);
             // SAFETY: the layout gives each part whole pages, as many as it needs; `_memory` keeps them mapped.
             unsafe { SplitRing::new(name, &config, parts) }
         };
@@ -644,9 +644,9 @@ impl DriverPair {
         let long_header = mergeable || config.features & FEATURE_VERSION_1 != 0;
         let header_length = if long_header { 12 } else { 10 };
         let absolute = |ring: &RingAddresses| RingAddresses {
-            descriptor_table: base + ring.descriptor_table,
-            avail_ring: base + ring.avail_ring,
-            used_ring: base + ring.used_ring,
+            descriptor_area: base + ring.descriptor_area,
+            driver_area: base + ring.driver_area,
+            device_area: base + ring.device_area,
         };
         Ok(Self {
             rx: absolute(&layout.rx),
@@ -846,11 +846,11 @@ mod tests {
         fn chain(&mut self, side: Side) -> (u16, Vec<(u64, u32, u16)>) {
             let ring = self.ring(side);
             let seen = self.seen[side as usize];
-            while u16::from_le_bytes(self.get(ring.avail_ring + 2)) == seen {
-                let event = ring.used_ring + 4 + 8 * u64::from(self.size);
+            while u16::from_le_bytes(self.get(ring.driver_area + 2)) == seen {
+                let event = ring.device_area + 4 + 8 * u64::from(self.size);
                 self.put(event, &seen.to_le_bytes());
                 fence(Ordering::SeqCst);
-                if u16::from_le_bytes(self.get(ring.avail_ring + 2)) != seen {
+                if u16::from_le_bytes(self.get(ring.driver_area + 2)) != seen {
                     break;
                 }
                 let kick = match side {
@@ -860,13 +860,13 @@ mod tests {
                 assert!(readable(kick, PATIENCE_MS), "no kick came");
                 drain(kick.as_raw_fd()).unwrap();
             }
-            let slot = ring.avail_ring + 4 + 2 * u64::from(seen % self.size);
+            let slot = ring.driver_area + 4 + 2 * u64::from(seen % self.size);
             let head = u16::from_le_bytes(self.get(slot));
             self.seen[side as usize] = seen.wrapping_add(1);
             let mut chain = Vec::new();
             let mut index = head;
             loop {
-                let entry: [u8; 16] = self.get(ring.descriptor_table + 16 * u64::from(index));
+                let entry: [u8; 16] = self.get(ring.descriptor_area + 16 * u64::from(index));
                 let word = |at: usize| u16::from_le_bytes([entry[at], entry[at + 1]]);
                 let address = u64::from_le_bytes(entry[..8].try_into().unwrap());
                 let length = u32::from_le_bytes(entry[8..12].try_into().unwrap());
@@ -893,12 +893,12 @@ mod tests {
             let ring = self.ring(side);
             for &(id, length) in elements {
                 let completed = &mut self.completed[side as usize];
-                let slot = ring.used_ring + 4 + 8 * u64::from(*completed % self.size);
+                let slot = ring.device_area + 4 + 8 * u64::from(*completed % self.size);
                 *completed = completed.wrapping_add(1);
                 self.put(slot, &(u64::from(id) | u64::from(length) << 32).to_le_bytes());
             }
             fence(Ordering::Release);
-            self.put(ring.used_ring + 2, &self.completed[side as usize].to_le_bytes());
+            self.put(ring.device_area + 2, &self.completed[side as usize].to_le_bytes());
             signal(match side {
                 Side::Rx => self.rx_call.as_raw_fd(),
                 Side::Tx => self.tx_call.as_raw_fd(),
@@ -1036,7 +1036,7 @@ mod tests {
         };
         // The event stands where the device last asked: behind what follows.
         let _ = drain(bench.tx_kick.as_raw_fd());
-        let event = bench.ring(Side::Tx).used_ring + 4 + 8 * 8;
+        let event = bench.ring(Side::Tx).device_area + 4 + 8 * 8;
         bench.put(event, &0x8000_u16.to_le_bytes());
         assert!(bench.send(&frame(1, 10)));
         bench.complete(Side::Tx, &[(first.into(), 0)]);

@@ -3,11 +3,12 @@
 //! Given guest memory, ring addresses, starting positions and descriptors it runs one thread a queue pair, which
 //! moves packets between a TAP and the guest's rings; `stop` gives the positions back.
 //!
-//! Owns:        guest memory as mapped here, split rings, the queue pair's thread; a driver for tests.
+//! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
-//! Read next:   `memory`, `split` (one ring), `pump` (packets through two of them), `queue_pair` (the thread); `driver`
+//! Read next:   `memory`, `chain` and `split` (one ring), `pump` (packets through two), `queue_pair` (the thread); `driver`
 //!              is the guest's side.
 
+pub mod chain;
 mod counters;
 pub mod driver;
 pub mod memory;

@@ -14,9 +14,10 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
+use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
 use crate::counters::LiveCounters;
 use crate::memory::GuestMemory;
-use crate::split::{Chain, Direction, Features, Layout, RingError, SplitRing, CHAIN_BUFFERS_MAX};
+use crate::split::SplitRing;
 use crate::sys;
 
 /// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.

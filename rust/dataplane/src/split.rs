@@ -7,127 +7,16 @@
 //! Everything the guest writes is read once, checked, and never trusted to stay. A chain that cannot be is an
 //! error, never a short chain: the ring stops there.
 
-use std::fmt;
-use std::ptr;
 use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
 
+use crate::chain::{
+    find_part, Chain, Direction, Features, Gathering, Layout, RingError, Table, DESCRIPTOR_INDIRECT,
+    DESCRIPTOR_NEXT, DESCRIPTOR_SIZE, RING_SIZE_MAX,
+};
 use crate::memory::GuestMemory;
 
-/// Entries a split virtqueue may have: virtio 1.2, section 2.7.
-pub const RING_SIZE_MAX: u16 = 32768;
-
-/// Buffers one chain may have: readv(2) takes 1024 (UIO_MAXIOV), and receiving adds one of its own.
-pub const CHAIN_BUFFERS_MAX: usize = 1023;
-
-const DESCRIPTOR_SIZE: usize = 16;
-const DESCRIPTOR_NEXT: u16 = 1;
-const DESCRIPTOR_WRITE: u16 = 2;
-const DESCRIPTOR_INDIRECT: u16 = 4;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
-
-/// Who writes into a chain's buffers. Network queues have one direction each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// The device fills them (receive).
-    ToGuest,
-    /// The driver filled them (transmit).
-    FromGuest,
-}
-
-/// Why a ring cannot go on: what the guest wrote cannot be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RingError {
-    AvailIndex { index: u16, next: u16, size: u16 },
-    Index { index: u16, size: u32 },
-    ChainLength { limit: usize },
-    OutsideMemory { address: u64, length: u64 },
-    EmptyBuffer { index: u16 },
-    WrongDirection { index: u16, expected: Direction },
-    IndirectNotNegotiated { index: u16 },
-    IndirectNested { index: u16 },
-    IndirectWithNext { index: u16 },
-    IndirectLength { length: u32 },
-    ChainTooShort { length: u64, header_length: usize },
-}
-
-impl fmt::Display for RingError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AvailIndex { index, next, size } => {
-                write!(f, "available index {index} is more than the ring's {size} entries ahead of {next}")
-            }
-            Self::Index { index, size } => {
-                write!(f, "descriptor index {index} is outside its table of {size}")
-            }
-            Self::ChainLength { limit } => {
-                write!(f, "a descriptor chain loops or is longer than {limit} descriptors")
-            }
-            Self::OutsideMemory { address, length } => {
-                write!(f, "{length:#x} bytes at {address:#x} are not inside guest memory")
-            }
-            Self::EmptyBuffer { index } => write!(f, "descriptor {index} has length 0"),
-            Self::WrongDirection { index, expected: Direction::ToGuest } => {
-                write!(f, "descriptor {index} is read-only in a receive queue")
-            }
-            Self::WrongDirection { index, expected: Direction::FromGuest } => {
-                write!(f, "descriptor {index} is write-only in a transmit queue")
-            }
-            Self::IndirectNotNegotiated { index } => {
-                write!(f, "descriptor {index} is indirect, which was not negotiated")
-            }
-            Self::IndirectNested { index } => {
-                write!(f, "descriptor {index} of an indirect table is indirect itself")
-            }
-            Self::IndirectWithNext { index } => write!(f, "indirect descriptor {index} has a next one"),
-            Self::IndirectLength { length } => {
-                write!(f, "an indirect table of {length} bytes is not a whole number of descriptors")
-            }
-            Self::ChainTooShort { length, header_length } => {
-                write!(
-                    f,
-                    "a descriptor chain of {length} bytes has no room for the {header_length} byte header"
-                )
-            }
-        }
-    }
-}
-
-/// Where a ring is, as told by the frontend; untrusted. Addresses are the guest's.
-#[derive(Clone, Copy, Debug)]
-pub struct Layout {
-    pub size: u32,
-    pub descriptor_table: u64,
-    pub avail_ring: u64,
-    pub used_ring: u64,
-}
-
-/// The features that change how a ring is read.
-#[derive(Clone, Copy, Debug)]
-pub struct Features {
-    pub event_index: bool,
-    pub indirect: bool,
-}
-
-/// A chain taken from a ring; its buffers went to the caller's vector.
-#[derive(Clone, Copy, Debug)]
-pub struct Chain {
-    head: u16,
-    /// Entries of the descriptor table it occupies.
-    pub slots: u16,
-    /// Buffers it added to the caller's vector.
-    pub buffers: usize,
-    /// Bytes in those buffers.
-    pub length: u64,
-}
-
-/// One descriptor as it was read.
-struct Descriptor {
-    address: u64,
-    length: u32,
-    flags: u16,
-    next: u16,
-}
 
 /// A split virtqueue. Chains are completed in the order they are taken.
 ///
@@ -164,24 +53,12 @@ impl SplitRing {
         let size = size.ok_or_else(|| {
             format!("a ring has {} entries, it must be a power of two up to {RING_SIZE_MAX}", layout.size)
         })?;
-        let find = |what: &str, address: u64, length: usize, alignment: u64| {
-            if address % alignment != 0 {
-                return Err(format!("{what} at {address:#x} is not aligned to {alignment}"));
-            }
-            let host = memory.host_exact(address, length).ok_or_else(|| {
-                format!("{what} at {address:#x}, {length:#x} bytes, is not inside one guest memory region")
-            })?;
-            if host.addr() as u64 % alignment != 0 {
-                // Guest and host addresses agree below the page size only where the region starts on a page.
-                return Err(format!("{what} at {address:#x} lies in a memory region that starts off a page"));
-            }
-            Ok(host)
-        };
         let entries = usize::from(size);
         // Six bytes of flags, index and event index around the entries, whether the last is used or not.
-        let descriptors = find("descriptor table", layout.descriptor_table, DESCRIPTOR_SIZE * entries, 16)?;
-        let avail = find("available ring", layout.avail_ring, 6 + 2 * entries, 2)?;
-        let used = find("used ring", layout.used_ring, 6 + 8 * entries, 4)?;
+        let descriptors =
+            find_part(memory, "descriptor table", layout.descriptor_area, DESCRIPTOR_SIZE * entries, 16)?;
+        let avail = find_part(memory, "available ring", layout.driver_area, 6 + 2 * entries, 2)?;
+        let used = find_part(memory, "used ring", layout.device_area, 6 + 8 * entries, 4)?;
         Ok(Self {
             size,
             features,
@@ -255,10 +132,7 @@ impl SplitRing {
         }
         let slot = 2 + usize::from(self.next_avail & (self.size - 1));
         let head = u16::from_le(self.avail_field(slot).load(Ordering::Relaxed));
-        let chain = self.walk(head, memory, direction, buffers)?;
-        if chain.length < header_length as u64 {
-            return Err(RingError::ChainTooShort { length: chain.length, header_length });
-        }
+        let chain = self.walk(head, memory, direction, header_length, buffers)?;
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(chain))
     }
@@ -284,11 +158,12 @@ impl SplitRing {
         head: u16,
         memory: &GuestMemory,
         direction: Direction,
+        header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Chain, RingError> {
-        let before = buffers.len();
+        let mut gathering = Gathering::new(memory, direction, buffers);
         let mut table = Table { start: self.descriptors, size: self.size.into() };
-        let (mut slots, mut length) = (0, 0);
+        let mut slots = 0;
         let mut indirect = false;
         let mut visited = 0;
         let mut index = head;
@@ -300,53 +175,23 @@ impl SplitRing {
             visited += 1;
             slots += u16::from(!indirect);
             let descriptor = table.read(index)?;
-            if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+            let [flags, next] = descriptor.tail;
+            let has_next = flags & DESCRIPTOR_NEXT != 0;
+            if flags & DESCRIPTOR_INDIRECT != 0 {
                 // It may stand behind ordinary ones, but ends them (virtio 1.2, section 2.7.5.3.2).
                 if indirect {
                     return Err(RingError::IndirectNested { index });
                 }
-                table = self.indirect_table(index, &descriptor, memory)?;
+                table = Table::indirect(index, &descriptor, has_next, self.features, memory)?;
                 (indirect, visited, index) = (true, 0, 0);
                 continue;
             }
-            if (descriptor.flags & DESCRIPTOR_WRITE != 0) != (direction == Direction::ToGuest) {
-                return Err(RingError::WrongDirection { index, expected: direction });
+            gathering.push(index, &descriptor, flags)?;
+            if !has_next {
+                return gathering.chain(head, slots, header_length);
             }
-            if descriptor.length == 0 {
-                return Err(RingError::EmptyBuffer { index });
-            }
-            push_buffer(memory, &descriptor, buffers)?;
-            length += u64::from(descriptor.length);
-            if buffers.len() - before > CHAIN_BUFFERS_MAX {
-                return Err(RingError::ChainLength { limit: CHAIN_BUFFERS_MAX });
-            }
-            if descriptor.flags & DESCRIPTOR_NEXT == 0 {
-                return Ok(Chain { head, slots, buffers: buffers.len() - before, length });
-            }
-            index = descriptor.next;
+            index = next;
         }
-    }
-
-    fn indirect_table(
-        &self,
-        index: u16,
-        descriptor: &Descriptor,
-        memory: &GuestMemory,
-    ) -> Result<Table, RingError> {
-        if !self.features.indirect {
-            return Err(RingError::IndirectNotNegotiated { index });
-        }
-        if descriptor.flags & DESCRIPTOR_NEXT != 0 {
-            return Err(RingError::IndirectWithNext { index });
-        }
-        let length = descriptor.length;
-        if length == 0 || length as usize % DESCRIPTOR_SIZE != 0 {
-            return Err(RingError::IndirectLength { length });
-        }
-        // The table may not lie across two regions: no driver allocates one that does.
-        let outside = RingError::OutsideMemory { address: descriptor.address, length: length.into() };
-        let table = memory.host_exact(descriptor.address, length as usize).ok_or(outside)?;
-        Ok(Table { start: table, size: length / DESCRIPTOR_SIZE as u32 })
     }
 
     /// Completes the oldest chain that was taken and not completed; the guest learns of it at `publish`.
@@ -354,7 +199,7 @@ impl SplitRing {
     pub fn complete(&mut self, chain: &Chain, written: u32) {
         let slot = 2 + 4 * usize::from(self.next_used & (self.size - 1));
         // Nobody reads the element before the index is published.
-        for (offset, word) in [(slot, u32::from(chain.head)), (slot + 2, written)] {
+        for (offset, word) in [(slot, u32::from(chain.id)), (slot + 2, written)] {
             // SAFETY: the element's two words lie before the last field of the used ring, aligned to 4 as the ring.
             let field = unsafe { AtomicU32::from_ptr(self.used.add(offset).cast()) };
             field.store(word.to_le(), Ordering::Relaxed);
@@ -415,56 +260,4 @@ impl SplitRing {
             self.armed = false;
         }
     }
-}
-
-/// A table of descriptors: the ring's own or an indirect one. `start` has `size` of them in guest memory.
-struct Table {
-    start: *const u8,
-    size: u32,
-}
-
-impl Table {
-    /// Reads one descriptor, once: the guest may write to it at any time, and what was checked must be what is used.
-    #[inline]
-    fn read(&self, index: u16) -> Result<Descriptor, RingError> {
-        if u32::from(index) >= self.size {
-            return Err(RingError::Index { index, size: self.size });
-        }
-        // SAFETY: the index is inside the table. Bytes need no alignment: an indirect table may lie anywhere.
-        let raw = unsafe {
-            let place = self.start.add(DESCRIPTOR_SIZE * usize::from(index));
-            ptr::read_volatile(place.cast::<Packed>()).0
-        };
-        let [address, rest] = raw.map(u64::from_le);
-        Ok(Descriptor {
-            address,
-            length: (rest & 0xffff_ffff) as u32,
-            flags: (rest >> 32 & 0xffff) as u16,
-            next: (rest >> 48) as u16,
-        })
-    }
-}
-
-/// Two words at any address.
-#[repr(C, packed)]
-struct Packed([u64; 2]);
-
-/// Appends a descriptor's bytes as host memory: one buffer, or several where it lies across regions.
-#[inline]
-fn push_buffer(
-    memory: &GuestMemory,
-    descriptor: &Descriptor,
-    buffers: &mut Vec<libc::iovec>,
-) -> Result<(), RingError> {
-    let mut address = descriptor.address;
-    let mut left = descriptor.length as usize;
-    let outside =
-        || RingError::OutsideMemory { address: descriptor.address, length: descriptor.length.into() };
-    while left > 0 {
-        let (host, length) = memory.host(address, left).ok_or_else(outside)?;
-        buffers.push(libc::iovec { iov_base: host.cast(), iov_len: length });
-        left -= length;
-        address = address.checked_add(length as u64).ok_or_else(outside)?;
-    }
-    Ok(())
 }

@@ -10,9 +10,9 @@ use common::{
     await_frame, await_rung, eventfd, memory, readable, receive, send, wire, Queue, INDIRECT, MEMORY_START,
     NEXT, PATIENCE, WRITE,
 };
+use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
-use dataplane::split::Features;
 use dataplane::sys::{drain, signal};
 use dataplane::{Config, Counters, Positions, RingSpec, Side};
 

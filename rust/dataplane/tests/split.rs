@@ -5,8 +5,9 @@ mod common;
 use std::sync::Arc;
 
 use common::{memfd, memory, region, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, WRITE};
+use dataplane::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
 use dataplane::memory::GuestMemory;
-use dataplane::split::{Chain, Direction, Features, Layout, RingError, SplitRing, CHAIN_BUFFERS_MAX};
+use dataplane::split::SplitRing;
 
 const SIZE: u16 = 8;
 const HEADER: usize = 12;
@@ -328,15 +329,15 @@ fn a_layout_that_cannot_be_is_refused() {
         (Layout { size: 0, ..good }, "a ring has 0 entries, it must be a power of two up to 32768"),
         (Layout { size: 6, ..good }, "a ring has 6 entries, it must be a power of two up to 32768"),
         (Layout { size: 65536, ..good }, "a ring has 65536 entries, it must be a power of two up to 32768"),
-        (Layout { descriptor_table: RING + 8, ..good }, "descriptor table at 0x100008 is not aligned to 16"),
-        (Layout { avail_ring: RING + 1, ..good }, "available ring at 0x100001 is not aligned to 2"),
-        (Layout { used_ring: RING + 2, ..good }, "used ring at 0x100002 is not aligned to 4"),
+        (Layout { descriptor_area: RING + 8, ..good }, "descriptor table at 0x100008 is not aligned to 16"),
+        (Layout { driver_area: RING + 1, ..good }, "available ring at 0x100001 is not aligned to 2"),
+        (Layout { device_area: RING + 2, ..good }, "used ring at 0x100002 is not aligned to 4"),
         (
-            Layout { used_ring: end - 64, ..good },
+            Layout { device_area: end - 64, ..good },
             "used ring at 0x4fffc0, 0x46 bytes, is not inside one guest memory region",
         ),
         (
-            Layout { descriptor_table: 0, ..good },
+            Layout { descriptor_area: 0, ..good },
             "descriptor table at 0x0, 0x80 bytes, is not inside one guest memory region",
         ),
     ];

@@ -496,8 +496,8 @@ class NetGuest:
         """The used index of a ring as it stands in guest memory; 0 before there is a ring."""
         if self._driver is None:
             return 0
-        _, _, used_ring = self._driver.ring_addresses()[index]
-        return int.from_bytes(self.memory.mapping.read(used_ring + 2, 2), "little")
+        _, _, device_area = self._driver.ring_addresses()[index]
+        return int.from_bytes(self.memory.mapping.read(device_area + 2, 2), "little")
 
     def counters(self) -> Counters:
         """What the driver moved since its last reset.
@@ -544,16 +544,16 @@ class NetGuest:
         frontend.set_features(self._features | extra)
         frontend.set_mem_table([(self.memory.region, self.memory.fd.fileno())])
         for index, rings in enumerate(self._driver_here().ring_addresses()):
-            descriptor_table, avail_ring, used_ring = map(self.memory.user_address, rings)
+            descriptor_area, driver_area, device_area = map(self.memory.user_address, rings)
             vring = self._vrings[index]
             frontend.set_vring_num(index, self._queue_size)
             frontend.set_vring_base(index, self._bases[index])
             frontend.set_vring_addr(
                 VringAddress(
                     index=index,
-                    descriptor_table=descriptor_table,
-                    used_ring=used_ring,
-                    avail_ring=avail_ring,
+                    descriptor_area=descriptor_area,
+                    device_area=device_area,
+                    driver_area=driver_area,
                 )
             )
             frontend.set_vring_err(index, vring.error.fileno())

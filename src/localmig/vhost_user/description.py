@@ -31,9 +31,9 @@ VRING: Final = Description(
     state=VringState,
     fields=(
         u32("size"),
-        u64("descriptor_table"),
-        u64("avail_ring"),
-        u64("used_ring"),
+        u64("descriptor_area"),
+        u64("driver_area"),
+        u64("device_area"),
         u16("next_avail"),
         boolean("started"),
         boolean("enabled"),

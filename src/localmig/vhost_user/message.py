@@ -182,9 +182,9 @@ class VringAddress(Numbers):
 
     index: int
     flags: int = 0
-    descriptor_table: int
-    used_ring: int
-    avail_ring: int
+    descriptor_area: int
+    device_area: int
+    driver_area: int
     log: int = 0
 
     LAYOUT: ClassVar = struct.Struct("=IIQQQQ")

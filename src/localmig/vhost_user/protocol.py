@@ -99,7 +99,7 @@ class VringState:
 
     Attributes:
         size: entries; 0 until SET_VRING_NUM.
-        descriptor_table, avail_ring, used_ring: all 0 until SET_VRING_ADDR.
+        descriptor_area, driver_area, device_area: all 0 until SET_VRING_ADDR.
         next_avail: the position to go on from. While the ring runs it is behind; who stops the ring writes it here.
         started: a kick descriptor came and GET_VRING_BASE did not.
         enabled: what SET_VRING_ENABLE said last.
@@ -107,9 +107,9 @@ class VringState:
     """
 
     size: int = 0
-    descriptor_table: int = 0
-    avail_ring: int = 0
-    used_ring: int = 0
+    descriptor_area: int = 0
+    driver_area: int = 0
+    device_area: int = 0
     next_avail: int = 0
     started: bool = False
     enabled: bool = False
@@ -125,7 +125,7 @@ class VringState:
     @property
     def is_configured(self) -> bool:
         """Whether size and addresses are known."""
-        return bool(self.size and self.descriptor_table and self.avail_ring and self.used_ring)
+        return bool(self.size and self.descriptor_area and self.driver_area and self.device_area)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,7 +178,7 @@ def check_state(state: SessionState, offer: Offer) -> None:
     for index, vring in enumerate(state.vrings):
         if vring.size:
             _check_vring_size(index, vring.size, offer)
-        _check_vring_addresses(index, vring.descriptor_table, vring.avail_ring, vring.used_ring)
+        _check_vring_addresses(index, vring.descriptor_area, vring.driver_area, vring.device_area)
         _check_range(f"position of vring {index}", vring.next_avail, 0xFFFF)
         if vring.started and (not vring.is_configured or vring.kick is None):
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
@@ -220,12 +220,12 @@ def _check_vring_size(index: int, size: int, offer: Offer) -> None:
         raise PeerError(f"vring {index} has {size} entries, must be a power of two of at most {offer.vring_size_max}")
 
 
-def _check_vring_addresses(index: int, descriptor_table: int, avail_ring: int, used_ring: int) -> None:
+def _check_vring_addresses(index: int, descriptor_area: int, driver_area: int, device_area: int) -> None:
     # virtio 1.2, section 2.7: the alignment of each part of a split virtqueue.
     for name, address, alignment in (
-        ("descriptor table", descriptor_table, 16),
-        ("avail ring", avail_ring, 2),
-        ("used ring", used_ring, 4),
+        ("descriptor table", descriptor_area, 16),
+        ("avail ring", driver_area, 2),
+        ("used ring", device_area, 4),
     ):
         if address % alignment:
             raise PeerError(f"{name} of vring {index} is at {address:#x}, must be aligned to {alignment} bytes")
@@ -495,10 +495,10 @@ class Backend:
     def _set_addresses(self, vring: VringState, address: VringAddress) -> None:
         if address.flags:
             raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
-        _check_vring_addresses(address.index, address.descriptor_table, address.avail_ring, address.used_ring)
-        vring.descriptor_table = address.descriptor_table
-        vring.avail_ring = address.avail_ring
-        vring.used_ring = address.used_ring
+        _check_vring_addresses(address.index, address.descriptor_area, address.driver_area, address.device_area)
+        vring.descriptor_area = address.descriptor_area
+        vring.driver_area = address.driver_area
+        vring.device_area = address.device_area
 
     def _check_not_running(self, request: Request, index: int) -> None:
         if self.state.vrings[index].is_running:

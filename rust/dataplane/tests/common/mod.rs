@@ -6,8 +6,8 @@ use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dataplane::chain::Layout;
 use dataplane::memory::{GuestMemory, RegionSpec};
-use dataplane::split::Layout;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -56,14 +56,14 @@ impl Queue {
     pub fn new(memory: &Arc<GuestMemory>, address: u64, size: u16, position: u16) -> Self {
         let layout = Layout {
             size: size.into(),
-            descriptor_table: address,
-            avail_ring: address + 0x8000,
-            used_ring: address + 0xc000,
+            descriptor_area: address,
+            driver_area: address + 0x8000,
+            device_area: address + 0xc000,
         };
         let mut queue =
             Self { memory: Arc::clone(memory), layout, avail_index: position, seen_used: position };
         queue.set_avail_index(position);
-        queue.put(layout.used_ring + 2, &position.to_le_bytes());
+        queue.put(layout.device_area + 2, &position.to_le_bytes());
         queue
     }
 
@@ -91,25 +91,25 @@ impl Queue {
     }
 
     pub fn descriptor(&self, index: u16, buffer: u64, length: u32, flags: u16, next: u16) {
-        self.descriptor_at(self.layout.descriptor_table + 16 * u64::from(index), buffer, length, flags, next);
+        self.descriptor_at(self.layout.descriptor_area + 16 * u64::from(index), buffer, length, flags, next);
     }
 
     /// Makes the chain at `head` available.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_index) % u64::from(self.layout.size);
-        self.put(self.layout.avail_ring + 4 + 2 * slot, &head.to_le_bytes());
+        self.put(self.layout.driver_area + 4 + 2 * slot, &head.to_le_bytes());
         self.set_avail_index(self.avail_index.wrapping_add(1));
     }
 
     pub fn set_avail_index(&mut self, index: u16) {
         self.avail_index = index;
         fence(Ordering::SeqCst);
-        self.put(self.layout.avail_ring + 2, &index.to_le_bytes());
+        self.put(self.layout.driver_area + 2, &index.to_le_bytes());
         fence(Ordering::SeqCst);
     }
 
     pub fn used_index(&self) -> u16 {
-        self.get_u16(self.layout.used_ring + 2)
+        self.get_u16(self.layout.device_area + 2)
     }
 
     /// The next used element, (head, written), if there is one.
@@ -120,26 +120,26 @@ impl Queue {
             return None;
         }
         let slot = u64::from(self.seen_used) % u64::from(self.layout.size);
-        let element: [u8; 8] = self.get(self.layout.used_ring + 4 + 8 * slot);
+        let element: [u8; 8] = self.get(self.layout.device_area + 4 + 8 * slot);
         self.seen_used = self.seen_used.wrapping_add(1);
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
         Some((word(&element[..4]).try_into().unwrap(), word(&element[4..])))
     }
 
     pub fn set_used_event(&self, index: u16) {
-        self.put(self.layout.avail_ring + 4 + 2 * u64::from(self.layout.size), &index.to_le_bytes());
+        self.put(self.layout.driver_area + 4 + 2 * u64::from(self.layout.size), &index.to_le_bytes());
     }
 
     pub fn set_no_interrupt(&self) {
-        self.put(self.layout.avail_ring, &1u16.to_le_bytes());
+        self.put(self.layout.driver_area, &1u16.to_le_bytes());
     }
 
     pub fn avail_event(&self) -> u16 {
-        self.get_u16(self.layout.used_ring + 4 + 8 * u64::from(self.layout.size))
+        self.get_u16(self.layout.device_area + 4 + 8 * u64::from(self.layout.size))
     }
 
     pub fn used_flags(&self) -> u16 {
-        self.get_u16(self.layout.used_ring)
+        self.get_u16(self.layout.device_area)
     }
 }
 

@@ -362,10 +362,10 @@ class VirtioNet(Part):
         assert vring.kick is not None, index
         sizes = split_ring.part_sizes(vring.size)
         try:
-            descriptor_table, avail_ring, used_ring = (
+            descriptor_area, driver_area, device_area = (
                 to_guest_address(state.regions, address, size)
                 for address, size in zip(
-                    (vring.descriptor_table, vring.avail_ring, vring.used_ring), sizes, strict=True
+                    (vring.descriptor_area, vring.driver_area, vring.device_area), sizes, strict=True
                 )
             )
         except PeerError as error:
@@ -374,9 +374,9 @@ class VirtioNet(Part):
             return None
         return Ring(
             size=vring.size,
-            descriptor_table=descriptor_table,
-            avail_ring=avail_ring,
-            used_ring=used_ring,
+            descriptor_area=descriptor_area,
+            driver_area=driver_area,
+            device_area=device_area,
             kick_fd=vring.kick.fileno(),
             call_fd=_fileno(vring.call),
             error_fd=_fileno(vring.error),

@@ -1,0 +1,274 @@
+//! Chains of buffers: what split and packed virtqueues have in common.
+//!
+//! Owns:        where a ring is, the strict reading of one descriptor, why a ring cannot go on.
+//! Never sees:  a ring's order, positions, notifications.
+//! Read next:   `split` and `packed`, which find chains in rings.
+//!
+//! Everything the guest writes is read once, checked, and never trusted to stay.
+
+use std::fmt;
+use std::ptr;
+
+use crate::memory::GuestMemory;
+
+/// Entries a virtqueue may have: virtio 1.2, sections 2.7 and 2.8.
+pub const RING_SIZE_MAX: u16 = 32768;
+
+/// Buffers one chain may have: readv(2) takes 1024 (UIO_MAXIOV), and receiving adds one of its own.
+pub const CHAIN_BUFFERS_MAX: usize = 1023;
+
+pub(crate) const DESCRIPTOR_SIZE: usize = 16;
+pub(crate) const DESCRIPTOR_NEXT: u16 = 1;
+pub(crate) const DESCRIPTOR_WRITE: u16 = 2;
+pub(crate) const DESCRIPTOR_INDIRECT: u16 = 4;
+
+/// Who writes into a chain's buffers. Network queues have one direction each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The device fills them (receive).
+    ToGuest,
+    /// The driver filled them (transmit).
+    FromGuest,
+}
+
+/// Why a ring cannot go on: what the guest wrote cannot be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RingError {
+    AvailIndex { index: u16, next: u16, size: u16 },
+    Index { index: u16, size: u32 },
+    ChainLength { limit: usize },
+    OutsideMemory { address: u64, length: u64 },
+    EmptyBuffer { index: u16 },
+    WrongDirection { index: u16, expected: Direction },
+    IndirectNotNegotiated { index: u16 },
+    IndirectNested { index: u16 },
+    IndirectWithNext { index: u16 },
+    IndirectLength { length: u32 },
+    ChainTooShort { length: u64, header_length: usize },
+}
+
+impl fmt::Display for RingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AvailIndex { index, next, size } => {
+                write!(f, "available index {index} is more than the ring's {size} entries ahead of {next}")
+            }
+            Self::Index { index, size } => {
+                write!(f, "descriptor index {index} is outside its table of {size}")
+            }
+            Self::ChainLength { limit } => {
+                write!(f, "a descriptor chain loops or is longer than {limit} descriptors")
+            }
+            Self::OutsideMemory { address, length } => {
+                write!(f, "{length:#x} bytes at {address:#x} are not inside guest memory")
+            }
+            Self::EmptyBuffer { index } => write!(f, "descriptor {index} has length 0"),
+            Self::WrongDirection { index, expected: Direction::ToGuest } => {
+                write!(f, "descriptor {index} is read-only in a receive queue")
+            }
+            Self::WrongDirection { index, expected: Direction::FromGuest } => {
+                write!(f, "descriptor {index} is write-only in a transmit queue")
+            }
+            Self::IndirectNotNegotiated { index } => {
+                write!(f, "descriptor {index} is indirect, which was not negotiated")
+            }
+            Self::IndirectNested { index } => {
+                write!(f, "descriptor {index} of an indirect table is indirect itself")
+            }
+            Self::IndirectWithNext { index } => write!(f, "indirect descriptor {index} has a next one"),
+            Self::IndirectLength { length } => {
+                write!(f, "an indirect table of {length} bytes is not a whole number of descriptors")
+            }
+            Self::ChainTooShort { length, header_length } => {
+                write!(
+                    f,
+                    "a descriptor chain of {length} bytes has no room for the {header_length} byte header"
+                )
+            }
+        }
+    }
+}
+
+/// Where a ring is, as told by the frontend; untrusted. Addresses are the guest's.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    pub size: u32,
+    /// The descriptor table, or the ring of descriptors.
+    pub descriptor_area: u64,
+    /// The available ring, or the driver's event suppression.
+    pub driver_area: u64,
+    /// The used ring, or the device's event suppression.
+    pub device_area: u64,
+}
+
+/// The features that change how a ring is read.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    pub event_index: bool,
+    pub indirect: bool,
+}
+
+/// A chain taken from a ring; its buffers went to the caller's vector.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
+    /// What the guest knows it by.
+    pub(crate) id: u16,
+    /// Entries of the ring's own descriptors it occupies.
+    pub slots: u16,
+    /// Buffers it added to the caller's vector.
+    pub buffers: usize,
+    /// Bytes in those buffers.
+    pub length: u64,
+}
+
+/// Finds a part of a ring in guest memory and touches none of it.
+pub(crate) fn find_part(
+    memory: &GuestMemory,
+    what: &str,
+    address: u64,
+    length: usize,
+    alignment: u64,
+) -> Result<*mut u8, String> {
+    if address % alignment != 0 {
+        return Err(format!("{what} at {address:#x} is not aligned to {alignment}"));
+    }
+    let host = memory.host_exact(address, length).ok_or_else(|| {
+        format!("{what} at {address:#x}, {length:#x} bytes, is not inside one guest memory region")
+    })?;
+    if host.addr() as u64 % alignment != 0 {
+        // Guest and host addresses agree below the page size only where the region starts on a page.
+        return Err(format!("{what} at {address:#x} lies in a memory region that starts off a page"));
+    }
+    Ok(host)
+}
+
+/// One descriptor as it was read. The halves of its last four bytes are named by the format.
+#[derive(Clone, Copy)]
+pub(crate) struct Descriptor {
+    pub(crate) address: u64,
+    pub(crate) length: u32,
+    pub(crate) tail: [u16; 2],
+}
+
+impl Descriptor {
+    /// Reads one descriptor, once: the guest may write to it at any time, and what was checked must be what is used.
+    ///
+    /// # Safety
+    /// 16 bytes at `place` are mapped.
+    #[inline]
+    pub(crate) unsafe fn read(place: *const u8) -> Self {
+        // SAFETY: the caller's. Bytes need no alignment: an indirect table may lie anywhere.
+        let raw = unsafe { ptr::read_volatile(place.cast::<Unaligned>()).0 };
+        let [address, rest] = raw.map(u64::from_le);
+        Self {
+            address,
+            length: (rest & 0xffff_ffff) as u32,
+            tail: [(rest >> 32 & 0xffff) as u16, (rest >> 48) as u16],
+        }
+    }
+}
+
+/// Two words at any address.
+#[repr(C, packed)]
+struct Unaligned([u64; 2]);
+
+/// A table of descriptors: a split ring's own or an indirect one. `start` has `size` of them in guest memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Table {
+    pub(crate) start: *const u8,
+    pub(crate) size: u32,
+}
+
+impl Table {
+    /// The table that the indirect descriptor `index` leads to.
+    pub(crate) fn indirect(
+        index: u16,
+        descriptor: &Descriptor,
+        has_next: bool,
+        features: Features,
+        memory: &GuestMemory,
+    ) -> Result<Self, RingError> {
+        if !features.indirect {
+            return Err(RingError::IndirectNotNegotiated { index });
+        }
+        if has_next {
+            return Err(RingError::IndirectWithNext { index });
+        }
+        let length = descriptor.length;
+        if length == 0 || length as usize % DESCRIPTOR_SIZE != 0 {
+            return Err(RingError::IndirectLength { length });
+        }
+        // The table may not lie across two regions: no driver allocates one that does.
+        let outside = RingError::OutsideMemory { address: descriptor.address, length: length.into() };
+        let start = memory.host_exact(descriptor.address, length as usize).ok_or(outside)?;
+        Ok(Self { start, size: length / DESCRIPTOR_SIZE as u32 })
+    }
+
+    #[inline]
+    pub(crate) fn read(&self, index: u16) -> Result<Descriptor, RingError> {
+        if u32::from(index) >= self.size {
+            return Err(RingError::Index { index, size: self.size });
+        }
+        // SAFETY: the index is inside the table.
+        Ok(unsafe { Descriptor::read(self.start.add(DESCRIPTOR_SIZE * usize::from(index))) })
+    }
+}
+
+/// A chain's buffers while they are found.
+pub(crate) struct Gathering<'a> {
+    memory: &'a GuestMemory,
+    direction: Direction,
+    buffers: &'a mut Vec<libc::iovec>,
+    before: usize,
+    pub(crate) length: u64,
+}
+
+impl<'a> Gathering<'a> {
+    pub(crate) fn new(
+        memory: &'a GuestMemory,
+        direction: Direction,
+        buffers: &'a mut Vec<libc::iovec>,
+    ) -> Self {
+        let before = buffers.len();
+        Self { memory, direction, buffers, before, length: 0 }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.buffers.len() - self.before
+    }
+
+    /// Appends a descriptor's bytes as host memory: one buffer, or several where it lies across regions.
+    #[inline]
+    pub(crate) fn push(&mut self, index: u16, descriptor: &Descriptor, flags: u16) -> Result<(), RingError> {
+        if (flags & DESCRIPTOR_WRITE != 0) != (self.direction == Direction::ToGuest) {
+            return Err(RingError::WrongDirection { index, expected: self.direction });
+        }
+        if descriptor.length == 0 {
+            return Err(RingError::EmptyBuffer { index });
+        }
+        let mut address = descriptor.address;
+        let mut left = descriptor.length as usize;
+        let outside =
+            || RingError::OutsideMemory { address: descriptor.address, length: descriptor.length.into() };
+        while left > 0 {
+            let (host, length) = self.memory.host(address, left).ok_or_else(outside)?;
+            self.buffers.push(libc::iovec { iov_base: host.cast(), iov_len: length });
+            left -= length;
+            address = address.checked_add(length as u64).ok_or_else(outside)?;
+        }
+        self.length += u64::from(descriptor.length);
+        if self.count() > CHAIN_BUFFERS_MAX {
+            return Err(RingError::ChainLength { limit: CHAIN_BUFFERS_MAX });
+        }
+        Ok(())
+    }
+
+    /// The chain, complete. It must have room for a header.
+    pub(crate) fn chain(&self, id: u16, slots: u16, header_length: usize) -> Result<Chain, RingError> {
+        let length = self.length;
+        if length < header_length as u64 {
+            return Err(RingError::ChainTooShort { length, header_length });
+        }
+        Ok(Chain { id, slots, buffers: self.count(), length })
+    }
+}
