@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import pytest
-from tests.guest.image import LabError
-from tests.guest.lab import Lab
+from tests.guest.lab import Lab, LabError
 
 from localmig.errors import KernelError
 from localmig.testing.namespace import unavailable_reason

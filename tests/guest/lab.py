@@ -2,7 +2,7 @@
 
 Owns:        the namespace, every process started in it, their logs, the folder with their sockets.
 Never sees:  what is being tested: a test gives the network backend's arguments or socket.
-Read next:   image.py for what a guest boots, conftest.py for the fixtures.
+Read next:   localmig/testing/qemu.py for what a guest boots, conftest.py for the fixtures.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from tests.guest.image import LabError, qemu_image
-
-from localmig.testing import uml
-from localmig.testing.initramfs import ECHO_PORT, READY_LINE, SHELL_PORT
+from localmig.errors import ConfigError
+from localmig.testing import qemu, uml
+from localmig.testing.initramfs import ECHO_PORT, READY_LINE
+from localmig.testing.linux_guest import GuestShell
 from localmig.testing.namespace import NetworkNamespace, configure, create_tap
 from localmig.testing.traffic import STALL_SECONDS_MAX, STREAM_WINDOW_BYTES, PingReport, StreamReport
+
+UNPACKED_KERNEL: Final = Path(__file__).resolve().parents[2] / ".lab/kernel"
+"""Debian's cloud kernel, as `make guest-kernel` unpacked it."""
 
 HOST_ADDRESS: Final = "10.9.0.1"
 GUEST_ADDRESS: Final = "10.9.0.2"
@@ -46,6 +49,10 @@ STOP_SECONDS_MAX: Final = 10
 
 BULK_NICENESS: Final = 10
 """A tenth of the weight of a process with niceness 0."""
+
+
+class LabError(Exception):
+    """This machine cannot provide a guest; the text says what is missing."""
 
 
 class Process:
@@ -125,7 +132,7 @@ class Process:
         self._popen.stdout.close()
 
 
-class Guest:
+class Guest(GuestShell):
     """A booted guest, and what a test may ask of it over its network."""
 
     def __init__(self, lab: Lab, process: Process) -> None:
@@ -134,7 +141,13 @@ class Guest:
 
     def wait_ready(self) -> None:
         """Wait until its network is up and its services listen."""
-        self.process.wait_for(READY_LINE, seconds_max=BOOT_SECONDS_MAX)
+        try:
+            self.process.wait_for(READY_LINE, seconds_max=BOOT_SECONDS_MAX)
+        except AssertionError:
+            reason = uml.boot_failure_reason(self.process.log.read_text())
+            if reason is not None:
+                raise LabError(reason) from None
+            raise
 
     def connect(self, port: int) -> socket.socket:
         """A TCP connection to one of its services, which is tried again for as long as the guest is unreachable."""
@@ -146,26 +159,6 @@ class Guest:
                 except OSError:
                     if time.monotonic() > deadline - 1:
                         raise
-
-    def run(self, command: str) -> str:
-        """What shell `command`, run in the guest, prints."""
-        with self.connect(SHELL_PORT) as connection:
-            connection.sendall(command.encode())
-            connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
-
-    def discarded_replies(self) -> int:
-        """How many ping replies its own network stack discarded since boot, before they reached its NIC.
-
-        Its ICMP has room for about 170 of them. Where a busy machine keeps a guest from running for a sixth of a
-        second, as many requests wait for it, and it answers them all at once.
-        """
-        names, values = self.run("grep ^Icmp: /proc/net/snmp").splitlines()
-        return int(dict(zip(names.split(), values.split(), strict=True))["OutErrors"])
-
-    def carrier_changes(self) -> int:
-        """How often the guest saw its link change since boot: a reconnect of the backend shows here."""
-        return int(self.run("cat /sys/class/net/eth0/carrier_changes"))
 
 
 def _connect(address: str, port: int, *, seconds_max: float) -> socket.socket:
@@ -299,25 +292,17 @@ class Lab:
 
     def boot_qemu(self, netdev: Sequence[str]) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
-        image = qemu_image(self.folder)
-        argv = [_qemu(), "-M", "q35,accel=tcg,memory-backend=ram0", "-cpu", "max", "-smp", "1", "-m", "256"]
-        # vhost-user needs guest memory it can map.
-        argv += ["-object", "memory-backend-memfd,id=ram0,size=256M,share=on"]
-        argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
-        argv += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
-        # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.
-        words = f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={GUEST_ADDRESS}{PREFIX}"
-        argv += ["-append", words]
-        argv += netdev
-        # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
-        argv += ["-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile="]
+        with _lab_errors():
+            argv = qemu.command(
+                netdev, address=GUEST_ADDRESS + PREFIX, folder=self.folder, kernel_package=UNPACKED_KERNEL
+            )
         return self._booting(argv)
 
     def boot_uml(self, device: Path) -> Guest:
         """Boot a guest under User-Mode Linux, its NIC served at the vhost-user socket `device`."""
-        if (reason := uml.unavailable_reason()) is not None:
-            raise LabError(reason)
-        return self._booting(uml.command(str(device), address=GUEST_ADDRESS + PREFIX, folder=self.folder))
+        with _lab_errors():
+            argv = uml.command(str(device), address=GUEST_ADDRESS + PREFIX, folder=self.folder)
+        return self._booting(argv)
 
     def _booting(self, argv: Sequence[str]) -> Guest:
         self._guest_count += 1
@@ -364,13 +349,9 @@ def tap_netdev(ifname: str = "tap0") -> list[str]:
     return ["-netdev", f"tap,id=n0,ifname={ifname},script=no,downscript=no"]
 
 
-def vhost_user_netdev(socket: Path) -> list[str]:
-    """A vhost-user backend at `socket`, to which QEMU reconnects every second when it goes away."""
-    return ["-chardev", f"socket,id=c0,path={socket},reconnect=1", "-netdev", "vhost-user,id=n0,chardev=c0"]
-
-
-def _qemu() -> str:
-    found = shutil.which("qemu-system-x86_64")
-    if found is None:
-        raise LabError("no qemu-system-x86_64: on Debian, apt-get install qemu-system-x86")
-    return found
+@contextlib.contextmanager
+def _lab_errors() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise LabError(str(error)) from error

@@ -7,8 +7,10 @@ from typing import Final
 
 import pytest
 from qemu.qmp import QMPClient
-from tests.guest.lab import EchoTransfer, Guest, Lab, finish_pings, vhost_user_netdev
+from tests.guest.lab import EchoTransfer, Guest, Lab, finish_pings
 from tests.guest.service import Service, converse, migrate
+
+from localmig.testing.qemu import vhost_user_netdev
 
 HANDOVERS: Final = 10
 

@@ -36,6 +36,7 @@ from localmig.fds import OwnedFd
 from localmig.testing import uml
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.initramfs import STREAM_PORT
+from localmig.testing.linux_guest import LinuxGuest
 from localmig.testing.namespace import configure, create_tap, isolate
 from localmig.testing.traffic import PingReport, StreamReceiver, StreamReport, StreamSender, percentile
 
@@ -188,7 +189,9 @@ class RealGuest(DemoGuest):
     port = STREAM_PORT
 
     def __init__(self, nic: str, resources: ExitStack, folder: Path) -> None:
-        self._guest = resources.enter_context(uml.UmlGuest(nic, address=GUEST_ADDRESS, folder=folder))
+        argv = uml.command(nic, address=GUEST_ADDRESS, folder=folder)
+        guest = LinuxGuest(argv, address=GUEST_ADDRESS, boot_failure_reason=uml.boot_failure_reason)
+        self._guest = resources.enter_context(guest)
         self._changes_before = self._guest.carrier_changes()
 
     def carrier_changes(self) -> int | None:

@@ -2,7 +2,7 @@
 
 Owns:        the archive's format, what is in it, the guest's services and their ports.
 Never sees:  who boots it: a VMM, a network.
-Read next:   uml.py, which boots it.
+Read next:   qemu.py and uml.py, which boot it.
 """
 
 from __future__ import annotations

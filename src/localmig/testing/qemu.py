@@ -1,0 +1,118 @@
+"""QEMU as a VMM: a real Linux guest with one virtio-net, by hardware virtualization or by emulation.
+
+Owns:        its command line, what it takes of the machine, the choice of the kernel's modules.
+Never sees:  the process that it becomes, the kernel's download (the Makefile's), the backend beyond its socket.
+Read next:   linux_guest.py, which runs it; initramfs.py for what the guest boots.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from localmig.errors import ConfigError
+from localmig.testing.initramfs import write_initramfs
+
+PROGRAM: Final = "qemu-system-x86_64"
+
+KVM_SECONDS_MAX: Final = 5.0
+"""How long a kernel may take under KVM to come to its panic for want of a root. It takes half a second, and not much
+more under emulation: a KVM that needs longer is no gain."""
+
+VERSION_SECONDS_MAX: Final = 20.0
+"""For `--version`, which loads a large program and many libraries; a busy machine takes a second."""
+
+_RECONNECT_MS_SINCE: Final = (9, 2)
+"""The release whose character devices first took `reconnect-ms`; a later one has forgotten `reconnect`."""
+
+_KVM: Final = Path("/dev/kvm")
+
+_MODULES: Final = (
+    "failover",
+    "net_failover",
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_net",
+)
+"""In load order: each one needs only those before it."""
+
+
+def unavailable_reason(kernel_package: Path) -> str | None:
+    """What is missing for a guest of the kernel unpacked at `kernel_package`, None where nothing is."""
+    for program, package in ((PROGRAM, "qemu-system-x86"), ("busybox", "busybox-static")):
+        if shutil.which(program) is None:
+            return f"no {program}: on Debian, apt-get install {package}"
+    if not any(kernel_package.glob("boot/vmlinuz-*")):
+        return f"no guest kernel in '{kernel_package}': on Debian for amd64, 'make guest-kernel' downloads it"
+    return None
+
+
+def command(
+    netdev: Sequence[str], *, address: str, folder: Path, kernel_package: Path, accelerator: str = "tcg"
+) -> list[str]:
+    """How to start a guest with one virtio-net, its console on standard output.
+
+    Args:
+        netdev: the arguments that define netdev "n0".
+        address: the guest's IPv4 address with prefix length.
+        folder: where its files may go; they are the caller's to remove.
+        kernel_package: where Debian's package of a cloud kernel was unpacked.
+        accelerator: "tcg" (emulation, works everywhere) or "kvm".
+
+    Raises:
+        ConfigError: this machine has not what it takes.
+    """
+    if (reason := unavailable_reason(kernel_package)) is not None:
+        raise ConfigError(reason)
+    initramfs = folder / "qemu-initramfs"
+    (module_tree,) = kernel_package.glob("lib/modules/*")
+    write_initramfs(initramfs, module_tree=module_tree, modules=_MODULES)
+    argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max", "-smp", "1", "-m", "256"]
+    # vhost-user needs guest memory it can map.
+    argv += ["-object", "memory-backend-memfd,id=ram0,size=256M,share=on"]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
+    argv += ["-kernel", str(_kernel(kernel_package)), "-initrd", str(initramfs)]
+    # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.
+    argv += ["-append", f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={address}"]
+    argv += netdev
+    # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
+    return [*argv, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile="]
+
+
+def vhost_user_netdev(socket: Path | str) -> list[str]:
+    """A vhost-user backend at `socket`, to which QEMU reconnects every second when it goes away."""
+    every_second = "reconnect-ms=1000" if _version() >= _RECONNECT_MS_SINCE else "reconnect=1"
+    return ["-chardev", f"socket,id=c0,path={socket},{every_second}", "-netdev", "vhost-user,id=n0,chardev=c0"]
+
+
+def best_accelerator(kernel_package: Path) -> str:
+    """KVM where a kernel runs under it, else TCG. There are machines whose /dev/kvm opens, but no guest runs."""
+    if not os.access(_KVM, os.R_OK | os.W_OK):
+        return "tcg"
+    argv = [PROGRAM, "-M", "q35,accel=kvm", "-cpu", "max", "-m", "256", "-nodefaults", "-no-user-config"]
+    argv += ["-display", "none", "-kernel", str(_kernel(kernel_package)), "-append", "panic=-1", "-no-reboot"]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=KVM_SECONDS_MAX, check=False)
+    except subprocess.TimeoutExpired:
+        return "tcg"
+    return "kvm" if done.returncode == 0 else "tcg"
+
+
+def _kernel(kernel_package: Path) -> Path:
+    return max(kernel_package.glob("boot/vmlinuz-*"))
+
+
+def _version() -> tuple[int, ...]:
+    """Major and minor number of the QEMU that is installed; none where it does not tell."""
+    argv = [PROGRAM, "--version"]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=VERSION_SECONDS_MAX, check=False).stdout
+    numbers = re.search(r"version (\d+)\.(\d+)", said)
+    return tuple(map(int, numbers.groups())) if numbers else ()
