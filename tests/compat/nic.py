@@ -17,11 +17,11 @@ from typing import Final
 
 from tests.compat.synthetic import open_descriptors, write_vector
 
+from localmig.dataplane import Counters
 from localmig.devices.virtio_net.state import (
     RINGS,
     VIRTIO_NET,
     ConnectionState,
-    CountersState,
     RingsState,
     SocketState,
     VirtioNetState,
@@ -159,15 +159,19 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
 
 
 def _rings(next_avail: tuple[int, ...]) -> RingsState:
-    counters = CountersState(
+    counters = Counters(
         rx_packets=1 << 40,
         rx_bytes=3 << 50,
-        rx_dropped=1,
+        rx_dropped_length=1,
+        rx_kicks=2,
+        rx_calls=3,
         tx_packets=77,
         tx_bytes=7700,
-        tx_dropped=2,
-        kicks=3,
-        calls=4,
+        tx_dropped_interface=4,
+        tx_dropped_header=5,
+        tx_dropped_memory=6,
+        tx_kicks=7,
+        tx_calls=8,
     )
     return RingsState(next_avail=next_avail, counters=(counters,))
 

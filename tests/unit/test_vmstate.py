@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from hypothesis import given
@@ -501,3 +501,19 @@ def test_truncating_a_blob_takes_back_its_descriptors() -> None:
     into = Blob(data=bytearray(b"abcd"), fds=[(1, 10), (3, 11)])
     into.truncate(2)
     assert into == Blob(data=bytearray(b"ab"), fds=[(1, 10)])
+
+
+class Named(NamedTuple):
+    first: int
+    second: int = 5
+
+
+def test_a_named_tuple_is_a_state_with_its_defaults() -> None:
+    fields = (u16("first"), u16("second", since=2))
+    named = Description(name="named", version=2, oldest_version=1, state=Named, fields=fields)
+    blob = Blob()
+    save(named, Named(3, 4), blob)
+    assert load(named, 2, Reader(bytes(blob.data))) == Named(3, 4)
+    assert load(named, 1, Reader(bytes(blob.data[:2]))) == Named(3, 5)
+    with pytest.raises(ValueError, match='"first" may be absent, so it needs a default'):
+        Description(name="named", version=2, oldest_version=1, state=Named, fields=(u16("first", since=2), fields[1]))

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dataplane::driver::{DriverConfig, RingAddresses};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::memory::GuestMemory;
-use crate::queue_pair::Counters;
 
 /// (descriptor table, avail ring, used ring), guest addresses.
 type Addresses = (u64, u64, u64);
@@ -85,10 +85,10 @@ impl DriverPair {
     }
 
     /// What moved so far.
-    fn counters(&self) -> PyResult<Counters> {
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let pair = self.lock();
         match pair.failure() {
-            None => Ok(pair.counters().into()),
+            None => PyTuple::new(py, pair.counters().values()),
             Some(reason) => Err(PyRuntimeError::new_err(reason)),
         }
     }

@@ -4,6 +4,7 @@
 //! Never sees:  how anything works; that is `localmig-dataplane`.
 
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 mod driver;
 mod memory;
@@ -11,7 +12,8 @@ mod queue_pair;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<queue_pair::Counters>()?;
+    module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
+    module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
     module.add_class::<driver::DriverPair>()?;
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;

@@ -1,13 +1,14 @@
-//! Binding of the queue pair, its rings and counters.
+//! Binding of the queue pair and its rings.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::{Config, Positions, RingSpec};
+use dataplane::{Config, Counters, Positions, RingSpec};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::memory::GuestMemory;
 
@@ -34,78 +35,6 @@ impl Ring {
     ) -> Self {
         let layout = Layout { size, descriptor_area, driver_area, device_area };
         Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail } }
-    }
-}
-
-/// What a queue pair did, in the guest's view.
-#[pyclass(module = "localmig.dataplane._dataplane", get_all, set_all, eq)]
-#[derive(Clone, Copy, PartialEq)]
-pub struct Counters {
-    rx_packets: u64,
-    rx_bytes: u64,
-    rx_dropped: u64,
-    tx_packets: u64,
-    tx_bytes: u64,
-    tx_dropped: u64,
-    kicks: u64,
-    calls: u64,
-}
-
-#[pymethods]
-impl Counters {
-    #[new]
-    #[pyo3(signature = (*, rx_packets=0, rx_bytes=0, rx_dropped=0, tx_packets=0, tx_bytes=0, tx_dropped=0, kicks=0, calls=0))]
-    #[allow(clippy::too_many_arguments)] // keyword-only in Python
-    fn new(
-        rx_packets: u64,
-        rx_bytes: u64,
-        rx_dropped: u64,
-        tx_packets: u64,
-        tx_bytes: u64,
-        tx_dropped: u64,
-        kicks: u64,
-        calls: u64,
-    ) -> Self {
-        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
-    }
-
-    fn __repr__(&self) -> String {
-        format!(
-            "Counters(rx_packets={}, rx_bytes={}, rx_dropped={}, tx_packets={}, tx_bytes={}, tx_dropped={}, kicks={}, \
-             calls={})",
-            self.rx_packets,
-            self.rx_bytes,
-            self.rx_dropped,
-            self.tx_packets,
-            self.tx_bytes,
-            self.tx_dropped,
-            self.kicks,
-            self.calls
-        )
-    }
-}
-
-impl From<dataplane::Counters> for Counters {
-    fn from(counters: dataplane::Counters) -> Self {
-        let dataplane::Counters {
-            rx_packets,
-            rx_bytes,
-            rx_dropped,
-            tx_packets,
-            tx_bytes,
-            tx_dropped,
-            kicks,
-            calls,
-        } = counters;
-        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
-    }
-}
-
-impl From<&Counters> for dataplane::Counters {
-    fn from(counters: &Counters) -> Self {
-        let Counters { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls } =
-            *counters;
-        Self { rx_packets, rx_bytes, rx_dropped, tx_packets, tx_bytes, tx_dropped, kicks, calls }
     }
 }
 
@@ -181,12 +110,12 @@ impl QueuePair {
         self.inner.is_running()
     }
 
-    fn counters(&self) -> Counters {
-        self.inner.counters().into()
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.inner.counters().values())
     }
 
-    fn set_counters(&self, counters: PyRef<'_, Counters>) -> PyResult<()> {
-        self.inner.set_counters(&(&*counters).into()).map_err(refused)
+    fn set_counters(&self, counters: [u64; Counters::NAMES.len()]) -> PyResult<()> {
+        self.inner.set_counters(&Counters::from_values(counters)).map_err(refused)
     }
 
     fn take_ring_errors(&self) -> Vec<(String, String)> {

@@ -1,19 +1,6 @@
-//! What a queue pair did, as numbers that anyone may read while one thread writes.
+//! What was done, as numbers that anyone may read while one thread writes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// A reading, in the guest's view: rx is TAP to guest. Bytes are those of frames, without the virtio-net header.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    pub rx_packets: u64,
-    pub rx_bytes: u64,
-    pub rx_dropped: u64,
-    pub tx_packets: u64,
-    pub tx_bytes: u64,
-    pub tx_dropped: u64,
-    pub kicks: u64,
-    pub calls: u64,
-}
 
 /// One counter. Only whoever runs the rings writes, so a load and a store do for an addition.
 #[derive(Debug, Default)]
@@ -22,50 +9,94 @@ pub(crate) struct Counter(AtomicU64);
 impl Counter {
     #[inline]
     pub(crate) fn add(&self, count: u64) {
-        // Wrapping, because `set_counters` takes what another process sent.
+        // Wrapping, because a reading that another process sent may have been set.
         self.0.store(self.get().wrapping_add(count), Ordering::Relaxed);
     }
 
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
-}
 
-/// The counters of a running pair.
-#[derive(Debug, Default)]
-pub(crate) struct LiveCounters {
-    pub(crate) rx_packets: Counter,
-    pub(crate) rx_bytes: Counter,
-    pub(crate) rx_dropped: Counter,
-    pub(crate) tx_packets: Counter,
-    pub(crate) tx_bytes: Counter,
-    pub(crate) tx_dropped: Counter,
-    pub(crate) kicks: Counter,
-    pub(crate) calls: Counter,
-}
-
-impl LiveCounters {
-    pub(crate) fn get(&self) -> Counters {
-        Counters {
-            rx_packets: self.rx_packets.get(),
-            rx_bytes: self.rx_bytes.get(),
-            rx_dropped: self.rx_dropped.get(),
-            tx_packets: self.tx_packets.get(),
-            tx_bytes: self.tx_bytes.get(),
-            tx_dropped: self.tx_dropped.get(),
-            kicks: self.kicks.get(),
-            calls: self.calls.get(),
-        }
+    fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
     }
+}
 
-    pub(crate) fn set(&self, counters: &Counters) {
-        self.rx_packets.0.store(counters.rx_packets, Ordering::Relaxed);
-        self.rx_bytes.0.store(counters.rx_bytes, Ordering::Relaxed);
-        self.rx_dropped.0.store(counters.rx_dropped, Ordering::Relaxed);
-        self.tx_packets.0.store(counters.tx_packets, Ordering::Relaxed);
-        self.tx_bytes.0.store(counters.tx_bytes, Ordering::Relaxed);
-        self.tx_dropped.0.store(counters.tx_dropped, Ordering::Relaxed);
-        self.kicks.0.store(counters.kicks, Ordering::Relaxed);
-        self.calls.0.store(counters.calls, Ordering::Relaxed);
+/// Makes of one list of names a reading, and the live counters it is a reading of.
+macro_rules! counters {
+    ($(#[$about:meta])* $reading:ident of $live:ident { $($(#[$note:meta])* $name:ident,)* }) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct $reading {
+            $($(#[$note])* pub $name: u64,)*
+        }
+
+        impl $reading {
+            /// In the order of `values`.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),*];
+
+            #[must_use]
+            pub fn values(&self) -> [u64; Self::NAMES.len()] {
+                [$(self.$name),*]
+            }
+
+            #[must_use]
+            pub fn from_values([$($name),*]: [u64; Self::NAMES.len()]) -> Self {
+                Self { $($name),* }
+            }
+        }
+
+        #[derive(Debug, Default)]
+        pub(crate) struct $live {
+            $(pub(crate) $name: Counter,)*
+        }
+
+        impl $live {
+            pub(crate) fn get(&self) -> $reading {
+                $reading { $($name: self.$name.get()),* }
+            }
+
+            #[allow(dead_code, reason = "a driver's counters all begin at 0")]
+            pub(crate) fn set(&self, reading: &$reading) {
+                $(self.$name.set(reading.$name);)*
+            }
+        }
+    };
+}
+
+counters! {
+    /// What a queue pair did, in the guest's view: rx is TAP to guest. Bytes are those of frames, without the
+    /// virtio-net header.
+    Counters of LiveCounters {
+        rx_packets,
+        rx_bytes,
+        /// Longer than the room for it, or shorter than its header.
+        rx_dropped_length,
+        rx_kicks,
+        rx_calls,
+        tx_packets,
+        tx_bytes,
+        /// The interface is down or gone.
+        tx_dropped_interface,
+        /// The kernel refuses the header or the length.
+        tx_dropped_header,
+        /// The kernel has no memory for it.
+        tx_dropped_memory,
+        tx_kicks,
+        tx_calls,
+    }
+}
+
+counters! {
+    /// What a driver did: rx is what came from the backend, tx what went to it.
+    DriverCounters of LiveDriverCounters {
+        rx_packets,
+        rx_bytes,
+        /// The guest's own TAP did not take it.
+        rx_dropped,
+        tx_packets,
+        tx_bytes,
+        /// Longer than the ring.
+        tx_dropped,
     }
 }

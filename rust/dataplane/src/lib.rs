@@ -17,5 +17,5 @@ pub mod queue_pair;
 pub mod split;
 pub mod sys;
 
-pub use counters::Counters;
+pub use counters::{Counters, DriverCounters};
 pub use pump::{Config, Positions, RingSpec, Side};

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
-use crate::counters::LiveCounters;
+use crate::counters::{Counter, LiveCounters};
 use crate::memory::GuestMemory;
 use crate::split::SplitRing;
 use crate::sys;
@@ -37,6 +37,22 @@ const TAP_GONE: &str = "TAP: the interface is gone";
 pub enum Side {
     Rx,
     Tx,
+}
+
+impl Side {
+    fn kicks(self, counters: &LiveCounters) -> &Counter {
+        match self {
+            Self::Rx => &counters.rx_kicks,
+            Self::Tx => &counters.tx_kicks,
+        }
+    }
+
+    fn calls(self, counters: &LiveCounters) -> &Counter {
+        match self {
+            Self::Rx => &counters.rx_calls,
+            Self::Tx => &counters.tx_calls,
+        }
+    }
 }
 
 impl fmt::Display for Side {
@@ -138,7 +154,7 @@ impl RingEnd {
         if self.ring.call_due() {
             if let Some(fd) = self.call_fd {
                 sys::signal(fd);
-                counters.calls.add(1);
+                self.side.calls(counters).add(1);
             }
         }
     }
@@ -333,7 +349,7 @@ impl Pump {
                 }
             };
             let sent = if self.tap_gone {
-                Err(io::ErrorKind::NotFound.into())
+                Err(io::Error::from_raw_os_error(libc::ENODEV))
             } else {
                 sys::writev(self.tap_fd, buffers)
             };
@@ -347,9 +363,8 @@ impl Pump {
                     tx.wait = Wait::Tap;
                     break;
                 }
-                // The interface is down, the kernel refuses the header, or has no memory: a packet is lost, as on
-                // any wire. A TAP that is gone for good is found by whoever waits for it.
-                Err(_) => counters.tx_dropped.add(1),
+                // A packet is lost, as on any wire. A TAP that is gone for good is found by whoever waits for it.
+                Err(error) => dropped(&error, counters).add(1),
             }
             tx.ring.complete(&chain, 0);
             tx.ring.publish();
@@ -398,7 +413,7 @@ impl Pump {
             };
             // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
             if length > window.length || length < self.header_length as u64 {
-                counters.rx_dropped.add(1);
+                counters.rx_dropped_length.add(1);
                 continue;
             }
             deliver(rx, window, length, self.header_length);
@@ -449,11 +464,24 @@ impl Pump {
         for (end, kick) in [(&mut self.rx, WATCH_RX_KICK), (&mut self.tx, WATCH_TX_KICK)] {
             let Some(end) = end.as_mut().filter(|_| fds[kick].revents != 0) else { continue };
             match sys::drain(end.kick_fd) {
-                Ok(rung) => counters.kicks.add(rung.into()),
+                Ok(rung) => end.side.kicks(counters).add(rung.into()),
                 // Whatever the frontend sent as a kick eventfd, it would wake us for ever.
                 Err(error) => self.failures.push(end.fail(&format_args!("kick eventfd: {error}"))),
             }
         }
+    }
+}
+
+/// Which counter counts a packet that the TAP did not take.
+fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
+    match error.raw_os_error() {
+        // Down (EIO), detached or gone (EBADFD).
+        Some(libc::EIO | libc::EBADFD | libc::ENODEV | libc::ENXIO | libc::ENETDOWN) => {
+            &counters.tx_dropped_interface
+        }
+        Some(libc::ENOMEM | libc::ENOBUFS) => &counters.tx_dropped_memory,
+        // EINVAL for the most part: whatever it is, it is about this packet.
+        _ => &counters.tx_dropped_header,
     }
 }
 

@@ -2,11 +2,13 @@
 
 Owns:        the Python face of the Rust core, nothing else.
 Never sees:  vhost-user, migration, options.
-Read next:   `_dataplane.pyi` for the contract, `rust/dataplane/src/lib.rs` for the inside.
+Read next:   `_dataplane.pyi` for the contract, counters.py for what is counted,
+             `rust/dataplane/src/lib.rs` for the inside.
 """
 
 from __future__ import annotations
 
-from localmig.dataplane._dataplane import Counters, DriverPair, GuestMemory, QueuePair, Ring
+from localmig.dataplane._dataplane import DriverPair, GuestMemory, QueuePair, Ring
+from localmig.dataplane.counters import Counters, DriverCounters
 
-__all__ = ["Counters", "DriverPair", "GuestMemory", "QueuePair", "Ring"]
+__all__ = ["Counters", "DriverCounters", "DriverPair", "GuestMemory", "QueuePair", "Ring"]

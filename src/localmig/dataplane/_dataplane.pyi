@@ -5,9 +5,16 @@ Descriptors are lent: the caller keeps each one open for as long as the object t
 
 # ruff: noqa: PYI021 - there is no Python source these docstrings could stand in; this file is the contract
 
-from typing import final
+from collections.abc import Sequence
+from typing import Final, final
 
-__all__ = ["Counters", "DriverPair", "GuestMemory", "QueuePair", "Ring"]
+__all__ = ["COUNTER_NAMES", "DRIVER_COUNTER_NAMES", "DriverPair", "GuestMemory", "QueuePair", "Ring"]
+
+COUNTER_NAMES: Final[tuple[str, ...]]
+"""What each number of `QueuePair.counters` is: the fields of `dataplane.Counters`."""
+
+DRIVER_COUNTER_NAMES: Final[tuple[str, ...]]
+"""What each number of `DriverPair.counters` is: the fields of `dataplane.DriverCounters`."""
 
 @final
 class GuestMemory:
@@ -61,31 +68,6 @@ class Ring:
         error_fd: int | None,
         next_avail: int | None,
     ) -> Ring: ...
-
-@final
-class Counters:
-    """What a queue pair did, in the guest's view: rx is TAP to guest. All start at 0 and only grow."""
-
-    rx_packets: int
-    rx_bytes: int
-    rx_dropped: int
-    tx_packets: int
-    tx_bytes: int
-    tx_dropped: int
-    kicks: int
-    calls: int
-    def __new__(
-        cls,
-        *,
-        rx_packets: int = 0,
-        rx_bytes: int = 0,
-        rx_dropped: int = 0,
-        tx_packets: int = 0,
-        tx_bytes: int = 0,
-        tx_dropped: int = 0,
-        kicks: int = 0,
-        calls: int = 0,
-    ) -> Counters: ...
 
 @final
 class QueuePair:
@@ -147,9 +129,11 @@ class QueuePair:
         """Where the rings would go on; exact while stopped."""
 
     def is_running(self) -> bool: ...
-    def counters(self) -> Counters: ...
-    def set_counters(self, counters: Counters) -> None:
-        """Counting goes on from `counters`. RuntimeError if the pair runs."""
+    def counters(self) -> tuple[int, ...]:
+        """What was counted, as `Counters(*pair.counters())` names it. Waits for nothing."""
+
+    def set_counters(self, counters: Sequence[int]) -> None:
+        """Counting goes on from these, as many as `counters` gives. RuntimeError if the pair runs."""
 
     def take_ring_errors(self) -> list[tuple[str, str]]:
         """("rx" or "tx", reason) of each ring that failed since the last call."""
@@ -204,5 +188,9 @@ class DriverPair:
     def stop(self) -> None:
         """Stops pumping and joins the thread. Idempotent."""
 
-    def counters(self) -> Counters:
-        """What came from the backend counts as rx, what went to it as tx."""
+    def counters(self) -> tuple[int, ...]:
+        """What was counted, as `DriverCounters(*pair.counters())` names it.
+
+        Raises:
+            RuntimeError: the driver gave up, because the device broke a ring or the TAP is gone.
+        """

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from localmig import fds
-from localmig.dataplane import Counters, DriverPair, GuestMemory
+from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.vhost_user.message import (
@@ -499,14 +499,14 @@ class NetGuest:
         _, _, device_area = self._driver.ring_addresses()[index]
         return int.from_bytes(self.memory.mapping.read(device_area + 2, 2), "little")
 
-    def counters(self) -> Counters:
+    def counters(self) -> DriverCounters:
         """What the driver moved since its last reset.
 
         Raises:
             PeerError: the driver stopped: the backend broke a ring, or the guest's TAP is gone.
         """
         try:
-            return self._driver_here().counters()
+            return DriverCounters(*self._driver_here().counters())
         except RuntimeError as error:
             raise PeerError(f"guest's driver stopped: {error}") from error
 

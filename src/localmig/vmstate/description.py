@@ -67,7 +67,8 @@ class Description(Generic[T]):
         name: as it stands in the stream, for example "virtio-net".
         version: what is saved. Inside another description: at most the outer one's.
         oldest_version: the oldest that is loaded.
-        state: a dataclass; its attributes are exactly the fields, its defaults stand in for what is absent.
+        state: a dataclass or NamedTuple; its attributes are exactly the fields, its defaults stand in for what is
+            absent.
         fields: in the order they travel.
         subsections: rare state, in the order it travels.
 
@@ -88,21 +89,29 @@ class Description(Generic[T]):
         object.__setattr__(self, "layout", _checked_layout(self))
         parts: list[Description[T] | Subsection[T]] = [self, *self.subsections]
         declared = [field.name for part in parts for field in part.fields]
-        assert dataclasses.is_dataclass(self.state)
-        attributes = {attribute.name: attribute for attribute in dataclasses.fields(self.state)}
+        attributes = _attributes(self.state)
         if sorted(declared) != sorted(attributes):
             odd = sorted(set(declared) ^ set(attributes)) or sorted({n for n in declared if declared.count(n) > 1})
             raise ValueError(
                 f'"{self.name}": fields and attributes of {self.state.__name__} differ in {", ".join(odd)}'
             )
         always = {field.name for field in self.fields if field.since <= self.oldest_version}
-        for attribute in attributes.values():
-            no_default = attribute.default is attribute.default_factory is dataclasses.MISSING
-            if attribute.name not in always and no_default:
-                raise ValueError(f'"{self.name}": "{attribute.name}" may be absent, so it needs a default')
+        for name, has_default in attributes.items():
+            if name not in always and not has_default:
+                raise ValueError(f'"{self.name}": "{name}" may be absent, so it needs a default')
         for subsection in self.subsections:
             if not subsection.name.startswith(f"{self.name}/"):
                 raise ValueError(f'subsection "{subsection.name}" does not begin with "{self.name}/"')
+
+
+def _attributes(state: type[Any]) -> dict[str, bool]:
+    """A state's attributes by name, and whether each has a default."""
+    if issubclass(state, tuple):
+        defaults: dict[str, Any] = state._field_defaults  # type: ignore[attr-defined]
+        return {name: name in defaults for name in state._fields}  # type: ignore[attr-defined]
+    assert dataclasses.is_dataclass(state)
+    missing = dataclasses.MISSING
+    return {it.name: (it.default, it.default_factory) != (missing, missing) for it in dataclasses.fields(state)}
 
 
 def _checked_layout(part: Description[Any] | Subsection[Any]) -> Layout:

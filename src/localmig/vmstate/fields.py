@@ -10,7 +10,7 @@ Read next:   description.py, which puts fields together.
     text          u32 size, UTF-8                           str                 uint32, buffer
     blob          u32 size, bytes                           bytes               uint32, buffer
     fd            0x20, the descriptor travels with it      OwnedFd             fd
-    struct        its fields                                a dataclass         struct
+    struct        its fields                                its state           struct
     array         u32 count, elements                       tuple               uint32, each element
     optional      0, or 1 and the field                     as the field|None   bool, the field
 

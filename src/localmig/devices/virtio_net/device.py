@@ -21,7 +21,6 @@ from localmig.devices.virtio_net.state import (
     RINGS,
     VIRTIO_NET,
     ConnectionState,
-    CountersState,
     RingsState,
     SocketState,
     VirtioNetState,
@@ -59,8 +58,6 @@ FEATURES: Final = (
     | NetFeature.MTU
 )
 """What the packet path serves."""
-
-_COUNTER_NAMES: Final = tuple(CountersState.__dataclass_fields__)
 
 
 class VirtioNet(Part):
@@ -161,7 +158,7 @@ class VirtioNet(Part):
         state = self._session_state()
         return RingsState(
             next_avail=tuple(vring.next_avail for vring in state.vrings) if state else (),
-            counters=tuple(_save_counters(pair.counters()) for pair in self._pairs),
+            counters=tuple(Counters(*pair.counters()) for pair in self._pairs),
         )
 
     def release(self) -> None:
@@ -227,7 +224,7 @@ class VirtioNet(Part):
         """Sets where the rings go on and what was counted."""
         session = self._session_state()
         for index, pair in enumerate(self._pairs):
-            pair.set_counters(_load_counters(state.counters[index]))
+            pair.set_counters(state.counters[index])
             if session is not None and _has_rings(pair):
                 rx, tx = state.next_avail[receive_queue(index)], state.next_avail[transmit_queue(index)]
                 pair.set_positions(rx, tx)
@@ -471,11 +468,3 @@ def _rarp_frame(mac: bytes) -> bytes:
 
 def _fileno(fd: OwnedFd | None) -> int | None:
     return None if fd is None else fd.fileno()
-
-
-def _save_counters(counters: Counters) -> CountersState:
-    return CountersState(**{name: getattr(counters, name) for name in _COUNTER_NAMES})
-
-
-def _load_counters(state: CountersState) -> Counters:
-    return Counters(**{name: getattr(state, name) for name in _COUNTER_NAMES})

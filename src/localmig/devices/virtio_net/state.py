@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from localmig.dataplane import Counters
 from localmig.fds import OwnedFd
 from localmig.vhost_user.description import LISTENER, SESSION
 from localmig.vhost_user.message import VRING_INDEX_MAX
@@ -51,25 +52,11 @@ class VirtioNetState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CountersState:
-    """A queue pair's counters, as `dataplane.Counters`."""
-
-    rx_packets: int
-    rx_bytes: int
-    rx_dropped: int
-    tx_packets: int
-    tx_bytes: int
-    tx_dropped: int
-    kicks: int
-    calls: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RingsState:
     """What travels inside the downtime: where each ring goes on, and what each queue pair counted."""
 
     next_avail: tuple[int, ...]
-    counters: tuple[CountersState, ...]
+    counters: tuple[Counters, ...]
 
 
 CONNECTION: Final = Description(
@@ -100,16 +87,20 @@ COUNTERS: Final = Description(
     name="virtio-net-counters",
     version=1,
     oldest_version=1,
-    state=CountersState,
+    state=Counters,
     fields=(
         u64("rx_packets"),
         u64("rx_bytes"),
-        u64("rx_dropped"),
+        u64("rx_dropped_length"),
+        u64("rx_kicks"),
+        u64("rx_calls"),
         u64("tx_packets"),
         u64("tx_bytes"),
-        u64("tx_dropped"),
-        u64("kicks"),
-        u64("calls"),
+        u64("tx_dropped_interface"),
+        u64("tx_dropped_header"),
+        u64("tx_dropped_memory"),
+        u64("tx_kicks"),
+        u64("tx_calls"),
     ),
 )
 
