@@ -6,12 +6,15 @@
 PYTHON ?= python3
 CARGO ?= cargo
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 
 # What the guest tier runs on, from Debian's packages. The guest's own kernel is downloaded and unpacked, never installed.
 GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2
+# What the benchmarks measure beside us, and drive us with.
+BENCH_PACKAGES := gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
 # test makes its own.
 IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
@@ -26,7 +29,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check clean guest-packages guest-kernel
+.PHONY: help setup demo test check bench clean guest-packages guest-kernel bench-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -49,8 +52,11 @@ check: setup ## formats, lints, types, import contracts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
 
+bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 clean: ## remove everything the other targets made
-	rm -rf .venv .lab target .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .lab target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src -name '*.so' -delete
 
 $(VENV)/tools.stamp: pyproject.toml
@@ -67,14 +73,16 @@ $(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
 	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	@touch $@
 
-guest-packages:
-	@missing=; for package in $(GUEST_PACKAGES); do \
+guest-packages: PACKAGES := $(GUEST_PACKAGES)
+bench-packages: PACKAGES := $(BENCH_PACKAGES)
+guest-packages bench-packages:
+	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
 	if [ -z "$$missing" ]; then :; \
-	elif ! command -v apt-get >/dev/null; then echo "not Debian: guest tests are skipped unless these are here by other means:$$missing"; \
-	elif [ "$$(id -u)" != 0 ]; then echo "not root: guest tests are skipped; to have them, as root: apt-get install$$missing"; \
-	else echo "installing for the guest tests:$$missing"; \
+	elif ! command -v apt-get >/dev/null; then echo "not Debian: what needs these is skipped unless they are here by other means:$$missing"; \
+	elif [ "$$(id -u)" != 0 ]; then echo "not root: what needs these is skipped; to have it, as root: apt-get install$$missing"; \
+	else echo "installing:$$missing"; \
 	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi
 
 guest-kernel: ## download the kernel that QEMU guests boot, into .lab

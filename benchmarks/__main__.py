@@ -1,0 +1,112 @@
+"""`python -m benchmarks`: the sections in order, each in namespaces of its own, and one report of all.
+
+Owns:        the command line, the order, what becomes of a section that cannot run, the end after Ctrl-C.
+Never sees:  how anything is measured.
+Read next:   sizes.py and report.py; the sections' modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from benchmarks import bare, handovers, machine, report
+from benchmarks.report import Findings
+from benchmarks.sizes import FULL, QUICK, SMOKE, Sizes
+from localmig.errors import LocalmigError
+from localmig.testing.namespace import isolate
+
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+
+RESULTS: Final = Path(__file__).parent / "results"
+
+TITLES: Final = {
+    "handovers": "Handovers",
+    "bare": "The bare cost of handing descriptors over",
+}
+
+
+class Run:
+    """One run: its sizes, and what a section needs of an earlier one."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._rounds: list[handovers.Round] = []
+
+    def sections(self) -> dict[str, Callable[[Findings], None]]:
+        """Each section by its name, in order."""
+        return {"handovers": self._handovers, "bare": self._bare}
+
+    def _handovers(self, findings: Findings) -> None:
+        self._rounds = handovers.run(findings, self.sizes)
+
+    def _bare(self, findings: Findings) -> None:
+        bare.run(findings, self.sizes, self._rounds)
+
+
+def measure(sizes: Sizes, names: Sequence[str]) -> tuple[list[Findings], bool]:
+    """Runs sections; what they found, and whether all of it was measured: Ctrl-C ends them early."""
+    found: list[Findings] = []
+    for name, section in Run(sizes).sections().items():
+        if name not in names:
+            continue
+        findings = Findings(name=name)
+        found.append(findings)
+        begun = time.monotonic()
+        sys.stderr.write(f"{name} …\n")
+        try:
+            section(findings)
+        except KeyboardInterrupt:
+            findings.failure = "interrupted"
+            return found, False
+        except (LocalmigError, OSError, subprocess.SubprocessError) as error:
+            findings.failure = str(error) or repr(error)
+        sys.stderr.write(f"{name}: {findings.failure or 'done'}, {time.monotonic() - begun:.0f} s\n")
+    return found, True
+
+
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in TITLES:
+            raise argparse.ArgumentTypeError(f"'{name}' is no section; there are {', '.join(TITLES)}")
+    return names
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and reports; 0 unless it was interrupted, or cannot run at all."""
+    parser = argparse.ArgumentParser(
+        prog="make bench BENCH_ARGS=…",
+        description="Measures localmig beside what others do, in namespaces of its own. Compares no time with a limit.",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", dest="sizes", const=QUICK, help="a few minutes; no use for p99")
+    size.add_argument("--smoke", action="store_const", dest="sizes", const=SMOKE, help="shows only that it runs")
+    parser.add_argument(
+        "--only", type=_sections, default=list(TITLES), metavar="SECTION,…", help=f"of {', '.join(TITLES)}"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
+    parser.set_defaults(sizes=FULL)
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        isolate()
+    except LocalmigError as error:
+        sys.stderr.write(f"benchmarks cannot run here: {error}\n")
+        return 1
+    facts = machine.facts()
+    found, complete = measure(options.sizes, options.only)
+    text, path = report.write(options.results, facts, found, TITLES)
+    sys.stdout.write(f"{text}\n\nWritten to {path}\n")
+    return 0 if complete else INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
