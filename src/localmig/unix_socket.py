@@ -12,6 +12,7 @@ successor took over is left alone.
 from __future__ import annotations
 
 import errno
+import grp
 import os
 import socket
 import stat
@@ -27,6 +28,12 @@ PATH_BYTES_MAX: Final = 107
 
 INCOMING_SUFFIX: Final = ".incoming"
 """What a process that may succeed another one appends to the paths that the other one still has."""
+
+PRIVATE_MODE: Final = 0o600
+"""The mode of a path that only its user may connect to."""
+
+GROUP_ID_MAX: Final = 2**32 - 2
+"""Group ids have 32 bits; all of them set means none (chown(2))."""
 
 _BACKLOG: Final = 16
 """Connections that may wait while the process is busy: more than come at once to one VM's sockets."""
@@ -64,39 +71,51 @@ class ListeningSocket:
         self.identity = identity
 
     @classmethod
-    def bind(cls, path: str, *, mode: int = 0o600) -> Self:
+    def bind(cls, path: str, *, mode: int = PRIVATE_MODE, group: str | None = None) -> Self:
         """Listens at `path`; what a dead process left there is replaced.
 
+        Args:
+            path: where.
+            mode: the path's permissions, whatever the umask is.
+            group: the path's group, by name or number; None: as the directory says.
+
         Raises:
-            ConfigError: the path is too long, a living process listens there, or it is something else than a socket.
-                Nothing was changed.
-            KernelError: the kernel refused. Nothing was changed.
+            ConfigError: the path is too long, a living process listens there, it is something else than a socket, or
+                there is no such group. Nothing was changed.
+            KernelError: the kernel refused. Nobody can connect to `path`.
         """
-        return cls._bind(path, path, mode)
+        return cls._bind(path, path, mode, group)
 
     @classmethod
-    def bind_beside(cls, path: str, *, mode: int = 0o600) -> Self:
+    def bind_beside(cls, path: str, *, mode: int = PRIVATE_MODE, group: str | None = None) -> Self:
         """Listens at `path` + INCOMING_SUFFIX while another process has `path`; `claim` moves it there.
 
         Raises:
             ConfigError, KernelError: as `bind`.
         """
-        return cls._bind(path, path + INCOMING_SUFFIX, mode)
+        return cls._bind(path, path + INCOMING_SUFFIX, mode, group)
 
     @classmethod
-    def _bind(cls, path: str, bound_path: str, mode: int) -> Self:
+    def _bind(cls, path: str, bound_path: str, mode: int, group: str | None) -> Self:
         check_path(bound_path)
+        group_id = None if group is None else _group_id(group)
         if is_listening(bound_path):
             raise ConfigError(f"socket '{bound_path}' is in use by a living process: end it, or choose another path")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            # The path gets the mode that its socket has: at no moment may others connect.
-            os.fchmod(listening.fileno(), mode)
+            # The path gets the mode that its socket has, less the umask.
+            os.fchmod(listening.fileno(), PRIVATE_MODE)
             Path(bound_path).unlink(missing_ok=True)  # dead, or there would be a holder
             listening.bind(bound_path)
+            if group_id is not None:
+                os.chown(bound_path, -1, group_id, follow_symlinks=False)
+            Path(bound_path).chmod(mode)
+            # Before this nobody can connect, so at no moment may anyone but the mode and the group say.
             listening.listen(_BACKLOG)
             identity = _identity(bound_path)
         except OSError as error:
+            if listening.getsockname():
+                Path(bound_path).unlink(missing_ok=True)
             listening.close()
             raise KernelError(
                 f"cannot listen at '{bound_path}': {error.strerror}", errno=error.errno or errno.EIO
@@ -135,6 +154,16 @@ class ListeningSocket:
             self.release()
             if _identity(self.bound_path) == self.identity:
                 Path(self.bound_path).unlink()
+
+
+def _group_id(group: str) -> int:
+    """The number of a group. Raises ConfigError where there is none."""
+    if group.isascii() and group.isdigit():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"there is no group '{group}' on this machine") from None
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int]:

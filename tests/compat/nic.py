@@ -1,6 +1,6 @@
 """The streams of a daemon with one TAP and one virtio-net device, from fixed states: what its vectors are made of.
 
-Owns:        three daemons' states, one with a session, one without, one whose descriptors stay home.
+Owns:        the states of daemons with a session, without one, whose descriptors stay home, with server=off.
 Never sees:  a live device.
 Read next:   test_nic_vectors.py, vectors/README.md.
 
@@ -93,7 +93,8 @@ class Sample:
 SESSION: Final = Sample(name="nic-session", descriptor_count=12)
 IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-SAMPLES: Final = (SESSION, IDLE, HOME)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
+SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED)
 
 
 def _tap(descriptors: TapDescriptors | None) -> TapState:
@@ -101,7 +102,9 @@ def _tap(descriptors: TapDescriptors | None) -> TapState:
 
 
 def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
-    listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
+    listener = None
+    if sample is not CONNECTED:
+        listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
     if sample is IDLE:
         return SocketState(listener=listener, connection=None)
     return SocketState(listener=listener, connection=ConnectionState(connection=next(fds), session=_session_state(fds)))

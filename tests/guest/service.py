@@ -44,9 +44,9 @@ class Service:
         self.socket: Path = lab.folder / "nic0.sock"
         self.qmp: Path = lab.folder / "qmp.sock"
 
-    def objects(self) -> list[str]:
-        """The options that make its NIC, on `tap0`."""
-        device = f"virtio-net,id=nic0,netdev=net0,socket={self.socket}"
+    def objects(self, *, device: str = "") -> list[str]:
+        """The options that make its NIC, on `tap0`; `device` is appended to the device's."""
+        device = f"virtio-net,id=nic0,netdev=net0,socket={self.socket}{device}"
         return ["--netdev", "tap,id=net0,ifname=tap0", "--device", device]
 
     def start(self, *options: str, qmp: Path | None = None) -> Process:

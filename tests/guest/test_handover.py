@@ -10,7 +10,7 @@ from qemu.qmp import QMPClient
 from tests.guest.lab import EchoTransfer, Guest, Lab, finish_pings
 from tests.guest.service import Service, converse, migrate
 
-from localmig.testing.qemu import vhost_user_netdev
+from localmig.testing.qemu import vhost_user_netdev, vhost_user_server
 
 HANDOVERS: Final = 10
 
@@ -54,6 +54,25 @@ def test_ten_handovers_lose_no_packet_and_change_no_link(
     assert pings.lost == guest.discarded_replies(), pings  # on a machine that is not overloaded: 0
     assert pings.duplicates == 0, pings
     assert guest.carrier_changes() == carrier_changes
+
+
+def test_a_vmm_that_listens_sees_no_change_and_is_found_again_after_its_restart(lab: Lab) -> None:
+    service = Service(lab)
+    service.start(*service.objects(device=",server=off,reconnect-ms=20"))
+    lab.set_up("tap0")
+    service.upgrade()  # without a frontend: the new daemon goes on looking for one
+    for _ in range(2):
+        guest = lab.boot_qemu(vhost_user_server(service.socket))
+        guest.wait_ready()
+        carrier_changes = guest.carrier_changes()
+        with EchoTransfer(guest) as transfer:
+            transfer.wait_progress(1_000_000)
+            for _ in range(3):
+                service.upgrade()
+                transfer.wait_progress(1_000_000)
+            assert transfer.finish().intact
+        assert guest.carrier_changes() == carrier_changes
+        guest.process.stop()
 
 
 def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import socket
 import stat
@@ -49,6 +50,30 @@ def test_the_path_is_for_its_user_alone_and_goes_with_the_socket(path: str) -> N
     assert reaches(path, listening)
     listening.close()
     listening.close()
+    assert not Path(path).exists()
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o777])
+def test_the_path_has_the_mode_and_the_group_that_were_asked_for_whatever_the_umask(path: str, mask: int) -> None:
+    group = os.getgroups()[-1] if os.geteuid() else 12345
+    before = os.umask(mask)
+    try:
+        listening = ListeningSocket.bind(path, mode=0o660, group=str(group))
+    finally:
+        os.umask(before)
+    status = os.lstat(path)
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, group)
+    assert reaches(path, listening)
+    listening.close()
+
+
+def test_a_group_has_a_name_or_is_refused(path: str) -> None:
+    ours = os.getegid()
+    listening = ListeningSocket.bind(path, group=grp.getgrgid(ours).gr_name)
+    assert os.lstat(path).st_gid == ours
+    listening.close()
+    with pytest.raises(ConfigError, match="there is no group 'no such group' on this machine"):
+        ListeningSocket.bind(path, group="no such group")
     assert not Path(path).exists()
 
 

@@ -15,9 +15,10 @@ import pytest
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, NetGuest
+from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
 from localmig.trace import Event, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
 from localmig.virtio.net import header_length
 
@@ -42,7 +43,8 @@ def frame(number: int) -> bytes:
 class Site:
     """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
 
-    def __init__(self, path: Path, ends: ExitStack) -> None:
+    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None) -> None:
+        """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
         self.facts: list[Event] = []
         self._new_fact = asyncio.Event()
@@ -52,7 +54,11 @@ class Site:
         self.tap = Tap(id="net0", ifname="tap0")
         self.tap.open()
         ends.callback(self.tap.close)
-        self.device = VirtioNet(id="nic0", netdev=self.tap, socket_path=self.path, local_migration=True, tracer=tracer)
+        self.listens = reconnect_ms is None
+        plan = (
+            ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
+        )
+        self.device = VirtioNet(id="nic0", netdev=self.tap, socket=plan, local_migration=True, tracer=tracer)
         self.device.open()
         ends.callback(self.device.close)
         self.device.resume()
@@ -94,8 +100,9 @@ class Guest:
         ends.enter_context(tap)
         self.near.settimeout(PATIENCE_S)
         tap.setblocking(False)
+        where = site.path if site.listens else ends.enter_context(FrontendListener(site.path))
         self.vmm = ends.enter_context(
-            kind(site.path, tap_fd=tap.fileno(), queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
+            kind(where, tap_fd=tap.fileno(), queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
         )
 
     @property
@@ -312,6 +319,23 @@ def test_a_wrong_message_closes_its_session_and_the_next_frontend_is_served(
         await polite.talks()
 
     run(tmp_path, scenario)
+
+
+def test_a_device_connects_to_one_vmm_after_the_other(tmp_path: Path) -> None:
+    async def play() -> None:
+        with ExitStack() as ends:
+            site = Site(tmp_path / "nic0.sock", ends, reconnect_ms=1)
+            for _ in range(2):
+                guest = site.guest()
+                await beside(guest.vmm.attach)
+                await guest.talks()
+                # A VMM that goes on listening when its backend left, as QEMU does.
+                guest.vmm.disconnect()
+                await beside(guest.vmm.reconnect)
+                await guest.talks()
+                await beside(guest.vmm.close)
+
+    asyncio.run(play())
 
 
 def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None:

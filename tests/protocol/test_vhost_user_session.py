@@ -12,7 +12,7 @@ from typing import Self
 
 import pytest
 
-from localmig.errors import PeerError
+from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.unix_socket import ListeningSocket
 from localmig.vhost_user.message import (
@@ -35,7 +35,7 @@ from localmig.vhost_user.protocol import (
     Offer,
     SessionState,
 )
-from localmig.vhost_user.session import Endpoint, Listener, ListenerState, Session
+from localmig.vhost_user.session import ConnectTo, Endpoint, ListenAt, Listener, ListenerState, Session
 
 OFFER = Offer(features=1, vring_count=2, queue_count=1)
 REGION = RegionDescription(guest_address=0, size=0x1000, user_address=0x10000, mmap_offset=0)
@@ -69,10 +69,15 @@ def failing(error: Exception) -> Callable[[], None]:
 class Frontend:
     """A frontend on a non-blocking socket of its own."""
 
-    def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.connect(path)
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
         self.socket.setblocking(False)
+
+    @classmethod
+    def to(cls, path: str) -> Self:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(path)
+        return cls(connection)
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +180,7 @@ def test_a_frontend_is_served_and_one_that_comes_back_too(path: str) -> None:
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
         for _ in range(3):
-            with Frontend(path) as frontend:
+            with Frontend.to(path) as frontend:
                 assert await frontend.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
                 assert endpoint.state is not None
             assert await device.told.get() == "opened"
@@ -191,7 +196,7 @@ def test_a_second_frontend_waits_until_the_first_leaves(path: str) -> None:
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as first, Frontend(path) as second:
+        with Frontend.to(path) as first, Frontend.to(path) as second:
             second.send(encode_request(Request.GET_QUEUE_NUM))
             assert await first.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
             await turns()
@@ -209,7 +214,7 @@ def test_a_wrong_message_ends_that_session_and_nothing_else(path: str) -> None:
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as wrong, Frontend(path) as right:
+        with Frontend.to(path) as wrong, Frontend.to(path) as right:
             wrong.send(b"GET / HTTP/1")
             assert await wrong.sees_the_end()
             assert await right.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
@@ -225,7 +230,7 @@ def test_a_frontend_that_leaves_inside_a_message_is_told_apart(path: str) -> Non
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as frontend, null_fd() as fd:
+        with Frontend.to(path) as frontend, null_fd() as fd:
             frontend.send(encode_request(Request.SET_BACKEND_REQ_FD)[:7], [fd.fileno()])
         assert await device.told.get() == "opened"
         assert await device.told.get() == ("closed", "frontend left 7 bytes into a message")
@@ -239,7 +244,7 @@ def test_what_the_device_cannot_do_ends_the_session_with_its_reason(path: str) -
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as frontend, null_fd() as fd:
+        with Frontend.to(path) as frontend, null_fd() as fd:
             await frontend.negotiate()
             device.on_event = failing(PeerError("no such memory"))
             frontend.send(encode_request(Request.SET_MEM_TABLE, MemoryTable(regions=(REGION,))), [fd.fileno()])
@@ -255,7 +260,7 @@ def test_what_the_device_may_refuse_is_refused_and_the_session_goes_on(path: str
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.negotiate()
             device.on_event = failing(PeerError("too large for this interface"))
             assert await frontend.ask(Request.NET_SET_MTU, U64(value=9000)) == U64(value=1)
@@ -275,7 +280,7 @@ def test_a_bug_in_the_device_ends_the_session_and_is_reported(path: str) -> None
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.negotiate()
             device.on_event = failing(bug)
             frontend.send(encode_request(Request.NET_SET_MTU, U64(value=9000)))
@@ -293,7 +298,7 @@ def test_the_device_may_end_the_session_while_it_handles_an_event(path: str) -> 
         endpoint = new_endpoint(path, device)
         device.on_event = lambda: endpoint.session.close("enough") if endpoint.session else None
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.negotiate()
             frontend.send(encode_request(Request.NET_SET_MTU, U64(value=9000), needs_reply=True))
             assert await frontend.sees_the_end()
@@ -307,7 +312,7 @@ def test_closing_the_endpoint_tells_the_device_and_the_frontend(path: str) -> No
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.ask(Request.GET_FEATURES)
             endpoint.close()
             endpoint.close()
@@ -337,11 +342,13 @@ def travelled(state: SessionState) -> SessionState:
     )
 
 
-def hand_over(endpoint: Endpoint, device: Device) -> Endpoint:
+def hand_over(endpoint: Endpoint, device: Device, *, plan: ListenAt | ConnectTo | None = None) -> Endpoint:
     """Freezes `endpoint` and gives copies of all it has to a new one, which does nothing yet."""
     endpoint.freeze()
-    listener = endpoint.listener.save()
-    taker = Endpoint(Listener.from_state(replace(listener, fd=listener.fd.duplicate())), device, OFFER)
+    listener = endpoint.contact.save()
+    if listener is not None:
+        listener = replace(listener, fd=listener.fd.duplicate())
+    taker = Endpoint((plan or ListenAt(path="unused")).adopt(listener), device, OFFER)
     if endpoint.session is not None:
         state = travelled(endpoint.session.backend.state)
         taker.adopt_session(endpoint.session.connection.duplicate(), state)
@@ -352,7 +359,7 @@ def test_a_frozen_endpoint_accepts_and_reads_nothing_and_thaws(path: str) -> Non
     async def scenario() -> None:
         device = Device()
         endpoint = new_endpoint(path, device)
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await turns()
             assert device.told.empty()
             endpoint.thaw()
@@ -374,7 +381,7 @@ def test_a_session_moves_with_a_message_unread_in_the_kernel(path: str) -> None:
         source, destination = Device(), Device()
         endpoint = new_endpoint(path, source)
         endpoint.thaw()
-        with Frontend(path) as frontend, null_fd() as fd:
+        with Frontend.to(path) as frontend, null_fd() as fd:
             await frontend.negotiate()
             taker = hand_over(endpoint, destination)
             table = MemoryTable(regions=(REGION,))
@@ -387,7 +394,7 @@ def test_a_session_moves_with_a_message_unread_in_the_kernel(path: str) -> None:
         assert await source.told.get() == "opened"
         assert source.told.empty(), "the source lets go without a word"
         assert await destination.told.get() == ("closed", None)
-        with Frontend(path) as another:
+        with Frontend.to(path) as another:
             assert await another.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
         taker.close()
 
@@ -401,7 +408,7 @@ def test_a_session_moves_inside_a_message_and_comes_back(path: str, cut: int) ->
         source, destination = Device(), Device()
         endpoint = new_endpoint(path, source)
         endpoint.thaw()
-        with Frontend(path) as frontend, null_fd() as fd:
+        with Frontend.to(path) as frontend, null_fd() as fd:
             await frontend.negotiate()
             message = encode_request(Request.SET_MEM_TABLE, MemoryTable(regions=(REGION,)), needs_reply=True)
             frontend.send(message[:cut], [fd.fileno()])
@@ -428,7 +435,7 @@ def test_a_reply_that_found_no_room_moves_and_arrives_whole(path: str) -> None:
         source, destination = Device(), Device()
         endpoint = new_endpoint(path, source)
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.negotiate()
             count = 0
             question = encode_request(Request.GET_FEATURES)
@@ -465,7 +472,7 @@ def test_closing_ends_the_connection_though_another_process_has_a_copy(path: str
     async def scenario() -> None:
         endpoint = new_endpoint(path, Device())
         endpoint.thaw()
-        with Frontend(path) as frontend:
+        with Frontend.to(path) as frontend:
             await frontend.negotiate()
             assert endpoint.session is not None
             with endpoint.session.connection.duplicate():
@@ -482,3 +489,194 @@ def test_no_event_loop_is_needed_to_let_go_of_what_never_ran(path: str) -> None:
     for step in letting_go:
         step(endpoint)
     assert Path(path).exists()
+
+
+# -- server=off: the frontend listens, we connect -----------------------------------------------------------
+
+
+class Vmm:
+    """A VMM's listening socket; what connects becomes a frontend."""
+
+    def __init__(self, path: str, *, backlog: int = 1) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.socket.bind(path)
+        self.socket.listen(backlog)
+
+    async def frontend(self) -> Frontend:
+        """The next one, once the device connected."""
+        connection, _ = await asyncio.get_running_loop().sock_accept(self.socket)
+        return Frontend(connection)
+
+    def is_left_alone(self) -> bool:
+        """Whether nobody waits to be accepted."""
+        try:
+            connection, _ = self.socket.accept()
+        except BlockingIOError:
+            return True
+        connection.close()
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.socket.close()
+        Path(self.path).unlink()
+
+
+def connecting(path: str, device: Device, *, reconnect_ms: int = 1) -> Endpoint:
+    return Endpoint(ConnectTo(path=path, reconnect_ms=reconnect_ms).open(), device, OFFER)
+
+
+async def is_served(frontend: Frontend) -> bool:
+    return await frontend.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+
+
+def test_a_device_connects_where_the_vmm_listens_and_again_when_it_left(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        with Vmm(path) as vmm:
+            endpoint = connecting(path, device)
+            assert vmm.is_left_alone(), "it connected before it was to serve"
+            endpoint.thaw()
+            for _ in range(3):
+                with await vmm.frontend() as frontend:
+                    assert await is_served(frontend)
+                    assert vmm.is_left_alone(), "a device serves one frontend at a time"
+                assert await device.told.get() == "opened"
+                assert await device.told.get() == ("closed", None)
+            endpoint.close()
+        assert not endpoint.session
+
+    run(scenario())
+
+
+def test_a_vmm_that_is_not_there_yet_or_restarts_is_found(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = connecting(path, device)
+        endpoint.thaw()
+        await turns()
+        for _ in range(2):
+            with Vmm(path) as vmm, await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+            assert await device.told.get() == "opened"
+            assert await device.told.get() == ("closed", None)
+        endpoint.close()
+
+    run(scenario())
+    assert not Path(path).exists()
+
+
+def test_a_vmm_whose_queue_is_full_is_tried_again(path: str) -> None:
+    async def scenario() -> None:
+        with Vmm(path, backlog=0) as vmm, socket.socket(socket.AF_UNIX) as other:
+            other.connect(path)
+            endpoint = connecting(path, Device())
+            endpoint.thaw()
+            assert endpoint.session is None
+            (await vmm.frontend()).socket.close()
+            with await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+            endpoint.close()
+
+    run(scenario())
+
+
+def test_without_reconnecting_a_vmm_must_be_there_and_is_served_once(path: str) -> None:
+    async def scenario() -> None:
+        with pytest.raises(KernelError, match="let the VMM listen there first, or wait for it with reconnect-ms="):
+            connecting(path, Device(), reconnect_ms=0)
+        device = Device()
+        with Vmm(path) as vmm:
+            endpoint = connecting(path, device, reconnect_ms=0)
+            endpoint.thaw()
+            with await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+                taker = hand_over(endpoint, device, plan=ConnectTo(path=path, reconnect_ms=0))
+                endpoint.release()
+                taker.thaw()
+                assert await is_served(frontend)
+            assert await device.told.get() == "opened"
+            assert await device.told.get() == ("closed", None)
+            successor = hand_over(taker, device, plan=ConnectTo(path=path, reconnect_ms=0))
+            taker.release()
+            successor.thaw()
+            await turns()
+            assert vmm.is_left_alone()
+            successor.close()
+
+    run(scenario())
+
+
+def test_a_connected_session_moves_and_only_its_new_owner_connects_again(path: str) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        with Vmm(path) as vmm:
+            endpoint = connecting(path, source)
+            endpoint.thaw()
+            with await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+                taker = hand_over(endpoint, destination, plan=ConnectTo(path=path, reconnect_ms=1))
+                await turns()
+                assert vmm.is_left_alone()
+                endpoint.release()
+                taker.thaw()
+                assert await is_served(frontend)
+            assert await destination.told.get() == ("closed", None)
+            with await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+                assert await destination.told.get() == "opened"
+                assert vmm.is_left_alone()
+            assert await source.told.get() == "opened"
+            assert source.told.empty()
+            taker.close()
+
+    run(scenario())
+
+
+def test_a_device_without_a_frontend_moves_and_only_its_new_owner_connects(path: str) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        endpoint = connecting(path, source)
+        endpoint.thaw()
+        await turns()
+        taker = hand_over(endpoint, destination, plan=ConnectTo(path=path, reconnect_ms=1))
+        with Vmm(path) as vmm:
+            await turns()
+            assert vmm.is_left_alone(), "neither side may connect during a handover"
+            endpoint.release()
+            taker.thaw()
+            with await vmm.frontend() as frontend:
+                assert await is_served(frontend)
+                assert vmm.is_left_alone()
+            assert source.told.empty()
+            taker.close()
+
+    run(scenario())
+
+
+def test_a_handover_that_is_given_up_lets_the_source_connect_on(path: str) -> None:
+    async def scenario() -> None:
+        endpoint = connecting(path, Device())
+        endpoint.thaw()
+        await turns()
+        taker = hand_over(endpoint, Device(), plan=ConnectTo(path=path, reconnect_ms=1))
+        taker.discard()
+        endpoint.thaw()
+        with Vmm(path) as vmm, await vmm.frontend() as frontend:
+            assert await is_served(frontend)
+            endpoint.close()
+
+    run(scenario())
+
+
+def test_a_side_that_listens_and_one_that_connects_do_not_fit(path: str) -> None:
+    with null_fd() as fd:
+        came = ListenerState(path=path, device=1, inode=2, fd=fd)
+        with pytest.raises(PeerError, match=f"server=off, and the source listens at '{path}'"):
+            ConnectTo(path=path, reconnect_ms=0).check(came)
+    with pytest.raises(PeerError, match="server=on, and the source has no listening socket"):
+        ListenAt(path=path).check(None)

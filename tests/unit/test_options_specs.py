@@ -124,7 +124,25 @@ DEVICE_ERRORS = {
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local-migration": "on"}': "Invalid "
     "parameter type for 'local-migration', expected: boolean",
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local_migration": true}': "Parameter "
-    "'local_migration' is unexpected, virtio-net has: id, netdev, socket, local-migration",
+    "'local_migration' is unexpected, virtio-net has: id, netdev, socket, server, reconnect-ms, socket-mode, "
+    "socket-group, local-migration",
+    "virtio-net,id=a,netdev=b,socket=/x,reconnect-ms=5": "'reconnect-ms' option is incompatible with socket in server "
+    "listen mode",
+    "virtio-net,id=a,netdev=b,socket=/x,server=off,reconnect-ms=60001": "Parameter 'reconnect-ms' expects a value "
+    "between 0 and 60000, not 60001: a VMM that came back waits a minute at most",
+    "virtio-net,id=a,netdev=b,socket=/x,server=off,socket-mode=0660": "socket-mode= and socket-group= are invalid with "
+    "server=off: the VMM makes the socket",
+    "virtio-net,id=a,netdev=b,socket=/x,server=off,socket-group=kvm": "socket-mode= and socket-group= are invalid with "
+    "server=off: the VMM makes the socket",
+    "virtio-net,id=a,netdev=b,socket=/x,socket-mode=660": "Parameter 'socket-mode' expects an octal mode between 0600 "
+    "and 0777, not '660'",
+    "virtio-net,id=a,netdev=b,socket=/x,socket-mode=0468": "Parameter 'socket-mode' expects an octal mode between 0600 "
+    "and 0777, not '0468'",
+    '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "socket-mode": 432}': "Invalid parameter type "
+    "for 'socket-mode', expected: string",
+    "virtio-net,id=a,netdev=b,socket=/x,socket-group=": "Parameter 'socket-group' expects 1 to 255 letters, not 0",
+    "virtio-net,id=a,netdev=b,socket=/x,socket-group=4294967295": "Parameter 'socket-group' expects a group up to "
+    "4294967294, not 4294967295",
 }
 
 

@@ -24,6 +24,7 @@ from localmig.options import (
     to_mapping,
 )
 from localmig.trace import Tracer
+from localmig.vhost_user.session import ConnectTo, ListenAt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class Objects:
             VirtioNet(
                 id=spec.id,
                 netdev=taps[spec.netdev],
-                socket_path=spec.socket,
+                socket=_socket(spec),
                 local_migration=spec.local_migration,
                 tracer=tracer,
             )
@@ -116,6 +117,12 @@ class Objects:
                 for spec in self.netdevs
             ),
         )
+
+
+def _socket(spec: VirtioNetSpec) -> ListenAt | ConnectTo:
+    if spec.server:
+        return ListenAt(path=spec.socket, mode=int(spec.socket_mode, base=8), group=spec.socket_group)
+    return ConnectTo(path=spec.socket, reconnect_ms=spec.reconnect_ms)
 
 
 def _read(hello: Hello) -> Objects:

@@ -20,7 +20,9 @@ from localmig.errors import ConfigError, PeerError
 from localmig.options.address import IncomingSpec, UnixAddress
 from localmig.options.keyval import is_json, parse_json, parse_keyval
 from localmig.options.values import (
+    FileMode,
     FilePath,
+    GroupName,
     Identifier,
     InterfaceName,
     Number,
@@ -44,12 +46,18 @@ FD_MAX: Final = 1048575
 """Highest descriptor the kernel gives out unless fs.nr_open was raised."""
 
 
+RECONNECT_MS_MAX: Final = 60_000
+"""Longest pause between two attempts to connect: a VMM that came back is not left waiting for longer."""
+
+
 class Fit(enum.Enum):
     """When an option of the destination must agree with the source's."""
 
     ALWAYS = "always"
     WITH_DESCRIPTORS = "with-descriptors"
     """Only where descriptors move: without them the destination opens its own."""
+    OURS = "ours"
+    """Each side may have its own: it is not compared, but travels for a destination that was given no options."""
     NEVER = "never"
     """It is a matter of one process: it is not compared and does not travel."""
 
@@ -177,9 +185,35 @@ class VirtioNetSpec(Spec):
     socket: str = field(
         metadata=_option(
             SocketPath(),
-            "UNIX socket to listen on for the VMM's vhost-user connection",
+            "UNIX socket of the vhost-user connection",
             fit=Fit.WITH_DESCRIPTORS,
         )
+    )
+    server: bool = field(
+        default=True,
+        metadata=_option(
+            Switch(),
+            "whether the daemon listens on the socket and the VMM connects; off: the other way round",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    reconnect_ms: int = field(
+        default=0,
+        metadata=_option(
+            Number(lowest=0, highest=RECONNECT_MS_MAX, reason="a VMM that came back waits a minute at most"),
+            "with server=off, milliseconds between two attempts to connect to the VMM; 0: one attempt, at the start",
+            fit=Fit.OURS,
+        ),
+    )
+    socket_mode: str = field(
+        default="0600",
+        metadata=_option(FileMode(), "with server=on, the socket's mode: who may connect", fit=Fit.WITH_DESCRIPTORS),
+    )
+    socket_group: str | None = field(
+        default=None,
+        metadata=_option(
+            GroupName(), "with server=on, the socket's group, by name or number", fit=Fit.WITH_DESCRIPTORS
+        ),
     )
     local_migration: bool = field(
         default=True,
@@ -189,6 +223,13 @@ class VirtioNetSpec(Spec):
             fit=Fit.WITH_DESCRIPTORS,
         ),
     )
+
+    def __post_init__(self) -> None:
+        Spec.__post_init__(self)
+        if self.server and self.reconnect_ms:
+            raise ConfigError("'reconnect-ms' option is incompatible with socket in server listen mode")
+        if not self.server and (self.socket_group is not None or self.socket_mode != "0600"):
+            raise ConfigError("socket-mode= and socket-group= are invalid with server=off: the VMM makes the socket")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
 from localmig.errors import ConfigError
-from localmig.unix_socket import check_path
+from localmig.unix_socket import GROUP_ID_MAX, check_path
 
 ID_LENGTH_MAX: Final = 63
 """An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
@@ -26,6 +26,10 @@ PATH_BYTES_MAX: Final = 4095
 _DIGITS_MAX: Final = 20
 """Digits of the largest unsigned 64-bit number: what is longer is no number of ours, and slow to read."""
 
+GROUP_NAME_LENGTH_MAX: Final = 255
+"""LOGIN_NAME_MAX is 256, and the last byte is NUL (linux: sysconf(3)); groups have no limit of their own."""
+
+_MODE: Final = re.compile(r"0[67][0-7]{2}", re.ASCII)
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
 _INTERFACE_NAME_WRONG: Final = re.compile(r"[\s/:%\0]")
 
@@ -177,3 +181,29 @@ class SocketPath(_Text):
             check_path(text)
         except ConfigError as error:
             raise ConfigError(f"Parameter '{name}': {error}") from error
+
+
+class FileMode(_Text):
+    """The permissions of a file, as chmod(1) writes them. Text: JSON has no octal."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<octal>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Four digits, so that nobody means another base."""
+        if not _MODE.fullmatch(text):
+            raise ConfigError(f"Parameter '{name}' expects an octal mode between 0600 and 0777, not '{text}'")
+
+
+class GroupName(_Text):
+    """A group of users: its name, or its number."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<group>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Not empty, no number that the kernel has not."""
+        if not 0 < len(text) <= GROUP_NAME_LENGTH_MAX:
+            raise ConfigError(f"Parameter '{name}' expects 1 to {GROUP_NAME_LENGTH_MAX} letters, not {len(text)}")
+        if text.isascii() and text.isdigit() and int(text) > GROUP_ID_MAX:
+            raise ConfigError(f"Parameter '{name}' expects a group up to {GROUP_ID_MAX}, not {text}")

@@ -14,6 +14,7 @@ import select
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Self
 
 from localmig import fds
@@ -66,6 +67,50 @@ _USER_ADDRESS: Final = 0x7F00_0000_0000
 
 
 # -- the connection ---------------------------------------------------------------------------------------------
+
+
+class FrontendListener:
+    """Where a VMM waits for its backend: QEMU's chardev with `server=on`.
+
+    Args:
+        path: the socket's path, which goes with the listener; a socket that is there already is replaced.
+        answer_seconds_max: how long a backend may take to connect, and then for each answer.
+    """
+
+    def __init__(self, path: str, *, answer_seconds_max: float = ANSWER_SECONDS_MAX) -> None:
+        self.path = path
+        self._answer_seconds_max = answer_seconds_max
+        Path(path).unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(answer_seconds_max)
+            self._socket.bind(path)
+            self._socket.listen(1)  # as QEMU does
+        except OSError:
+            self._socket.close()
+            raise
+
+    def accept(self) -> Frontend:
+        """The frontend's end of the next connection. PeerLostError where none comes in time."""
+        try:
+            sock, _ = self._socket.accept()
+        except TimeoutError:
+            raise PeerLostError(
+                f"no backend connected to '{self.path}' within {self._answer_seconds_max:g} s"
+            ) from None
+        return Frontend(sock, answer_seconds_max=self._answer_seconds_max)
+
+    def close(self) -> None:
+        """Listens no more, as a VMM that ends. Idempotent."""
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            Path(self.path).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class Frontend:
@@ -364,7 +409,7 @@ class NetGuest:
                                attached, backend gone ── reconnect ──▶ attached
 
     Args:
-        path: the backend's socket.
+        where: the backend's socket, or where it will connect; a listener is lent until `close`.
         tap_fd: the guest's own TAP, non-blocking, with a vnet header of 12 bytes, lent until `close`; None: what
             arrives is counted and dropped.
         queue_size: entries of each ring, a power of two up to 1024.
@@ -375,7 +420,7 @@ class NetGuest:
 
     def __init__(
         self,
-        path: str,
+        where: str | FrontendListener,
         *,
         tap_fd: int | None = None,
         queue_size: int = 256,
@@ -383,7 +428,7 @@ class NetGuest:
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
     ) -> None:
-        self._path = path
+        self._where = where
         self._tap_fd = tap_fd
         self._queue_size = queue_size
         self._wanted = features
@@ -407,7 +452,7 @@ class NetGuest:
         """
         try:
             if self._frontend is None:
-                self._frontend = Frontend.connect(self._path, answer_seconds_max=self._answer_seconds_max)
+                self._frontend = self._meet()
                 self._negotiate(self._frontend)
             self._set_up(self._frontend)
         except PeerError:
@@ -518,7 +563,16 @@ class NetGuest:
         os.eventfd_read(fd)
         return True
 
+    @property
+    def _path(self) -> str:
+        return self._where if isinstance(self._where, str) else self._where.path
+
     # -- the steps, in QEMU's order --
+
+    def _meet(self) -> Frontend:
+        if isinstance(self._where, FrontendListener):
+            return self._where.accept()
+        return Frontend.connect(self._where, answer_seconds_max=self._answer_seconds_max)
 
     def _negotiate(self, frontend: Frontend) -> None:
         offered = frontend.get_features()

@@ -93,6 +93,12 @@ def vhost_user_netdev(socket: Path | str) -> list[str]:
     return ["-chardev", f"socket,id=c0,path={socket},{every_second}", "-netdev", "vhost-user,id=n0,chardev=c0"]
 
 
+def vhost_user_server(socket: Path | str) -> list[str]:
+    """The other way round: QEMU listens at `socket` for its backend, also after one left."""
+    chardev = f"socket,id=c0,path={socket},server=on,wait=off"
+    return ["-chardev", chardev, "-netdev", "vhost-user,id=n0,chardev=c0"]
+
+
 def best_accelerator(kernel_package: Path) -> str:
     """KVM where a kernel runs under it, else TCG. There are machines whose /dev/kvm opens, but no guest runs."""
     if not os.access(_KVM, os.R_OK | os.W_OK):

@@ -1,7 +1,7 @@
 """The vhost-user socket of a device: asyncio and descriptors around the session protocol.
 
-Owns:        Listener (who connects), Session (one connection), Endpoint (a listener and at most one
-             session, which is what a device has).
+Owns:        Listener and Connector (how a frontend comes), Session (one connection), Endpoint (one of the two and at
+             most one session, which is what a device has).
 Never sees:  a ring. What a message means stands in protocol.py.
 Read next:   devices/virtio_net/ for a handler.
 
@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 from localmig import fds
-from localmig.errors import LocalmigError, PeerError
+from localmig.errors import KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.unix_socket import ListeningSocket
+from localmig.unix_socket import PRIVATE_MODE, ListeningSocket
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
+
+_logger = logging.getLogger(__name__)
 
 _ACCEPT_RETRY_SECONDS: Final = 1.0
 """Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
@@ -45,7 +48,32 @@ class SessionHandler(Protocol):
         """The session ends: no ring may run any more, for its descriptors close next. None: the frontend left."""
 
 
-# -- listening --------------------------------------------------------------------------------------------
+# -- how a frontend comes ---------------------------------------------------------------------------------
+
+
+class Contact(Protocol):
+    """Brings frontends to a device: by listening for them, or by connecting to them."""
+
+    def save(self) -> ListenerState | None:
+        """What of it travels, its descriptor lent; None where nothing does."""
+
+    def claim(self) -> None:
+        """Moves to its own path what was bound beside it. KernelError where the kernel refuses."""
+
+    def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
+        """Hands each connection (non-blocking) to `on_connection`, until `pause`."""
+
+    def pause(self) -> None:
+        """Brings nobody any more. Calling it again does nothing."""
+
+    def release(self) -> None:
+        """Drops what it has and leaves its path: another process serves it."""
+
+    def discard(self) -> None:
+        """Drops what was adopted; what this process bound beside the other one's path goes too."""
+
+    def close(self) -> None:
+        """Ends for good, with the path if it is ours. Calling it again does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +86,7 @@ class ListenerState:
     fd: OwnedFd
 
 
-class Listener:
+class Listener(Contact):
     """Hands the frontends that connect to a listening socket to whoever serves them.
 
     Attributes:
@@ -91,6 +119,10 @@ class Listener:
         device, inode = self.listening.identity
         return ListenerState(path=self.listening.path, device=device, inode=inode, fd=self.listening.fd)
 
+    def claim(self) -> None:
+        """Moves the socket to its path, over whatever is there."""
+        self.listening.claim()
+
     def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
         """Hands each connection (non-blocking) to `on_connection`, until `pause`."""
         self._on_connection = on_connection
@@ -112,6 +144,13 @@ class Listener:
         self.pause()
         self._socket.detach()
         self.listening.release()
+
+    def discard(self) -> None:
+        """Drops the socket; one of our own, beside the source's, goes with its path."""
+        if self.listening.is_beside:
+            self.close()
+        else:
+            self.release()
 
     def close(self) -> None:
         """Ends listening for good and removes the path if it is still ours. Calling it again does nothing."""
@@ -135,6 +174,172 @@ class Listener:
             return
         connection.setblocking(False)
         self._on_connection(OwnedFd(connection.detach()))
+
+
+class Connector(Contact):
+    """Connects to a socket on which the VMM listens, and again after it left.
+
+    One attempt at a time. An attempt does not wait: on a UNIX socket connect(2) is done or refused at once. The log
+    has a line when a reason why there is no frontend is new, and one when it connected, not one for each attempt.
+
+    Args:
+        path: where the VMM listens.
+        reconnect_ms: milliseconds from a connection's end, or from an attempt that failed, to the next attempt; 0:
+            there is none.
+        is_due: whether the first attempt comes at once, or as after a connection's end.
+    """
+
+    def __init__(self, path: str, *, reconnect_ms: int, is_due: bool) -> None:
+        self._path = path
+        self._reconnect_ms = reconnect_ms
+        self._is_due = is_due
+        self._connection: OwnedFd | None = None
+        self._on_connection: Callable[[OwnedFd], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._said: str | None = None
+
+    @classmethod
+    def connect(cls, path: str, *, reconnect_ms: int) -> Self:
+        """A connector that is connected already.
+
+        Raises:
+            KernelError: it cannot connect. Nothing is kept.
+        """
+        connector = cls(path, reconnect_ms=reconnect_ms, is_due=False)
+        try:
+            connector._connection = _connect(path)
+        except OSError as error:
+            raise KernelError(
+                f"cannot connect to '{path}': {error.strerror}; let the VMM listen there first, "
+                "or wait for it with reconnect-ms=",
+                errno=error.errno or errno.EIO,
+            ) from error
+        return connector
+
+    def save(self) -> None:
+        """Nothing travels: a connection that stands is a session's, and who has none begins anew."""
+        return
+
+    def claim(self) -> None:
+        """There is nothing to move: the path is the VMM's."""
+
+    def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
+        """Hands each connection (non-blocking) to `on_connection`, until `pause`; the first one perhaps at once."""
+        self._on_connection = on_connection
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            on_connection(connection)
+        elif self._is_due:
+            self._attempt()
+        elif self._timer is None:
+            self._schedule("the frontend left")
+
+    def pause(self) -> None:
+        """Attempts nothing more. Calling it again does nothing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def release(self) -> None:
+        """Attempts nothing more: another process does."""
+        self.pause()
+        fds.close_all((self._connection,))
+
+    def discard(self) -> None:
+        """As `release`: nothing was bound."""
+        self.release()
+
+    def close(self) -> None:
+        """Ends for good; the path is the VMM's and stays. Calling it again does nothing."""
+        self.release()
+
+    def _attempt(self) -> None:
+        assert self._on_connection is not None
+        self._timer = None
+        self._is_due = False
+        try:
+            connection = _connect(self._path)
+        except OSError as error:
+            self._schedule(error.strerror or str(error))
+            return
+        self._said = None
+        _logger.info("connected to the frontend at '%s'", self._path)
+        self._on_connection(connection)
+
+    def _schedule(self, reason: str) -> None:
+        """Sees to the next attempt, and says why it needs one if that is new."""
+        if reason != self._said:
+            self._said = reason
+            then = f"trying every {self._reconnect_ms} ms" if self._reconnect_ms else "not trying again, reconnect-ms=0"
+            _logger.warning("no frontend at '%s': %s; %s", self._path, reason, then)
+        if self._reconnect_ms:
+            self._timer = asyncio.get_running_loop().call_later(self._reconnect_ms / 1000, self._attempt)
+
+
+def _connect(path: str) -> OwnedFd:
+    """A non-blocking connection to whoever listens at `path`. OSError where nobody does, or the queue there is full."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return OwnedFd(connection.detach())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListenAt:
+    """`server=on`: the device listens at `path`, which belongs to `group` and has `mode`; VMMs connect."""
+
+    path: str
+    mode: int = PRIVATE_MODE
+    group: str | None = None
+
+    def open(self) -> Listener:
+        """Listens. ConfigError or KernelError where that cannot be."""
+        return Listener(ListeningSocket.bind(self.path, mode=self.mode, group=self.group))
+
+    def open_beside(self) -> Listener:
+        """Listens beside the path, which is the source's. ConfigError or KernelError where that cannot be."""
+        return Listener(ListeningSocket.bind_beside(self.path, mode=self.mode, group=self.group))
+
+    def check(self, listener: ListenerState | None) -> None:
+        """Raises PeerError where no listener came."""
+        if listener is None:
+            raise PeerError("server=on, and the source has no listening socket")
+
+    def adopt(self, listener: ListenerState | None) -> Listener:
+        """The listener that came. PeerError where it is no socket."""
+        assert listener is not None, self.path
+        return Listener.from_state(listener)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectTo:
+    """`server=off`: a VMM listens at `path`, the device connects, and again `reconnect_ms` after it left (0: not)."""
+
+    path: str
+    reconnect_ms: int
+
+    def open(self) -> Connector:
+        """Connects once it is asked for; where nothing is tried again, connects now or raises KernelError."""
+        if self.reconnect_ms == 0:
+            return Connector.connect(self.path, reconnect_ms=0)
+        return self.open_beside()
+
+    def open_beside(self) -> Connector:
+        """Connects once it is asked for: until then the VMM has the source."""
+        return Connector(self.path, reconnect_ms=self.reconnect_ms, is_due=True)
+
+    def check(self, listener: ListenerState | None) -> None:
+        """Raises PeerError where a listener came."""
+        if listener is not None:
+            raise PeerError(f"server=off, and the source listens at '{listener.path}'")
+
+    def adopt(self, listener: ListenerState | None) -> Connector:
+        """What goes on where the source's left off: trying, or not trying any more."""
+        assert listener is None, self.path
+        return Connector(self.path, reconnect_ms=self.reconnect_ms, is_due=self.reconnect_ms > 0)
 
 
 def _wrap(fd: OwnedFd) -> socket.socket:
@@ -283,19 +488,19 @@ class Session:
 
 
 class Endpoint:
-    """A device's vhost-user socket: a listener, and at most one session. Further frontends wait in the kernel.
+    """A device's vhost-user socket: how frontends come, and at most one session. Further frontends wait in the kernel.
 
     It does nothing until `thaw`.
 
     Attributes:
-        listener: where frontends connect.
+        contact: brings frontends.
         session: the frontend that is served, None while there is none.
         offer: what the device offers.
         config: the configuration space that sessions to come begin with.
     """
 
-    def __init__(self, listener: Listener, handler: SessionHandler, offer: Offer, *, config: bytes = b"") -> None:
-        self.listener = listener
+    def __init__(self, contact: Contact, handler: SessionHandler, offer: Offer, *, config: bytes = b"") -> None:
+        self.contact = contact
         self.session: Session | None = None
         self.offer = offer
         self.config = config
@@ -323,32 +528,41 @@ class Endpoint:
         if self.session is not None:
             self.session.thaw()
         else:
-            self.listener.accept_connections(self._on_connection)
+            self.contact.accept_connections(self._on_connection)
 
     def freeze(self) -> None:
         """Accepts, reads and writes nothing more, at once."""
         self._frozen = True
-        self.listener.pause()
+        self.contact.pause()
         if self.session is not None:
             self.session.freeze()
 
     def release(self) -> None:
         """Drops this process's copies without a side effect: another process serves them."""
         self.freeze()
-        self.listener.release()
-        if self.session is not None:
-            self.session.release()
-            self.session = None
+        self.contact.release()
+        self._release_session()
+
+    def discard(self) -> None:
+        """Drops what was adopted: the source serves on."""
+        self.freeze()
+        self.contact.discard()
+        self._release_session()
 
     def close(self) -> None:
         """Ends everything for good; the device is told of its session's end. Bears being called twice."""
         self.freeze()
-        self.listener.close()
+        self.contact.close()
         if self.session is not None:
             self.session.close("the device was closed")
 
+    def _release_session(self) -> None:
+        if self.session is not None:
+            self.session.release()
+            self.session = None
+
     def _on_connection(self, connection: OwnedFd) -> None:
-        self.listener.pause()
+        self.contact.pause()
         backend = Backend(self.offer, config=self.config)
         self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
         self._handler.session_opened()

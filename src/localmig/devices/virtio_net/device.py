@@ -29,7 +29,6 @@ from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
-from localmig.unix_socket import ListeningSocket
 from localmig.vhost_user.memory import borrowed, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
@@ -43,7 +42,7 @@ from localmig.vhost_user.protocol import (
     VringChanged,
     check_state,
 )
-from localmig.vhost_user.session import Endpoint, Listener
+from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
 from localmig.virtio import Feature, split_ring
 from localmig.virtio.net import NetConfig, NetFeature, header_length, receive_queue, transmit_queue
 
@@ -66,7 +65,7 @@ class VirtioNet(Part):
     Args:
         id: the user's name for it.
         netdev: its host side, which this device reads and writes but does not own.
-        socket_path: where frontends connect.
+        socket: where and how frontends come.
         local_migration: whether its descriptors may move.
         tracer: where facts go.
     """
@@ -74,10 +73,18 @@ class VirtioNet(Part):
     setup = VIRTIO_NET
     switchover = RINGS
 
-    def __init__(self, *, id: str, netdev: Tap, socket_path: str, local_migration: bool, tracer: Tracer) -> None:  # noqa: A002
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002
+        netdev: Tap,
+        socket: ListenAt | ConnectTo,
+        local_migration: bool,
+        tracer: Tracer,
+    ) -> None:
         self.id = id
         self._netdev = netdev
-        self._socket_path = socket_path
+        self._socket = socket
         self._local_migration = local_migration
         self._tracer = tracer
         self._endpoint: Endpoint | None = None
@@ -90,10 +97,10 @@ class VirtioNet(Part):
     # -- serving ------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Listens on the socket. The netdev is open already."""
+        """Listens, or sees to a connection. The netdev is open already."""
         self._make_pairs()
         try:
-            self._endpoint = self._make_endpoint(Listener(ListeningSocket.bind(self._socket_path)))
+            self._endpoint = self._make_endpoint(self._socket.open())
         except BaseException:
             self._drop_pairs()
             raise
@@ -121,7 +128,7 @@ class VirtioNet(Part):
         """Serves socket and connection."""
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
-        self._endpoint.listener.listening.claim()
+        self._endpoint.contact.claim()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
 
@@ -148,7 +155,7 @@ class VirtioNet(Part):
             connection = None
             if session is not None:
                 connection = ConnectionState(connection=session.connection, session=session.backend.state)
-            socket = SocketState(listener=self._endpoint.listener.save(), connection=connection)
+            socket = SocketState(listener=self._endpoint.contact.save(), connection=connection)
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0, socket=socket
         )
@@ -179,10 +186,12 @@ class VirtioNet(Part):
                 f"device '{self.id}': the guest uses features {state.features_acked:#x}, of which "
                 f"{state.features_acked & ~offer.all_features:#x} are not offered here"
             )
-        if state.socket is None or state.socket.connection is None:
+        if state.socket is None:
             return
         try:
-            check_state(state.socket.connection.session, offer)
+            self._socket.check(state.socket.listener)
+            if state.socket.connection is not None:
+                check_state(state.socket.connection.session, offer)
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
@@ -194,9 +203,9 @@ class VirtioNet(Part):
         self._make_pairs()
         self._awaits_netdev = not self._netdev.is_open
         if state.socket is None:
-            self._endpoint = self._make_endpoint(Listener(ListeningSocket.bind_beside(self._socket_path)))
+            self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
-        self._endpoint = self._make_endpoint(Listener.from_state(state.socket.listener))
+        self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         if state.socket.connection is not None:
             self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
             try:
@@ -251,8 +260,8 @@ class VirtioNet(Part):
 
     def discard(self) -> None:
         """Drops what was adopted; a socket of our own, beside the source's, goes too."""
-        if self._endpoint is not None and self._endpoint.listener.listening.is_beside:
-            self._endpoint.close()
+        if self._endpoint is not None:
+            self._endpoint.discard()
         self.release()
 
     # -- the frontend's events ----------------------------------------------------------------------------------
@@ -427,8 +436,8 @@ class VirtioNet(Part):
     def _offer(self) -> Offer:
         return Offer(features=FEATURES, vring_count=2, queue_count=1)
 
-    def _make_endpoint(self, listener: Listener) -> Endpoint:
-        return Endpoint(listener, self, self._offer(), config=self._config())
+    def _make_endpoint(self, contact: Contact) -> Endpoint:
+        return Endpoint(contact, self, self._offer(), config=self._config())
 
     def _config(self) -> bytes:
         return NetConfig(mtu=self._netdev.mtu if self._netdev.is_open else 0).encode()

@@ -32,9 +32,9 @@ class ConnectionState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SocketState:
-    """The device's socket, where descriptors move."""
+    """The device's socket, where descriptors move; without a listener the device is the side that connects."""
 
-    listener: ListenerState
+    listener: ListenerState | None
     connection: ConnectionState | None
 
 
@@ -72,7 +72,7 @@ SOCKET: Final = Description(
     version=1,
     oldest_version=1,
     state=SocketState,
-    fields=(struct("listener", LISTENER), optional(struct("connection", CONNECTION))),
+    fields=(optional(struct("listener", LISTENER)), optional(struct("connection", CONNECTION))),
 )
 
 VIRTIO_NET: Final = Description(
