@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 mod driver;
+mod ledger;
 mod memory;
 mod queue_pair;
 
@@ -15,6 +16,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
     module.add_class::<driver::DriverPair>()?;
+    module.add_class::<ledger::Ledger>()?;
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;
     module.add_class::<queue_pair::Ring>()

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::{Config, Counters, Positions, RingSpec};
+use dataplane::{Config, Counters, Format, Positions, RingSpec};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::ledger::Ledger;
 use crate::memory::GuestMemory;
 
-/// Where one split virtqueue is.
+/// Where one virtqueue is.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
 pub struct Ring {
     spec: RingSpec,
@@ -21,7 +22,8 @@ pub struct Ring {
 #[pymethods]
 impl Ring {
     #[new]
-    #[pyo3(signature = (*, size, descriptor_area, driver_area, device_area, kick_fd, call_fd, error_fd, next_avail))]
+    #[pyo3(signature = (*, size, descriptor_area, driver_area, device_area, kick_fd, call_fd, error_fd, next_avail,
+                        ledger=None))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         size: u32,
@@ -32,9 +34,11 @@ impl Ring {
         call_fd: Option<RawFd>,
         error_fd: Option<RawFd>,
         next_avail: Option<u16>,
-    ) -> Self {
+        ledger: Option<(PyRef<'_, Ledger>, usize)>,
+    ) -> PyResult<Self> {
         let layout = Layout { size, descriptor_area, driver_area, device_area };
-        Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail } }
+        let ledger = ledger.map(|(ledger, ring)| ledger.slot(ring)).transpose()?;
+        Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger } })
     }
 }
 
@@ -62,7 +66,8 @@ impl QueuePair {
         Ok(Self { inner: dataplane::queue_pair::QueuePair::new(name, event_fd)? })
     }
 
-    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, event_index, indirect, mergeable, rx, tx))]
+    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, event_index, indirect, mergeable, rx, tx,
+                        packed=false))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn configure(
         &self,
@@ -76,16 +81,18 @@ impl QueuePair {
         mergeable: bool,
         rx: Option<&Ring>,
         tx: Option<&Ring>,
+        packed: bool,
     ) -> PyResult<()> {
         let config = Config {
             memory: Arc::clone(&memory.inner),
             tap_fd,
             header_length,
             frame_length_max: frame_length_max as usize,
+            format: if packed { Format::Packed } else { Format::Split },
             features: Features { event_index, indirect },
             mergeable,
-            rx: rx.map(|ring| ring.spec),
-            tx: tx.map(|ring| ring.spec),
+            rx: rx.map(|ring| ring.spec.clone()),
+            tx: tx.map(|ring| ring.spec.clone()),
         };
         py.detach(|| self.inner.configure(&config)).map_err(refused)
     }

@@ -15,7 +15,7 @@ use dataplane::chain::{Direction, Features};
 use dataplane::queue_pair::QueuePair;
 use dataplane::split::SplitRing;
 use dataplane::sys::signal;
-use dataplane::{Config, RingSpec};
+use dataplane::{Config, Format, RingSpec};
 
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
@@ -72,6 +72,7 @@ fn stop_under_load() {
         call_fd: None,
         error_fd: None,
         next_avail: None,
+        ledger: None,
     };
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {
@@ -79,6 +80,7 @@ fn stop_under_load() {
         tap_fd: tap.as_raw_fd(),
         header_length: 12,
         frame_length_max: 1514,
+        format: Format::Split,
         features: FEATURES,
         mergeable: true,
         rx: None,

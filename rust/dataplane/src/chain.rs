@@ -44,7 +44,13 @@ pub enum RingError {
     IndirectNested { index: u16 },
     IndirectWithNext { index: u16 },
     IndirectLength { length: u32 },
+    IndirectInChain { index: u16 },
     ChainTooShort { length: u64, header_length: usize },
+    NotAvailable { index: u16 },
+    Position { index: u16, size: u16 },
+    PositionUnknown,
+    LedgerLength { count: u16 },
+    LedgerMixed { from: u16 },
 }
 
 impl fmt::Display for RingError {
@@ -78,6 +84,24 @@ impl fmt::Display for RingError {
             Self::IndirectWithNext { index } => write!(f, "indirect descriptor {index} has a next one"),
             Self::IndirectLength { length } => {
                 write!(f, "an indirect table of {length} bytes is not a whole number of descriptors")
+            }
+            Self::IndirectInChain { index } => {
+                write!(f, "descriptor {index} is indirect and stands behind others of its chain")
+            }
+            Self::NotAvailable { index } => {
+                write!(f, "a descriptor chain goes on at descriptor {index}, which was not made available")
+            }
+            Self::Position { index, size } => {
+                write!(f, "position {index} is outside the ring's {size} entries")
+            }
+            Self::PositionUnknown => {
+                f.write_str("nothing tells where the packed ring stands: no ledger has an entry for it")
+            }
+            Self::LedgerLength { count } => {
+                write!(f, "the ring's ledger lists {count} used buffers, limit is {CHAIN_BUFFERS_MAX}")
+            }
+            Self::LedgerMixed { from } => {
+                write!(f, "the ring's ledger tells of used buffers from {from:#x} on and lists others")
             }
             Self::ChainTooShort { length, header_length } => {
                 write!(

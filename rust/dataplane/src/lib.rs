@@ -5,17 +5,21 @@
 //!
 //! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
-//! Read next:   `memory`, `chain` and `split` (one ring), `pump` (packets through two), `queue_pair` (the thread); `driver`
-//!              is the guest's side.
+//! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
+//!              `queue_pair` (the thread); `driver` is the guest's side.
 
 pub mod chain;
 mod counters;
 pub mod driver;
+pub mod ledger;
 pub mod memory;
+pub mod packed;
 mod pump;
 pub mod queue_pair;
+mod ring;
 pub mod split;
 pub mod sys;
 
 pub use counters::{Counters, DriverCounters};
 pub use pump::{Config, Positions, RingSpec, Side};
+pub use ring::Format;

@@ -16,8 +16,9 @@ use std::sync::Arc;
 
 use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
 use crate::counters::{Counter, LiveCounters};
+use crate::ledger::Slot;
 use crate::memory::GuestMemory;
-use crate::split::SplitRing;
+use crate::ring::{Format, Ring};
 use crate::sys;
 
 /// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.
@@ -65,14 +66,16 @@ impl fmt::Display for Side {
 }
 
 /// A ring as the frontend describes it; untrusted. Descriptors are borrowed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RingSpec {
     pub layout: Layout,
     pub kick_fd: RawFd,
     pub call_fd: Option<RawFd>,
     pub error_fd: Option<RawFd>,
-    /// Where to start; None is the used index in guest memory.
+    /// Where to start; None is the used index in guest memory, or what the ledger says.
     pub next_avail: Option<u16>,
+    /// Where a packed ring keeps its position for a successor.
+    pub ledger: Option<Slot>,
 }
 
 /// All there is to know to run a pair.
@@ -85,6 +88,7 @@ pub struct Config {
     pub header_length: usize,
     /// The longest frame the TAP may deliver, without the header.
     pub frame_length_max: usize,
+    pub format: Format,
     pub features: Features,
     pub mergeable: bool,
     pub rx: Option<RingSpec>,
@@ -115,7 +119,7 @@ enum Wait {
 #[derive(Debug)]
 struct RingEnd {
     side: Side,
-    ring: SplitRing,
+    ring: Ring,
     kick_fd: RawFd,
     call_fd: Option<RawFd>,
     error_fd: Option<RawFd>,
@@ -127,7 +131,8 @@ struct RingEnd {
 
 impl RingEnd {
     fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, String> {
-        let ring = SplitRing::new(&spec.layout, config.features, &config.memory);
+        let (layout, ledger) = (&spec.layout, spec.ledger.clone());
+        let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
         Ok(Self {
             side,
             ring: ring.map_err(|reason| format!("{side} ring: {reason}"))?,
@@ -140,14 +145,18 @@ impl RingEnd {
         })
     }
 
-    fn begin(&mut self) {
-        self.ring.begin(self.start);
-        self.wait = if self.failed { Wait::Forever } else { Wait::Nothing };
+    fn begin(&mut self) -> Result<(), RingError> {
+        self.wait = Wait::Forever;
+        if !self.failed {
+            self.ring.begin(self.start)?;
+            self.wait = Wait::Nothing;
+        }
+        Ok(())
     }
 
     /// Where `begin` would go on.
     fn position(&self) -> u16 {
-        self.start.unwrap_or_else(|| self.ring.used_index())
+        self.start.unwrap_or_else(|| self.ring.standing())
     }
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
@@ -196,8 +205,10 @@ impl Window {
         Some(chain)
     }
 
-    fn count(&self) -> u16 {
-        u16::try_from(self.chains.len()).expect("no more chains than a ring has")
+    /// The chains and the slots of the ring that they occupy.
+    fn held(&self) -> (u16, u16) {
+        let count = |number| u16::try_from(number).expect("no more than a ring has");
+        (count(self.chains.len()), count(self.slots))
     }
 
     /// Forgets used buffers where that is cheap: when none is left behind them, or when they are many.
@@ -276,28 +287,32 @@ impl Pump {
     /// Makes both rings ready to run from their positions, and their first turn call the guest.
     pub(crate) fn begin(&mut self) {
         self.tap_gone = false;
-        self.rx.iter_mut().for_each(RingEnd::begin);
-        self.tx.iter_mut().for_each(RingEnd::begin);
+        for end in self.rx.iter_mut().chain(&mut self.tx) {
+            if let Err(error) = end.begin() {
+                self.failures.push(end.fail(&error));
+            }
+        }
     }
 
     /// Ends what `begin` began: no chain is held, the guest knows of every used one.
     pub(crate) fn settle(&mut self, counters: &LiveCounters) {
         if let Some(rx) = &mut self.rx {
-            rx.ring.untake(self.window.count());
+            let (chains, slots) = self.window.held();
+            rx.ring.untake(chains, slots);
         }
         self.window.clear();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
-            end.start = Some(end.ring.next_avail());
+            end.start = Some(end.ring.position_before(0, 0));
         }
     }
 
     /// Where running rings would go on if they were stopped now.
     pub(crate) fn next_positions(&self) -> Positions {
-        let held = self.window.count();
+        let (chains, slots) = self.window.held();
         Positions {
-            rx: self.rx.as_ref().map(|rx| rx.ring.next_avail().wrapping_sub(held)),
-            tx: self.tx.as_ref().map(|tx| tx.ring.next_avail()),
+            rx: self.rx.as_ref().map(|rx| rx.ring.position_before(chains, slots)),
+            tx: self.tx.as_ref().map(|tx| tx.ring.position_before(0, 0)),
         }
     }
 
@@ -359,7 +374,7 @@ impl Pump {
                     counters.tx_bytes.add(chain.length - self.header_length as u64);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    tx.ring.untake(1);
+                    tx.ring.untake(1, chain.slots);
                     tx.wait = Wait::Tap;
                     break;
                 }
@@ -510,7 +525,7 @@ fn gather(
         if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
             // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
             window.buffers.truncate(before);
-            rx.ring.untake(1);
+            rx.ring.untake(1, chain.slots);
             return Ok(true);
         }
         window.push(chain);

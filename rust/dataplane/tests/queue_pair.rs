@@ -14,7 +14,7 @@ use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::sys::{drain, signal};
-use dataplane::{Config, Counters, Positions, RingSpec, Side};
+use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
 
 const SIZE: u16 = 64;
 const HEADER: usize = 12;
@@ -44,6 +44,7 @@ impl End {
             call_fd: Some(self.call.as_raw_fd()),
             error_fd: Some(self.error.as_raw_fd()),
             next_avail: None,
+            ledger: None,
         }
     }
 
@@ -88,6 +89,7 @@ impl Bench {
             tap_fd: self.tap.as_raw_fd(),
             header_length: HEADER,
             frame_length_max: 1514,
+            format: Format::Split,
             // Calls for every packet keep the tests simple; the event index has its own in split.rs.
             features: Features { event_index: false, indirect: true },
             mergeable: true,

@@ -8,7 +8,7 @@ Descriptors are lent: the caller keeps each one open for as long as the object t
 from collections.abc import Sequence
 from typing import Final, final
 
-__all__ = ["COUNTER_NAMES", "DRIVER_COUNTER_NAMES", "DriverPair", "GuestMemory", "QueuePair", "Ring"]
+__all__ = ["COUNTER_NAMES", "DRIVER_COUNTER_NAMES", "DriverPair", "GuestMemory", "Ledger", "QueuePair", "Ring"]
 
 COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `QueuePair.counters` is: the fields of `dataplane.Counters`."""
@@ -50,10 +50,37 @@ class GuestMemory:
         """Copies `data` in. ValueError if it does not fit inside guest memory."""
 
 @final
-class Ring:
-    """Where one split virtqueue is, plain numbers: `size` entries, three guest addresses, borrowed eventfds.
+class Ledger:
+    """Where a device's packed rings stand, in memory that a successor shares.
 
-    `next_avail` is the position to start from; None means: the used index that stands in guest memory.
+    Whoever runs a packed ring writes into it, so that after its death at any instruction the next one goes on exactly.
+
+    Args:
+        fd: a file that `create` made, here or in another process; only used during the call.
+        ring_count: for how many rings it was made.
+
+    Raises:
+        ValueError: it is no such file. OSError: it is none of memory, or cannot be mapped.
+    """
+
+    def __new__(cls, fd: int, ring_count: int) -> Ledger: ...
+    @staticmethod
+    def create(ring_count: int) -> int:
+        """A new file for 1 to 256 rings; its descriptor is the caller's. OSError where the kernel refuses."""
+
+    def settle(self, ring: int, position: int) -> None:
+        """A ring that nobody runs goes on at `position`."""
+
+@final
+class Ring:
+    """Where one virtqueue is, plain numbers: `size` entries, three guest addresses, borrowed eventfds.
+
+    The areas are virtio's: descriptor table, available and used ring of a split virtqueue; descriptor ring, driver's
+    and device's event suppression of a packed one.
+
+    `next_avail` is the position to start from: of a packed ring the index with the wrap counter in bit 15. None means
+    the used index that stands in guest memory, or for a packed ring what `ledger` says: a ledger and the ring's number
+    in it.
     """
 
     def __new__(
@@ -67,6 +94,7 @@ class Ring:
         call_fd: int | None,
         error_fd: int | None,
         next_avail: int | None,
+        ledger: tuple[Ledger, int] | None = None,
     ) -> Ring: ...
 
 @final
@@ -94,11 +122,12 @@ class QueuePair:
         mergeable: bool,
         rx: Ring | None,
         tx: Ring | None,
+        packed: bool = False,
     ) -> None:
         """Sets all there is to know; None is a ring that does not run. Touches neither the TAP nor guest memory.
 
         `header_length` is the virtio-net header's, 10 or 12 bytes, and the TAP's vnet header has the same;
-        `frame_length_max` is the longest frame the TAP may deliver, without that header.
+        `frame_length_max` is the longest frame the TAP may deliver, without that header. `packed` is the rings' format.
 
         Raises:
             ValueError: a ring's size or alignment is wrong, or it lies outside guest memory. Nothing changed.
@@ -106,7 +135,7 @@ class QueuePair:
         """
 
     def set_positions(self, rx_next_avail: int | None, tx_next_avail: int | None) -> None:
-        """Sets where the rings go on; None means the used index in guest memory. RuntimeError if the pair runs."""
+        """Sets where the rings go on; None as in `Ring`. RuntimeError if the pair runs."""
 
     def start(self) -> int:
         """Scans both rings and the TAP once, signals both call eventfds, and lets the thread go on from there.

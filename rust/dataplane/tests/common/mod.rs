@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use dataplane::chain::Layout;
 use dataplane::memory::{GuestMemory, RegionSpec};
+use dataplane::packed::Position;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -140,6 +141,110 @@ impl Queue {
 
     pub fn used_flags(&self) -> u16 {
         self.get_u16(self.layout.device_area)
+    }
+}
+
+pub const AVAIL: u16 = 1 << 7;
+pub const USED: u16 = 1 << 15;
+
+/// One packed ring as its driver writes it.
+pub struct PackedQueue {
+    pub memory: Arc<GuestMemory>,
+    pub layout: Layout,
+    pub next_avail: Position,
+    pub next_used: Position,
+}
+
+impl PackedQueue {
+    /// Lays a ring at `address`; 64 KiB are enough for 2048 entries. It begins at `position`.
+    pub fn new(memory: &Arc<GuestMemory>, address: u64, size: u16, position: Position) -> Self {
+        let layout = Layout {
+            size: size.into(),
+            descriptor_area: address,
+            driver_area: address + 0x8000,
+            device_area: address + 0xc000,
+        };
+        let queue = Self { memory: Arc::clone(memory), layout, next_avail: position, next_used: position };
+        for index in 0..size {
+            // As the device left it one lap ago.
+            let wrap = position.wrap == (index < position.index);
+            queue.descriptor(index, 0, 0, 0, if wrap { AVAIL | USED } else { 0 });
+        }
+        queue
+    }
+
+    pub fn put(&self, address: u64, data: &[u8]) {
+        assert!(self.memory.write(address, data));
+    }
+
+    pub fn get<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut data = [0; N];
+        assert!(self.memory.read(address, &mut data));
+        data
+    }
+
+    pub fn descriptor_at(&self, address: u64, buffer: u64, length: u32, id: u16, flags: u16) {
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&buffer.to_le_bytes());
+        raw[8..12].copy_from_slice(&length.to_le_bytes());
+        raw[12..14].copy_from_slice(&id.to_le_bytes());
+        raw[14..].copy_from_slice(&flags.to_le_bytes());
+        self.put(address, &raw);
+    }
+
+    pub fn descriptor(&self, index: u16, buffer: u64, length: u32, id: u16, flags: u16) {
+        self.descriptor_at(self.layout.descriptor_area + 16 * u64::from(index), buffer, length, id, flags);
+    }
+
+    pub fn advance(&self, position: Position, slots: u16) -> Position {
+        let size = self.layout.size as u16;
+        let laps = (position.index + slots) / size;
+        Position { index: (position.index + slots) % size, wrap: position.wrap != (laps % 2 == 1) }
+    }
+
+    /// Makes the next descriptor available; `flags` are those beside available and used.
+    pub fn offer(&mut self, buffer: u64, length: u32, id: u16, flags: u16) {
+        let turn = if self.next_avail.wrap { AVAIL } else { USED };
+        fence(Ordering::SeqCst);
+        self.descriptor(self.next_avail.index, buffer, length, id, flags | turn);
+        self.next_avail = self.advance(self.next_avail, 1);
+    }
+
+    /// Makes a chain of several buffers available, its first descriptor last.
+    pub fn offer_chain(&mut self, buffers: &[(u64, u32)], id: u16, flags: u16) {
+        let first = self.next_avail;
+        let all = self.advance(first, buffers.len() as u16);
+        for (offset, &(buffer, length)) in buffers.iter().enumerate().rev() {
+            let next = if offset + 1 == buffers.len() { 0 } else { NEXT };
+            self.next_avail = self.advance(first, offset as u16);
+            self.offer(buffer, length, id, flags | next);
+        }
+        self.next_avail = all;
+    }
+
+    /// The next used buffer, (id, written, flags beside available and used), if there is one. It had `slots`.
+    pub fn next_used(&mut self, slots: u16) -> Option<(u16, u32, u16)> {
+        let address = self.layout.descriptor_area + 16 * u64::from(self.next_used.index);
+        let flags = u16::from_le_bytes(self.get(address + 14));
+        fence(Ordering::SeqCst);
+        if (flags & AVAIL != 0, flags & USED != 0) != (self.next_used.wrap, self.next_used.wrap) {
+            return None;
+        }
+        let (written, id) = (u32::from_le_bytes(self.get(address + 8)), self.get(address + 12));
+        self.next_used = self.advance(self.next_used, slots);
+        Some((u16::from_le_bytes(id), written, flags & !(AVAIL | USED)))
+    }
+
+    /// When it wants a call: a position, and the flags.
+    pub fn set_driver_event(&self, position: Position, flags: u16) {
+        self.put(self.layout.driver_area, &position.bits().to_le_bytes());
+        self.put(self.layout.driver_area + 2, &flags.to_le_bytes());
+    }
+
+    /// When the device wants a kick: a position, and the flags.
+    pub fn device_event(&self) -> (Position, u16) {
+        let position = u16::from_le_bytes(self.get(self.layout.device_area));
+        (Position::from_bits(position), u16::from_le_bytes(self.get(self.layout.device_area + 2)))
     }
 }
 

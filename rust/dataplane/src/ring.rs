@@ -1,0 +1,132 @@
+//! A virtqueue of either format, as the pump sees it.
+//!
+//! Owns:        nothing but the choice. A match per call, which every ring answers the same way all its life.
+//! Read next:   `split`, `packed`.
+
+use crate::chain::{Chain, Direction, Features, Layout, RingError};
+use crate::ledger::Slot;
+use crate::memory::GuestMemory;
+use crate::packed::{PackedRing, Position};
+use crate::split::SplitRing;
+
+#[derive(Debug)]
+pub(crate) enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+/// Which virtqueues a device has: all of them are of one format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Split,
+    Packed,
+}
+
+impl Ring {
+    /// As the formats' own `new`.
+    pub(crate) fn new(
+        format: Format,
+        layout: &Layout,
+        features: Features,
+        memory: &GuestMemory,
+        ledger: Option<Slot>,
+    ) -> Result<Self, String> {
+        Ok(match format {
+            Format::Split => Self::Split(SplitRing::new(layout, features, memory)?),
+            Format::Packed => Self::Packed(PackedRing::new(layout, features, memory, ledger)?),
+        })
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        match self {
+            Self::Split(ring) => ring.size(),
+            Self::Packed(ring) => ring.size(),
+        }
+    }
+
+    /// Starts at `position`; None is where guest memory, or the ledger, says that the ring stands.
+    pub(crate) fn begin(&mut self, position: Option<u16>) -> Result<(), RingError> {
+        match self {
+            Self::Split(ring) => {
+                ring.begin(position);
+                Ok(())
+            }
+            Self::Packed(ring) => ring.begin(position),
+        }
+    }
+
+    /// Where a ring that was told no position would begin. One that cannot tell has not begun.
+    pub(crate) fn standing(&self) -> u16 {
+        match self {
+            Self::Split(ring) => ring.used_index(),
+            Self::Packed(ring) => ring.position_in_ledger().unwrap_or(Position::START).bits(),
+        }
+    }
+
+    /// Where the ring would go on if the last `chains` chains, of `slots` together, had not been taken.
+    pub(crate) fn position_before(&self, chains: u16, slots: u16) -> u16 {
+        match self {
+            Self::Split(ring) => ring.next_avail().wrapping_sub(chains),
+            Self::Packed(ring) => ring.position_before(slots),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn take(
+        &mut self,
+        memory: &GuestMemory,
+        direction: Direction,
+        header_length: usize,
+        buffers: &mut Vec<libc::iovec>,
+    ) -> Result<Option<Chain>, RingError> {
+        match self {
+            Self::Split(ring) => ring.take(memory, direction, header_length, buffers),
+            Self::Packed(ring) => ring.take(memory, direction, header_length, buffers),
+        }
+    }
+
+    /// Gives the last `chains` taken chains, of `slots` together, back.
+    pub(crate) fn untake(&mut self, chains: u16, slots: u16) {
+        match self {
+            Self::Split(ring) => ring.untake(chains),
+            Self::Packed(ring) => ring.untake(slots),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn complete(&mut self, chain: &Chain, written: u32) {
+        match self {
+            Self::Split(ring) => ring.complete(chain, written),
+            Self::Packed(ring) => ring.complete(chain, written),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn publish(&mut self) {
+        match self {
+            Self::Split(ring) => ring.publish(),
+            Self::Packed(ring) => ring.publish(),
+        }
+    }
+
+    pub(crate) fn call_due(&mut self) -> bool {
+        match self {
+            Self::Split(ring) => ring.call_due(),
+            Self::Packed(ring) => ring.call_due(),
+        }
+    }
+
+    pub(crate) fn arm(&mut self) -> Result<bool, RingError> {
+        match self {
+            Self::Split(ring) => ring.arm(),
+            Self::Packed(ring) => Ok(ring.arm()),
+        }
+    }
+
+    pub(crate) fn disarm(&mut self) {
+        match self {
+            Self::Split(ring) => ring.disarm(),
+            Self::Packed(ring) => ring.disarm(),
+        }
+    }
+}
