@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import bare, handovers, machine, report
+from benchmarks import bare, handovers, machine, replacements, report
 from benchmarks.report import Findings
 from benchmarks.sizes import FULL, QUICK, SMOKE, Sizes
 from localmig.errors import LocalmigError
@@ -30,6 +30,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 TITLES: Final = {
     "handovers": "Handovers",
     "bare": "The bare cost of handing descriptors over",
+    "replacements": "What a guest's peer notices",
 }
 
 
@@ -42,7 +43,11 @@ class Run:
 
     def sections(self) -> dict[str, Callable[[Findings], None]]:
         """Each section by its name, in order."""
-        return {"handovers": self._handovers, "bare": self._bare}
+        return {
+            "handovers": self._handovers,
+            "bare": self._bare,
+            "replacements": lambda findings: replacements.run(findings, self.sizes),
+        }
 
     def _handovers(self, findings: Findings) -> None:
         self._rounds = handovers.run(findings, self.sizes)

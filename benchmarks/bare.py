@@ -85,13 +85,11 @@ def run(findings: Findings, sizes: Sizes, rounds: Sequence[Round]) -> None:
                 "downtime_ns": measured.downtime_ns,
             }
     findings.tables += [_comparison(rounds, whole), table]
-    findings.notes += [
-        (
-            f"As many messages as a handover has, {setup_bytes} bytes of setup and {switchover_bytes} of switchover a "
-            "NIC, between two processes that go on living: nothing is cold, nothing is mapped, started or checked."
-        ),
-        "Downtime part: from sending the switchover to receiving COMMIT, three crossings, no descriptors.",
-    ]
+    findings.note(
+        f"As many messages as a handover has, {setup_bytes} bytes of setup and {switchover_bytes} of switchover a NIC, "
+        "between two processes that go on living: nothing is cold, nothing is mapped, started or checked."
+    )
+    findings.note("Downtime part: from sending the switchover to receiving COMMIT: three crossings, no descriptors.")
 
 
 def _comparison(rounds: Sequence[Round], bare: Mapping[int, Mapping[str, _Measured]]) -> Table:

@@ -70,7 +70,7 @@ def run(findings: Findings, sizes: Sizes) -> list[Round]:
     finally:
         findings.samples |= {f"{count_text(this.nics, 'NIC')}, {this.load}": asdict(this) for this in rounds}
         findings.tables += [_times(rounds), _phases(rounds), _losses(rounds), _footprints(rounds)]
-        findings.notes += _notes(rounds, sizes)
+        _note(findings, rounds, sizes)
     return rounds
 
 
@@ -186,32 +186,28 @@ def _footprints(rounds: Sequence[Round]) -> Table:
     return table
 
 
-def _notes(rounds: Sequence[Round], sizes: Sizes) -> list[str]:
-    notes = [
-        (
-            "All NICs of a daemon are handed over in one migration. Downtime: from the first ring asked to stop to the "
-            "last one that runs again, by the daemons' own stamps."
-        ),
-        (
-            f"Flooded: {sizes.flood_rate} frames of 64 bytes a second each way, all NICs together, in bursts every "
-            "0.2 ms (up: guest to TAP, down: TAP to guest). Each frame is numbered. Silence: the longest time without "
-            "a frame from asking for the handover to hearing of its end, with one NIC; setup's load on a small machine "
-            "shows in it, too."
-        ),
-        (
-            f"Rings have 256 entries up to {FEW_NICS} NICs, 64 beyond. Fewer handovers where one takes seconds. "
-            "To 1 NIC: median downtime as a multiple of the first row's with the same load."
-        ),
-    ]
+def _note(findings: Findings, rounds: Sequence[Round], sizes: Sizes) -> None:
+    findings.note(
+        "All NICs of a daemon are handed over in one migration. Downtime: from the first ring asked to stop to the last "
+        "one that runs again, by the daemons' own stamps."
+    )
+    findings.note(
+        f"Flooded: {sizes.flood_rate} frames of 64 bytes a second each way, all NICs together, in bursts every 0.2 ms "
+        "(up: guest to TAP, down: TAP to guest). Each frame is numbered. Silence: the longest time without a frame from "
+        "asking for the handover to hearing of its end, with one NIC; setup's load on a small machine shows in it, too."
+    )
+    findings.note(
+        f"Rings have 256 entries up to {FEW_NICS} NICs, 64 beyond. Fewer handovers where one takes seconds. "
+        "To 1 NIC: median downtime as a multiple of the first row's with the same load."
+    )
     for this in rounds:
+        name = f"{count_text(this.nics, 'NIC')}, {this.load}"
         if this.failures:
-            reasons = "; ".join(sorted(set(this.failures)))
-            notes.append(f"**{count_text(this.nics, 'NIC')}, {this.load}: {len(this.failures)} failed**: {reasons}")
+            findings.note(f"**{name}: {len(this.failures)} failed**: {'; '.join(sorted(set(this.failures)))}")
         if this.gave_up is not None:
-            notes.append(f"**{count_text(this.nics, 'NIC')}, {this.load}: given up**: {this.gave_up}")
+            findings.note(f"**{name}: given up**: {this.gave_up}")
         if this.flood is not None and (refused := this.flood.down.refused):
-            notes.append(f"{count_text(this.nics, 'NIC')}: {refused} of the frames lost down met a full queue at once.")
-    return notes
+            findings.note(f"{name}: {refused} of the frames lost down met a full queue at once.")
 
 
 def _median(values: Sequence[int]) -> float | None:

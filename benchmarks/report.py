@@ -129,6 +129,10 @@ class Findings:
     samples: dict[str, object] = field(default_factory=dict)
     failure: str | None = None
 
+    def note(self, text: str) -> None:
+        """Adds what must be known to read the tables."""
+        self.notes.append(text)
+
     def markdown(self, title: str) -> str:
         """The section as it is shown."""
         parts = [f"## {title}"]

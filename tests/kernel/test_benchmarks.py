@@ -21,14 +21,26 @@ def test_the_benchmarks_run_and_their_handovers_lose_nothing(tmp_path: Path) -> 
         pytest.skip(reason)
     if shutil.which("gcc") is None and shutil.which("cc") is None:
         pytest.skip("no C compiler: on Debian, apt-get install gcc libc6-dev")
-    argv = [sys.executable, "-m", "benchmarks", "--smoke", "--only", "handovers,bare", "--results", str(tmp_path)]
+    argv = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--smoke",
+        "--only",
+        "handovers,bare,replacements",
+        "--results",
+        str(tmp_path),
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS_MAX, check=False)
     assert done.returncode == 0, done.stderr
 
     sections = json.loads((tmp_path / "samples.json").read_text())["sections"]
-    assert {name: found["failure"] for name, found in sections.items()} == {"handovers": None, "bare": None}
+    assert [found["failure"] for found in sections.values()] == [None, None, None]
     flooded = sections["handovers"]["samples"]["1 NIC, flooded"]
     assert len(flooded["handovers"]) == 2
     for way in ("up", "down"):
         assert flooded["flood"][way]["received"] == flooded["flood"][way]["sent"] > 0
     assert "to bare C" in done.stdout
+    ways = sections["replacements"]["samples"]
+    assert [(name, way["gave_up"]) for name, way in ways.items() if way["gave_up"] is not None or not way["lost"]] == []
+    assert ways["localmig: handover"]["lost"] == [0]
