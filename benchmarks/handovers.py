@@ -188,13 +188,13 @@ def _footprints(rounds: Sequence[Round]) -> Table:
 
 def _note(findings: Findings, rounds: Sequence[Round], sizes: Sizes) -> None:
     findings.note(
-        "All NICs of a daemon are handed over in one migration. Downtime: from the first ring asked to stop to the last "
-        "one that runs again, by the daemons' own stamps."
+        "All NICs of a daemon are handed over in one migration. Downtime: from the first ring asked to stop to the "
+        "last one that runs again, by the daemons' own stamps."
     )
     findings.note(
         f"Flooded: {sizes.flood_rate} frames of 64 bytes a second each way, all NICs together, in bursts every 0.2 ms "
-        "(up: guest to TAP, down: TAP to guest). Each frame is numbered. Silence: the longest time without a frame from "
-        "asking for the handover to hearing of its end, with one NIC; setup's load on a small machine shows in it, too."
+        "(up: guest to TAP, down: TAP to guest). Each frame is numbered. Silence: the longest time without a frame "
+        "from asking for the handover to hearing of its end, with one NIC; setup's load shows in it, too."
     )
     findings.note(
         f"Rings have 256 entries up to {FEW_NICS} NICs, 64 beyond. Fewer handovers where one takes seconds. "
