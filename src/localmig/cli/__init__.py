@@ -1,4 +1,4 @@
-"""The command line: `localmig run`, `upgrade`, `status`, `qmp`, `demo`.
+"""The command line: `localmig run`, `upgrade`, `status`, `qmp`, `analyze`, `demo`.
 
 Owns:        argv, exit statuses, what is printed.
 Never sees:  what a daemon is inside: everything but `run` asks by QMP.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.cli import qmp, run, status, upgrade
+from localmig.cli import analyze, qmp, run, status, upgrade
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
 
@@ -24,6 +24,7 @@ examples:
                --qmp unix:/run/vm1/qmp.sock
   localmig upgrade /run/vm1/qmp.sock
   localmig status /run/vm1/qmp.sock
+  localmig analyze /tmp/handover.stream
   localmig demo
 
 'localmig COMMAND --help' tells more of each command.
@@ -54,11 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words, argparse.Namespace(run_options=run_options))
     try:
         exit_status: int = arguments.execute(arguments)
+        sys.stdout.flush()
     except LocalmigError as error:
         print(f"localmig: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Nothing may be written again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return exit_status
 
 
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, upgrade, status, qmp):
+    for module in (run, upgrade, status, qmp, analyze):
         module.add_parser(commands)
     commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
     return parser
