@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,39 @@ class Machine:
         self.qmp = directory / "qmp.sock"
         self.started: list[subprocess.Popen[bytes]] = []
 
+    def start_from_file(self) -> subprocess.Popen[bytes]:
+        """As `start`; a file says what it serves."""
+        file = self.directory.parent / "vm.toml"
+        file.write_text(
+            f"""\
+            qmp = "unix:{self.qmp}"
+            migration-parameters.downtime-limit = 250
+            [[netdev]]
+            type = "tap"
+            id = "net0"
+            [[device]]
+            driver = "virtio-net"
+            id = "nic0"
+            netdev = "net0"
+            socket = "{self.directory}/nic0.sock"
+            """
+        )
+        return self._start(LOCALMIG, ["--config", str(file)])
+
     def start(self, program: list[str] | None = None) -> subprocess.Popen[bytes]:
         """The first daemon, in a namespace of its own, ready."""
+        options = ["--netdev", "tap,id=net0,ifname=tap0"]
+        options += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={self.directory}/nic0.sock"]
+        options += ["--qmp", f"unix:{self.qmp}", "--migration-parameter", "downtime-limit=250"]
+        return self._start(program or LOCALMIG, options)
+
+    def _start(self, program: list[str], options: list[str]) -> subprocess.Popen[bytes]:
         ready, ready_there = os.pipe()
         with open(self.directory / "first.log", "wb") as log:
             daemon = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "localmig.testing.namespace"),
-                    *(program or LOCALMIG),
-                    *("run", "--netdev", "tap,id=net0,ifname=tap0"),
-                    *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.directory}/nic0.sock"),
-                    *("--qmp", f"unix:{self.qmp}", "--ready-fd", str(ready_there)),
-                    *("--migration-parameter", "downtime-limit=250"),
+                    *(*program, "run", *options, "--ready-fd", str(ready_there)),
                 ],
                 pass_fds=[ready_there],
                 stderr=log,
@@ -136,8 +157,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(machine: Machine) -> None:
-    old = machine.start()
+@pytest.mark.parametrize("start", [Machine.start, Machine.start_from_file])
+def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(
+    machine: Machine, start: Callable[[Machine], subprocess.Popen[bytes]]
+) -> None:
+    old = start(machine)
     code, report, said = machine.upgrade()
     assert code == 0, said
     assert report["outcome"] == "committed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from localmig.cli.run import read_parameters
 from localmig.cli.status import show, show_migration, table
 from localmig.errors import ConfigError
 from localmig.migration.parameters import Parameters
+from localmig.options import CONFIG_BYTES_MAX
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,7 @@ def test_arguments_that_are_neither_are_refused(words: list[str]) -> None:
         (["run", "--incoming", "defer", "--ready-fd", "999"], 1, "--ready-fd 999: Bad file descriptor"),
         (["run", "--incoming", "defer", "--trace", "/nonexistent/x"], 1, "--trace /nonexistent/x: No such file"),
         (["run", "--incoming", "defer", "--qmp", "tcp:x"], 1, "--qmp tcp:x"),
+        (["run", "--config", "/nonexistent/x"], 1, "--config /nonexistent/x: No such file or directory"),
         (["status", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
         (["upgrade", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
         (["qmp", "/nonexistent/x", "query-status"], 1, "no daemon answers at '/nonexistent/x'"),
@@ -98,6 +101,37 @@ def test_what_cannot_be_done_is_an_error_in_one_line(
     [line] = captured.err.splitlines()
     assert line.startswith("localmig: error: ")
     assert error in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "error"),
+    [
+        ("", [], "nothing to serve"),
+        ("[[netdev]]", [], "netdev[0]: Parameter 'type' is missing, one of: tap"),
+        ("[migration-parameters]\nlocal='on'", ["--incoming", "defer"], "migration-parameters: Invalid parameter type"),
+        ("[migration-parameters]\ndowntime-limit=-1", ["--incoming", "defer"], "migration-parameters: Option"),
+        (
+            "qmp='unix:/a'",
+            ["--qmp", "unix:/b"],
+            "qmp is there and on the command line: leave one out, or make them equal",
+        ),
+        ("incoming='defer'", ["--incoming", "unix:/b"], "incoming is there and on the command line"),
+        ("[[netdev]]\ntype='tap'\nid='a'", ["--netdev", "tap,id=a"], "Duplicate ID 'a' for netdev, a netdev has it"),
+        ("[[netdev]]\ntype='tap'\nid='a'", ["--device", "virtio-net,id=b,netdev=c,socket=/x"], "there is 'a'"),
+        ("#" * (CONFIG_BYTES_MAX + 1), [], f"more than {CONFIG_BYTES_MAX} bytes, which is the limit"),
+        ("\udcff", [], "'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_name(
+    text: str, words: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "vm1.toml"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert main(["run", "--config", str(file), *words]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert error in line
+    if error.startswith(("netdev", "migration", "qmp", "incoming", "more", "'utf")):
+        assert line.startswith(f"localmig: error: --config {file}: {error}")
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,11 @@ from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
 from localmig.monitor.schema import PARAMETERS, parameters_changed
 from localmig.options import (
+    CONFIG_BYTES_MAX,
+    Config,
     check_together,
     help_for,
+    parse_config,
     parse_device,
     parse_incoming,
     parse_monitor,
@@ -65,6 +68,11 @@ def add_parser(commands: Any) -> None:
         description="Serves devices to guests until SIGTERM, SIGINT or QMP's 'quit'.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file with objects, QMP socket and parameters, to which the other options add",
     )
     parser.add_argument(
         "--netdev",
@@ -160,15 +168,47 @@ def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpSe
 
     That one comes first: a second daemon at the same place must end before it opens what the first one has.
     """
-    netdevs = [parse_netdev(text) for text in arguments.netdev]
-    devices = [parse_device(text) for text in arguments.device]
+    config = _read_config(arguments.config) if arguments.config is not None else Config()
+    netdevs = [*config.netdevs, *(parse_netdev(text) for text in arguments.netdev)]
+    devices = [*config.devices, *(parse_device(text) for text in arguments.device)]
     monitor = parse_monitor(arguments.qmp) if arguments.qmp else None
     incoming = parse_incoming(arguments.incoming) if arguments.incoming else None
+    _check_one("qmp", monitor, config.monitor, arguments.config)
+    _check_one("incoming", incoming, config.incoming, arguments.config)
+    monitor, incoming = monitor or config.monitor, incoming or config.incoming
     check_together(netdevs, devices, monitor=monitor, incoming=incoming)
     daemon = Daemon(netdevs=netdevs, devices=devices, incoming=incoming, tracer=tracer)
+    try:
+        parameters = parameters_changed(daemon.parameters, PARAMETERS.read(config.migration_parameters))
+        daemon.set_parameters(parameters)
+    except ConfigError as error:
+        raise ConfigError(f"--config {arguments.config}: migration-parameters: {error}") from error
     daemon.set_parameters(read_parameters(arguments.migration_parameter, daemon.parameters))
     server = QmpServer(daemon, monitor.path, succeeds=incoming is not None) if monitor else None
     return daemon, server
+
+
+def _read_config(path: str) -> Config:
+    """What the file at `path` asks for. ConfigError where it is wrong, KernelError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise _kernel_error(f"--config {path}", error) from error
+    if len(data) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"--config {path}: more than {CONFIG_BYTES_MAX} bytes, which is the limit")
+    try:
+        return parse_config(data.decode())
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+
+
+def _check_one(name: str, ours: object | None, files: object | None, path: str) -> None:
+    """Raises ConfigError where command line and file disagree about what there is one of."""
+    if ours is not None and files is not None and ours != files:
+        raise ConfigError(
+            f"--config {path}: {name} is there and on the command line: leave one out, or make them equal"
+        )
 
 
 def read_parameters(words: Sequence[str], parameters: Parameters) -> Parameters:

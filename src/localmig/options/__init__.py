@@ -1,4 +1,4 @@
-"""Options: command line text and mappings from another daemon become frozen specs.
+"""Options: command line text, a file's text and mappings from another daemon become frozen specs.
 
 Owns:        what can be asked for: objects with their options, addresses.
 Never sees:  the machine: no file is opened, no name looked up, nothing is tried.
@@ -15,6 +15,7 @@ from localmig.options.address import (
     parse_address,
     parse_incoming,
 )
+from localmig.options.config import CONFIG_BYTES_MAX, Config, parse_config
 from localmig.options.specs import (
     AnySpec,
     DeviceSpec,
@@ -33,8 +34,10 @@ from localmig.options.specs import (
 )
 
 __all__ = [
+    "CONFIG_BYTES_MAX",
     "Address",
     "AnySpec",
+    "Config",
     "Defer",
     "DeviceSpec",
     "FdAddress",
@@ -50,6 +53,7 @@ __all__ = [
     "from_mapping",
     "help_for",
     "parse_address",
+    "parse_config",
     "parse_device",
     "parse_incoming",
     "parse_monitor",

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from localmig.errors import ConfigError, PeerError
 from localmig.options.address import IncomingSpec, UnixAddress
@@ -246,6 +246,8 @@ NetdevSpec = TapSpec
 DeviceSpec = VirtioNetSpec
 AnySpec = NetdevSpec | DeviceSpec
 
+SpecT = TypeVar("SpecT", bound=AnySpec)
+
 _TYPES: Final[Mapping[str, type[AnySpec]]] = {spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)}
 
 
@@ -274,9 +276,7 @@ def parse_netdev(text: str) -> NetdevSpec:
     Raises:
         ConfigError: with the option it is about, its text, and what is wrong.
     """
-    spec = _parse("netdev", text)
-    assert isinstance(spec, NetdevSpec), spec
-    return spec
+    return _parse("netdev", text, read_netdev)
 
 
 def parse_device(text: str) -> DeviceSpec:
@@ -285,9 +285,7 @@ def parse_device(text: str) -> DeviceSpec:
     Raises:
         ConfigError: with the option it is about, its text, and what is wrong.
     """
-    spec = _parse("device", text)
-    assert isinstance(spec, DeviceSpec), spec
-    return spec
+    return _parse("device", text, read_device)
 
 
 def parse_monitor(text: str) -> MonitorSpec:
@@ -297,9 +295,23 @@ def parse_monitor(text: str) -> MonitorSpec:
         ConfigError: it is something else.
     """
     try:
-        return _read_monitor(parse_keyval(text, "address"))
+        return read_monitor(text)
     except ConfigError as error:
         raise ConfigError(f"--qmp {text}: {error}") from error
+
+
+def read_netdev(values: Mapping[str, object]) -> NetdevSpec:
+    """The netdev that a mapping in the JSON form describes. ConfigError where it describes none."""
+    spec = _build("netdev", values)
+    assert isinstance(spec, NetdevSpec), spec
+    return spec
+
+
+def read_device(values: Mapping[str, object]) -> DeviceSpec:
+    """The device that a mapping in the JSON form describes. ConfigError where it describes none."""
+    spec = _build("device", values)
+    assert isinstance(spec, DeviceSpec), spec
+    return spec
 
 
 def help_for(kind: str, text: str) -> str | None:
@@ -318,7 +330,9 @@ def help_for(kind: str, text: str) -> str | None:
     return "\n".join([f"{name} options:", *(option.help_line() for option in options_of(spec_type))])
 
 
-def _read_monitor(values: dict[str, str]) -> MonitorSpec:
+def read_monitor(text: str) -> MonitorSpec:
+    """As `parse_monitor`; what is wrong does not name the option."""
+    values = parse_keyval(text, "address")
     address = values.pop("address", "")
     protocol, _, path = address.partition(":")
     if protocol != "unix":
@@ -329,11 +343,11 @@ def _read_monitor(values: dict[str, str]) -> MonitorSpec:
     return MonitorSpec(path=path)
 
 
-def _parse(kind: str, text: str) -> AnySpec:
+def _parse(kind: str, text: str, read: Callable[[Mapping[str, object]], SpecT]) -> SpecT:
     try:
         if is_json(text):
-            return _build(kind, parse_json(text))
-        return _build(kind, _read(kind, parse_keyval(text, _selector(kind))))
+            return read(parse_json(text))
+        return read(_read(kind, parse_keyval(text, _selector(kind))))
     except ConfigError as error:
         raise ConfigError(f"--{kind} {text}: {error}") from error
 

@@ -1,0 +1,99 @@
+"""A file that describes a daemon, as an equal of its command line.
+
+Owns:        the file's keys, the place of what is wrong in it.
+Never sees:  the file itself: its text is brought.
+Read next:   specs.py, whose tables say what each object may have.
+
+    qmp = "unix:/run/vm1/qmp.sock"          # as --qmp
+    incoming = "defer"                      # as --incoming
+
+    [migration-parameters]                  # as --migration-parameter
+    downtime-limit = 250
+
+    [[netdev]]                              # as --netdev with JSON; once for each
+    type = "tap"
+    id = "net0"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from localmig.errors import ConfigError
+from localmig.options.address import IncomingSpec, parse_incoming
+from localmig.options.specs import DeviceSpec, MonitorSpec, NetdevSpec, read_device, read_monitor, read_netdev
+
+CONFIG_BYTES_MAX: Final = 16 << 20
+"""Longest file: ten thousand NICs with every option given have less than a kilobyte each."""
+
+_KEYS: Final = ("qmp", "incoming", "migration-parameters", "netdev", "device")
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """What a file asks for; each object is checked, not yet what they are together.
+
+    Attributes:
+        migration_parameters: values by QMP's names, unchecked: what there is, QMP's tables know.
+    """
+
+    netdevs: tuple[NetdevSpec, ...] = ()
+    devices: tuple[DeviceSpec, ...] = ()
+    monitor: MonitorSpec | None = None
+    incoming: IncomingSpec | None = None
+    migration_parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+def parse_config(text: str) -> Config:
+    """Reads the text of a file.
+
+    Raises:
+        ConfigError: with the place in it, and what is wrong in the words of the command line.
+    """
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"TOML parse error, {error}") from error
+    for key in values:
+        if key not in _KEYS:
+            raise ConfigError(f"Parameter '{key}' is unexpected, a file has: {', '.join(_KEYS)}")
+    parameters = values.get("migration-parameters", {})
+    if not isinstance(parameters, dict):
+        raise ConfigError("Invalid parameter type for 'migration-parameters', expected: table")
+    return Config(
+        netdevs=_objects(values, "netdev", read_netdev),
+        devices=_objects(values, "device", read_device),
+        monitor=_string(values, "qmp", read_monitor),
+        incoming=_string(values, "incoming", parse_incoming),
+        migration_parameters=parameters,
+    )
+
+
+def _objects(values: Mapping[str, object], key: str, read: Callable[[Mapping[str, object]], Read]) -> tuple[Read, ...]:
+    tables = values.get(key, [])
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise ConfigError(f"Invalid parameter type for '{key}', expected: array of tables, [[{key}]]")
+    objects = []
+    for index, table in enumerate(tables):
+        try:
+            objects.append(read(table))
+        except ConfigError as error:
+            raise ConfigError(f"{key}[{index}]: {error}") from error
+    return tuple(objects)
+
+
+def _string(values: Mapping[str, object], key: str, read: Callable[[str], Read]) -> Read | None:
+    if key not in values:
+        return None
+    value = values[key]
+    if not isinstance(value, str):
+        raise ConfigError(f"Invalid parameter type for '{key}', expected: string")
+    try:
+        return read(value)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error

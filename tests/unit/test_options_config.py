@@ -1,0 +1,69 @@
+"""A daemon's file: what it may say, and where it says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+from typing import Final
+
+import pytest
+
+from localmig.errors import ConfigError
+from localmig.options import Config, Defer, MonitorSpec, TapSpec, VirtioNetSpec, parse_config
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs/operating.md"
+
+
+def test_the_example_of_the_page_is_what_it_says() -> None:
+    page = PAGE.read_text()
+    section = page[page.index("## From a file") :]
+    example = section[section.index("    qmp = ") : section.index("`[[netdev]]` and")]
+    assert parse_config(dedent(example)) == Config(
+        netdevs=(TapSpec(id="net0", ifname="tap0"),),
+        devices=(
+            VirtioNetSpec(
+                id="nic0", netdev="net0", socket="/run/vm1/nic0.sock", socket_mode="0660", socket_group="kvm"
+            ),
+        ),
+        monitor=MonitorSpec(path="/run/vm1/qmp.sock"),
+        migration_parameters={"downtime-limit": 250},
+    )
+
+
+def test_an_empty_file_asks_for_nothing() -> None:
+    assert parse_config("") == Config()
+    assert parse_config("incoming = 'defer'") == Config(incoming=Defer())
+
+
+NETDEV: Final = "[[netdev]]\ntype='tap'\nid='net0'\n"
+
+ERRORS: Final = {
+    "netdevs=[]": "Parameter 'netdevs' is unexpected, a file has: qmp, incoming, migration-parameters, netdev, device",
+    "qmp=5": "Invalid parameter type for 'qmp', expected: string",
+    "qmp='tcp:x'": "qmp: 'tcp:x' is no UNIX socket, expected unix:PATH",
+    "incoming='x'": "incoming: unknown migration protocol: x",
+    "migration-parameters=5": "Invalid parameter type for 'migration-parameters', expected: table",
+    "[netdev]\nid='a'": "Invalid parameter type for 'netdev', expected: array of tables, [[netdev]]",
+    "device=['virtio-net']": "Invalid parameter type for 'device', expected: array of tables, [[device]]",
+    NETDEV + "[[netdev]]\ntype='tap'": "netdev[1]: Parameter 'id' is missing",
+    NETDEV + "mtu=1": "netdev[0]: Parameter 'mtu' expects a value between 68 and 65521, not 1: "
+    "what the kernel lets a TAP have",
+    NETDEV + "mtu=1979-05-27": "netdev[0]: Invalid parameter type for 'mtu', expected: integer",
+    NETDEV + "mtu='9000'": "netdev[0]: Invalid parameter type for 'mtu', expected: integer",
+    "[[device]]\nid='a'": "device[0]: Parameter 'driver' is missing, one of: virtio-net",
+    "[[device]]\ndriver='virtio-net'\nid='a'\nnetdev='b'\nsocket='/x'\nserver='off'": "device[0]: Invalid parameter "
+    "type for 'server', expected: boolean",
+}
+
+
+@pytest.mark.parametrize("text", ERRORS)
+def test_what_is_wrong_is_told_in_the_command_lines_words_with_its_place(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert str(caught.value) == ERRORS[text]
+
+
+@pytest.mark.parametrize("text", ["qmp", "qmp='a'\nqmp='b'", "qmp=" + "[" * 100_000], ids=["cut", "twice", "deep"])
+def test_what_is_no_toml_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="TOML parse error, "):
+        parse_config(text)
