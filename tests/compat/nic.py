@@ -82,9 +82,11 @@ class Sample:
         """The states, with these descriptors."""
         take = iter(fds)
         return Daemon(
-            tap=_tap(None if self is HOME else TapDescriptors(queues=(next(take),), downscript="/etc/tap-down")),
+            tap=_tap(None if self is HOME else _descriptors(next(take))),
             nic=VirtioNetState(
-                features_acked=0 if self is IDLE else FEATURES, socket=None if self is HOME else _socket(self, take)
+                features_acked=0 if self is IDLE else FEATURES,
+                mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings(() if self is IDLE else (0x1234, 0xFFFF)),
         )
@@ -97,8 +99,14 @@ CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED)
 
 
+def _descriptors(queue: OwnedFd) -> TapDescriptors:
+    return TapDescriptors(queues=(queue,), attached=(True,), downscript="/etc/tap-down")
+
+
 def _tap(descriptors: TapDescriptors | None) -> TapState:
-    return TapState(ifname="tap0", mtu=9000, vnet_header_length=12, descriptors=descriptors)
+    return TapState(
+        ifname="tap0", mtu=9000, vnet_header_length=12, offloads=0x0F, has_uso=True, descriptors=descriptors
+    )
 
 
 def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:

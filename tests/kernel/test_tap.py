@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -150,6 +151,12 @@ def test_an_interface_that_is_no_tap_of_one_queue_is_refused(arguments: tuple[st
         Tap(id="net0", ifname="tap0").open()
 
 
+def test_one_made_for_one_queue_does_not_get_several() -> None:
+    ip("tuntap", "add", "tap0", "mode", "tap")
+    with pytest.raises(KernelError, match="is no TAP, or one made without multi_queue, which queues=2 and more need"):
+        Tap(id="net0", ifname="tap0", queues=2).open()
+
+
 def test_a_machine_without_tun_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tap_module, "_DEVICE", str(tmp_path / "tun"))
     with pytest.raises(KernelError, match="No such file or directory; load the kernel module: modprobe tun"):
@@ -220,7 +227,7 @@ def test_an_inherited_tap_is_configured_and_used() -> None:
     os.set_blocking(number, True)
     os.set_inheritable(number, True)
     ip("link", "set", "tap0", "down", "mtu", "1300")
-    with opened(ifname=None, fd=number) as tap:
+    with opened(ifname=None, fds=[number]) as tap:
         assert (tap.fileno(), tap.ifname, tap.mtu) == (number, "tap0", 1300)
         assert not os.get_blocking(number)
         assert not os.get_inheritable(number)
@@ -236,8 +243,8 @@ def test_an_inherited_tap_of_another_namespace_needs_its_mtu_said() -> None:
         # An interface of the same name here is another one.
         with opened():
             with pytest.raises(ConfigError, match="is in another network namespace, so its MTU cannot be read; say it"):
-                Tap(id="net1", fd=number).open()
-            with opened(ifname=None, fd=copy, mtu=2000) as tap:
+                Tap(id="net1", fds=[number]).open()
+            with opened(ifname=None, fds=[copy], mtu=2000) as tap:
                 assert (tap.ifname, tap.frame_length_max) == ("tap0", 2018)
             assert link("tap0")["mtu"] == 1500
 
@@ -254,11 +261,158 @@ def test_a_descriptor_that_is_no_tap_of_ours_is_refused_and_left_alone() -> None
             (1000, "netdev 'net0': fd=1000 is not open"),
         ):
             with pytest.raises(ConfigError) as caught:
-                Tap(id="net0", fd=number).open()
+                Tap(id="net0", fds=[number]).open()
             assert str(caught.value) == error
     finally:
         os.close(plain)
         os.close(null)
+
+
+# -- several queues -------------------------------------------------------------------------------------------
+
+
+def queues_in_use(ifname: str = "tap0") -> tuple[int, int]:
+    """(attached, detached) queues of a TAP, as the kernel counts them."""
+    (facts,) = json.loads(ip("-details", "-json", "link", "show", "dev", ifname))
+    info = facts["linkinfo"]["info_data"]
+    return info.get("numqueues", 0), info.get("numdisabled", 0)
+
+
+def spread(tap: Tap) -> list[int]:
+    """How many of some flows' frames the kernel steers into each queue."""
+    with packet_socket(tap.ifname) as sock:
+        for flow in range(64):
+            # An IPv4 header with an address of its own: the kernel steers by flow.
+            header = bytes.fromhex("4500 0014 0000 0000 4011 0000 0a090001 0a0902") + bytes([flow])
+            sock.send(b"\xff" * 6 + b"\x52\x54\x00\x12\x34\x56" + b"\x08\x00" + header + bytes(26))
+    counts = []
+    for queue in range(tap.queue_count):
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while os.read(tap.fileno(queue), 4096):
+                count += 1
+        counts.append(count)
+    return counts
+
+
+def test_of_several_queues_the_first_is_attached_and_the_others_on_demand() -> None:
+    with opened(queues=4) as tap:
+        assert queues_in_use() == (1, 3)
+        assert spread(tap) == [64, 0, 0, 0]
+        tap.attach(2)
+        tap.attach(2)
+        assert queues_in_use() == (2, 2)
+        first, second, third, fourth = spread(tap)
+        assert (second, fourth) == (0, 0)
+        assert first + third == 64
+        assert min(first, third) > 0
+        tap.detach(2)
+        tap.detach(2)
+        assert queues_in_use() == (1, 3)
+        assert spread(tap) == [64, 0, 0, 0]
+    assert not exists("tap0")
+
+
+def test_as_many_queues_as_the_kernel_has_can_be_had() -> None:
+    with opened(queues=256) as tap:
+        assert queues_in_use() == (1, 255)
+        assert len({tap.fileno(queue) for queue in range(256)}) == 256
+
+
+def test_a_tap_of_several_queues_that_is_open_elsewhere_is_busy_and_left_alone() -> None:
+    with opened(queues=2) as tap:
+        tap.attach(1)
+        with pytest.raises(KernelError, match="another process has it open; stop that process") as caught:
+            Tap(id="net1", ifname="tap0", queues=2).open()
+        assert caught.value.errno == 16
+        assert queues_in_use() == (2, 0)
+
+
+def test_a_persistent_tap_of_several_queues_is_taken_again() -> None:
+    ip("tuntap", "add", "tap0", "mode", "tap", "multi_queue")
+    for _ in range(2):
+        with opened(queues=3) as tap:
+            assert spread(tap) == [64, 0, 0]
+    assert exists("tap0")
+
+
+def test_inherited_queues_are_taken_in_their_order() -> None:
+    with opened(queues=3) as parent:
+        # As a parent may leave them: this one detached, and all of them blocking.
+        numbers = [os.dup(parent.fileno(queue)) for queue in (2, 0, 1)]
+    os.set_blocking(numbers[0], True)
+    with opened(ifname=None, fds=numbers, queues=3) as tap:
+        assert [tap.fileno(queue) for queue in range(3)] == numbers
+        assert not os.get_blocking(numbers[0])
+        assert queues_in_use() == (1, 2)
+        assert spread(tap) == [64, 0, 0]
+
+
+def test_inherited_descriptors_that_are_not_the_queues_of_one_tap_are_refused() -> None:
+    with opened(queues=2) as tap, opened(id="net1", ifname="tap1", queues=2) as other, opened(ifname="tap2") as single:
+        numbers = [os.dup(fd) for fd in (tap.fileno(0), other.fileno(0), single.fileno())]
+        try:
+            first, second, third = numbers
+            for pair, error in (
+                ([first, second], f"fd={first} ('tap0') and fd={second} ('tap1') are queues of two interfaces"),
+                ([first, third], f"fd={third} ('tap2') was opened without IFF_MULTI_QUEUE"),
+            ):
+                with pytest.raises(ConfigError) as caught:
+                    Tap(id="net2", fds=pair, queues=2).open()
+                assert str(caught.value) == f"netdev 'net2': {error}"
+        finally:
+            for number in numbers:
+                os.close(number)
+        twice = [os.dup(tap.fileno(0)), os.dup(tap.fileno(0))]
+        with pytest.raises(ConfigError, match=f"fd={twice[0]} and fd={twice[1]} are one queue of 'tap0'"):
+            Tap(id="net2", fds=twice, queues=2).open()
+
+
+def test_several_queues_move_attached_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(queues=3) as source:
+        source.attach(2)
+        destination = handed_over(source, monkeypatch, queues=3)
+        with no_ioctls(monkeypatch):
+            destination.attach(2)
+            destination.detach(1)
+            source.release()
+        assert queues_in_use() == (2, 1)
+        destination.detach(2)
+        destination.attach(1)
+        first, second, third = spread(destination)
+        assert (first + second, third) == (64, 0)
+        destination.close()
+    assert not exists("tap0")
+
+
+def test_who_takes_back_finds_the_queues_as_it_had_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(queues=3) as source:
+        source.attach(2)
+        destination = handed_over(source, monkeypatch, queues=3)
+        # It serves, and dies before it says so.
+        destination.attach(1)
+        destination.detach(2)
+        destination.set_vnet_header_length(10)
+        destination.release()
+        source.recover()
+        assert queues_in_use() == (2, 1)
+        first, second, third = spread(source)
+        assert (first + third, second) == (64, 0)
+        source.detach(2)
+        assert len(receive_frame(source)) == 12 + len(FRAME)
+
+
+def test_without_descriptors_a_tap_of_several_queues_is_opened_once_the_source_let_go() -> None:
+    source = Tap(id="net0", ifname="tap0", queues=2)
+    source.open()
+    destination = Tap(id="net0", queues=2)
+    destination.adopt_setup(travel(source.save_setup(with_descriptors=False)))
+    assert not destination.is_open
+    assert queues_in_use() == (1, 1)
+    source.release()
+    destination.source_released()
+    assert spread(destination) == [64, 0]
+    destination.close()
 
 
 # -- frames ---------------------------------------------------------------------------------------------------

@@ -265,6 +265,12 @@ def test_an_enable_that_says_nothing_new_is_no_event(served: Backend) -> None:
     assert converse(served, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0)) is None
 
 
+def test_enabling_a_ring_is_an_event_also_before_it_starts() -> None:
+    backend = Backend(OFFER)
+    assert converse(backend, Request.SET_VRING_ENABLE, VringNumber(index=0, number=1)) == VringChanged(index=0)
+    assert not backend.state.vrings[0].is_running
+
+
 def test_a_disabled_ring_may_be_set_up_anew_while_started(served: Backend) -> None:
     # User-Mode Linux reloads its driver so: it disables rings and never asks for their position.
     converse(served, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0))

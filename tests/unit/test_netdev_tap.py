@@ -14,7 +14,7 @@ from localmig.netdev import Tap
 from localmig.netdev.tap import TAP, TapDescriptors, TapState
 from localmig.vmstate import Blob, Reader, close_descriptors, load, save
 
-STATE = TapState(ifname="tap0", mtu=1500, vnet_header_length=12, descriptors=None)
+STATE = TapState(ifname="tap0", mtu=1500, vnet_header_length=12, offloads=0, has_uso=False, descriptors=None)
 
 
 class TapPart(Tap, Part):
@@ -50,6 +50,9 @@ def test_a_closed_tap_says_so_and_ends_quietly() -> None:
         ({"ifname": ""}, "netdev 'net0': '' is no interface name"),
         ({"ifname": "a\0b"}, "netdev 'net0': 'a\\x00b' is no interface name"),
         ({"vnet_header_length": 11}, "netdev 'net0': vnet header has 11 bytes, possible are 10 and 12"),
+        ({"offloads": 0x11, "has_uso": True}, "netdev 'net0': no TAP has offloads 0x11 (USO: True)"),
+        ({"offloads": 0x02}, "netdev 'net0': no TAP has offloads 0x2 (USO: False)"),
+        ({"offloads": 0x61}, "netdev 'net0': no TAP has offloads 0x61 (USO: False)"),
         ({"mtu": 67}, "netdev 'net0': MTU of 67 bytes, possible are 68 to 65521"),
         ({"mtu": 65535}, "netdev 'net0': MTU of 65535 bytes, possible are 68 to 65521"),
     ],
@@ -71,7 +74,9 @@ def test_state_that_is_no_tap_is_refused(spoiled: dict[str, object], error: str)
 )
 def test_a_tap_that_arrives_must_be_the_one_that_was_asked_for(tap: Tap, error: str) -> None:
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
-        state = dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), downscript="no"))
+        state = dataclasses.replace(
+            STATE, descriptors=TapDescriptors(queues=(queue,), attached=(True,), downscript="no")
+        )
         Tap(id="net0", ifname="tap0", mtu=1500).check_setup(state)
         with pytest.raises(PeerError) as caught:
             tap.check_setup(state)
@@ -80,15 +85,24 @@ def test_a_tap_that_arrives_must_be_the_one_that_was_asked_for(tap: Tap, error: 
         tap.check_setup(STATE)
 
 
+def descriptors_of(
+    *queues: OwnedFd, attached: tuple[bool, ...] | None = None, downscript: str = "no"
+) -> TapDescriptors:
+    told = (True,) * len(queues) if attached is None else attached
+    return TapDescriptors(queues=queues, attached=told, downscript=downscript)
+
+
 def test_descriptors_that_are_no_tap_are_refused() -> None:
     tap = Tap(id="net0")
     read, write = (OwnedFd(number) for number in os.pipe())
     with read, write, OwnedFd(os.open("/dev/null", os.O_RDWR)) as device:
         for descriptors, error in (
-            (TapDescriptors(queues=(), downscript="no"), "netdev 'net0': TAP with 0 queues, limit is 1"),
-            (TapDescriptors(queues=(device, device), downscript="no"), "TAP with 2 queues, limit is 1"),
-            (TapDescriptors(queues=(read,), downscript="no"), "a descriptor that came for its TAP is no TAP"),
-            (TapDescriptors(queues=(device,), downscript="down"), "downscript 'down' is no absolute path"),
+            (descriptors_of(), "netdev 'net0' has queues=1 here and 0 there"),
+            (descriptors_of(device, device), "netdev 'net0' has queues=1 here and 2 there"),
+            (descriptors_of(device, attached=()), "its 1 queues cannot be attached as told"),
+            (descriptors_of(device, attached=(False,)), "its 1 queues cannot be attached as told"),
+            (descriptors_of(read), "a descriptor that came for its TAP is no TAP"),
+            (descriptors_of(device, downscript="down"), "downscript 'down' is no absolute path"),
         ):
             with pytest.raises(PeerError, match=error):
                 tap.check_setup(dataclasses.replace(STATE, descriptors=descriptors))
@@ -98,7 +112,7 @@ def test_state_survives_the_stream() -> None:
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
         for state in (
             STATE,
-            dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), downscript="/x")),
+            dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), attached=(True,), downscript="/x")),
         ):
             blob = Blob()
             save(TAP, state, into=blob)

@@ -39,9 +39,13 @@ def test_keyval_text_becomes_a_spec() -> None:
     text = "tap,id=net0,ifname=tap0,script=/etc/up,downscript=/etc/down,mtu=9000,queues=1"
     assert parse_netdev(text) == TAP
     assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd=5)
+    inherited = parse_netdev("tap,id=a,fds=3:5:4")
+    assert (inherited.descriptors, inherited.queues) == ((3, 5, 4), 3)
+    assert parse_netdev("tap,id=a,fds=3:5:4,queues=3") == inherited
     text = "virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off"
     assert parse_device(text) == NIC
     assert parse_device(text.replace("off", "on")).local_migration is True
+    assert parse_device(f"{text},mac=52:54:00:AB:cd:01").mac == "52:54:00:AB:cd:01"
 
 
 def test_json_text_becomes_the_same_spec() -> None:
@@ -65,7 +69,8 @@ NETDEV_ERRORS = {
     "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap",
     "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap",
     "tap": "Parameter 'id' is missing",
-    "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: id, ifname, script, downscript, mtu, queues, fd",
+    "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: id, ifname, script, downscript, mtu, queues, fd, "
+    "fds",
     "tap,id=net0,id=net1": "Parameter 'id' is there twice, as 'net0' and 'net1'",
     "tap,id=net0,vhost": "Expected '=' after parameter 'vhost'",
     "tap,,id=net0": "Invalid parameter 'tap,id'",
@@ -80,7 +85,22 @@ NETDEV_ERRORS = {
     "what the kernel lets a TAP have",
     "tap,id=net0,mtu=65522": "Parameter 'mtu' expects a value between 68 and 65521, not 65522: "
     "what the kernel lets a TAP have",
-    "tap,id=net0,queues=2": "Parameter 'queues' expects 1, not 2: this version serves one queue pair",
+    "tap,id=net0,queues=129": "Parameter 'queues' expects a value between 1 and 128, not 129: "
+    "vhost-user can name 256 vrings, two for each queue",
+    "tap,id=net0,queues=0": "Parameter 'queues' expects a value between 1 and 128, not 0: "
+    "vhost-user can name 256 vrings, two for each queue",
+    **{
+        f"tap,id=net0,fds={text}": "Parameter 'fds' expects descriptors between 3 and 1048575 "
+        f"with colons between them, not '{wrong}'"
+        for text, wrong in {"": "", "5:": "", "5:2": "2", "5:x": "x"}.items()
+    },
+    "tap,id=net0,fds=5:6:05": "Parameter 'fds' has a descriptor twice: '5:6:05'",
+    "tap,id=net0,fds=5:6,queues=3": "queues=3 is invalid with fds=, which has 2 descriptors",
+    "tap,id=net0,fds=5:6,fd=7": "fd= is invalid with fds=: give every descriptor in fds=",
+    "tap,id=net0,fd=5,queues=2": "queues=2 is invalid with fd=: give a descriptor for each queue in fds=",
+    "tap,id=net0,fds=5:6,script=/x": "ifname=, script= and downscript= are invalid with fds=: "
+    "who opened the TAP set it up",
+    "tap,id=net0,fds=" + ":".join(map(str, range(3, 132))): "Parameter 'fds' has 129 descriptors, limit is 128",
     "tap,id=net0,fd=2": "Parameter 'fd' expects a value between 3 and 1048575, not 2: "
     "a descriptor beyond the standard streams",
     "tap,id=net0,ifname=": "Parameter 'ifname' expects 1 to 15 bytes, not 0: ''",
@@ -115,6 +135,10 @@ def test_a_wrong_netdev_is_refused_with_its_text_and_what_is_wrong(text: str) ->
 DEVICE_ERRORS = {
     "tap,id=nic0": "Parameter 'driver' does not accept value 'tap', one of: virtio-net",
     "virtio-net,id=nic0,socket=/x": "Parameter 'netdev' is missing",
+    "virtio-net,id=nic0,netdev=net0,socket=/x,mac=1:2:3:4:5:6": "Parameter 'mac' expects an Ethernet address like "
+    "52:54:00:12:34:56, not '1:2:3:4:5:6'",
+    "virtio-net,id=nic0,netdev=net0,socket=/x,mac=53:54:00:12:34:56": "Parameter 'mac' expects the address of one "
+    "station, not '53:54:00:12:34:56'",
     "virtio-net,id=nic0,netdev=net0": "Parameter 'socket' is missing",
     "virtio-net,id=nic0,netdev=net0,socket=": "Parameter 'socket': invalid Unix socket address",
     f"virtio-net,id=nic0,netdev=net0,socket=/{'s' * 107}": "Parameter 'socket': "
@@ -125,7 +149,7 @@ DEVICE_ERRORS = {
     "parameter type for 'local-migration', expected: boolean",
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local_migration": true}': "Parameter "
     "'local_migration' is unexpected, virtio-net has: id, netdev, socket, server, reconnect-ms, socket-mode, "
-    "socket-group, local-migration",
+    "socket-group, local-migration, mac",
     "virtio-net,id=a,netdev=b,socket=/x,reconnect-ms=5": "'reconnect-ms' option is incompatible with socket in server "
     "listen mode",
     "virtio-net,id=a,netdev=b,socket=/x,server=off,reconnect-ms=60001": "Parameter 'reconnect-ms' expects a value "
@@ -238,6 +262,7 @@ def test_a_spec_survives_its_mapping_and_json(spec: AnySpec) -> None:
 def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
     assert to_mapping(TAP) == {"type": "tap", "id": "net0", "ifname": "tap0", "mtu": 9000}
     assert to_mapping(TapSpec(id="net0", fd=7)) == {"type": "tap", "id": "net0"}
+    assert to_mapping(TapSpec(id="net0", fds="7:8")) == {"type": "tap", "id": "net0", "queues": 2}
 
 
 @pytest.mark.parametrize(
@@ -345,7 +370,7 @@ def test_objects_that_fit_together_pass() -> None:
             "netdev 'net1': interface 'tap0' is used by netdev 'net0' already",
         ),
         (
-            [TapSpec(id="net0", fd=5), TapSpec(id="net1", fd=5)],
+            [TapSpec(id="net0", fds="4:5"), TapSpec(id="net1", fd=5)],
             [],
             "netdev 'net1': descriptor '5' is used by netdev 'net0' already",
         ),

@@ -23,6 +23,7 @@ from localmig.options import (
     from_mapping,
     to_mapping,
 )
+from localmig.options.values import mac_bytes
 from localmig.trace import Tracer
 from localmig.vhost_user.session import ConnectTo, ListenAt
 
@@ -69,7 +70,8 @@ class Objects:
                 script=spec.script,
                 downscript=spec.downscript,
                 mtu=spec.mtu,
-                fd=spec.fd,
+                queues=spec.queues,
+                fds=spec.descriptors,
                 stays_home=stays_home.get(spec.id),
             )
             for spec in self.netdevs
@@ -80,6 +82,7 @@ class Objects:
                 netdev=taps[spec.netdev],
                 socket=_socket(spec),
                 local_migration=spec.local_migration,
+                mac=mac_bytes(spec.mac) if spec.mac is not None else None,
                 tracer=tracer,
             )
             for spec in self.devices
@@ -113,7 +116,7 @@ class Objects:
         return replace(
             self,
             netdevs=tuple(
-                spec if spec.ifname or spec.fd is not None else replace(spec, ifname=source_netdevs[spec.id].ifname)
+                spec if spec.ifname or spec.descriptors else replace(spec, ifname=source_netdevs[spec.id].ifname)
                 for spec in self.netdevs
             ),
         )

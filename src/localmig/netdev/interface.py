@@ -1,15 +1,19 @@
-"""A network interface by its name, in this process's network namespace: MTU, up, hardware address.
+"""A network interface by its name, in this process's network namespace: MTU, up, hardware address, who has it open.
 
-Owns:        the SIOC… ioctls.
-Never sees:  TAPs; what the interface is for.
+Owns:        the SIOC… ioctls, the one netlink request.
+Never sees:  a TAP's descriptors; what the interface is for.
 Read next:   tap.py.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import socket
 import struct
+import sys
+from collections.abc import Iterator
 from typing import Final, Self
 
 # linux/sockios.h, linux/if.h
@@ -34,6 +38,61 @@ def unpack_request(request: bytes) -> tuple[str, bytes]:
     """(name, union) of a `struct ifreq`."""
     name, value = _REQUEST.unpack(request)
     return name.split(b"\0", 1)[0].decode(errors="surrogateescape"), value
+
+
+# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h
+_NLMSG_ERROR: Final = 2
+_RTM_GETLINK: Final = 18
+_NLM_F_REQUEST: Final = 1
+_IFLA_LINKINFO: Final = 18
+_IFLA_INFO_DATA: Final = 2
+_IFLA_TUN_NUM_QUEUES: Final = 8
+_IFLA_TUN_NUM_DISABLED_QUEUES: Final = 9
+_NETLINK_HEADER: Final = struct.Struct("=IHHII")
+_LINK_HEADER: Final = struct.Struct("=BxHiII")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_NESTED: Final = 0x8000
+
+_ANSWER_SIZE_MAX: Final = 65536
+"""What the kernel tells of one link has some 2 KiB; with every attribute there is, a page or two."""
+
+
+def open_queue_count(name: str) -> int:
+    """How many queues of the multi-queue TAP `name` any process has open; 0 also where there is no such interface.
+
+    Raises OSError where the kernel does not say.
+    """
+    try:
+        index = socket.if_nametoindex(name)
+    except OSError:
+        return 0
+    link = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+    size = _NETLINK_HEADER.size + len(link)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.send(_NETLINK_HEADER.pack(size, _RTM_GETLINK, _NLM_F_REQUEST, 1, 0) + link)
+        answer = sock.recv(_ANSWER_SIZE_MAX)
+    _, kind, _, _, _ = _NETLINK_HEADER.unpack_from(answer)
+    if kind == _NLMSG_ERROR:
+        (number,) = struct.unpack_from("=i", answer, _NETLINK_HEADER.size)
+        if -number == errno.ENODEV:  # it went meanwhile
+            return 0
+        raise OSError(-number, os.strerror(-number))
+    info = _attributes(answer[_NETLINK_HEADER.size + _LINK_HEADER.size :]).get(_IFLA_LINKINFO, b"")
+    data = _attributes(_attributes(info).get(_IFLA_INFO_DATA, b""))
+    counts = (data.get(each, bytes(4)) for each in (_IFLA_TUN_NUM_QUEUES, _IFLA_TUN_NUM_DISABLED_QUEUES))
+    return sum(int.from_bytes(count, sys.byteorder) for count in counts)
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    """Netlink attributes by their type."""
+    return dict(_walk(data))
+
+
+def _walk(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _ATTRIBUTE.size:
+        size, kind = _ATTRIBUTE.unpack_from(data)
+        yield kind & ~_NESTED, data[_ATTRIBUTE.size : size]
+        data = data[max(_ATTRIBUTE.size, size + 3 & ~3) :]
 
 
 def hardware_address(descriptor: int, name: str) -> bytes:

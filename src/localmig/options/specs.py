@@ -20,11 +20,15 @@ from localmig.errors import ConfigError, PeerError
 from localmig.options.address import IncomingSpec, UnixAddress
 from localmig.options.keyval import is_json, parse_json, parse_keyval
 from localmig.options.values import (
+    FD_MAX,
+    FD_MIN,
+    Descriptors,
     FileMode,
     FilePath,
     GroupName,
     Identifier,
     InterfaceName,
+    MacAddress,
     Number,
     SocketPath,
     Switch,
@@ -39,11 +43,8 @@ MTU_MIN: Final = 68
 MTU_MAX: Final = 65521
 """Largest MTU the kernel lets a TAP have: 65535 less the Ethernet header."""
 
-FD_MIN: Final = 3
-"""0, 1 and 2 are the standard streams."""
-
-FD_MAX: Final = 1048575
-"""Highest descriptor the kernel gives out unless fs.nr_open was raised."""
+QUEUE_COUNT_MAX: Final = 128
+"""vhost-user has 8 bits for the number of a vring, and a queue pair has two; the kernel has 256 for a TAP."""
 
 
 RECONNECT_MS_MAX: Final = 60_000
@@ -152,8 +153,9 @@ class TapSpec(Spec):
     queues: int = field(
         default=1,
         metadata=_option(
-            Number(lowest=1, highest=1, reason="this version serves one queue pair"),
-            "queue pairs of the interface",
+            Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
+            "queues of the interface, and queue pairs of the device on it; more than one need a VMM that serves the "
+            "control queue itself, as QEMU does: without one the guest's driver refuses the device",
         ),
     )
     fd: int | None = field(
@@ -164,11 +166,41 @@ class TapSpec(Spec):
             fit=Fit.NEVER,
         ),
     )
+    fds: str | None = field(
+        default=None,
+        metadata=_option(
+            Descriptors(),
+            "as fd=, for an interface of several queues: a descriptor for each, in place of ifname and queues",
+            fit=Fit.NEVER,
+        ),
+    )
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
-        if self.fd is not None and (self.ifname is not None or self.script != "no" or self.downscript != "no"):
-            raise ConfigError("ifname=, script= and downscript= are invalid with fd=: who opened the TAP set it up")
+        given = "fd=" if self.fds is None else "fds="
+        if self.descriptors and (self.ifname is not None or self.script != "no" or self.downscript != "no"):
+            raise ConfigError(
+                f"ifname=, script= and downscript= are invalid with {given}: who opened the TAP set it up"
+            )
+        if self.fd is not None and self.fds is not None:
+            raise ConfigError("fd= is invalid with fds=: give every descriptor in fds=")
+        if self.fd is not None and self.queues != 1:
+            raise ConfigError(f"queues={self.queues} is invalid with fd=: give a descriptor for each queue in fds=")
+        if self.fds is not None:
+            count = len(self.descriptors)
+            if self.queues not in (1, count):
+                raise ConfigError(f"queues={self.queues} is invalid with fds=, which has {count} descriptors")
+            if count > QUEUE_COUNT_MAX:
+                raise ConfigError(f"Parameter 'fds' has {count} descriptors, limit is {QUEUE_COUNT_MAX}")
+            # What the other side is told, and what is compared with it.
+            object.__setattr__(self, "queues", count)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What fd= or fds= names; empty where the interface is opened by name."""
+        if self.fds is not None:
+            return tuple(map(int, self.fds.split(":")))
+        return () if self.fd is None else (self.fd,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +253,13 @@ class VirtioNetSpec(Spec):
             Switch(),
             "whether a local migration moves this device's descriptors; off: its plain state only",
             fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    mac: str | None = field(
+        default=None,
+        metadata=_option(
+            MacAddress(),
+            "the guest's Ethernet address, for who asks the device: User-Mode Linux does, QEMU has its own",
         ),
     )
 
@@ -499,7 +538,9 @@ def check_together(
                 f"device '{device.id}': can't take netdev '{device.netdev}', it's in use by device '{user}'"
             )
     _check_distinct("interface", [(f"netdev '{netdev.id}'", netdev.ifname) for netdev in netdevs])
-    _check_distinct("descriptor", [(f"netdev '{netdev.id}'", netdev.fd) for netdev in netdevs])
+    _check_distinct(
+        "descriptor", [(f"netdev '{netdev.id}'", number) for netdev in netdevs for number in netdev.descriptors]
+    )
     _check_distinct(
         "socket",
         [

@@ -20,6 +20,12 @@ ID_LENGTH_MAX: Final = 63
 INTERFACE_NAME_LENGTH_MAX: Final = 15
 """IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
 
+FD_MIN: Final = 3
+"""0, 1 and 2 are the standard streams."""
+
+FD_MAX: Final = 1048575
+"""Highest descriptor the kernel gives out unless fs.nr_open was raised."""
+
 PATH_BYTES_MAX: Final = 4095
 """PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
 
@@ -31,6 +37,7 @@ GROUP_NAME_LENGTH_MAX: Final = 255
 
 _MODE: Final = re.compile(r"0[67][0-7]{2}", re.ASCII)
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
+_MAC: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", re.ASCII)
 _INTERFACE_NAME_WRONG: Final = re.compile(r"[\s/:%\0]")
 
 
@@ -154,6 +161,46 @@ class InterfaceName(_Text):
                 f"Parameter '{name}' expects an interface name, not '{text}': "
                 "no space, '/', ':' or '%', not '.' or '..'"
             )
+
+
+class Descriptors(_Text):
+    """Descriptors inherited from the parent process, as QEMU writes them: `3:4:5`."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<x:y:…:z>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Numbers of descriptors, none of them twice."""
+        numbers = text.split(":")
+        for number in numbers:
+            digits = number.isascii() and number.isdigit() and len(number) <= _DIGITS_MAX
+            if not digits or not FD_MIN <= int(number) <= FD_MAX:
+                raise ConfigError(
+                    f"Parameter '{name}' expects descriptors between {FD_MIN} and {FD_MAX} with colons between them, "
+                    f"not '{number}'"
+                )
+        if len(set(map(int, numbers))) < len(numbers):
+            raise ConfigError(f"Parameter '{name}' has a descriptor twice: '{text}'")
+
+
+class MacAddress(_Text):
+    """The Ethernet address of a station."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<xx:xx:xx:xx:xx:xx>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Six bytes, and not the address of a group or of nobody."""
+        if not _MAC.fullmatch(text):
+            raise ConfigError(f"Parameter '{name}' expects an Ethernet address like 52:54:00:12:34:56, not '{text}'")
+        address = mac_bytes(text)
+        if address[0] & 1 or not any(address):
+            raise ConfigError(f"Parameter '{name}' expects the address of one station, not '{text}'")
+
+
+def mac_bytes(text: str) -> bytes:
+    """The six bytes of an Ethernet address that `MacAddress` let pass."""
+    return bytes.fromhex(text.replace(":", ""))
 
 
 class FilePath(_Text):

@@ -261,7 +261,7 @@ class MemoryChanged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VringChanged(Event):
-    """A ring that ran or shall run looks different: it started, stopped, moved, or has other descriptors.
+    """A ring looks different: it started, stopped, moved, has other descriptors, is enabled or not.
 
     The device stops it, writes `next_avail`, and where it `is_running` lets it go on from there.
     """
@@ -464,6 +464,8 @@ class Backend:
                 if vring.enabled == bool(number):
                     return None
                 vring.enabled = bool(number)
+                # Also of a ring that is not started: a device may steer packets by it.
+                return VringChanged(index=index)
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
                 vring.started = False

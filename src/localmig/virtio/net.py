@@ -55,6 +55,9 @@ class LinkStatus(IntFlag):
     ANNOUNCE = 2
 
 
+MAC_LENGTH: Final = 6
+"""Bytes of an Ethernet address."""
+
 MTU_MIN: Final = 68
 """The least MTU a device may tell (section 5.1.4.1): the least IPv4 allows."""
 
@@ -96,7 +99,7 @@ class NetConfig:
     SPEED_UNKNOWN: ClassVar = 0xFFFFFFFF
     DUPLEX_UNKNOWN: ClassVar = 0xFF
 
-    mac: bytes = bytes(6)
+    mac: bytes = bytes(MAC_LENGTH)
     status: int = LinkStatus.LINK_UP
     queue_pair_count_max: int = 1
     mtu: int = 0
@@ -107,7 +110,7 @@ class NetConfig:
 
     def encode(self) -> bytes:
         """All 24 bytes, little-endian as VERSION_1 has them; the three RSS fields at the end are 0."""
-        assert len(self.mac) == 6, self.mac
+        assert len(self.mac) == MAC_LENGTH, self.mac
         return self._LAYOUT.pack(
             self.mac, self.status, self.queue_pair_count_max, self.mtu, self.speed, self.duplex, 0, 0, 0
         )

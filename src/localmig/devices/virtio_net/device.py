@@ -40,11 +40,12 @@ from localmig.vhost_user.protocol import (
     RarpRequested,
     SessionState,
     VringChanged,
+    VringState,
     check_state,
 )
 from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
 from localmig.virtio import Feature, split_ring
-from localmig.virtio.net import NetConfig, NetFeature, header_length, receive_queue, transmit_queue
+from localmig.virtio.net import MAC_LENGTH, NetConfig, NetFeature, header_length, receive_queue, transmit_queue
 
 _logger = logging.getLogger(__name__)
 
@@ -60,13 +61,14 @@ FEATURES: Final = (
 
 
 class VirtioNet(Part):
-    """A NIC with one queue pair.
+    """A NIC with as many queue pairs as its netdev has queues.
 
     Args:
         id: the user's name for it.
         netdev: its host side, which this device reads and writes but does not own.
         socket: where and how frontends come.
         local_migration: whether its descriptors may move.
+        mac: the guest's Ethernet address, for frontends and drivers that take it from the device.
         tracer: where facts go.
     """
 
@@ -76,17 +78,21 @@ class VirtioNet(Part):
     def __init__(
         self,
         *,
-        id: str,  # noqa: A002
+        id: str,  # noqa: A002 - the user's word
         netdev: Tap,
         socket: ListenAt | ConnectTo,
         local_migration: bool,
         tracer: Tracer,
+        mac: bytes | None = None,
     ) -> None:
         self.id = id
         self._netdev = netdev
         self._socket = socket
         self._local_migration = local_migration
         self._tracer = tracer
+        self._own_mac = mac
+        self._known_mac = mac
+        """The guest's address as far as anybody said it, for the network."""
         self._endpoint: Endpoint | None = None
         self._memory: GuestMemory | None = None
         self._ring_errors: OwnedFd | None = None
@@ -157,7 +163,9 @@ class VirtioNet(Part):
                 connection = ConnectionState(connection=session.connection, session=session.backend.state)
             socket = SocketState(listener=self._endpoint.contact.save(), connection=connection)
         return VirtioNetState(
-            features_acked=session.backend.state.features_acked if session is not None else 0, socket=socket
+            features_acked=session.backend.state.features_acked if session is not None else 0,
+            mac=self._known_mac or b"",
+            socket=socket,
         )
 
     def save_switchover(self) -> RingsState:
@@ -179,13 +187,15 @@ class VirtioNet(Part):
     # -- destination --------------------------------------------------------------------------------------------
 
     def check_setup(self, state: VirtioNetState) -> None:
-        """Whether this release can serve the session: its features, its rings, its memory table."""
+        """Whether this daemon can serve the session: its features, its rings, its memory table."""
         offer = self._offer()
         if state.features_acked & ~offer.all_features:
             raise PeerError(
                 f"device '{self.id}': the guest uses features {state.features_acked:#x}, of which "
                 f"{state.features_acked & ~offer.all_features:#x} are not offered here"
             )
+        if len(state.mac) not in (0, MAC_LENGTH):
+            raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
         if state.socket is None:
             return
         try:
@@ -201,6 +211,7 @@ class VirtioNet(Part):
         Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
         """
         self._make_pairs()
+        self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
@@ -287,6 +298,7 @@ class VirtioNet(Part):
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
             case RarpRequested(mac=mac):
+                self._known_mac = mac
                 if self._netdev.is_open:
                     self._netdev.inject(_rarp_frame(mac))
             case _:
@@ -298,6 +310,7 @@ class VirtioNet(Part):
             self._stop(index)
             pair.release()
         self._memory = None
+        self._reset_netdev()
         if reason is not None:
             _logger.warning("device '%s': session closed: %s", self.id, reason)
         self._tracer.emit(SessionClosed(device=self.id, reason=reason))
@@ -310,10 +323,26 @@ class VirtioNet(Part):
 
     def _apply(self, index: int) -> None:
         """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+        # Steered first: while the kernel detaches a queue, what waits in it is still read.
+        self._steer(index)
         self._stop(index)
         self._lay_out(index)
         if self._serving:
             self._start(index)
+
+    def _steer(self, index: int) -> None:
+        """Attaches the pair's TAP queue where the guest receives from it, and detaches it where it does not.
+
+        A VMM that only pauses leaves the ring enabled: what comes meanwhile waits.
+        """
+        if index == 0 or not self._netdev.is_open:
+            return
+        state = self._session_state()
+        vring = state.vrings[receive_queue(index)] if state is not None else VringState()
+        if vring.enabled and vring.is_configured:
+            self._netdev.attach(index)
+        else:
+            self._netdev.detach(index)
 
     def _change_memory(self) -> None:
         for index, pair in enumerate(self._pairs):
@@ -349,7 +378,7 @@ class VirtioNet(Part):
         try:
             pair.configure(
                 memory=self._memory,
-                tap_fd=self._netdev.fileno(),
+                tap_fd=self._netdev.fileno(index),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
                 event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
@@ -418,7 +447,8 @@ class VirtioNet(Part):
 
     def _make_pairs(self) -> None:
         self._ring_errors = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self._pairs = [QueuePair(f"{self.id}/0", self._ring_errors.fileno())]
+        for index in range(self._netdev.queue_count):
+            self._pairs.append(QueuePair(f"{self.id}/{index}", self._ring_errors.fileno()))
 
     def _drop_pairs(self) -> None:
         for pair in self._pairs:
@@ -434,13 +464,25 @@ class VirtioNet(Part):
         return self._endpoint.state if self._endpoint is not None else None
 
     def _offer(self) -> Offer:
-        return Offer(features=FEATURES, vring_count=2, queue_count=1)
+        count = self._netdev.queue_count
+        features = int(FEATURES)
+        if count > 1:
+            # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
+            # to us without one in between, as User-Mode Linux has it, refuses the device then.
+            features |= NetFeature.MQ
+        if self._own_mac is not None:
+            features |= NetFeature.MAC
+        return Offer(features=features, vring_count=2 * count, queue_count=count)
 
     def _make_endpoint(self, contact: Contact) -> Endpoint:
         return Endpoint(contact, self, self._offer(), config=self._config())
 
     def _config(self) -> bytes:
-        return NetConfig(mtu=self._netdev.mtu if self._netdev.is_open else 0).encode()
+        return NetConfig(
+            mac=self._own_mac or bytes(MAC_LENGTH),
+            queue_pair_count_max=self._netdev.queue_count,
+            mtu=self._netdev.mtu if self._netdev.is_open else 0,
+        ).encode()
 
     def _set_header_length(self) -> None:
         """The TAP's vnet header gets the length the guest's headers have. Rings stand still meanwhile."""
@@ -450,6 +492,15 @@ class VirtioNet(Part):
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
+
+    def _reset_netdev(self) -> None:
+        """The TAP is as nobody receives from it: one queue."""
+        try:
+            for index in range(1, self._netdev.queue_count if self._netdev.is_open else 0):
+                self._netdev.detach(index)
+        except KernelError as error:
+            # The session ends all the same, and the next one sets what it needs.
+            _logger.warning("device '%s': %s", self.id, error)
 
     def _rewind(self) -> None:
         """Every ring is back at the beginning: stopping it wrote down where it stood."""

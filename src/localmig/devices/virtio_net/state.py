@@ -16,7 +16,8 @@ from localmig.vhost_user.description import LISTENER, SESSION
 from localmig.vhost_user.message import VRING_INDEX_MAX
 from localmig.vhost_user.protocol import SessionState
 from localmig.vhost_user.session import ListenerState
-from localmig.vmstate import Description, array, fd, optional, struct, u16, u64
+from localmig.virtio.net import MAC_LENGTH
+from localmig.vmstate import Description, array, blob, fd, optional, struct, u16, u64
 
 QUEUE_PAIR_COUNT_MAX: Final = (VRING_INDEX_MAX + 1) // 2
 """Queue pairs the vring numbers of vhost-user can name."""
@@ -44,10 +45,12 @@ class VirtioNetState:
 
     Attributes:
         features_acked: virtio feature bits of the present session, 0 where there is none.
+        mac: the guest's Ethernet address where it is known, else empty.
         socket: None where descriptors stay home: the frontend then connects anew and says everything again.
     """
 
     features_acked: int
+    mac: bytes
     socket: SocketState | None
 
 
@@ -80,7 +83,11 @@ VIRTIO_NET: Final = Description(
     version=1,
     oldest_version=1,
     state=VirtioNetState,
-    fields=(u64("features_acked"), optional(struct("socket", SOCKET))),
+    fields=(
+        u64("features_acked"),
+        blob("mac", size_max=MAC_LENGTH),
+        optional(struct("socket", SOCKET)),
+    ),
 )
 
 COUNTERS: Final = Description(
