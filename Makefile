@@ -7,6 +7,7 @@ PYTHON ?= python3
 CARGO ?= cargo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -15,6 +16,11 @@ BIN := $(VENV)/bin
 GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
+# What the demonstration needs and this machine has not.
+DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
+  $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
+  $(if $(findstring uml,$(DEMO_ARGS)),$(if $(shell command -v linux.uml),,user-mode-linux)) \
+  $(if $(findstring --guest,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
 # An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
 # test makes its own.
 IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
@@ -23,23 +29,25 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
 RUST_SOURCES := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.toml $(wildcard Cargo.lock)
 
+RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
 # The binding and cargo's own runs must agree on the interpreter, or each would rebuild the other's work.
 export PYO3_PYTHON := $(BIN)/python
 export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench clean guest-packages guest-kernel bench-packages
+.PHONY: help setup demo test check bench clean demo-packages guest-packages guest-kernel bench-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
-demo: setup ## show the main job: ten handovers under traffic, beside ten restarts
-	@$(BIN)/python -m localmig.testing.demo
+demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
+	@$(BIN)/python -m localmig.testing.demo $(DEMO_ARGS)
 
-test: setup guest-packages guest-kernel ## run all tests; as root on Debian install what the guest tier needs
+test: setup guest-packages guest-kernel $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
 	$(CARGO) test --quiet --workspace
 	$(IN_NAMESPACES) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -59,23 +67,38 @@ clean: ## remove everything the other targets made
 	rm -rf .venv .lab target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src -name '*.so' -delete
 
+define need_rust
+	@command -v $(CARGO) >/dev/null || { echo "localmig's packet path needs a Rust toolchain ($(RUST_VERSION) or newer), and there is no '$(CARGO)': see https://rustup.rs" >&2; exit 1; }
+	@$(CARGO) --version | awk '{ split($$2, is, "."); split("$(RUST_VERSION)", least, "."); exit is[1] * 1000 + is[2] < least[1] * 1000 + least[2] }' || \
+	  { echo "localmig's packet path needs Rust $(RUST_VERSION) or newer, '$(CARGO)' is $$($(CARGO) --version): see https://rustup.rs" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "Rust needs a linker, and there is no 'cc': on Debian, apt-get install gcc libc6-dev" >&2; exit 1; }
+endef
+
 $(VENV)/tools.stamp: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "localmig needs Python 3.11 or newer, and there is no '$(PYTHON)': install python3, or say PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "localmig needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1): say PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments: on Debian, apt-get install python3-venv" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' # the first one that reads dependency groups
-	$(BIN)/python -m pip install --quiet --group dev
+	$(need_rust)
+	@echo "setting up .venv: tools from the Python package index, about half a minute"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' # the first one that reads dependency groups
+	@$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
 $(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
-	@command -v $(CARGO) >/dev/null || { echo "localmig's packet path needs a Rust toolchain, and there is no '$(CARGO)': see https://rustup.rs" >&2; exit 1; }
-	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	$(need_rust)
+	@echo "building the packet path: about half a minute the first time"
+	@PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
 	@touch $@
 
+$(VENV)/picture.stamp: $(VENV)/tools.stamp
+	@$(BIN)/python -m pip install --quiet --group demo && touch $@ || \
+	  echo "matplotlib could not be installed: the demonstration draws no picture"
+
+demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
-guest-packages bench-packages:
+demo-packages guest-packages bench-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
@@ -90,5 +113,5 @@ guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	  { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && $(APT_GET) update -qq; }; } && \
 	  package=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p') && \
 	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
-	  echo "no guest kernel could be downloaded from Debian's packages: guest tests under QEMU are skipped"
+	  echo "no guest kernel could be downloaded from Debian's packages: there are no guests under QEMU"
 	@rm -rf .lab/unpack

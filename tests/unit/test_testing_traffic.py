@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from localmig.errors import PeerError
-from localmig.testing.traffic import EchoLog, StreamReport, percentile
+from localmig.testing.traffic import UNANSWERED, EchoLog, PingRecord, StreamReport, percentile
 
 MS = 1_000_000
 
@@ -88,6 +90,37 @@ def test_a_log_of_nothing_has_a_report() -> None:
     report = EchoLog().report()
     assert report.sent == report.lost == report.silence_us_max == 0
     assert report.rtt_us_p50 is None
+
+
+def test_an_answer_that_was_overtaken_ends_no_silence() -> None:
+    log = EchoLog()
+    first, second = log.sent(0), log.sent(MS)
+    log.answered(second, 2 * MS)
+    log.answered(first, 3 * MS)
+    log.answered(log.sent(10 * MS), 11 * MS)
+    assert list(log.record.silences()) == [(0, 2 * MS), (10 * MS, 11 * MS)]
+
+
+def test_an_answer_stamped_before_its_request_is_an_answer() -> None:
+    log = EchoLog()
+    log.answered(log.sent(MS), MS - 1)  # the wall clock was set in between
+    assert (log.report().lost, log.report().rtt_us_max) == (0, 0)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = PingRecord(sent_ns=[5, 7, 9], rtt_ns=[100, UNANSWERED, 0])
+    path = tmp_path / "pings.csv"
+    record.write(path)
+    read = PingRecord.read(path)
+    assert (list(read.sent_ns), list(read.rtt_ns)) == (record.sent_ns, record.rtt_ns)
+
+
+@pytest.mark.parametrize(("text", "wrong"), [("", "begins with ''"), ("sent_ns,rtt_ns\n5,x\n", "the line '5,x")])
+def test_what_is_no_record_of_pings_is_refused(tmp_path: Path, text: str, wrong: str) -> None:
+    path = tmp_path / "pings.csv"
+    path.write_text(text)
+    with pytest.raises(PeerError, match=wrong):
+        PingRecord.read(path)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """The demonstration: handovers under traffic, beside restarts as people do them today.
 
-Owns:        the two rounds and the table that compares them.
+Owns:        the two rounds, the guests that can play in them, the traffic.
 Never sees:  the machine's network: all of it happens in namespaces that end with it. Nor the daemons' code: it runs
              `localmig run` and `localmig upgrade`, as an operator does.
-Read next:   guest.py and traffic.py, which it puts together.
+Read next:   demo_report.py for what is told of them; guest.py, linux_guest.py and traffic.py, which it puts together.
 
-    host namespace                                       guest's namespace, or User-Mode Linux
+    host namespace                                       guest's namespace, or Linux under QEMU or User-Mode Linux
     pinger, TCP sender ─ kernel ─ tap0 ─ localmig ═ vhost-user ═ virtio-net ─ kernel ─ TCP receiver
 
 `python -m localmig.testing.demo --help`
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import select
@@ -24,24 +23,34 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
-from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
-from localmig.testing import uml
+from localmig.testing import picture, qemu, uml
+from localmig.testing.demo_report import GuestCounters, Replacement, Round, legend, milliseconds, table, verdict
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.initramfs import STREAM_PORT
-from localmig.testing.linux_guest import LinuxGuest
+from localmig.testing.linux_guest import LinuxGuest, discarded_replies
 from localmig.testing.namespace import configure, create_tap, isolate
-from localmig.testing.traffic import PingReport, StreamReceiver, StreamReport, StreamSender, percentile
+from localmig.testing.traffic import PingRecord, PingReport, StreamReceiver, StreamReport, StreamSender
 
 HOST_ADDRESS: Final = "10.9.0.1/24"
 GUEST_ADDRESS: Final = "10.9.0.2/24"
+
+GUESTS: Final = ("builtin", "qemu", "uml")
+
+KERNEL_PACKAGE: Final = Path(".lab/kernel")
+"""Where `make guest-kernel` unpacks it, in a source tree."""
+
+PICTURE: Final = Path("localmig-demo.png")
+"""Where people find it: in the folder they are in."""
 
 TIMES_MAX: Final = 1000
 """Handovers one run may be asked for: what the pinger's memory has room for."""
@@ -128,19 +137,19 @@ class Service:
             if not select.select([daemon], [], [], STEP_SECONDS_MAX)[0]:
                 signal.pidfd_send_signal(daemon.fileno(), signal.SIGKILL)
 
-    def downtime_us(self) -> int:
-        """Microseconds since `forget` from the first ring that stopped to the last that started, as traced."""
+    def rings_moved_ns(self) -> tuple[int, int | None]:
+        """When, since `forget`, the first ring stopped and the last one started, as traced; None if none did."""
         with self._trace.open() as trace:
             trace.seek(self._seen)
             events = [json.loads(line) for line in trace]
         stopped = [event["at_ns"] for event in events if event["event"] == "RingsStopped"]
         started = [event["at_ns"] for event in events if event["event"] == "RingsStarted"]
-        if not stopped or not started:
-            raise PeerError(f"the daemons traced {len(stopped)} stops and {len(started)} starts of the rings")
-        return int(max(started) - min(stopped)) // 1000
+        if not stopped:
+            raise PeerError(f"the daemons traced no stop of the rings, and {len(started)} starts")
+        return min(stopped), max(started, default=None)
 
     def forget(self) -> None:
-        """Lets `downtime_us` count from here."""
+        """Lets `rings_moved_ns` begin here."""
         self._seen = self._trace.stat().st_size
 
     def _log_tail(self) -> str:
@@ -156,17 +165,34 @@ class DemoGuest(ABC):
     port: int
     """Where its TCP receiver listens."""
 
+    name: str
+    """What it is."""
+
+    reconnects: str
+    """How it looks for a backend that is gone."""
+
     @abstractmethod
-    def carrier_changes(self) -> int | None:
-        """How often its link went up or down; None where it cannot be asked any more."""
+    def carrier_changes(self) -> int:
+        """How often its link went up or down. PeerLostError if it cannot be asked any more, as below."""
+
+    @abstractmethod
+    def discarded_replies(self) -> int:
+        """How many ping replies its own network stack has discarded so far."""
+
+    def counters(self) -> GuestCounters:
+        """Both."""
+        return GuestCounters(carrier_changes=self.carrier_changes(), discarded_replies=self.discarded_replies())
 
     @abstractmethod
     def wait_reconnected(self) -> None:
-        """Waits until it has found its backend again, where it looks for it."""
+        """Waits until it has found its backend again, where it tells."""
 
 
 class BuiltinGuest(DemoGuest):
     """The kit's own guest: a namespace behind a driver of ours."""
+
+    name = "the built-in guest"
+    reconnects = f"the guest looks for it every {RECONNECT_MS} ms"
 
     def __init__(self, nic: str, resources: ExitStack) -> None:
         settings = GuestSettings(socket=nic, address=GUEST_ADDRESS, reconnect_ms=RECONNECT_MS)
@@ -174,9 +200,14 @@ class BuiltinGuest(DemoGuest):
         with self._process.namespace.entered():
             self.port = resources.enter_context(StreamReceiver()).port
 
-    def carrier_changes(self) -> int | None:
+    def carrier_changes(self) -> int:
         """As its kernel saw it."""
         return self._process.carrier_changes()
+
+    def discarded_replies(self) -> int:
+        """As its kernel counts them."""
+        with self._process.namespace.entered():
+            return discarded_replies(Path("/proc/thread-self/net/snmp").read_text())
 
     def wait_reconnected(self) -> None:
         """As it tells."""
@@ -184,47 +215,79 @@ class BuiltinGuest(DemoGuest):
 
 
 class RealGuest(DemoGuest):
-    """User-Mode Linux."""
+    """Linux in a VMM."""
 
     port = STREAM_PORT
 
-    def __init__(self, nic: str, resources: ExitStack, folder: Path) -> None:
-        argv = uml.command(nic, address=GUEST_ADDRESS, folder=folder)
-        guest = LinuxGuest(argv, address=GUEST_ADDRESS, boot_failure_reason=uml.boot_failure_reason)
-        self._guest = resources.enter_context(guest)
-        self._changes_before = self._guest.carrier_changes()
+    def __init__(self, guest: LinuxGuest, *, name: str, reconnects: str) -> None:
+        self._guest = guest
+        self.name = name
+        self.reconnects = reconnects
 
-    def carrier_changes(self) -> int | None:
+    def carrier_changes(self) -> int:
         """As its kernel saw it."""
-        try:
-            return self._guest.carrier_changes() - self._changes_before
-        except PeerLostError:
-            return None
+        return self._guest.carrier_changes()
+
+    def discarded_replies(self) -> int:
+        """As its kernel counts them."""
+        return self._guest.discarded_replies()
 
     def wait_reconnected(self) -> None:
-        """It does not look."""
+        """It does not tell."""
+
+
+Boot = Callable[[str, Path, ExitStack], DemoGuest]
+"""Boots a guest with its NIC at a socket and its files in a folder; the stack ends it."""
+
+
+def choose_guest(kind: str, kernel_package: Path) -> Boot:
+    """How to boot the kind of guest that was asked for.
+
+    Args:
+        kind: one of `GUESTS`.
+        kernel_package: what "qemu" boots: see `qemu.command`.
+
+    Raises:
+        ConfigError: this machine has not what it takes; the text says what is missing.
+    """
+    match kind:
+        case "qemu":
+            if (reason := qemu.unavailable_reason(kernel_package)) is not None:
+                raise ConfigError(reason)
+            return partial(_boot_qemu, kernel_package, qemu.best_accelerator(kernel_package))
+        case "uml":
+            if (reason := uml.unavailable_reason()) is not None:
+                raise ConfigError(reason)
+            return _boot_uml
+        case _:
+            return _boot_builtin
+
+
+def _boot_builtin(nic: str, _folder: Path, resources: ExitStack) -> DemoGuest:
+    return BuiltinGuest(nic, resources)
+
+
+def _boot_qemu(kernel_package: Path, accelerator: str, nic: str, folder: Path, resources: ExitStack) -> DemoGuest:
+    argv = qemu.command(
+        qemu.vhost_user_netdev(nic),
+        address=GUEST_ADDRESS,
+        folder=folder,
+        kernel_package=kernel_package,
+        accelerator=accelerator,
+    )
+    guest = resources.enter_context(LinuxGuest(argv, address=GUEST_ADDRESS))
+    name = f"Linux under QEMU ({accelerator.upper()})"
+    return RealGuest(guest, name=name, reconnects="QEMU looks for it every second")
+
+
+def _boot_uml(nic: str, folder: Path, resources: ExitStack) -> DemoGuest:
+    argv = uml.command(nic, address=GUEST_ADDRESS, folder=folder)
+    guest = LinuxGuest(argv, address=GUEST_ADDRESS, boot_failure_reason=uml.boot_failure_reason)
+    resources.enter_context(guest)
+    return RealGuest(guest, name="User-Mode Linux", reconnects="User-Mode Linux cannot reconnect")
 
 
 # -- the rounds -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """What one way of replacing the daemon did to the guest.
-
-    Attributes:
-        downtimes_us: of each replacement, from the old daemon's rings stopping to the new one's running.
-        pings: one a millisecond.
-        stream: TCP from host to guest; None if it did not survive.
-        carrier_changes: what the guest saw of its link; None if nobody could ask it at the end.
-        guest_lost: the guest has no network any more.
-    """
-
-    downtimes_us: tuple[int, ...]
-    pings: PingReport
-    stream: StreamReport | None
-    carrier_changes: int | None
-    guest_lost: bool
 
 
 def hand_over(service: Service, guest: DemoGuest, *, times: int) -> Round:
@@ -244,27 +307,28 @@ def restart(service: Service, guest: DemoGuest, *, times: int) -> Round:
 
 def _round(name: str, guest: DemoGuest, service: Service, replace: Callable[[], None], *, times: int) -> Round:
     """Replaces the daemon under traffic until it was done `times` times or the guest did not recover."""
-    downtimes = []
+    replacements: list[Replacement] = []
+    before = guest.counters()
     with Traffic(guest.port) as traffic:
         traffic.recover()
         for number in range(1, times + 1):
             service.forget()
             replace()
-            if not traffic.recover():
+            recovered = traffic.recover()
+            recovered_ns = time.monotonic_ns()
+            stopped_ns, started_ns = service.rings_moved_ns()
+            if not recovered:
+                # Rings may have run again: the guest has lost its network all the same.
+                replacements.append(Replacement(stopped_ns=stopped_ns, started_ns=None, recovered_ns=None))
                 _progress(f"{name} {number}/{times}: the guest has lost its network")
                 traffic.give_up()
                 break
-            downtimes.append(service.downtime_us())
-            _progress(f"{name} {number}/{times}: downtime {_milliseconds(downtimes[-1])}")
-        pings, stream = traffic.reports()
-    guest_lost = len(downtimes) < times
-    return Round(
-        downtimes_us=tuple(downtimes),
-        pings=pings,
-        stream=stream,
-        carrier_changes=None if guest_lost else guest.carrier_changes(),
-        guest_lost=guest_lost,
-    )
+            replacement = Replacement(stopped_ns=stopped_ns, started_ns=started_ns, recovered_ns=recovered_ns)
+            replacements.append(replacement)
+            _progress(f"{name} {number}/{times}: downtime {milliseconds(replacement.downtime_us)}")
+        pings, record, stream = traffic.reports()
+    counted = None if replacements[-1].started_ns is None else guest.counters() - before
+    return Round(replacements=tuple(replacements), pings=pings, record=record, stream=stream, guest=counted)
 
 
 class Traffic:
@@ -273,7 +337,9 @@ class Traffic:
     def __init__(self, port: int) -> None:
         address = GUEST_ADDRESS.partition("/")[0]
         # In a process of its own: nothing that happens here may make it late.
-        argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", address]
+        self._folder = tempfile.TemporaryDirectory(prefix="localmig-demo-")
+        self._record = Path(self._folder.name, "pings.csv")
+        argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", address, "--record", str(self._record)]
         self._pinger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self._pinger.stdout is not None
         self._output = self._pinger.stdout
@@ -297,7 +363,7 @@ class Traffic:
         """Breaks the stream off, which would wait for a guest that is lost."""
         self._sender.abort()
 
-    def reports(self) -> tuple[PingReport, StreamReport | None]:
+    def reports(self) -> tuple[PingReport, PingRecord, StreamReport | None]:
         """Ends both; None for a stream that broke."""
         try:
             stream = self._sender.stop()
@@ -305,7 +371,7 @@ class Traffic:
             stream = None
         self._pinger.send_signal(signal.SIGTERM)
         report, _ = self._pinger.communicate(timeout=STEP_SECONDS_MAX)
-        return PingReport(**json.loads(report)), stream
+        return PingReport(**json.loads(report)), PingRecord.read(self._record), stream
 
     def close(self) -> None:
         """Kills the pinger, if it still runs. Idempotent."""
@@ -313,6 +379,7 @@ class Traffic:
             self._pinger.kill()
             self._pinger.wait()
         self._output.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -321,45 +388,7 @@ class Traffic:
         self.close()
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------
-
-
-_LEGEND: Final = f"""\
-handover: 'localmig upgrade'. restart: the daemon ends, then another starts; the guest looks every {RECONNECT_MS} ms.
-downtime: from the old daemon's rings stopping to the new one's running. silence: pings waiting, none answered."""
-
-
-def table(handovers: Round, restarts: Round) -> str:
-    """Both rounds side by side."""
-    left, right = _facts(handovers), _facts(restarts)
-    rows = [("", "handover", "restart"), *((name, left[name], right[name]) for name in left)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}   {first:>{widths[1]}}   {second:>{widths[2]}}".rstrip() for name, first, second in rows
-    )
-
-
-def _facts(result: Round) -> dict[str, str]:
-    downtimes = result.downtimes_us
-    pings = result.pings
-    stream = result.stream
-    return {
-        "replacements": str(len(downtimes)) if not result.guest_lost else f"{len(downtimes)}, then guest lost",
-        "pings sent, one a ms": str(pings.sent),
-        "pings lost": str(pings.lost),
-        "downtime p50": _milliseconds(percentile(downtimes, 0.5)),
-        "downtime p99": _milliseconds(percentile(downtimes, 0.99)),
-        "downtime max": _milliseconds(max(downtimes, default=None)),
-        "longest silence": "for good" if result.guest_lost else _milliseconds(pings.silence_us_max),
-        "pinger itself late": _milliseconds(pings.send_gap_us_max),
-        "link changes in guest": "-" if result.carrier_changes is None else str(result.carrier_changes),
-        "TCP stream": "broken" if stream is None else f"{stream.bytes_sent / 1e6:.0f} MB",
-        "SHA-256 at both ends": "-" if stream is None else "equal" if stream.intact else "DIFFERENT",
-    }
-
-
-def _milliseconds(microseconds: int | None) -> str:
-    return "-" if microseconds is None else f"{microseconds / 1000:.2f} ms"
+# -- the whole --------------------------------------------------------------------------------------------------
 
 
 def _progress(line: str) -> None:
@@ -381,11 +410,11 @@ def _end_children() -> None:
             os.waitpid(pid, 0)
 
 
-def run(*, guest: str, times: int) -> tuple[Round, Round]:
-    """Both rounds, each with a fresh guest.
+def run(boot: Boot, *, times: int) -> tuple[Round, Round, DemoGuest]:
+    """Both rounds, each with a fresh guest; the last of them to tell what it was.
 
     Args:
-        guest: "builtin" or "uml".
+        boot: of the kind of guest that plays.
         times: how often the daemon is replaced in each.
 
     Raises:
@@ -403,45 +432,87 @@ def run(*, guest: str, times: int) -> tuple[Round, Round]:
             service = Service(folder)
             resources.callback(service.stop)
             service.start()
-            played: DemoGuest
-            if guest == "uml":
-                played = RealGuest(service.nic, resources, folder)
-            else:
-                played = BuiltinGuest(service.nic, resources)
-            rounds.append(play(service, played, times=times))
-    return rounds[0], rounds[1]
+            guest = boot(service.nic, folder, resources)
+            rounds.append(play(service, guest, times=times))
+    return rounds[0], rounds[1], guest
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the demonstration; 0 if the handovers lost nothing, 1 if they did or it could not run."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="localmig demo",
         description="Replaces the daemon that serves a guest's NIC while the guest talks: by handovers, then by "
         "restarts. Touches nothing of this machine's network.",
     )
     parser.add_argument(
-        "--guest", choices=("builtin", "uml"), default="builtin", help="uml: User-Mode Linux (default: %(default)s)"
+        "--guest",
+        choices=GUESTS,
+        default="builtin",
+        help="builtin: a network namespace behind a virtio-net driver; qemu: Linux under QEMU; uml: User-Mode Linux "
+        "(default: %(default)s)",
     )
     parser.add_argument("--handovers", type=int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--guest-kernel",
+        type=Path,
+        default=KERNEL_PACKAGE,
+        metavar="FOLDER",
+        help="what QEMU boots: an unpacked package of Debian's cloud kernel (default: %(default)s, where 'make "
+        "guest-kernel' puts one)",
+    )
+    drawing = parser.add_mutually_exclusive_group()
+    drawing.add_argument(
+        "--picture",
+        type=Path,
+        default=PICTURE,
+        metavar="FILE",
+        help=f"draw each ping's round trip into this file: {', '.join(picture.SUFFIXES)} (default: %(default)s)",
+    )
+    drawing.add_argument("--no-picture", dest="picture", action="store_const", const=None, help="draw none")
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON instead of the table")
+    return parser
+
+
+def _demonstrate(options: argparse.Namespace) -> Round:
+    """Plays, prints and draws; gives the handovers. LocalmigError as `run`."""
+    drawn: Path | None = options.picture
+    if drawn is not None:
+        picture.check_path(drawn)
+        if (reason := picture.unavailable_reason()) is not None:
+            _progress(f"No picture will be drawn: {reason}")
+            drawn = None
+    boot = choose_guest(options.guest, options.guest_kernel)
+    _progress(
+        f"A guest is pinged every millisecond while the daemon that serves its NIC is replaced: {options.handovers} "
+        "times by a handover, then as often by a restart."
+    )
+    handovers, restarts, guest = run(boot, times=options.handovers)
+    if options.json:
+        sys.stdout.write(json.dumps({"handover": handovers.facts(), "restart": restarts.facts()}) + "\n")
+    else:
+        told = (table(handovers, restarts), legend(reconnects=guest.reconnects), verdict(handovers))
+        sys.stdout.write("\n" + "\n\n".join(told) + "\n")
+    sys.stdout.flush()
+    if drawn is not None:
+        picture.draw(drawn, handovers, restarts, guest=guest.name)
+        _progress(f"\nThe picture of it: {drawn.absolute()}")
+    return handovers
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the demonstration; 0 if the handovers did no harm, 1 if they did or it could not run."""
+    parser = _parser()
     options = parser.parse_args(argv)
     if not 1 <= options.handovers <= TIMES_MAX:
         parser.error(f"--handovers {options.handovers} is not between 1 and {TIMES_MAX}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        handovers, restarts = run(guest=options.guest, times=options.handovers)
+        handovers = _demonstrate(options)
     except LocalmigError as error:
         sys.stderr.write(f"localmig: error: {error}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    if options.json:
-        both = {"handover": dataclasses.asdict(handovers), "restart": dataclasses.asdict(restarts)}
-        sys.stdout.write(json.dumps(both) + "\n")
-    else:
-        sys.stdout.write(f"\n{table(handovers, restarts)}\n\n{_LEGEND}\n")
-    unharmed = handovers.pings.lost == 0 and handovers.carrier_changes == 0
-    return 0 if unharmed and handovers.stream is not None and handovers.stream.intact else 1
+    return 0 if handovers.is_unharmed else 1
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Final, Self
 
@@ -35,6 +38,9 @@ from localmig.errors import PeerError, PeerLostError, StateError
 
 PING_COUNT_MAX: Final = 1_000_000
 """Pings one pinger sends: sixteen minutes at one a millisecond, in 16 MB of records."""
+
+UNANSWERED: Final = -1
+"""In a record, the round trip of a request that nobody answered."""
 
 PING_GRACE_SECONDS: Final = 1.0
 """How long a pinger waits for its last replies: a thousand times the round trip of a healthy local link."""
@@ -52,6 +58,8 @@ STREAM_CONNECTIONS_MAX: Final = 16
 # asm-generic/socket.h; the socket module does not have them.
 _SO_TIMESTAMPNS: Final = 35
 _SO_MAX_PACING_RATE: Final = 47
+
+_RECORD_HEAD: Final = "sent_ns,rtt_ns\n"
 
 _CHUNK_BYTES: Final = 64 * 1024
 _TRANSIENT: Final = (errno.ENOBUFS, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN)
@@ -96,53 +104,102 @@ def percentile(values: Sequence[int], fraction: float) -> int | None:
     return ordered[max(0, -int(-fraction * len(ordered) // 1) - 1)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PingRecord:
+    """Each ping by itself: what a report is the sum of. Times in nanoseconds of CLOCK_MONOTONIC.
+
+    Attributes:
+        sent_ns: when each request left, in that order.
+        rtt_ns: how long after that its answer came; `UNANSWERED` where none did.
+    """
+
+    sent_ns: Sequence[int]
+    rtt_ns: Sequence[int]
+
+    def silences(self) -> Iterator[tuple[int, int]]:
+        """From when to when requests were waiting and no answer came. One that still lasts ends with the last request.
+
+        After the answer to the newest request nobody waits, whatever was lost before.
+        """
+        if not self.sent_ns:
+            return
+        answers = sorted((self.sent_ns[n] + rtt, n) for n, rtt in enumerate(self.rtt_ns) if rtt != UNANSWERED)
+        since: int | None = self.sent_ns[0]
+        for at_ns, number in answers:
+            if since is None or at_ns < since:
+                continue  # it was overtaken by the answer to a newer request
+            yield since, at_ns
+            following = bisect_right(self.sent_ns, at_ns)
+            if number < following - 1:
+                since = at_ns
+            else:
+                since = self.sent_ns[following] if following < len(self.sent_ns) else None
+        if since is not None:
+            yield since, self.sent_ns[-1]
+
+    def write(self, path: Path) -> None:
+        """As lines of comma-separated values, an unanswered round trip empty."""
+        with path.open("w") as lines:
+            lines.write(_RECORD_HEAD)
+            for sent, rtt in zip(self.sent_ns, self.rtt_ns, strict=True):
+                lines.write(f"{sent},{'' if rtt == UNANSWERED else rtt}\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What `write` has written. PeerError for anything else."""
+        sent_ns, rtt_ns = array("q"), array("q")
+        with path.open() as lines:
+            if (head := lines.readline()) != _RECORD_HEAD:
+                raise PeerError(f"'{path}' is no record of pings, it begins with {head!r}")
+            try:
+                for line in lines:
+                    sent, _, rtt = line.rstrip("\n").partition(",")
+                    sent_ns.append(int(sent))
+                    rtt_ns.append(int(rtt) if rtt else UNANSWERED)
+            except ValueError as error:
+                raise PeerError(f"'{path}' is no record of pings, it has the line {line!r}") from error
+        return cls(sent_ns=sent_ns, rtt_ns=rtt_ns)
+
+
 class EchoLog:
     """The pinger's memory: which request left when, and which answer came when. Times in nanoseconds."""
 
     def __init__(self) -> None:
         self._sent_at = array("q")
-        self._rtt = array("q")  # -1: not answered
+        self._rtt = array("q")
         self._duplicates = 0
         self._answered = 0
-        self._waiting_since: int | None = None
-        self._silence = 0
-        self._send_gap = 0
 
     @property
     def outstanding(self) -> int:
         """Requests without an answer so far."""
         return len(self._rtt) - self._answered
 
+    @property
+    def record(self) -> PingRecord:
+        """Each ping, lent."""
+        return PingRecord(sent_ns=self._sent_at, rtt_ns=self._rtt)
+
     def sent(self, at_ns: int) -> int:
         """Notes a request; gives its sequence number."""
-        if self._sent_at:
-            self._send_gap = max(self._send_gap, at_ns - self._sent_at[-1])
-        if self._waiting_since is None:
-            self._waiting_since = at_ns
         self._sent_at.append(at_ns)
-        self._rtt.append(-1)
+        self._rtt.append(UNANSWERED)
         return len(self._rtt) - 1
 
     def answered(self, sequence: int, at_ns: int) -> None:
         """Notes an answer. PeerError if nothing with that number was sent."""
         if sequence >= len(self._rtt):
             raise PeerError(f"echo reply has sequence number {sequence}, highest sent is {len(self._rtt) - 1}")
-        if self._waiting_since is not None:
-            self._silence = max(self._silence, at_ns - self._waiting_since)
-        # After the answer to the newest request nobody waits, whatever was lost before.
-        self._waiting_since = None if sequence == len(self._rtt) - 1 else at_ns
-        if self._rtt[sequence] >= 0:
+        if self._rtt[sequence] != UNANSWERED:
             self._duplicates += 1
             return
-        self._rtt[sequence] = at_ns - self._sent_at[sequence]
+        # The stamps are of two clocks, and one of them is set now and then.
+        self._rtt[sequence] = max(0, at_ns - self._sent_at[sequence])
         self._answered += 1
 
     def report(self) -> PingReport:
-        """The sum of it. A silence that still lasts counts up to the last request."""
-        times = sorted(rtt // 1000 for rtt in self._rtt if rtt >= 0)
-        silence = self._silence
-        if self._waiting_since is not None:
-            silence = max(silence, self._sent_at[-1] - self._waiting_since)
+        """The sum of it."""
+        times = sorted(rtt // 1000 for rtt in self._rtt if rtt != UNANSWERED)
         return PingReport(
             sent=len(self._rtt),
             received=self._answered,
@@ -151,8 +208,8 @@ class EchoLog:
             rtt_us_p50=percentile(times, 0.5),
             rtt_us_p99=percentile(times, 0.99),
             rtt_us_max=times[-1] if times else None,
-            silence_us_max=silence // 1000,
-            send_gap_us_max=self._send_gap // 1000,
+            silence_us_max=max((end - since for since, end in self.record.silences()), default=0) // 1000,
+            send_gap_us_max=max((later - at for at, later in pairwise(self._sent_at)), default=0) // 1000,
         )
 
 
@@ -222,6 +279,11 @@ class Pinger:
         if self._failure is not None:
             raise self._failure
         return self._log.report()
+
+    @property
+    def record(self) -> PingRecord:
+        """Each ping by itself, once `stop` has returned."""
+        return self._log.record
 
     def _run(self) -> None:
         try:
@@ -613,6 +675,9 @@ def _parser() -> argparse.ArgumentParser:
     ping.add_argument("address")
     ping.add_argument("--interval-ms", type=float, default=1.0, help="time between requests (default: %(default)s)")
     ping.add_argument("--count", type=int, default=PING_COUNT_MAX, help="requests to send (default: %(default)s)")
+    ping.add_argument(
+        "--record", type=Path, metavar="FILE", help="write each ping's time and round trip here at the end"
+    )
     receive = kinds.add_parser("receive", help="far end of TCP streams; prints its port first")
     receive.add_argument("--address", default="0.0.0.0")
     receive.add_argument("--port", type=int, default=0, help="0 lets the kernel choose (default)")
@@ -663,6 +728,8 @@ def main(argv: Sequence[str]) -> int:
     _on_signal(traffic.finish)
     traffic.wait(options.seconds)
     report = traffic.stop()
+    if isinstance(traffic, Pinger) and options.record is not None:
+        traffic.record.write(options.record)
     _print(dataclasses.asdict(report))
     return 0 if not isinstance(report, StreamReport) or report.intact else 1
 
