@@ -15,17 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.compat.synthetic import open_descriptors, write_vector
+from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 
-from localmig.dataplane import Counters
-from localmig.devices.virtio_net.state import (
-    RINGS,
-    VIRTIO_NET,
-    ConnectionState,
-    RingsState,
-    SocketState,
-    VirtioNetState,
-)
+from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
+from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import OutgoingStream, Section, section_name
 from localmig.netdev.tap import TAP, TapDescriptors, TapState
@@ -38,7 +31,8 @@ VECTORS: Final = Path(__file__).parent / "vectors"
 
 TAP_NAME: Final = section_name("net0", TAP)
 NIC_NAME: Final = section_name("nic0", VIRTIO_NET)
-RINGS_NAME: Final = section_name("nic0", RINGS)
+QUEUE_PAIRS_NAME: Final = section_name("*", RINGS_SETUP)
+RINGS_NAME: Final = section_name("*", RINGS)
 
 FEATURES: Final = 0x1_7001_8008
 """VERSION_1, EVENT_IDX, INDIRECT_DESC, protocol features, STATUS, MRG_RXBUF, MTU."""
@@ -58,6 +52,7 @@ class Daemon:
         return [
             Section(name=TAP_NAME, description=TAP, state=self.tap),
             Section(name=NIC_NAME, description=VIRTIO_NET, state=self.nic),
+            Section(name=QUEUE_PAIRS_NAME, description=RINGS_SETUP, state=RingsSetup(queue_pairs=("nic0/0",))),
         ]
 
     @property
@@ -88,7 +83,7 @@ class Sample:
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
                 socket=None if self is HOME else _socket(self, take),
             ),
-            rings=_rings(() if self is IDLE else (0x1234, 0xFFFF)),
+            rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF)),
         )
 
 
@@ -169,41 +164,44 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
     )
 
 
-def _rings(next_avail: tuple[int, ...]) -> RingsState:
-    counters = Counters(
-        rx_packets=1 << 40,
-        rx_bytes=3 << 50,
-        rx_dropped_length=1,
-        rx_kicks=2,
-        rx_calls=3,
-        tx_packets=77,
-        tx_bytes=7700,
-        tx_dropped_interface=4,
-        tx_dropped_header=5,
-        tx_dropped_memory=6,
-        tx_kicks=7,
-        tx_calls=8,
+def _rings(next_avail: tuple[int, int]) -> RingsState:
+    rx_next_avail, tx_next_avail = next_avail
+    return RingsState(
+        rx_next_avail=(rx_next_avail,),
+        tx_next_avail=(tx_next_avail,),
+        rx_packets=(1 << 40,),
+        rx_bytes=(3 << 50,),
+        rx_dropped_length=(1,),
+        rx_kicks=(2,),
+        rx_calls=(3,),
+        tx_packets=(77,),
+        tx_bytes=(7700,),
+        tx_dropped_interface=(4,),
+        tx_dropped_header=(5,),
+        tx_dropped_memory=(6,),
+        tx_kicks=(7,),
+        tx_calls=(8,),
     )
-    return RingsState(next_avail=next_avail, counters=(counters,))
 
 
 @contextmanager
-def written_stream(sample: Sample) -> Iterator[tuple[Blob, Blob]]:
-    """Both pieces, descriptors open for now, as today's code writes them."""
+def written_stream(sample: Sample) -> Iterator[tuple[Blob, Pieces]]:
+    """The setup piece with its descriptors, open for now, and all pieces, as today's code writes them."""
     with open_descriptors(sample.descriptor_count) as fds:
         daemon = sample.daemon(fds)
         stream = OutgoingStream()
         setup = stream.setup(daemon.setup)
-        stream.prepare(daemon.switchover)
-        yield setup, stream.switchover(daemon.switchover)
+        description = stream.describe(daemon.switchover)
+        switchover = stream.switchover(daemon.switchover)
+        yield setup, Pieces(bytes(setup.data), bytes(switchover.data), description)
 
 
 def main() -> None:
     """Writes the vectors that are not there yet: one that is there does not change."""
     for sample in SAMPLES:
         if not sample.path.exists():
-            with written_stream(sample) as (setup, switchover):
-                write_vector(sample.path, setup, switchover)
+            with written_stream(sample) as (_, pieces):
+                write_vector(sample.path, pieces)
 
 
 if __name__ == "__main__":

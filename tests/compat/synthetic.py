@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from localmig.fds import OwnedFd, close_all
 from localmig.migration.stream import OutgoingStream, Section, section_name
@@ -200,24 +200,32 @@ def open_descriptors(count: int) -> Iterator[list[OwnedFd]]:
 
 
 @contextmanager
-def written_stream() -> Iterator[tuple[Blob, Blob]]:
-    """The setup piece, its descriptors open for now, and the switchover piece, as today's code writes them."""
+def written_stream() -> Iterator[tuple[Blob, Pieces]]:
+    """The setup piece with its descriptors, open for now, and all pieces, as today's code writes them."""
     with open_descriptors(DESCRIPTOR_COUNT) as fds:
         stream = OutgoingStream()
         setup = stream.setup([setup_section(fds)])
-        stream.prepare([rings_section(next_avail=0)])
-        yield setup, stream.switchover([rings_section()])
+        description = stream.describe([rings_section(next_avail=0)])
+        switchover = stream.switchover([rings_section()])
+        yield setup, Pieces(bytes(setup.data), bytes(switchover.data), description)
 
 
-def read_vector(path: Path) -> tuple[bytes, bytes]:
-    """The setup and the switchover piece of a vector."""
-    setup, switchover = path.read_text().split("\n\n")
-    return bytes.fromhex(setup), bytes.fromhex(switchover)
+class Pieces(NamedTuple):
+    """The pieces of a stream in the order in which they stand in it."""
+
+    setup: bytes
+    switchover: bytes
+    description: bytes
 
 
-def write_vector(path: Path, setup: Blob, switchover: Blob) -> None:
-    """Writes both pieces as lines of 32 bytes, an empty line between them."""
-    path.write_text("\n\n".join("\n".join(_lines(piece.data.hex())) for piece in (setup, switchover)) + "\n")
+def read_vector(path: Path) -> Pieces:
+    """The pieces of a vector."""
+    return Pieces(*map(bytes.fromhex, path.read_text().split("\n\n")))
+
+
+def write_vector(path: Path, pieces: Pieces) -> None:
+    """Writes the pieces as lines of 32 bytes, an empty line between them."""
+    path.write_text("\n\n".join("\n".join(_lines(piece.hex())) for piece in pieces) + "\n")
 
 
 def _lines(digits: str) -> Iterator[str]:
@@ -230,11 +238,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the synthetic stream.")
     parser.add_argument("--capture", type=Path, help="write one binary file instead of the vector")
     arguments = parser.parse_args()
-    with written_stream() as (setup, switchover):
+    with written_stream() as (_, pieces):
         if arguments.capture:
-            arguments.capture.write_bytes(setup.data + switchover.data)
+            arguments.capture.write_bytes(b"".join(pieces))
         else:
-            write_vector(VECTOR, setup, switchover)
+            write_vector(VECTOR, pieces)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 
 from localmig.devices.virtio_net.device import FEATURES
-from localmig.devices.virtio_net.state import RINGS, VIRTIO_NET
+from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
+from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream, OutgoingStream
 from localmig.netdev.tap import TAP
 from localmig.vhost_user.protocol import Offer, check_state
@@ -20,19 +21,23 @@ each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: samp
 
 @each_sample
 def test_today_writes_the_bytes_of_the_vector(sample: Sample) -> None:
-    with nic.written_stream(sample) as (setup, switchover):
+    with nic.written_stream(sample) as (setup, pieces):
         assert len(setup.fds) == sample.descriptor_count
-        assert (bytes(setup.data), bytes(switchover.data)) == read_vector(sample.path)
+        assert pieces == read_vector(sample.path)
 
 
 @each_sample
 def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None:
-    setup, switchover = read_vector(sample.path)
-    offsets = walk(setup + switchover).descriptors
-    incoming = IncomingStream(setup={nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET}, switchover={nic.RINGS_NAME: RINGS})
+    pieces = read_vector(sample.path)
+    offsets = walk(b"".join(pieces)).descriptors
+    incoming = IncomingStream(
+        setup={nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
+        switchover={nic.RINGS_NAME: RINGS},
+    )
     with open_descriptors(sample.descriptor_count) as fds:
-        tap, device = incoming.setup(setup, zip(offsets, fds, strict=True))
-        (rings,) = incoming.switchover(switchover)
+        incoming.description(pieces.description)
+        tap, device, _ = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
+        (rings,) = incoming.switchover(pieces.switchover)
         if device.state.socket is not None and device.state.socket.connection is not None:
             session = device.state.socket.connection.session
             # A stream brings tuples.
@@ -41,9 +46,9 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
         arrived = Daemon(tap=tap.state, nic=device.state, rings=rings.state)
         assert arrived == sample.daemon(fds)
         outgoing = OutgoingStream()
-        assert bytes(outgoing.setup(arrived.setup).data) == setup
-        outgoing.prepare(arrived.switchover)
-        assert bytes(outgoing.switchover(arrived.switchover).data) == switchover
+        assert outgoing.setup(arrived.setup).data == pieces.setup
+        assert outgoing.describe(arrived.switchover) == pieces.description
+        assert outgoing.switchover(arrived.switchover).data == pieces.switchover
         for section in (tap, device):
             close_descriptors(section.description, section.state)
         assert not any(fd.is_open for fd in fds)
@@ -51,18 +56,16 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
 
 @each_sample
 def test_the_vector_explains_itself(sample: Sample) -> None:
-    setup, switchover = read_vector(sample.path)
-    sections = walk(setup + switchover).sections
+    sections = walk(b"".join(read_vector(sample.path))).sections
     assert sections[nic.TAP_NAME]["ifname"] == b"tap0"
     assert sections[nic.TAP_NAME]["mtu"] == 9000
     rings = sections[nic.RINGS_NAME]
-    assert rings["counters"]["rx_packets"] == 1 << 40
-    assert rings.get("next_avail", []) == ([] if sample is nic.IDLE else [0x1234, 0xFFFF])
+    assert rings["rx_packets"] == 1 << 40
+    assert rings["tx_next_avail"] == (0 if sample is nic.IDLE else 0xFFFF)
 
 
 def test_the_session_explains_itself() -> None:
-    setup, switchover = read_vector(nic.SESSION.path)
-    session = walk(setup + switchover).sections[nic.NIC_NAME]["socket"]["connection"]["session"]
+    session = walk(b"".join(read_vector(nic.SESSION.path))).sections[nic.NIC_NAME]["socket"]["connection"]["session"]
     assert session["features_acked"] == nic.FEATURES
     assert [region["guest_address"] for region in session["regions"]] == [0, 1 << 32]
     assert [vring["size"] for vring in session["vrings"]] == [256, 1024]

@@ -10,20 +10,21 @@ from localmig.vmstate import close_descriptors
 
 
 def test_today_writes_the_bytes_of_the_vector() -> None:
-    with synthetic.written_stream() as (setup, switchover):
-        assert (bytes(setup.data), bytes(switchover.data)) == synthetic.read_vector(synthetic.VECTOR)
+    with synthetic.written_stream() as (_, pieces):
+        assert pieces == synthetic.read_vector(synthetic.VECTOR)
 
 
 def test_today_reads_the_vector() -> None:
-    setup, switchover = synthetic.read_vector(synthetic.VECTOR)
-    offsets = walk(setup + switchover).descriptors
+    pieces = synthetic.read_vector(synthetic.VECTOR)
+    offsets = walk(b"".join(pieces)).descriptors
     assert len(offsets) == synthetic.DESCRIPTOR_COUNT
     stream = IncomingStream(
         setup={synthetic.SETUP_NAME: synthetic.NIC}, switchover={synthetic.RINGS_NAME: synthetic.NIC_RINGS}
     )
     with synthetic.open_descriptors(synthetic.DESCRIPTOR_COUNT) as fds:
-        (nic,) = stream.setup(setup, zip(offsets, fds, strict=True))
-        (rings,) = stream.switchover(switchover)
+        stream.description(pieces.description)
+        (nic,) = stream.setup(pieces.setup, zip(offsets, fds, strict=True))
+        (rings,) = stream.switchover(pieces.switchover)
         assert nic.state == synthetic.setup_state(fds)
         assert rings.state == synthetic.rings_section().state
         close_descriptors(nic.description, nic.state)
@@ -31,8 +32,7 @@ def test_today_reads_the_vector() -> None:
 
 
 def test_the_vector_explains_itself() -> None:
-    setup, switchover = synthetic.read_vector(synthetic.VECTOR)
-    sections = walk(setup + switchover).sections
+    sections = walk(b"".join(synthetic.read_vector(synthetic.VECTOR))).sections
     assert sections["configuration"] == {"machine.size": 8, "machine": b"localmig"}
     nic = sections["nic0/synthetic-nic"]
     assert nic["features"] == 0x1_3000_8028
@@ -53,8 +53,7 @@ def test_the_vector_explains_itself() -> None:
 
 
 def test_the_vmdesc_has_what_analyze_migration_insists_on() -> None:
-    setup, switchover = synthetic.read_vector(synthetic.VECTOR)
-    vmdesc = find_vmdesc(setup + switchover)
+    vmdesc = find_vmdesc(b"".join(synthetic.read_vector(synthetic.VECTOR)))
     assert vmdesc["page_size"] == 4096
     assert [device["name"] for device in vmdesc["devices"]] == [synthetic.SETUP_NAME, synthetic.RINGS_NAME]
     assert all(len(device["name"]) < 128 for device in vmdesc["devices"])

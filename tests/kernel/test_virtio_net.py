@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
-from localmig.devices.virtio_net import VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
@@ -58,10 +58,13 @@ class Site:
         plan = (
             ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
         )
-        self.device = VirtioNet(id="nic0", netdev=self.tap, socket=plan, local_migration=True, tracer=tracer)
+        rings = Rings(tracer)
+        self.device = VirtioNet(
+            id="nic0", netdev=self.tap, socket=plan, local_migration=True, rings=rings, tracer=tracer
+        )
         self.device.open()
         ends.callback(self.device.close)
-        self.device.resume()
+        rings.resume()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
+from tests.compat.synthetic import Pieces
 from tests.compat.vmdesc_reader import find_vmdesc, walk
 from tests.unit.test_vmstate import OUTER, OUTERS, Outer
 
@@ -51,10 +53,11 @@ SETUP = [disk("a"), disk("b", "/tmp/b")]
 SWITCHOVER = [rings("a", 1, 2), rings("b")]
 
 
-def written(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> tuple[bytes, bytes]:
+def written(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> Pieces:
     outgoing = OutgoingStream()
     first = outgoing.setup(setup)
-    return bytes(first.data), bytes(outgoing.switchover(switchover).data)
+    description = outgoing.describe(switchover)
+    return Pieces(bytes(first.data), bytes(outgoing.switchover(switchover).data), description)
 
 
 def expecting(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> IncomingStream:
@@ -64,59 +67,64 @@ def expecting(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOV
     )
 
 
+def read(pieces: Pieces, incoming: IncomingStream) -> tuple[list[Section], list[Section]]:
+    incoming.description(pieces.description)
+    return incoming.setup(pieces.setup), incoming.switchover(pieces.switchover)
+
+
 def test_what_goes_out_comes_in() -> None:
-    setup, switchover = written()
-    incoming = expecting()
-    assert incoming.setup(setup) == SETUP
-    assert incoming.switchover(switchover) == SWITCHOVER
+    assert read(written(), expecting()) == (SETUP, SWITCHOVER)
 
 
 def test_a_stream_may_have_no_sections() -> None:
-    setup, switchover = written([], [])
-    incoming = expecting([], [])
-    assert incoming.setup(setup) == []
-    assert incoming.switchover(switchover) == []
+    assert read(written([], []), expecting([], [])) == ([], [])
 
 
 def test_sections_may_come_in_any_order() -> None:
-    setup, switchover = written(SETUP[::-1], SWITCHOVER[::-1])
-    incoming = expecting()
-    assert incoming.setup(setup) == SETUP[::-1]
-    assert incoming.switchover(switchover) == SWITCHOVER[::-1]
+    assert read(written(SETUP[::-1], SWITCHOVER[::-1]), expecting()) == (SETUP[::-1], SWITCHOVER[::-1])
+
+
+def test_sections_of_the_described_shape_need_no_other_description() -> None:
+    outgoing = OutgoingStream()
+    outgoing.setup(SETUP)
+    description = outgoing.describe([rings("a", 7, 8), rings("b")])
+    assert outgoing.switchover(SWITCHOVER).data == written().switchover
+    assert description == written().description
 
 
 @pytest.mark.parametrize(
     "sample",
     [
-        pytest.param([rings("a", 7, 8), rings("b")], id="same shape"),
         pytest.param([rings("a", 7), rings("b", 8)], id="same size, another shape"),
         pytest.param([rings("a", 7, 8, 9), rings("b")], id="another size"),
         pytest.param([rings("a", 7, 8)], id="another number of sections"),
         pytest.param([rings("b", 7, 8), rings("a")], id="another order"),
     ],
 )
-def test_the_piece_is_right_whatever_was_prepared(sample: list[Section]) -> None:
+def test_sections_of_another_shape_are_not_written(sample: list[Section]) -> None:
     outgoing = OutgoingStream()
     outgoing.setup(SETUP)
-    outgoing.prepare(sample)
-    assert outgoing.switchover(SWITCHOVER).data == written()[1]
+    outgoing.describe(sample)
+    with pytest.raises(StateError, match="have another shape than the one that was described"):
+        outgoing.switchover(SWITCHOVER)
 
 
-def test_what_was_prepared_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = written()[1]
+def test_nothing_is_explained_inside_the_downtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = written().switchover
     outgoing = OutgoingStream()
     outgoing.setup(SETUP)
-    outgoing.prepare([rings("a", 7, 8), rings("b")])
-    monkeypatch.setattr(stream_module, "explain", None)  # nothing is explained inside the downtime
+    outgoing.describe([rings("a", 7, 8), rings("b")])
+    monkeypatch.setattr(stream_module, "explain", None)
     assert outgoing.switchover(SWITCHOVER).data == expected
 
 
 def test_a_failed_write_can_be_repeated() -> None:
     outgoing = OutgoingStream()
     outgoing.setup(SETUP)
+    outgoing.describe(SWITCHOVER)
     with pytest.raises(StateError, match=r'"a/disk-rings": field "positions\[0\]" is 65536, outside'):
-        outgoing.switchover([rings("a", 1 << 16), rings("b")])
-    assert outgoing.switchover(SWITCHOVER).data == written()[1]
+        outgoing.switchover([rings("a", 1 << 16, 2), rings("b")])
+    assert outgoing.switchover(SWITCHOVER).data == written().switchover
 
 
 def test_a_section_name_too_long_for_the_format_is_refused() -> None:
@@ -133,17 +141,17 @@ def test_a_stream_too_long_to_describe_is_refused_while_the_guest_runs(
     outgoing = OutgoingStream()
     outgoing.setup(SETUP)
     with pytest.raises(ConfigError, match=r"the stream's description has \d+ bytes, limit is 400"):
-        outgoing.prepare(SWITCHOVER)
+        outgoing.describe(SWITCHOVER)
 
 
 def test_the_vmdesc_is_found_whatever_its_length() -> None:
     """0x7b is `{`: a length with such a byte would lead a reader astray."""
     dangerous = 0
     for id_size in range(1, 121):
-        setup, switchover = written([disk("x" * id_size)], [])
-        vmdesc = find_vmdesc(setup + switchover)
+        pieces = written([disk("x" * id_size)], [])
+        vmdesc = find_vmdesc(b"".join(pieces))
         assert vmdesc["devices"][0]["name"] == "x" * id_size + "/disk"
-        dangerous += switchover.endswith(b" ")
+        dangerous += pieces.description.endswith(b" ")
     assert dangerous, "no length in the range had to be avoided"
 
 
@@ -159,8 +167,7 @@ def test_a_stream_explains_whatever_state_is_in_it(state: Outer) -> None:
 
 
 def test_a_long_name_in_any_script_is_explained() -> None:
-    setup, switchover = written([disk("диск")], [])
-    assert walk(setup + switchover).sections["диск/disk"]["path"] == b"/dev/null"
+    assert walk(b"".join(written([disk("диск")], []))).sections["диск/disk"]["path"] == b"/dev/null"
 
 
 def section_bytes(
@@ -172,7 +179,7 @@ def section_bytes(
 
 START = b"QEVM\0\0\0\3\7\0\0\0\x08localmig"
 PATH = b"\0\0\0\1/"
-END = b"\0\6\0\0\0\2{}"
+END = b"\0"
 ONE_DISK = section_bytes("a/disk", PATH)
 
 
@@ -205,7 +212,7 @@ def test_the_frame_of_these_tests_is_right() -> None:
         ),
         (START + ONE_DISK[:-1], r"needs 5 bytes at offset \d+, 4 are left"),
         (START + ONE_DISK + b"\0", "1 bytes are left over"),
-        (START + ONE_DISK + END, "8 bytes are left over"),
+        (START + ONE_DISK + END + END, "2 bytes are left over"),
         (START + b"\1" + ONE_DISK[1:], 'section "a/disk" is missing at offset 21'),
     ],
 )
@@ -219,13 +226,7 @@ def test_a_setup_piece_with_another_frame_is_refused(setup: bytes, problem: str)
     [
         (b"", r"needs 1 bytes at offset \d+, 0 are left"),
         (b"\2" + END[1:], "goes on with 0x02, expected a section 0x04 or the end 0x00"),
-        (END[:1], r"needs 5 bytes at offset \d+, 0 are left"),
-        (b"\0\7" + END[2:], "goes on with 0x07, expected a vmdesc, 0x06"),
-        (END[:-1], r"needs 2 bytes at offset \d+, 1 are left"),
         (END + b" ", "1 bytes are left over"),
-        (b"\0\6\0\xa0\0\0{}", "has a vmdesc of 10485760 bytes, limit is 10485755"),
-        (b"\0\6\0\0\0\2[]", r"has a vmdesc that is no JSON object: b'\[\]'"),
-        (b"\0\6\0\0\0\0", "has a vmdesc that is no JSON object: b''"),
         (ONE_DISK + END, 'section "a/disk" was not expected, but one of none'),
     ],
 )
@@ -236,24 +237,83 @@ def test_a_switchover_piece_with_another_frame_is_refused(switchover: bytes, pro
         incoming.switchover(switchover)
 
 
+def described(*devices: tuple[object, object, object]) -> bytes:
+    rows = [{"name": name, "vmsd_name": vmsd_name, "version": version} for name, vmsd_name, version in devices]
+    encoded = json.dumps({"devices": rows}).encode()
+    return b"\6" + len(encoded).to_bytes(4) + encoded
+
+
+A_DISK = ("a/disk", "disk", 1)
+B_RINGS = ("b/disk-rings", "disk-rings", 4)
+
+
+@pytest.mark.parametrize(
+    ("description", "problem"),
+    [
+        (b"", r"needs 5 bytes at offset 0, 0 are left"),
+        (b"\7\0\0\0\2{}", "starts with 0x07, expected a vmdesc, 0x06"),
+        (b"\6\0\0\0\2{", r"needs 2 bytes at offset \d+, 1 are left"),
+        (described(A_DISK, B_RINGS) + b" ", "1 bytes are left over"),
+        (b"\6\0\xa0\0\0{}", "has 10485760 bytes, limit is 10485755"),
+        (b"\6\0\0\0\2[]", "tells of no devices"),
+        (b"\6\0\0\0\2{}", "tells of no devices"),
+        (b"\6\0\0\0\2{]", "is no JSON"),
+        (b"\6\0\0\0\0", "is no JSON"),
+        (b"\6\0\0\0\2\xff{", "is no JSON"),
+        (described(A_DISK), 'does not tell of section "b/disk-rings"'),
+        (described(B_RINGS), 'does not tell of section "a/disk"'),
+        (described(A_DISK, A_DISK, B_RINGS), "tells of a section twice, or without its name or version"),
+        (described(A_DISK, ("b/disk-rings", "disk-rings", "4")), "tells of a section twice, or without"),
+        (described(A_DISK, B_RINGS, ("c/disk", "disk", 1)), "tells of a section \"c/disk\" of 'disk', which was not"),
+        (described(("a/disk", "tape", 1), B_RINGS), "tells of a section \"a/disk\" of 'tape', which was not"),
+        (
+            described(("a/disk", "disk", 2), B_RINGS),
+            r'tells of version 2 of section "a/disk", this release reads 1\.\.1',
+        ),
+        (
+            described(A_DISK, ("b/disk-rings", "disk-rings", 5)),
+            r'tells of version 5 of section "b/disk-rings", this release reads 2\.\.4',
+        ),
+        (
+            described(A_DISK, ("b/disk-rings", "disk-rings", 1)),
+            r'tells of version 1 of section "b/disk-rings", this release reads 2\.\.4',
+        ),
+    ],
+)
+def test_a_description_of_something_else_is_refused_while_the_guest_runs(description: bytes, problem: str) -> None:
+    incoming = expecting([disk("a")], [rings("b")])
+    with pytest.raises(PeerError, match="description piece of the migration stream: " + problem):
+        incoming.description(description)
+
+
+def test_a_section_in_another_version_than_described_is_refused() -> None:
+    incoming = expecting([], [rings("b")])
+    incoming.description(described(("b/disk-rings", "disk-rings", 3)))
+    incoming.setup(START)
+    with pytest.raises(PeerError, match='section "b/disk-rings" came in version 4, described was 3'):
+        incoming.switchover(section_bytes("b/disk-rings", bytes(12), version=4) + END)
+
+
 def test_every_truncation_of_a_stream_is_refused() -> None:
-    setup, switchover = written()
-    for size in range(len(setup)):
+    pieces = written()
+    for size in range(len(pieces.setup)):
         with pytest.raises(PeerError):
-            expecting().setup(setup[:size])
-    for size in range(len(switchover)):
+            expecting().setup(pieces.setup[:size])
+    incoming = expecting()
+    for size in range(len(pieces.description)):
+        with pytest.raises(PeerError):
+            incoming.description(pieces.description[:size])
+    for size in range(len(pieces.switchover)):
         incoming = expecting()
-        incoming.setup(setup)
+        incoming.setup(pieces.setup)
         with pytest.raises(PeerError):
-            incoming.switchover(switchover[:size])
+            incoming.switchover(pieces.switchover[:size])
 
 
 def test_sections_are_numbered_on_across_the_pieces() -> None:
-    setup, switchover = written()
-    incoming = expecting()
-    incoming.setup(setup)
-    vmdesc: Any = find_vmdesc(setup + switchover)
+    pieces = written()
+    vmdesc: Any = find_vmdesc(b"".join(pieces))
     assert [device["name"] for device in vmdesc["devices"]] == [s.name for s in SETUP + SWITCHOVER]
     fresh = expecting()
     with pytest.raises(PeerError, match="is number 2 instance 0, expected number 0 instance 0"):
-        fresh.switchover(switchover)
+        fresh.switchover(pieces.switchover)

@@ -113,12 +113,12 @@ def test_a_bad_last_section_closes_the_descriptors_of_the_first() -> None:
 
 
 def test_a_descriptor_in_the_switchover_piece_is_refused() -> None:
-    with synthetic.written_stream() as (piece, switchover), no_descriptor_is_left():
+    with synthetic.written_stream() as (piece, pieces), no_descriptor_is_left():
         stream = incoming()
         (section,) = stream.setup(bytes(piece.data), duplicated(piece))
         stray = OwnedFd(os.dup(piece.fds[0][1]))
         with pytest.raises(PeerError, match="where none belongs"):
-            stream.switchover(bytes(switchover.data), [(0, stray)])
+            stream.switchover(pieces.switchover, [(0, stray)])
         # What setup gave out belongs to its taker.
         assert section.state.socket.is_open
         close_descriptors(section.description, section.state)

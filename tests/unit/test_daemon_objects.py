@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from localmig.daemon.objects import Objects
-from localmig.devices.virtio_net import VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
 from localmig.netdev.tap import Tap
@@ -25,11 +25,11 @@ def hello(objects: Objects, *, local: bool = True) -> Hello:
     return Hello.decode(Hello(version="0.1.0", local=local, running=True, objects=objects.for_hello()).encode())
 
 
-def test_parts_are_built_netdevs_first() -> None:
+def test_parts_are_built_netdevs_first_and_rings_last() -> None:
     other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
     parts = Objects(netdevs=(TAP, other_tap), devices=(NIC, other_nic)).build(Tracer())
-    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic1"]
-    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet]
+    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic1", "*"]
+    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet, Rings]
 
 
 def test_specs_that_do_not_fit_each_other_are_refused_at_once() -> None:
@@ -45,7 +45,7 @@ def test_types_are_what_the_user_wrote() -> None:
 def test_a_device_that_stays_home_keeps_its_netdev_there_too() -> None:
     home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
     reasons = [part.local_migration_blocker() for part in home.build(Tracer())]
-    assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off"]
+    assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off", None]
 
 
 # -- at the destination ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def test_a_fault_is_read_as_it_is_written() -> None:
     [
         ("", "'' is none of before-send, after-send, after-receive"),
         ("during:READY=kill", "'during' is none of before-send"),
-        ("before-send:ready=kill", "'ready' is none of HELLO, REFUSE, SETUP"),
+        ("before-send:ready=kill", "'ready' is none of HELLO, REFUSE, DESCRIPTION, SETUP"),
         ("before-send:READY", "'' is none of kill, stop, raise"),
         ("before-send:READY=kill=", "'kill=' is none of kill, stop, raise"),
     ],

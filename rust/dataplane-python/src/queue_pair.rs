@@ -137,3 +137,59 @@ impl QueuePair {
         py.detach(|| self.inner.close());
     }
 }
+
+fn lent(pairs: &[Py<QueuePair>]) -> Vec<&dataplane::queue_pair::QueuePair> {
+    pairs.iter().map(|pair| &pair.get().inner).collect()
+}
+
+/// Starts every pair that is configured and stands still.
+#[pyfunction]
+pub fn start_all(py: Python<'_>, pairs: Vec<Py<QueuePair>>) -> Vec<Option<u64>> {
+    let pairs = lent(&pairs);
+    py.detach(|| dataplane::queue_pair::start_all(&pairs))
+}
+
+/// Stops every pair; gives which of them ran.
+#[pyfunction]
+pub fn stop_all(py: Python<'_>, pairs: Vec<Py<QueuePair>>) -> Vec<bool> {
+    let pairs = lent(&pairs);
+    py.detach(|| dataplane::queue_pair::stop_all(&pairs))
+}
+
+/// A column of positions, one of the other side's, and a column for each counter.
+type Columns = (Vec<u16>, Vec<u16>, Vec<Vec<u64>>);
+
+/// Positions and counters of all pairs, a column each.
+#[pyfunction]
+pub fn save_all(pairs: Vec<Py<QueuePair>>) -> Columns {
+    let pairs = lent(&pairs);
+    let positions: Vec<_> = pairs.iter().map(|pair| pair.positions()).collect();
+    let counters: Vec<_> = pairs.iter().map(|pair| pair.counters().values()).collect();
+    let columns = counters.first().map_or(0, |first| first.len());
+    (
+        positions.iter().map(|positions| positions.rx.unwrap_or(0)).collect(),
+        positions.iter().map(|positions| positions.tx.unwrap_or(0)).collect(),
+        (0..columns).map(|column| counters.iter().map(|counters| counters[column]).collect()).collect(),
+    )
+}
+
+/// The other way round, for pairs that stand still.
+#[pyfunction]
+pub fn load_all(pairs: Vec<Py<QueuePair>>, columns: Columns) -> PyResult<()> {
+    let (rx, tx, counters) = columns;
+    let is_full = |length| length == pairs.len();
+    if !is_full(rx.len()) || !is_full(tx.len()) || !counters.iter().all(|column| is_full(column.len())) {
+        return Err(PyValueError::new_err(format!("a column has not {} values", pairs.len())));
+    }
+    let counters: [Vec<u64>; Counters::NAMES.len()] =
+        counters.try_into().map_err(|_| PyValueError::new_err("there is a column for each counter"))?;
+    for (index, pair) in lent(&pairs).into_iter().enumerate() {
+        let values = std::array::from_fn(|column| counters[column][index]);
+        pair.set_counters(&Counters::from_values(values)).map_err(refused)?;
+        match pair.set_positions(Some(rx[index]), Some(tx[index])) {
+            Ok(()) | Err(Error::NotConfigured) => {}
+            Err(error) => return Err(refused(error)),
+        }
+    }
+    Ok(())
+}

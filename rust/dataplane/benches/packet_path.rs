@@ -40,7 +40,7 @@ fn ring_work() {
     let memory = memory();
     let mut queue = endless(&memory, MEMORY_START);
     let mut ring = SplitRing::new(&queue.layout, FEATURES, &memory).expect("a good layout");
-    ring.begin(None);
+    ring.begin(None, true);
     let mut buffers = Vec::new();
     let began = Instant::now();
     for _ in 0..ROUNDS {

@@ -180,11 +180,12 @@ impl PackedRing {
         unsafe { AtomicU16::from_ptr(self.device_event.add(offset)) }
     }
 
-    /// Starts at `position`, or where the ledger says that whoever ran the ring before was interrupted.
+    /// Starts at `position`, or where the ledger says that whoever ran the ring before was interrupted. `call`: the next
+    /// decision whether to call is yes, whatever the guest says.
     ///
     /// # Errors
     /// There is no such position. The ring may not run.
-    pub fn begin(&mut self, position: Option<u16>) -> Result<(), RingError> {
+    pub fn begin(&mut self, position: Option<u16>, call: bool) -> Result<(), RingError> {
         let position = match position {
             Some(bits) => self.checked(Position::from_bits(bits))?,
             None => self.finish_interrupted()?,
@@ -196,7 +197,7 @@ impl PackedRing {
         self.completed.clear();
         self.taken = 0;
         self.uncalled = 0;
-        self.call_forced = true;
+        self.call_forced = call;
         self.armed = false;
         Ok(())
     }

@@ -125,6 +125,8 @@ struct RingEnd {
     error_fd: Option<RawFd>,
     /// Where `begin` starts it.
     start: Option<u16>,
+    /// Whether `begin` calls the guest, for a call may have been lost.
+    call_at_start: bool,
     failed: bool,
     wait: Wait,
 }
@@ -140,6 +142,7 @@ impl RingEnd {
             call_fd: spec.call_fd,
             error_fd: spec.error_fd,
             start: spec.next_avail,
+            call_at_start: true,
             failed: false,
             wait: Wait::Nothing,
         })
@@ -148,7 +151,7 @@ impl RingEnd {
     fn begin(&mut self) -> Result<(), RingError> {
         self.wait = Wait::Forever;
         if !self.failed {
-            self.ring.begin(self.start)?;
+            self.ring.begin(self.start, self.call_at_start)?;
             self.wait = Wait::Nothing;
         }
         Ok(())
@@ -284,7 +287,7 @@ impl Pump {
         })
     }
 
-    /// Makes both rings ready to run from their positions, and their first turn call the guest.
+    /// Makes both rings ready to run from their positions.
     pub(crate) fn begin(&mut self) {
         self.tap_gone = false;
         for end in self.rx.iter_mut().chain(&mut self.tx) {
@@ -326,6 +329,8 @@ impl Pump {
         for (end, position) in [(&mut self.rx, rx), (&mut self.tx, tx)] {
             if let Some(end) = end {
                 end.start = position;
+                // Whoever knows the position stopped the ring in order, and called where that was due.
+                end.call_at_start = position.is_none();
             }
         }
     }

@@ -166,13 +166,20 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Scans both rings and the TAP, calls on both rings, and lets the thread go on from there.
+    /// Scans both rings and the TAP, and lets the thread go on from there.
     ///
     /// Gives the `CLOCK_MONOTONIC` nanoseconds at which that scan began.
     ///
     /// # Errors
     /// The pair runs already or is not configured. Nothing changed.
     pub fn start(&self) -> Result<u64, Error> {
+        let began_ns = self.scan()?;
+        self.wake();
+        Ok(began_ns)
+    }
+
+    /// The first half of a start: this thread moves the first packets. Gives when it began.
+    fn scan(&self) -> Result<u64, Error> {
         let shared = &self.shared;
         let mut state = self.idle()?;
         state.pump.as_mut().ok_or(Error::NotConfigured)?.begin();
@@ -181,14 +188,24 @@ impl QueuePair {
         shared.running.store(true, Ordering::Release);
         let began_ns = sys::monotonic_ns();
         shared.turn(&mut state, START_PACKETS);
-        // Only now: a thread that wakes up takes the processor from the packets the guest waits for.
-        if state.parked {
+        Ok(began_ns)
+    }
+
+    /// The second half, which comes after the first: a thread that wakes up takes the processor from the packets the
+    /// guest waits for.
+    fn wake(&self) {
+        let shared = &self.shared;
+        if lock(&shared.state).parked {
             shared.resumed.notify_one();
         } else {
             // It never noticed the last stop and sleeps on what mattered then.
             sys::signal(shared.wake_fd.as_raw_fd());
         }
-        Ok(began_ns)
+    }
+
+    /// Lets the thread come to its next look between two packets and stay there, until the `stop` that must follow.
+    fn ask_to_stop(&self) {
+        self.shared.stop_requested.store(true, Ordering::Relaxed);
     }
 
     /// Stops between two packets; gives where the rings would go on.
@@ -196,17 +213,22 @@ impl QueuePair {
     /// Afterwards no ring, no TAP and no eventfd is touched, every used buffer was told to the guest, and no packet
     /// is held. Stopping a stopped pair gives the same answer.
     pub fn stop(&self) -> Positions {
+        self.halt();
+        lock(&self.shared.state).pump.as_ref().map(Pump::positions).unwrap_or_default()
+    }
+
+    /// Stops; whether it ran.
+    fn halt(&self) -> bool {
         let shared = &self.shared;
-        shared.stop_requested.store(true, Ordering::Relaxed);
+        self.ask_to_stop();
         let mut state = lock(&shared.state);
         shared.stop_requested.store(false, Ordering::Relaxed);
         let running = std::mem::take(&mut state.running);
         shared.running.store(false, Ordering::Release);
-        let Some(pump) = &mut state.pump else { return Positions::default() };
-        if running {
+        if let Some(pump) = state.pump.as_mut().filter(|_| running) {
             pump.settle(&shared.counters);
         }
-        pump.positions()
+        running
     }
 
     /// Where the rings would go on; exact while stopped, else a moment old.
@@ -272,6 +294,23 @@ impl QueuePair {
             let _ = thread.join();
         }
     }
+}
+
+/// Starts every pair that is configured and does not run: all rings are scanned before the first thread is woken.
+///
+/// Gives for each pair the `CLOCK_MONOTONIC` nanoseconds at which its scan began, None where it was not started.
+pub fn start_all(pairs: &[&QueuePair]) -> Vec<Option<u64>> {
+    let began: Vec<_> = pairs.iter().map(|pair| pair.scan().ok()).collect();
+    for (pair, _) in pairs.iter().zip(&began).filter(|(_, began)| began.is_some()) {
+        pair.wake();
+    }
+    began
+}
+
+/// Stops every pair: all threads are asked before the first one is waited for. Gives which of them ran.
+pub fn stop_all(pairs: &[&QueuePair]) -> Vec<bool> {
+    pairs.iter().for_each(|pair| pair.ask_to_stop());
+    pairs.iter().map(|pair| pair.halt()).collect()
 }
 
 impl Drop for QueuePair {

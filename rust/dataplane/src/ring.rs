@@ -45,13 +45,13 @@ impl Ring {
     }
 
     /// Starts at `position`; None is where guest memory, or the ledger, says that the ring stands.
-    pub(crate) fn begin(&mut self, position: Option<u16>) -> Result<(), RingError> {
+    pub(crate) fn begin(&mut self, position: Option<u16>, call: bool) -> Result<(), RingError> {
         match self {
             Self::Split(ring) => {
-                ring.begin(position);
+                ring.begin(position, call);
                 Ok(())
             }
-            Self::Packed(ring) => ring.begin(position),
+            Self::Packed(ring) => ring.begin(position, call),
         }
     }
 

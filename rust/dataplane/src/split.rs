@@ -99,13 +99,14 @@ impl SplitRing {
         u16::from_le(self.used_field(1).load(Ordering::Acquire))
     }
 
-    /// Starts at `next_avail`, or at the used index in guest memory: nothing was in flight there.
-    pub fn begin(&mut self, next_avail: Option<u16>) {
+    /// Starts at `next_avail`, or at the used index in guest memory: nothing was in flight there. `call`: the next
+    /// decision whether to call is yes, whatever the guest says.
+    pub fn begin(&mut self, next_avail: Option<u16>, call: bool) {
         self.next_used = self.used_index();
         self.next_avail = next_avail.unwrap_or(self.next_used);
         self.avail_index = self.next_avail;
         self.called_used = self.next_used;
-        self.call_forced = true;
+        self.call_forced = call;
         self.armed = false;
     }
 

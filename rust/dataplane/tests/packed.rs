@@ -42,7 +42,7 @@ impl Bench {
         let memory = memory();
         let queue = PackedQueue::new(&memory, RING, SIZE, position);
         let mut ring = PackedRing::new(&queue.layout, features, &memory, None).unwrap();
-        ring.begin(Some(position.bits())).unwrap();
+        ring.begin(Some(position.bits()), true).unwrap();
         let _ = ring.call_due(); // the first is always due
         Self { memory, queue, ring, buffers: Vec::new() }
     }
@@ -118,7 +118,7 @@ fn a_ring_may_be_full_and_may_have_one_entry() {
     for size in [1, 2, 7] {
         let mut queue = PackedQueue::new(&memory, RING, size, Position::START);
         let mut ring = PackedRing::new(&queue.layout, ALL, &memory, None).unwrap();
-        ring.begin(Some(Position::START.bits())).unwrap();
+        ring.begin(Some(Position::START.bits()), true).unwrap();
         let mut buffers = Vec::new();
         for lap in 0..5 {
             for id in 0..size {
@@ -195,7 +195,7 @@ fn a_buffer_across_two_regions_is_two_buffers() {
     let memory = Arc::new(GuestMemory::new(&regions).unwrap());
     let mut queue = PackedQueue::new(&memory, RING, SIZE, Position::START);
     let mut ring = PackedRing::new(&queue.layout, ALL, &memory, None).unwrap();
-    ring.begin(Some(Position::START.bits())).unwrap();
+    ring.begin(Some(Position::START.bits()), true).unwrap();
     queue.offer(MEMORY_START + half - 100, 300, 0, 0);
     let mut buffers = Vec::new();
     let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
@@ -425,12 +425,12 @@ fn without_events_kicks_are_asked_for_by_flag() {
 fn a_ring_begins_where_it_is_told() {
     let mut bench = Bench::at(ALL, at(4, false));
     assert_eq!(bench.position(), at(4, false));
-    bench.ring.begin(Some(at(3, true).bits())).unwrap();
+    bench.ring.begin(Some(at(3, true).bits()), true).unwrap();
     assert_eq!(bench.position(), at(3, true));
     assert!(bench.ring.call_due(), "a call may have been lost before");
-    let outside = bench.ring.begin(Some(at(SIZE, true).bits()));
+    let outside = bench.ring.begin(Some(at(SIZE, true).bits()), true);
     assert_eq!(outside, Err(RingError::Position { index: SIZE, size: SIZE }));
-    assert_eq!(bench.ring.begin(None), Err(RingError::PositionUnknown));
+    assert_eq!(bench.ring.begin(None, true), Err(RingError::PositionUnknown));
     assert_eq!(bench.position(), at(3, true));
 }
 

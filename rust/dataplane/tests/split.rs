@@ -31,7 +31,7 @@ impl Bench {
         let memory = memory();
         let queue = Queue::new(&memory, RING, SIZE, position);
         let mut ring = SplitRing::new(&queue.layout, features, &memory).unwrap();
-        ring.begin(None);
+        ring.begin(None, true);
         let _ = ring.call_due(); // the first is always due
         Self { memory, queue, ring, buffers: Vec::new() }
     }
@@ -128,7 +128,7 @@ fn a_buffer_across_two_regions_is_two_buffers() {
     let memory = Arc::new(GuestMemory::new(&regions).unwrap());
     let mut queue = Queue::new(&memory, RING, SIZE, 0);
     let mut ring = SplitRing::new(&queue.layout, ALL, &memory).unwrap();
-    ring.begin(None);
+    ring.begin(None, true);
     queue.descriptor(0, MEMORY_START + half - 100, 300, 0, 0);
     queue.offer(0);
     let mut buffers = Vec::new();
@@ -315,7 +315,7 @@ fn without_the_event_index_kicks_are_asked_for_by_flag() {
 fn a_ring_starts_where_it_is_told_or_at_the_used_index() {
     let mut bench = Bench::at(ALL, 40);
     assert_eq!(bench.ring.next_avail(), 40);
-    bench.ring.begin(Some(38));
+    bench.ring.begin(Some(38), true);
     assert_eq!(bench.ring.next_avail(), 38);
     assert!(bench.ring.call_due(), "a call may have been lost before");
 }

@@ -259,6 +259,8 @@ class Daemon:
         types = self._objects.types()
         reports = []
         for part in self._parts:
+            if part.id not in types:
+                continue  # none of the user's objects
             reason = part.local_migration_blocker()
             reports.append(
                 LocalMigrationReport(id=part.id, type=types[part.id], transfers=reason is None, reason=reason)

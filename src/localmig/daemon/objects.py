@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from localmig.device_api import Part
-from localmig.devices.virtio_net import VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
 from localmig.netdev.tap import Tap
@@ -57,7 +57,8 @@ class Objects:
         return tuple(HandoverObject(kind=spec.kind, options=dict(to_mapping(spec))) for spec in self.specs)
 
     def build(self, tracer: Tracer) -> list[Part]:
-        """The parts, each frozen and stopped, netdevs before the devices on them."""
+        """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
+        rings = Rings(tracer)
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
             for device in self.devices
@@ -83,11 +84,12 @@ class Objects:
                 socket=_socket(spec),
                 local_migration=spec.local_migration,
                 mac=mac_bytes(spec.mac) if spec.mac is not None else None,
+                rings=rings,
                 tracer=tracer,
             )
             for spec in self.devices
         ]
-        return [*taps.values(), *devices]
+        return [*taps.values(), *devices, rings]
 
     def fit(self, hello: Hello) -> Objects:
         """What the destination builds: its own specs where it has any, filled up with what the source says.

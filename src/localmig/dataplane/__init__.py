@@ -8,7 +8,29 @@ Read next:   `_dataplane.pyi` for the contract, counters.py for what is counted,
 
 from __future__ import annotations
 
-from localmig.dataplane._dataplane import DriverPair, GuestMemory, Ledger, QueuePair, Ring
+from localmig.dataplane._dataplane import (
+    DriverPair,
+    GuestMemory,
+    Ledger,
+    QueuePair,
+    Ring,
+    load_all,
+    save_all,
+    start_all,
+    stop_all,
+)
 from localmig.dataplane.counters import Counters, DriverCounters
 
-__all__ = ["Counters", "DriverCounters", "DriverPair", "GuestMemory", "Ledger", "QueuePair", "Ring"]
+__all__ = [
+    "Counters",
+    "DriverCounters",
+    "DriverPair",
+    "GuestMemory",
+    "Ledger",
+    "QueuePair",
+    "Ring",
+    "load_all",
+    "save_all",
+    "start_all",
+    "stop_all",
+]

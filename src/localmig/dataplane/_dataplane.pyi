@@ -8,7 +8,19 @@ Descriptors are lent: the caller keeps each one open for as long as the object t
 from collections.abc import Sequence
 from typing import Final, final
 
-__all__ = ["COUNTER_NAMES", "DRIVER_COUNTER_NAMES", "DriverPair", "GuestMemory", "Ledger", "QueuePair", "Ring"]
+__all__ = [
+    "COUNTER_NAMES",
+    "DRIVER_COUNTER_NAMES",
+    "DriverPair",
+    "GuestMemory",
+    "Ledger",
+    "QueuePair",
+    "Ring",
+    "load_all",
+    "save_all",
+    "start_all",
+    "stop_all",
+]
 
 COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `QueuePair.counters` is: the fields of `dataplane.Counters`."""
@@ -138,8 +150,9 @@ class QueuePair:
         """Sets where the rings go on; None as in `Ring`. RuntimeError if the pair runs."""
 
     def start(self) -> int:
-        """Scans both rings and the TAP once, signals both call eventfds, and lets the thread go on from there.
+        """Scans both rings and the TAP once, and lets the thread go on from there.
 
+        Both call eventfds are signalled, for a call may have been lost; not so where `set_positions` told a position.
         Gives the CLOCK_MONOTONIC nanoseconds at which the scan began. The first packets are moved before this returns,
         at most 16 each way; releases the GIL.
 
@@ -172,6 +185,31 @@ class QueuePair:
 
     def close(self) -> None:
         """Stops, ends the thread and joins it. Idempotent; also done when the object goes away."""
+
+def start_all(pairs: list[QueuePair]) -> list[int | None]:
+    """As `QueuePair.start` for each pair that is configured and stands still; all are scanned before a thread is woken.
+
+    Gives for each the CLOCK_MONOTONIC nanoseconds at which its scan began, None where it was not started.
+    """
+
+def stop_all(pairs: list[QueuePair]) -> list[bool]:
+    """As `QueuePair.stop` for each; all threads are asked before one is waited for. Gives which of the pairs ran."""
+
+def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[int]]]:
+    """(next_avail of each rx ring, of each tx ring, a list for each counter): a place for each pair in every list.
+
+    A ring that is not configured has 0. Counters come in the order of `COUNTER_NAMES`. Exact once the
+    pairs are stopped.
+    """
+
+def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]) -> None:
+    """Sets what `save_all` gave; the position of a ring that is not configured is passed over.
+
+    Raises:
+        ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
+        OverflowError: a number is out of range. Nothing changed.
+        RuntimeError: a pair runs. Those before it are set.
+    """
 
 @final
 class DriverPair:

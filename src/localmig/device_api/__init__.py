@@ -82,7 +82,7 @@ class Part(Protocol):
 
     def save_switchover(self) -> Any:
         """The state that `switchover` describes. Called before `stop` for its shape, and after it for its values."""
-        raise NotImplementedError
+        return None
 
     @abstractmethod
     def release(self) -> None:
@@ -103,12 +103,14 @@ class Part(Protocol):
 
     def check_switchover(self, state: Any) -> None:
         """Raises PeerError where the state does not fit what was set up; changes nothing."""
+        del state
 
     def adopt_switchover(self, state: Any) -> None:
         """Applies a checked state. Must not fail.
 
         Called more than once: before the state that counts, it is rehearsed with this part's own `save_switchover`.
         """
+        del state
 
     @abstractmethod
     def recover(self) -> None:
@@ -116,6 +118,7 @@ class Part(Protocol):
 
     def source_released(self) -> None:
         """The source holds nothing any more: what could not be opened beside it can be now."""
+        return
 
     @abstractmethod
     def discard(self) -> None:

@@ -53,13 +53,14 @@ class FrameKind(IntEnum):
 
     HELLO = 1
     REFUSE = 2
-    SETUP = 3
-    SETUP_ACK = 4
-    SWITCHOVER = 5
-    READY = 6
-    COMMIT = 7
-    DONE = 8
-    CANCEL = 9
+    DESCRIPTION = 3
+    SETUP = 4
+    SETUP_ACK = 5
+    SWITCHOVER = 6
+    READY = 7
+    COMMIT = 8
+    DONE = 9
+    CANCEL = 10
 
 
 _MIB: Final = 1024 * 1024
@@ -67,9 +68,10 @@ _MIB: Final = 1024 * 1024
 LENGTH_MAX: Final = {
     FrameKind.HELLO: 4 * _MIB,  # some hundred bytes an object, ten thousand objects
     FrameKind.REFUSE: 64 * 1024,  # a reason for people
+    FrameKind.DESCRIPTION: 10 * _MIB,  # a vmdesc may not be longer, or analyze-migration.py does not find it
     FrameKind.SETUP: 64 * _MIB,  # some kilobytes an object, ten thousand objects
     FrameKind.SETUP_ACK: 0,
-    FrameKind.SWITCHOVER: 64 * _MIB,  # the vmdesc travels at its end and describes every object
+    FrameKind.SWITCHOVER: 4 * _MIB,  # some hundred bytes a device, ten thousand devices
     FrameKind.READY: 0,
     FrameKind.COMMIT: 64,
     FrameKind.DONE: 64 * 1024,

@@ -147,6 +147,9 @@ class Incoming:
         with self._progress.phase("hello"):
             await self._greet(channel)
         self._fire(DestinationEvent.HELLO_ACCEPTED)
+        frame = await self._expect(channel, FrameKind.DESCRIPTION, SETUP_TIMEOUT_S)
+        frame.close()
+        self._stream.description(frame.data)
         frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
         with self._progress.phase("setup"):
             self._adopt_setup(frame)
@@ -198,7 +201,9 @@ class Incoming:
         what was not run for some milliseconds is several times slower.
         """
         stream = IncomingStream(setup={}, switchover=self._switchover_descriptions())
-        sample = OutgoingStream().switchover(switchover_sections(self._parts)).data
+        outgoing = OutgoingStream()
+        outgoing.describe(switchover_sections(self._parts))
+        sample = outgoing.switchover(switchover_sections(self._parts)).data
         with undisturbed(self._tracer):
             await rehearse_exchange(sample)
             self._adopt_switchover(stream, sample, [])

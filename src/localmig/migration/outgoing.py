@@ -219,6 +219,9 @@ class Outgoing:
                 part.freeze()
             blob = self._stream.setup([self._setup_section(part) for part in self._parts])
             self._progress.descriptors = len(blob.fds)
+            description = self._stream.describe(switchover_sections(self._parts))
+            await channel.send(FrameKind.DESCRIPTION, description, timeout_s=SETUP_TIMEOUT_S)
+            # Last, because a destination that has it can do without us.
             await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
         with self._progress.phase("setup-ack"):
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
@@ -280,7 +283,7 @@ class Outgoing:
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
         # Right before, not in setup: what is warmed up here cools down in milliseconds.
-        await rehearse_exchange(self._stream.prepare(switchover_sections(self._parts)))
+        await rehearse_exchange(self._stream.switchover(switchover_sections(self._parts)).data)
         stopped_ns = self._progress.stopped_ns = time.monotonic_ns()
         for part in self._parts:
             if self._running:

@@ -8,13 +8,14 @@ Read next:   vmstate/ for the inside of a section, channel.py for how a piece tr
                        sections that travel while the guest runs
     switchover piece   sections that travel inside the downtime
                        EOF u8
-                       VMDESCRIPTION u8, size u32, JSON
+    description piece  VMDESCRIPTION u8, size u32, JSON
 
     a section          FULL u8, id u32, name (u8 size, UTF-8), instance u32, version u32
                        its fields and subsections
                        FOOTER u8, id u32
 
-The two pieces, one after the other, are a stream that QEMU's scripts/analyze-migration.py reads.
+The three pieces, one after the other, are a stream that QEMU's scripts/analyze-migration.py reads. The description
+stands last in it and travels first: it is by far the longest, and all in it is known before the downtime.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from localmig.errors import ConfigError, PeerError
+from localmig.errors import ConfigError, PeerError, StateError
 from localmig.fds import OwnedFd
 from localmig.vmstate import NAME_SIZE_MAX, Blob, Description, Reader, explain, load, save, text
 
@@ -90,13 +91,12 @@ def section_name(part_id: str, description: Description[Any]) -> str:
 
 
 class OutgoingStream:
-    """Writes one stream: `setup`, then `prepare` while the guest still runs, then `switchover`."""
+    """Writes one stream: `setup`, then `describe` while the guest still runs, then `switchover`."""
 
     def __init__(self) -> None:
         self._section_count = 0
         self._devices: list[dict[str, Any]] = []
-        self._prepared_shape: list[Any] | None = None
-        self._prepared_end = b""
+        self._described_shape: list[Any] | None = None
 
     def setup(self, sections: Sequence[Section]) -> Blob:
         """The setup piece. Its descriptors are lent: the states keep them open until it is sent.
@@ -108,49 +108,39 @@ class OutgoingStream:
         piece = Blob()
         piece.data += _FILE_HEADER.pack(_MAGIC, _VERSION, _CONFIGURATION)
         save(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE), piece)
-        self._append(sections, piece)
+        _append(sections, piece, self._section_count)
+        self._section_count += len(sections)
         self._devices = _explain_each(sections)
         return piece
 
-    def prepare(self, sections: Sequence[Section]) -> bytes:
-        """Does what is slow about `switchover`, with states of the same shape: writes the vmdesc.
-
-        Returns a piece as it will look, for a rehearsal.
+    def describe(self, sections: Sequence[Section]) -> bytes:
+        """The description piece, for switchover sections of the same shape as `sections`.
 
         Raises:
             StateError: as `setup`.
             ConfigError: as `setup`, or there are too many sections to describe.
         """
         sample = Blob()
-        _append_sections(sections, sample, self._section_count)
-        self._prepared_end = self._end(sections)
-        self._prepared_shape = _shape(sections, sample)
-        return bytes(sample.data + self._prepared_end)
+        _append(sections, sample, self._section_count)
+        vmdesc = _vmdesc([*self._devices, *_explain_each(sections)])
+        self._described_shape = _shape(sections, sample)
+        return _VMDESC_HEADER.pack(_VMDESCRIPTION, len(vmdesc)) + vmdesc
 
     def switchover(self, sections: Sequence[Section]) -> Blob:
-        """The switchover piece. Quick where the sections have the shape that was prepared, else merely right.
+        """The switchover piece, of sections as they were described.
 
         Raises:
-            StateError: as `setup`.
-            ConfigError: as `prepare`.
+            StateError: as `setup`, or the sections have another shape than the one that was described.
         """
         piece = Blob()
-        self._append(sections, piece)
-        is_prepared = _shape(sections, piece) == self._prepared_shape
-        piece.data += self._prepared_end if is_prepared else self._end(sections)
+        _append(sections, piece, self._section_count)
+        if _shape(sections, piece) != self._described_shape:
+            raise StateError("the switchover sections have another shape than the one that was described")
+        piece.data.append(_EOF)
         return piece
 
-    def _append(self, sections: Sequence[Section], piece: Blob) -> None:
-        _append_sections(sections, piece, self._section_count)
-        self._section_count += len(sections)
 
-    def _end(self, sections: Sequence[Section]) -> bytes:
-        """All that follows the last section."""
-        vmdesc = _vmdesc([*self._devices, *_explain_each(sections)])
-        return bytes([_EOF]) + _VMDESC_HEADER.pack(_VMDESCRIPTION, len(vmdesc)) + vmdesc
-
-
-def _append_sections(sections: Sequence[Section], piece: Blob, first_id: int) -> None:
+def _append(sections: Sequence[Section], piece: Blob, first_id: int) -> None:
     for section_id, section in enumerate(sections, first_id):
         name = section.name.encode()
         if len(name) > NAME_SIZE_MAX:
@@ -189,7 +179,7 @@ def _vmdesc(devices: list[dict[str, Any]]) -> bytes:
 
 
 class IncomingStream:
-    """Reads one stream: `setup`, then `switchover`.
+    """Reads one stream: `description`, then `setup`, then `switchover`.
 
     Args:
         setup: descriptions by name of the sections that the setup piece must have, each once, in any order.
@@ -200,6 +190,32 @@ class IncomingStream:
         self._expected_setup = setup
         self._expected_switchover = switchover
         self._section_count = 0
+        self._described: dict[str, int] = {}
+
+    def description(self, data: bytes) -> None:
+        """Reads the description piece: it must tell of the sections that are expected, in versions that can be read.
+
+        So a version that cannot be read is found while the guest runs, and not inside the downtime.
+
+        Raises:
+            PeerError: it is none, or it tells of other sections or versions.
+        """
+        expected = {**self._expected_setup, **self._expected_switchover}
+        with _reading("description", data, ()) as reader:
+            described = _read_vmdesc(reader)
+            for name in expected:
+                if name not in described:
+                    raise PeerError(f'does not tell of section "{name}"')
+            for name, (vmsd_name, version) in described.items():
+                description = expected.get(name)
+                if description is None or vmsd_name != description.name:
+                    raise PeerError(f'tells of a section "{name}" of {vmsd_name!r}, which was not expected')
+                if not description.oldest_version <= version <= description.version:
+                    raise PeerError(
+                        f'tells of version {version} of section "{name}", this release reads '
+                        f"{description.oldest_version}..{description.version}"
+                    )
+                self._described[name] = version
 
     def setup(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the setup piece; the caller owns the descriptors in the states.
@@ -216,10 +232,14 @@ class IncomingStream:
             return self._read_sections(reader, self._expected_setup)
 
     def switchover(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
-        """Reads the switchover piece to the stream's end; the rest is as in `setup`."""
+        """Reads the switchover piece; the rest is as in `setup`."""
         with _reading("switchover", data, fds) as reader:
             sections = self._read_sections(reader, self._expected_switchover)
-            _read_end(reader)
+            end = reader.take(1)[0]
+            if end != _EOF:
+                raise PeerError(
+                    f"goes on with {end:#04x}, expected a section {_SECTION_FULL:#04x} or the end {_EOF:#04x}"
+                )
             return sections
 
     def _read_sections(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> list[Section]:
@@ -246,6 +266,8 @@ class IncomingStream:
                 f'section "{name}" is number {section_id} instance {instance}, '
                 f"expected number {self._section_count} instance 0"
             )
+        if version != self._described.get(name, version):
+            raise PeerError(f'section "{name}" came in version {version}, described was {self._described[name]}')
         state = load(description, version, reader, section=name)
         marker, footer_id = reader.unpack(_FOOTER)
         if marker != _SECTION_FOOTER or footer_id != section_id:
@@ -284,17 +306,27 @@ def _read_start(reader: Reader) -> None:
         raise PeerError(f'is of machine "{machine}", expected "{MACHINE}"')
 
 
-def _read_end(reader: Reader) -> None:
-    """Reads the end mark and the vmdesc. The JSON is for people: it is bounded and passed over."""
-    end = reader.take(1)[0]
-    if end != _EOF:
-        raise PeerError(f"goes on with {end:#04x}, expected a section {_SECTION_FULL:#04x} or the end {_EOF:#04x}")
+def _read_vmdesc(reader: Reader) -> dict[str, tuple[object, int]]:
+    """The description's name and version of each section, by the section's name."""
     marker, size = reader.unpack(_VMDESC_HEADER)
     if marker != _VMDESCRIPTION:
-        raise PeerError(f"goes on with {marker:#04x}, expected a vmdesc, {_VMDESCRIPTION:#04x}")
+        raise PeerError(f"starts with {marker:#04x}, expected a vmdesc, {_VMDESCRIPTION:#04x}")
     if size > VMDESC_SIZE_MAX:
-        raise PeerError(f"has a vmdesc of {size} bytes, limit is {VMDESC_SIZE_MAX}")
-    vmdesc = reader.take(size).rstrip()
-    # To parse megabytes inside the downtime would cost the guest more than a wrong description does.
-    if not vmdesc.startswith(b"{") or not vmdesc.endswith(b"}"):
-        raise PeerError(f"has a vmdesc that is no JSON object: {vmdesc[:16]!r}")
+        raise PeerError(f"has {size} bytes, limit is {VMDESC_SIZE_MAX}")
+    encoded = reader.take(size)
+    try:
+        vmdesc = json.loads(encoded)
+    except (ValueError, RecursionError) as error:
+        raise PeerError(f"is no JSON: {error}") from None
+    described: dict[str, tuple[object, int]] = {}
+    match vmdesc:
+        case {"devices": list(devices)}:
+            for device in devices:
+                match device:
+                    case {"name": str(name), "vmsd_name": vmsd_name, "version": int(version)} if name not in described:
+                        described[name] = (vmsd_name, version)
+                    case _:
+                        raise PeerError("tells of a section twice, or without its name or version")
+        case _:
+            raise PeerError("tells of no devices")
+    return described

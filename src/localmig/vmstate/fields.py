@@ -22,6 +22,7 @@ their number as `array_len`. What a descriptor is of stands at its field as `kin
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import struct as packing
 from abc import ABC, abstractmethod
@@ -231,12 +232,19 @@ class _Array(Field):
         self.element = element
         self.count_max = count_max
         self.inner = element.inner
+        # Numbers are packed and unpacked in one call; what does not fit is then looked for one by one.
+        self._code = element.code if isinstance(element, _Scalar) and element.kind != "bool" else None
+        self._code_size = element.layout.size if isinstance(element, _Scalar) else 0
 
     def put(self, value: Sequence[Any], into: Blob) -> None:
         if len(value) > self.count_max:
             raise UnfitError(f"has {len(value)} elements, limit is {self.count_max}")
         into.shape.append(len(value))
         into.data += _U32.pack(len(value))
+        if self._code is not None:
+            with contextlib.suppress(packing.error):
+                into.data += packing.pack(f">{len(value)}{self._code}", *value)
+                return
         for index, item in enumerate(value):
             try:
                 self.element.put(item, into)
@@ -248,6 +256,8 @@ class _Array(Field):
         (count,) = reader.unpack(_U32)
         if count > self.count_max:
             raise MalformedError(f"has {count} elements, limit is {self.count_max}")
+        if self._code is not None and reader.remaining >= count * self._code_size:
+            return reader.unpack(packing.Struct(f">{count}{self._code}"))
         values = []
         for index in range(count):
             try:

@@ -5,7 +5,8 @@ Never sees:  vhost-user bytes, packets, the migration stream.
 Read next:   vhost_user/protocol.py for the events, dataplane/ for the queue pairs, state.py for what travels.
 
 A queue pair runs while three things hold: the frontend started and enabled one of its rings, guest memory holds
-that ring, and this process serves (`resume` was called, `stop` was not). `_apply` is the one place that decides it.
+that ring, and this process serves. The first two are decided in `_apply` alone; the third belongs to all devices
+together, see rings.py.
 """
 
 from __future__ import annotations
@@ -13,18 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from typing import Final
 
-from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
+from localmig.dataplane import GuestMemory, QueuePair, Ring
 from localmig.device_api import Part
-from localmig.devices.virtio_net.state import (
-    RINGS,
-    VIRTIO_NET,
-    ConnectionState,
-    RingsState,
-    SocketState,
-    VirtioNetState,
-)
+from localmig.devices.virtio_net.rings import Rings
+from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
@@ -69,11 +65,11 @@ class VirtioNet(Part):
         socket: where and how frontends come.
         local_migration: whether its descriptors may move.
         mac: the guest's Ethernet address, for frontends and drivers that take it from the device.
+        rings: what starts and stops its queue pairs together with all others.
         tracer: where facts go.
     """
 
     setup = VIRTIO_NET
-    switchover = RINGS
 
     def __init__(
         self,
@@ -82,6 +78,7 @@ class VirtioNet(Part):
         netdev: Tap,
         socket: ListenAt | ConnectTo,
         local_migration: bool,
+        rings: Rings,
         tracer: Tracer,
         mac: bytes | None = None,
     ) -> None:
@@ -97,8 +94,19 @@ class VirtioNet(Part):
         self._memory: GuestMemory | None = None
         self._ring_errors: OwnedFd | None = None
         self._pairs: list[QueuePair] = []
-        self._serving = False
+        self._rings = rings
         self._awaits_netdev = False
+        rings.join(self)
+
+    @property
+    def queue_pair_count(self) -> int:
+        """Queue pairs it has while it is open."""
+        return self._netdev.queue_count
+
+    @property
+    def queue_pairs(self) -> Sequence[QueuePair]:
+        """Those that exist now."""
+        return self._pairs
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -112,18 +120,10 @@ class VirtioNet(Part):
             raise
 
     def resume(self) -> None:
-        """Starts the queue pairs whose rings are ready."""
-        if not self._serving:
-            self._serving = True
-            for index in range(len(self._pairs)):
-                self._start(index)
+        """Nothing: its queue pairs start with all others, see `Rings`."""
 
     def stop(self) -> None:
-        """Stops every queue pair between two packets."""
-        if self._serving:
-            self._serving = False
-            for index in range(len(self._pairs)):
-                self._stop(index)
+        """Nothing, as `resume`."""
 
     def freeze(self) -> None:
         """Leaves socket and connection alone from now on."""
@@ -140,7 +140,6 @@ class VirtioNet(Part):
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
-        self.stop()
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
@@ -168,17 +167,8 @@ class VirtioNet(Part):
             socket=socket,
         )
 
-    def save_switchover(self) -> RingsState:
-        """Ring positions, exact once stopped, and counters."""
-        state = self._session_state()
-        return RingsState(
-            next_avail=tuple(vring.next_avail for vring in state.vrings) if state else (),
-            counters=tuple(Counters(*pair.counters()) for pair in self._pairs),
-        )
-
     def release(self) -> None:
         """Drops socket, connection, memory and rings: another process serves them."""
-        self.stop()
         if self._endpoint is not None:
             self._endpoint.release()
             self._endpoint = None
@@ -228,35 +218,8 @@ class VirtioNet(Part):
             if self._memory is not None:
                 self._memory.populate()
 
-    def check_switchover(self, state: RingsState) -> None:
-        """Whether it is about as many rings and queue pairs as were set up."""
-        session = self._session_state()
-        expected = len(session.vrings) if session else 0
-        # Without descriptors the positions are the old session's, and the next one brings its own.
-        if session is not None and len(state.next_avail) != expected:
-            raise PeerError(f"device '{self.id}': {len(state.next_avail)} ring positions, expected {expected}")
-        if len(state.counters) != len(self._pairs):
-            raise PeerError(
-                f"device '{self.id}': counters of {len(state.counters)} queue pairs, expected {len(self._pairs)}"
-            )
-
-    def adopt_switchover(self, state: RingsState) -> None:
-        """Sets where the rings go on and what was counted."""
-        session = self._session_state()
-        for index, pair in enumerate(self._pairs):
-            pair.set_counters(state.counters[index])
-            if session is not None and _has_rings(pair):
-                rx, tx = state.next_avail[receive_queue(index)], state.next_avail[transmit_queue(index)]
-                pair.set_positions(rx, tx)
-        if session is not None:
-            for vring, next_avail in zip(session.vrings, state.next_avail, strict=True):
-                vring.next_avail = next_avail
-
     def recover(self) -> None:
-        """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
-        for pair in self._pairs:
-            if _has_rings(pair):
-                pair.set_positions(None, None)
+        """Nothing: see `Rings`."""
 
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
@@ -327,7 +290,7 @@ class VirtioNet(Part):
         self._steer(index)
         self._stop(index)
         self._lay_out(index)
-        if self._serving:
+        if self._rings.serving:
             self._start(index)
 
     def _steer(self, index: int) -> None:

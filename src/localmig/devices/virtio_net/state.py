@@ -1,8 +1,8 @@
-"""How a virtio-net device travels.
+"""How a virtio-net device travels while the guest runs.
 
-Owns:        its descriptions: setup (session, memory, descriptors) and switchover (positions, counters).
+Owns:        the descriptions of its session, memory and descriptors.
 Never sees:  a live object.
-Read next:   device.py, which saves and adopts them.
+Read next:   device.py, which saves and adopts them; rings.py for what travels inside the downtime.
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.dataplane import Counters
 from localmig.fds import OwnedFd
 from localmig.vhost_user.description import LISTENER, SESSION
-from localmig.vhost_user.message import VRING_INDEX_MAX
 from localmig.vhost_user.protocol import SessionState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio.net import MAC_LENGTH
-from localmig.vmstate import Description, array, blob, fd, optional, struct, u16, u64
-
-QUEUE_PAIR_COUNT_MAX: Final = (VRING_INDEX_MAX + 1) // 2
-"""Queue pairs the vring numbers of vhost-user can name."""
+from localmig.vmstate import Description, blob, fd, optional, struct, u64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +49,6 @@ class VirtioNetState:
     socket: SocketState | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RingsState:
-    """What travels inside the downtime: where each ring goes on, and what each queue pair counted."""
-
-    next_avail: tuple[int, ...]
-    counters: tuple[Counters, ...]
-
-
 CONNECTION: Final = Description(
     name="virtio-net-connection",
     version=1,
@@ -87,37 +74,5 @@ VIRTIO_NET: Final = Description(
         u64("features_acked"),
         blob("mac", size_max=MAC_LENGTH),
         optional(struct("socket", SOCKET)),
-    ),
-)
-
-COUNTERS: Final = Description(
-    name="virtio-net-counters",
-    version=1,
-    oldest_version=1,
-    state=Counters,
-    fields=(
-        u64("rx_packets"),
-        u64("rx_bytes"),
-        u64("rx_dropped_length"),
-        u64("rx_kicks"),
-        u64("rx_calls"),
-        u64("tx_packets"),
-        u64("tx_bytes"),
-        u64("tx_dropped_interface"),
-        u64("tx_dropped_header"),
-        u64("tx_dropped_memory"),
-        u64("tx_kicks"),
-        u64("tx_calls"),
-    ),
-)
-
-RINGS: Final = Description(
-    name="virtio-net-rings",
-    version=1,
-    oldest_version=1,
-    state=RingsState,
-    fields=(
-        array("next_avail", u16, count_max=2 * QUEUE_PAIR_COUNT_MAX),
-        array("counters", COUNTERS, count_max=QUEUE_PAIR_COUNT_MAX),
     ),
 )

@@ -1,0 +1,218 @@
+"""The rings of all NICs of a daemon: they start, stop and travel as one.
+
+Owns:        whether the daemon's rings may run; where they stand and what they counted, as it travels.
+Never sees:  what a frontend said; a single ring.
+Read next:   device.py, which lays the rings out; dataplane/ for what runs them.
+
+A device for itself would be asked, stopped, written, read and started one after the other, and the guests of all others
+would wait meanwhile. Together that is one call for each of these steps, and a column for each number in the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+from localmig import dataplane
+from localmig.dataplane import Counters, QueuePair
+from localmig.device_api import Part
+from localmig.errors import PeerError
+from localmig.trace import RingsStarted, RingsStopped, Tracer
+from localmig.vmstate import Description, array, text, u16, u64
+
+QUEUE_PAIR_COUNT_MAX: Final = 65536
+"""Queue pairs of one daemon: each has a thread, and the kernel's default gives a process 32768 of them or fewer."""
+
+_NAME_SIZE_MAX: Final = 80
+"""A device's id has at most 63 letters, a slash and a queue pair's number follow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingsSetup:
+    """Which queue pair is which place of the columns: its device's id, a slash, its number."""
+
+    queue_pairs: tuple[str, ...]
+
+
+Column = tuple[int, ...]
+"""A number of each queue pair."""
+
+
+class RingsState(NamedTuple):
+    """What travels inside the downtime: where each ring goes on (0 where it does not run), and what was counted.
+
+    The counters are those of `dataplane.Counters`, in their order.
+    """
+
+    rx_next_avail: Column
+    tx_next_avail: Column
+    rx_packets: Column
+    rx_bytes: Column
+    rx_dropped_length: Column
+    rx_kicks: Column
+    rx_calls: Column
+    tx_packets: Column
+    tx_bytes: Column
+    tx_dropped_interface: Column
+    tx_dropped_header: Column
+    tx_dropped_memory: Column
+    tx_kicks: Column
+    tx_calls: Column
+
+
+_POSITIONS: Final = ("rx_next_avail", "tx_next_avail")
+assert RingsState._fields == (*_POSITIONS, *Counters._fields)
+
+RINGS_SETUP: Final = Description(
+    name="virtio-net-queue-pairs",
+    version=1,
+    oldest_version=1,
+    state=RingsSetup,
+    fields=(array("queue_pairs", lambda name: text(name, size_max=_NAME_SIZE_MAX), count_max=QUEUE_PAIR_COUNT_MAX),),
+)
+
+RINGS: Final = Description(
+    name="virtio-net-rings",
+    version=1,
+    oldest_version=1,
+    state=RingsState,
+    fields=tuple(
+        array(name, u16 if name in _POSITIONS else u64, count_max=QUEUE_PAIR_COUNT_MAX) for name in RingsState._fields
+    ),
+)
+
+
+class Device(Protocol):
+    """A device with queue pairs. It has as many as it says, or none while it is closed."""
+
+    id: str
+
+    @property
+    def queue_pair_count(self) -> int:
+        """How many it has while it is open."""
+
+    @property
+    def queue_pairs(self) -> Sequence[QueuePair]:
+        """Those that exist now."""
+
+
+class Rings(Part):
+    """The rings of a daemon. Every device joins before the first step; in the list of parts it stands behind them.
+
+    Args:
+        tracer: where facts go.
+
+    Attributes:
+        serving: whether rings may run. A device whose frontend starts a ring asks this.
+    """
+
+    id = "*"
+    """No object can be called so."""
+
+    setup = RINGS_SETUP
+    switchover = RINGS
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.serving = False
+        self._devices: list[Device] = []
+        self._tracer = tracer
+
+    def join(self, device: Device) -> None:
+        """Lets `device` start and stop with the others."""
+        self._devices.append(device)
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Nothing: devices make their queue pairs."""
+
+    def resume(self) -> None:
+        """Starts every queue pair whose rings are ready."""
+        if not self.serving:
+            self.serving = True
+            for (device, index), began_ns in zip(self._places(), dataplane.start_all(self._pairs()), strict=True):
+                if began_ns is not None:
+                    self._tracer.emit(RingsStarted(device=device, queue_pair=index, at_ns=began_ns))
+
+    def stop(self) -> None:
+        """Stops every queue pair between two packets."""
+        if self.serving:
+            self.serving = False
+            for (device, index), was_running in zip(self._places(), dataplane.stop_all(self._pairs()), strict=True):
+                if was_running:
+                    self._tracer.emit(RingsStopped(device=device, queue_pair=index))
+
+    def freeze(self) -> None:
+        """Nothing: rings have no control plane."""
+
+    def thaw(self) -> None:
+        """Nothing, as `freeze`."""
+
+    def close(self) -> None:
+        """Stops."""
+        self.stop()
+
+    # -- source -------------------------------------------------------------------------------------------------
+
+    def save_setup(self, *, with_descriptors: bool) -> RingsSetup:
+        """Which queue pairs there are."""
+        del with_descriptors
+        return RingsSetup(queue_pairs=self._names())
+
+    def save_switchover(self) -> RingsState:
+        """Positions, exact once stopped, and counters."""
+        rx, tx, counters = dataplane.save_all(self._pairs())
+        return RingsState(tuple(rx), tuple(tx), *map(tuple, counters))
+
+    def release(self) -> None:
+        """Stops for good; devices let go of their queue pairs."""
+        self.stop()
+
+    # -- destination --------------------------------------------------------------------------------------------
+
+    def check_setup(self, state: RingsSetup) -> None:
+        """Whether both sides count the same queue pairs in the same order."""
+        names = self._names()
+        if state.queue_pairs != names:
+            odd = next((pair for pair in zip(state.queue_pairs, names, strict=False) if pair[0] != pair[1]), None)
+            difference = f"'{odd[0]}' stands there for '{odd[1]}' here" if odd else "the rest is the same"
+            raise PeerError(
+                f"the source has {len(state.queue_pairs)} queue pairs, this daemon has {len(names)}: {difference}"
+            )
+
+    def adopt_setup(self, state: RingsSetup) -> None:
+        """Nothing: devices make their queue pairs."""
+
+    def check_switchover(self, state: RingsState) -> None:
+        """Whether each column has a place for each queue pair."""
+        count = len(self._pairs())
+        for name, column in zip(RingsState._fields, state, strict=True):
+            if len(column) != count:
+                raise PeerError(f"column {name} of the rings has {len(column)} places, there are {count} queue pairs")
+
+    def adopt_switchover(self, state: RingsState) -> None:
+        """Sets where the rings go on and what was counted."""
+        rx, tx, *counters = state
+        dataplane.load_all(self._pairs(), (rx, tx, counters))
+
+    def recover(self) -> None:
+        """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
+        for pair in self._pairs():
+            if pair.positions() != (None, None):
+                pair.set_positions(None, None)
+
+    def discard(self) -> None:
+        """Nothing: devices drop what they adopted."""
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> list[QueuePair]:
+        return [pair for device in self._devices for pair in device.queue_pairs]
+
+    def _places(self) -> Iterator[tuple[str, int]]:
+        """Device and number of each of `_pairs`."""
+        return ((device.id, index) for device in self._devices for index in range(len(device.queue_pairs)))
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(f"{device.id}/{index}" for device in self._devices for index in range(device.queue_pair_count))
