@@ -16,7 +16,9 @@ from qemu.qmp import ExecuteError, QMPClient, Runstate
 
 from localmig.daemon import Daemon, RunState
 from localmig.monitor import QmpServer
-from localmig.monitor.protocol import Session
+from localmig.monitor.events import EVENTS
+from localmig.monitor.protocol import Event, Session
+from localmig.monitor.schema import Command
 from localmig.monitor.server import CLIENT_COUNT_MAX
 from localmig.options import Defer
 from localmig.trace import MigrationStatusChanged, RunStateChanged
@@ -38,11 +40,25 @@ COMMANDS = [
     "query-migrate",
     "query-migrate-capabilities",
     "query-migrate-parameters",
+    "query-qmp-schema",
     "query-status",
     "query-version",
     "quit",
     "stop",
 ]
+
+
+class TruthfulServer(QmpServer):
+    """Looks whether all that is returned and told is what query-qmp-schema says of it."""
+
+    def _execute(self, command: Command, arguments: Mapping[str, object]) -> object:
+        value = super()._execute(command, arguments)
+        command.returns.read(value, command.name)
+        return value
+
+    def _broadcast(self, event: Event) -> None:
+        EVENTS[event.name].read(event.data or {}, event.name)
+        super()._broadcast(event)
 
 
 class Rig:
@@ -51,7 +67,7 @@ class Rig:
     def __init__(self, path: str, resources: AsyncExitStack) -> None:
         self.path = path
         self.daemon = Daemon(incoming=Defer())
-        self.server = QmpServer(self.daemon, path, succeeds=True)
+        self.server = TruthfulServer(self.daemon, path, succeeds=True)
         self._resources = resources
 
     async def client(self) -> QMPClient:
@@ -138,6 +154,14 @@ def test_the_qemu_qmp_package_drives_it_unchanged(run: Run) -> None:
         assert await client.execute("query-local-migration") == []
         assert await client.execute("migrate_cancel") == {}
         assert await refused(client, "nope") == ("CommandNotFound", "The command nope has not been found")
+
+    run(scenario)
+
+
+def test_the_schema_tells_of_every_command(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        schema: Any = await (await it.client()).execute("query-qmp-schema")
+        assert sorted(each["name"] for each in schema if each["meta-type"] == "command") == COMMANDS
 
     run(scenario)
 

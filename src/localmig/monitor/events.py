@@ -7,9 +7,26 @@ Read next:   trace.py for the facts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from localmig import trace
 from localmig.daemon import RunState
 from localmig.monitor.protocol import Event
+from localmig.monitor.schema import MIGRATION_STATUS, Boolean, Enumeration, Struct, returned
+
+EVENTS: Final[Mapping[str, Struct]] = {
+    "MIGRATION": Struct((returned("status", MIGRATION_STATUS),)),
+    "RESUME": Struct(),
+    "SHUTDOWN": Struct(
+        (
+            returned("guest", Boolean()),
+            returned("reason", Enumeration(("host-error", "host-qmp-quit", "host-signal"))),
+        )
+    ),
+    "STOP": Struct(),
+}
+"""What each event carries."""
 
 
 class EventSource:

@@ -20,7 +20,8 @@ from localmig.monitor.wire import Decoder, JsonSyntaxError, encode
 NEGOTIATE: Final = "qmp_capabilities"
 """The command that opens a session."""
 
-_CAPABILITIES: Final = Struct((Member(name="enable", attribute="enable", type=Array(String()), required=False),))
+NEGOTIATION: Final = Struct((Member(name="enable", attribute="enable", type=Array(String()), required=False),))
+"""Its arguments."""
 
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
@@ -123,7 +124,7 @@ class Session:
     def _negotiate(self, arguments: Mapping[str, object]) -> dict[str, object]:
         if self._mode is Mode.COMMAND:
             raise CommandNotFoundError("Capabilities negotiation is already complete, command ignored")
-        enabled = _CAPABILITIES.read(arguments).get("enable")
+        enabled = NEGOTIATION.read(arguments).get("enable")
         if enabled:
             assert isinstance(enabled, list), enabled
             raise ConfigError(f"Capability {', '.join(enabled)} not available")

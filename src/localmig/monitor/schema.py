@@ -1,6 +1,6 @@
 """QMP's types: what an argument may be, QEMU's words where it is something else, QMP's names for ours.
 
-Owns:        the argument types, the tables that translate between QMP's names and ours.
+Owns:        the types of arguments and of what is returned, the tables that translate between QMP's names and ours.
 Never sees:  the daemon, sockets, JSON text.
 Read next:   commands/, the commands that take these arguments.
 
@@ -37,6 +37,7 @@ class ValueType(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
 class String:
     """A string."""
 
@@ -47,6 +48,7 @@ class String:
         return value
 
 
+@dataclass(frozen=True, slots=True)
 class Boolean:
     """`true` or `false`."""
 
@@ -57,6 +59,17 @@ class Boolean:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """Any value: QEMU's `any`."""
+
+    def read(self, value: object, name: str) -> object:
+        """Takes it."""
+        del name
+        return value
+
+
+@dataclass(frozen=True, slots=True)
 class Uint64:
     """QEMU's uint64: a negative number stands for the large one with the same bits, which ranges then refuse."""
 
@@ -123,10 +136,11 @@ class Struct:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Union:
-    """Members that depend on the value of one of them, the tag."""
+    """Members that depend on the value of one of them, the tag; `base` are others that are always there."""
 
     tag: Member
     branches: Mapping[str, tuple[Member | Union, ...]]
+    base: tuple[Member, ...] = ()
 
     def read(self, value: object, name: str) -> dict[str, object]:
         """Reads the tag, then what it asks for."""
@@ -137,7 +151,7 @@ class Union:
 
     def read_from(self, left: dict[str, object], name: str) -> dict[str, object]:
         """Reads the tag and what it asks for out of `left`."""
-        read = _read_members((self.tag,), left, name)
+        read = _read_members((*self.base, self.tag), left, name)
         for part in self.branches[str(read[self.tag.attribute])]:
             read |= part.read_from(left, name) if isinstance(part, Union) else _read_members((part,), left, name)
         return read
@@ -169,11 +183,20 @@ def _refuse(left: Mapping[str, object], name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """One command: its name, its arguments, and the function that gets the daemon and the arguments by our names."""
+    """One command: its name, its arguments, what it returns, and the function that gets the daemon and the arguments.
+
+    The function gets the arguments by our names, and returns by QMP's.
+    """
 
     name: str
     run: Callable[..., object]
     arguments: Struct = Struct()
+    returns: ValueType = Struct()
+
+
+def returned(name: str, type: ValueType, *, required: bool = True) -> Member:  # noqa: A002
+    """A member of what a command returns or an event carries: nobody reads it here, so it needs no name of ours."""
+    return Member(name=name, attribute=name, type=type, required=required)
 
 
 # -- QMP's names for ours -------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from typing import Final
 
 from localmig.daemon import Daemon
 from localmig.monitor.commands import machine, migration
-from localmig.monitor.protocol import NEGOTIATE
-from localmig.monitor.schema import Command
+from localmig.monitor.events import EVENTS
+from localmig.monitor.introspection import SCHEMA_INFO, introspect
+from localmig.monitor.protocol import NEGOTIATE, NEGOTIATION
+from localmig.monitor.schema import Array, Command, String, Struct, returned
 
 
 def query_commands(daemon: Daemon) -> list[dict[str, object]]:
@@ -22,10 +24,19 @@ def query_commands(daemon: Daemon) -> list[dict[str, object]]:
     return [{"name": name} for name in sorted([NEGOTIATE, *COMMANDS])]
 
 
+def query_qmp_schema(daemon: Daemon) -> list[dict[str, object]]:
+    """Every command and event with its types, in QEMU's introspection format."""
+    del daemon
+    # The session answers this one itself, so it is in no table.
+    negotiate = Command(name=NEGOTIATE, run=query_commands, arguments=NEGOTIATION)
+    return introspect((negotiate, *COMMANDS.values()), EVENTS)
+
+
 COMMANDS: Final[Mapping[str, Command]] = {
     command.name: command
     for command in (
-        Command(name="query-commands", run=query_commands),
+        Command(name="query-commands", run=query_commands, returns=Array(Struct((returned("name", String()),)))),
+        Command(name="query-qmp-schema", run=query_qmp_schema, returns=Array(SCHEMA_INFO)),
         *machine.COMMANDS,
         *migration.COMMANDS,
     )

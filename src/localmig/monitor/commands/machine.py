@@ -12,7 +12,7 @@ from typing import Final
 from localmig.daemon import Daemon, RunState
 from localmig.migration.hello import program_version
 from localmig.monitor.protocol import version_info
-from localmig.monitor.schema import Command
+from localmig.monitor.schema import Boolean, Command, Enumeration, String, Struct, Uint64, returned
 
 
 def query_version(daemon: Daemon) -> dict[str, object]:
@@ -44,9 +44,13 @@ def quit_daemon(daemon: Daemon) -> dict[str, object]:
     return {}
 
 
+_NUMBERS: Final = Struct(tuple(returned(name, Uint64()) for name in ("major", "minor", "micro")))
+_VERSION: Final = Struct((returned("qemu", _NUMBERS), returned("package", String())))
+_STATUS: Final = Struct((returned("running", Boolean()), returned("status", Enumeration(tuple(RunState)))))
+
 COMMANDS: Final = (
-    Command(name="query-version", run=query_version),
-    Command(name="query-status", run=query_status),
+    Command(name="query-version", run=query_version, returns=_VERSION),
+    Command(name="query-status", run=query_status, returns=_STATUS),
     Command(name="stop", run=stop),
     Command(name="cont", run=cont),
     Command(name="quit", run=quit_daemon),

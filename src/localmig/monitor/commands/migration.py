@@ -20,13 +20,16 @@ from localmig.monitor.schema import (
     MIGRATION_STATUS,
     PARAMETERS,
     Array,
+    Boolean,
     Command,
     Member,
     String,
     Struct,
+    Uint64,
     capabilities_to_qmp,
     parameters_changed,
     parameters_to_qmp,
+    returned,
 )
 from localmig.options.address import Address, FdAddress, UnixAddress, parse_address
 
@@ -141,6 +144,37 @@ _WHERE: Final = Struct(
     )
 )
 
+_PHASE: Final = Struct((returned("name", String()), returned("duration-us", Uint64())))
+
+_LOCAL: Final = Struct(
+    (
+        returned("downtime-us", Uint64(), required=False),
+        returned("phases", Array(_PHASE)),
+        returned("descriptors", Uint64()),
+        returned("note", String(), required=False),
+    )
+)
+
+_MIGRATION_INFO: Final = Struct(
+    (
+        returned("status", MIGRATION_STATUS, required=False),
+        returned("total-time", Uint64(), required=False),
+        returned("setup-time", Uint64(), required=False),
+        returned("downtime", Uint64(), required=False),
+        returned("error-desc", String(), required=False),
+        returned("local", _LOCAL, required=False),
+    )
+)
+
+_LOCAL_MIGRATION: Final = Struct(
+    (
+        returned("id", String()),
+        returned("type", String()),
+        returned("transfers", Boolean()),
+        returned("reason", String(), required=False),
+    )
+)
+
 COMMANDS: Final = (
     Command(name="migrate", run=migrate, arguments=_WHERE),
     Command(name="migrate-incoming", run=migrate_incoming, arguments=_WHERE),
@@ -150,14 +184,14 @@ COMMANDS: Final = (
         run=migrate_continue,
         arguments=Struct((Member(name="state", attribute="state", type=MIGRATION_STATUS),)),
     ),
-    Command(name="query-migrate", run=query_migrate),
+    Command(name="query-migrate", run=query_migrate, returns=_MIGRATION_INFO),
     Command(name="migrate-set-parameters", run=set_parameters, arguments=PARAMETERS),
-    Command(name="query-migrate-parameters", run=query_parameters),
+    Command(name="query-migrate-parameters", run=query_parameters, returns=PARAMETERS),
     Command(
         name="migrate-set-capabilities",
         run=set_capabilities,
         arguments=Struct((Member(name="capabilities", attribute="capabilities", type=Array(CAPABILITY_STATUS)),)),
     ),
-    Command(name="query-migrate-capabilities", run=query_capabilities),
-    Command(name="query-local-migration", run=query_local_migration),
+    Command(name="query-migrate-capabilities", run=query_capabilities, returns=Array(CAPABILITY_STATUS)),
+    Command(name="query-local-migration", run=query_local_migration, returns=Array(_LOCAL_MIGRATION)),
 )
