@@ -13,7 +13,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 
 # What the guest tier runs on, from Debian's packages. The guest's own kernel is downloaded and unpacked, never installed.
-GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2
+GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # What the demonstration needs and this machine has not.

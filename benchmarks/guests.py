@@ -46,7 +46,7 @@ def _run(socket_paths: Sequence[str], ends: Sequence[int], queue_size: int) -> s
     with contextlib.ExitStack() as resources:
         guests = []
         for path, end in zip(socket_paths, ends, strict=True):
-            guest = resources.enter_context(NetGuest(path, tap_fd=end, queue_size=queue_size))
+            guest = resources.enter_context(NetGuest(path, tap_fds=[end], queue_size=queue_size))
             guest.attach()
             guests.append(guest)
         _say({"event": "ready"})

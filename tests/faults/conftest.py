@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,11 +97,11 @@ class Site:
         self.address = f"unix:{path}"
         return daemon
 
-    def attach(self, *, reconnect_ms: float | None = None) -> GuestProcess:
-        """Lets the guest come up."""
+    def attach(self, **settings: Any) -> GuestProcess:
+        """Lets the guest come up, with more of `GuestSettings`."""
         with self.namespace.entered():
             self.guest = self._ends.enter_context(
-                GuestProcess(GuestSettings(socket=str(self.socket), address=f"{GUEST}/24", reconnect_ms=reconnect_ms))
+                GuestProcess(GuestSettings(socket=str(self.socket), address=f"{GUEST}/24", **settings))
             )
         assert self.ping(10).lost == 0
         self.began_ns = time.monotonic_ns()

@@ -310,7 +310,7 @@ def test_positions_survive_detaching(daemon: Daemon) -> None:
     with NetworkNamespace.create() as inside, inside.entered():
         tap = Tap(id="guest", ifname="gtap0")
         tap.open()
-        with NetGuest(daemon.nic, tap_fd=tap.fileno(), queue_size=64) as guest:
+        with NetGuest(daemon.nic, tap_fds=[tap.fileno()], queue_size=64) as guest:
             guest.attach()
             configure("gtap0", address=f"{GUEST}/24")
             pinger = Pinger(HOST, count_max=100).start()

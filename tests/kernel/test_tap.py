@@ -415,6 +415,15 @@ def test_without_descriptors_a_tap_of_several_queues_is_opened_once_the_source_l
     destination.close()
 
 
+@pytest.mark.parametrize(("sndbuf", "expected"), [(0, 2**31 - 1), (65536, 65536)])
+def test_the_send_buffer_is_that_of_every_queue(sndbuf: int, expected: int) -> None:
+    tungetsndbuf = 0x800454D3
+    with opened(queues=3, sndbuf=sndbuf) as tap:
+        for queue in range(3):
+            answer = fcntl.ioctl(tap.fileno(queue), tungetsndbuf, bytes(4))
+            assert int.from_bytes(answer, sys.byteorder) == expected
+
+
 # -- frames ---------------------------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ class Guest:
         tap.setblocking(False)
         where = site.path if site.listens else ends.enter_context(FrontendListener(site.path))
         self.vmm = ends.enter_context(
-            kind(where, tap_fd=tap.fileno(), queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
+            kind(where, tap_fds=[tap.fileno()], queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
         )
 
     @property
@@ -130,8 +130,7 @@ class Guest:
 
     def write_descriptor(self, ring: int, *, address: int, length: int, flags: int = 0, following: int = 0) -> None:
         """Makes a descriptor available that no driver of ours would write, and kicks."""
-        assert self.vmm._driver is not None
-        table, avail, _ = self.vmm._driver.ring_addresses()[ring]
+        table, avail, _ = self.vmm._drivers[0].ring_addresses()[ring]
         memory = self.vmm.memory.mapping
         descriptor = b"".join(
             value.to_bytes(size, "little") for value, size in ((address, 8), (length, 4), (flags, 2), (following, 2))

@@ -265,6 +265,22 @@ def test_an_enable_that_says_nothing_new_is_no_event(served: Backend) -> None:
     assert converse(served, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0)) is None
 
 
+def test_a_region_said_again_for_another_queue_pair_changes_nothing() -> None:
+    backend = Backend(replace(OFFER, vring_count=4, queue_count=2))
+    for request, payload, count in SETUP[:4]:
+        converse(backend, request, payload, fd_count=count)
+    region = SingleRegion(region=REGION)
+    try:
+        assert converse(backend, Request.ADD_MEM_REG, region, fd_count=1) == MemoryChanged()
+        assert converse(backend, Request.ADD_MEM_REG, region, fd_count=1) is None
+        assert len(backend.state.regions) == 1
+        assert converse(backend, Request.REM_MEM_REG, region) == MemoryChanged()
+        assert converse(backend, Request.REM_MEM_REG, region) is None
+        assert not backend.state.regions
+    finally:
+        backend.close()
+
+
 def test_enabling_a_ring_is_an_event_also_before_it_starts() -> None:
     backend = Backend(OFFER)
     assert converse(backend, Request.SET_VRING_ENABLE, VringNumber(index=0, number=1)) == VringChanged(index=0)

@@ -39,6 +39,7 @@ def test_keyval_text_becomes_a_spec() -> None:
     text = "tap,id=net0,ifname=tap0,script=/etc/up,downscript=/etc/down,mtu=9000,queues=1"
     assert parse_netdev(text) == TAP
     assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd=5)
+    assert parse_netdev("tap,id=a,sndbuf=65536").sndbuf == 65536
     inherited = parse_netdev("tap,id=a,fds=3:5:4")
     assert (inherited.descriptors, inherited.queues) == ((3, 5, 4), 3)
     assert parse_netdev("tap,id=a,fds=3:5:4,queues=3") == inherited
@@ -46,6 +47,9 @@ def test_keyval_text_becomes_a_spec() -> None:
     assert parse_device(text) == NIC
     assert parse_device(text.replace("off", "on")).local_migration is True
     assert parse_device(f"{text},mac=52:54:00:AB:cd:01").mac == "52:54:00:AB:cd:01"
+    without = parse_device(f"{text},host_tso4=off,guest_csum=off")
+    assert (without.host_tso4, without.guest_csum, without.host_tso6) == (False, False, True)
+    assert to_mapping(without)["host_tso4"] is False
 
 
 def test_json_text_becomes_the_same_spec() -> None:
@@ -70,7 +74,7 @@ NETDEV_ERRORS = {
     "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap",
     "tap": "Parameter 'id' is missing",
     "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: id, ifname, script, downscript, mtu, queues, fd, "
-    "fds",
+    "fds, sndbuf",
     "tap,id=net0,id=net1": "Parameter 'id' is there twice, as 'net0' and 'net1'",
     "tap,id=net0,vhost": "Expected '=' after parameter 'vhost'",
     "tap,,id=net0": "Invalid parameter 'tap,id'",
@@ -148,8 +152,7 @@ DEVICE_ERRORS = {
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local-migration": "on"}': "Invalid "
     "parameter type for 'local-migration', expected: boolean",
     '{"driver": "virtio-net", "id": "a", "netdev": "b", "socket": "/x", "local_migration": true}': "Parameter "
-    "'local_migration' is unexpected, virtio-net has: id, netdev, socket, server, reconnect-ms, socket-mode, "
-    "socket-group, local-migration, mac",
+    f"'local_migration' is unexpected, virtio-net has: {', '.join(each.name for each in options_of(VirtioNetSpec))}",
     "virtio-net,id=a,netdev=b,socket=/x,reconnect-ms=5": "'reconnect-ms' option is incompatible with socket in server "
     "listen mode",
     "virtio-net,id=a,netdev=b,socket=/x,server=off,reconnect-ms=60001": "Parameter 'reconnect-ms' expects a value "

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
+
 from localmig.virtio import Feature
-from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length, receive_queue, transmit_queue
+from localmig.virtio.net import (
+    OFFLOADS,
+    LinkStatus,
+    NetConfig,
+    NetFeature,
+    header_length,
+    receive_queue,
+    transmit_queue,
+    without_orphans,
+)
+
+GUEST_OFFLOADS = (
+    NetFeature.GUEST_CSUM
+    | NetFeature.GUEST_TSO4
+    | NetFeature.GUEST_TSO6
+    | NetFeature.GUEST_ECN
+    | NetFeature.GUEST_USO4
+    | NetFeature.GUEST_USO6
+)
 
 
 def test_the_configuration_space_has_the_layout_of_section_5_1_4() -> None:
@@ -26,3 +46,18 @@ def test_the_header_has_two_bytes_more_where_buffers_are_counted() -> None:
 
 def test_rings_come_in_pairs_receive_first() -> None:
     assert [(receive_queue(pair), transmit_queue(pair)) for pair in range(2)] == [(0, 1), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("features", "left"),
+    [
+        (OFFLOADS, OFFLOADS),
+        (OFFLOADS & ~NetFeature.CSUM, GUEST_OFFLOADS),
+        (OFFLOADS & ~NetFeature.GUEST_CSUM, OFFLOADS & ~GUEST_OFFLOADS),
+        (NetFeature.GUEST_CSUM | NetFeature.GUEST_ECN | NetFeature.MAC, NetFeature.GUEST_CSUM | NetFeature.MAC),
+        (NetFeature.CSUM | NetFeature.HOST_ECN | NetFeature.HOST_TSO6,) * 2,
+        (NetFeature.HOST_ECN | NetFeature.HOST_TSO6, 0),
+    ],
+)
+def test_a_feature_without_the_one_it_requires_counts_for_nothing(features: int, left: int) -> None:
+    assert without_orphans(features) == left

@@ -516,8 +516,9 @@ fn gather(
 ) -> Result<bool, RingError> {
     loop {
         let enough = if mergeable {
-            // A ring that cannot hold a frame however long we wait takes what fits.
-            window.length >= room || window.slots >= usize::from(rx.ring.size())
+            // A small ring may never have room for the longest frame: Linux fills it up again only as packets come
+            // out of it, though always before half of it is used. Half a ring must do then.
+            window.length >= room || window.slots >= usize::from(rx.ring.size()).div_ceil(2)
         } else {
             !window.chains.is_empty()
         };

@@ -8,6 +8,8 @@ Read next:   devices/virtio_net/ and netdev/ for the parts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 from localmig.device_api import Part
 from localmig.devices.virtio_net import Rings, VirtioNet
@@ -23,9 +25,11 @@ from localmig.options import (
     from_mapping,
     to_mapping,
 )
+from localmig.options.specs import OFFLOADS
 from localmig.options.values import mac_bytes
 from localmig.trace import Tracer
 from localmig.vhost_user.session import ConnectTo, ListenAt
+from localmig.virtio.net import NetFeature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +77,7 @@ class Objects:
                 mtu=spec.mtu,
                 queues=spec.queues,
                 fds=spec.descriptors,
+                sndbuf=spec.sndbuf,
                 stays_home=stays_home.get(spec.id),
             )
             for spec in self.netdevs
@@ -83,6 +88,7 @@ class Objects:
                 netdev=taps[spec.netdev],
                 socket=_socket(spec),
                 local_migration=spec.local_migration,
+                offloads=_offloads(spec),
                 mac=mac_bytes(spec.mac) if spec.mac is not None else None,
                 rings=rings,
                 tracer=tracer,
@@ -128,6 +134,10 @@ def _socket(spec: VirtioNetSpec) -> ListenAt | ConnectTo:
     if spec.server:
         return ListenAt(path=spec.socket, mode=int(spec.socket_mode, base=8), group=spec.socket_group)
     return ConnectTo(path=spec.socket, reconnect_ms=spec.reconnect_ms)
+
+
+def _offloads(spec: VirtioNetSpec) -> NetFeature:
+    return reduce(or_, (NetFeature[name.upper()] for name in OFFLOADS if getattr(spec, name)), NetFeature(0))
 
 
 def _read(hello: Hello) -> Objects:

@@ -50,6 +50,9 @@ QUEUE_COUNT_MAX: Final = 128
 RECONNECT_MS_MAX: Final = 60_000
 """Longest pause between two attempts to connect: a VMM that came back is not left waiting for longer."""
 
+SNDBUF_MAX: Final = 2**31 - 1
+"""TUNSETSNDBUF takes an int."""
+
 
 class Fit(enum.Enum):
     """When an option of the destination must agree with the source's."""
@@ -85,6 +88,11 @@ class Option:
 def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS) -> dict[str, Any]:
     """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'."""
     return {"value": value, "help": help_text, "fit": fit}
+
+
+def _offload(help_text: str) -> Any:
+    """A field that switches an offload. QEMU writes these names with '_', as nothing else."""
+    return field(default=True, metadata=_option(Switch(), help_text) | {"is_offload": True})
 
 
 class Spec:
@@ -175,6 +183,15 @@ class TapSpec(Spec):
         ),
     )
 
+    sndbuf: int = field(
+        default=0,
+        metadata=_option(
+            Number(lowest=0, highest=SNDBUF_MAX, reason="an int of the kernel's"),
+            "bytes a queue may have on their way into the network before it takes no more, 0 for no limit",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
         given = "fd=" if self.fds is None else "fds="
@@ -262,6 +279,17 @@ class VirtioNetSpec(Spec):
             "the guest's Ethernet address, for who asks the device: User-Mode Linux does, QEMU has its own",
         ),
     )
+    csum: bool = _offload("let the guest leave checksums to the host")
+    guest_csum: bool = _offload("let the host leave checksums to the guest")
+    host_tso4: bool = _offload("let the guest leave segmentation to the host: TCP over IPv4")
+    host_tso6: bool = _offload("TCP over IPv6")
+    host_ecn: bool = _offload("TCP with explicit congestion notification")
+    host_uso: bool = _offload("UDP, where the kernel has it (Linux 6.2)")
+    guest_tso4: bool = _offload("let the host leave segmentation to the guest: TCP over IPv4")
+    guest_tso6: bool = _offload("TCP over IPv6")
+    guest_ecn: bool = _offload("TCP with explicit congestion notification")
+    guest_uso4: bool = _offload("UDP over IPv4, together with guest_uso6, where the kernel has it")
+    guest_uso6: bool = _offload("UDP over IPv6, together with guest_uso4, where the kernel has it")
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
@@ -294,7 +322,7 @@ def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
     """The table of a type, in the order help prints it."""
     return tuple(
         Option(
-            name=row.name.replace("_", "-"),
+            name=row.name if row.metadata.get("is_offload") else row.name.replace("_", "-"),
             attribute=row.name,
             value=row.metadata["value"],
             default=None if row.default is dataclasses.MISSING else row.default,
@@ -304,6 +332,10 @@ def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
         )
         for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
     )
+
+
+OFFLOADS: Final = tuple(row.name for row in dataclasses.fields(VirtioNetSpec) if row.metadata.get("is_offload"))
+"""The options that switch an offload, each the name of virtio's feature in small letters."""
 
 
 # -- text -> spec -------------------------------------------------------------------------------------------

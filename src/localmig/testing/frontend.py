@@ -14,6 +14,8 @@ import select
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Final, Self
 
@@ -21,6 +23,7 @@ from localmig import fds
 from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
+from localmig.netdev.tap import Offload
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     PROTOCOL_FEATURES_BIT,
@@ -41,7 +44,7 @@ from localmig.vhost_user.message import (
     encode_request,
 )
 from localmig.virtio import DeviceStatus, Feature
-from localmig.virtio.net import NetFeature
+from localmig.virtio.net import OFFLOADS, NetFeature, without_orphans
 
 ANSWER_SECONDS_MAX: Final = 10.0
 """How long a backend may take for an answer: ten thousand times what one takes, enough for a handover in between."""
@@ -350,6 +353,18 @@ class Frontend:
         self.call(request, VringFile(index=index, has_fd=fd is not None), [] if fd is None else [fd])
 
 
+def sending_offloads(features: int) -> Offload:
+    """What the guest's TAP may leave to the device, which reads what the guest sends: the features' HOST_ half."""
+    pairs = (
+        (NetFeature.CSUM, Offload.CSUM),
+        (NetFeature.HOST_TSO4, Offload.TSO4),
+        (NetFeature.HOST_TSO6, Offload.TSO6),
+        (NetFeature.HOST_ECN, Offload.TSO_ECN),
+        (NetFeature.HOST_USO, Offload.USO4 | Offload.USO6),
+    )
+    return reduce(or_, (offload for feature, offload in pairs if features & feature), Offload(0))
+
+
 # -- the guest --------------------------------------------------------------------------------------------------
 
 
@@ -397,12 +412,15 @@ class _VringFds:
         fds.close_all((self.kick, self.call, self.error))
 
 
+OFFLOAD_FEATURES: Final = int(OFFLOADS) | DRIVER_FEATURES
+"""All of these, and what the driver can leave to the other side or take over from it, by its TAP's vnet header."""
+
 RX: Final = 0
 TX: Final = 1
 
 
 class NetGuest:
-    """A guest with one NIC of one queue pair: memory, driver and the VMM's part of the bring-up.
+    """A guest with one NIC: memory, a driver for each queue pair, and the VMM's part of the bring-up.
 
         detached ── attach ──▶ attached ── detach ──▶ detached        the rings stay as they are
                                attached ── reset_driver ──▶ attached  fresh rings, packets in flight are gone
@@ -410,8 +428,9 @@ class NetGuest:
 
     Args:
         where: the backend's socket, or where it will connect; a listener is lent until `close`.
-        tap_fd: the guest's own TAP, non-blocking, with a vnet header of 12 bytes, lent until `close`; None: what
-            arrives is counted and dropped.
+        tap_fds: a queue of the guest's own TAP for each pair, non-blocking, with a vnet header of 12 bytes, lent until
+            `close`; none: what arrives is counted and dropped.
+        queue_pairs: how many there are; all of them are enabled.
         queue_size: entries of each ring, a power of two up to 1024.
         features: virtio features to acknowledge where they are offered. VERSION_1 must be among both.
         protocol_features: vhost-user features to acknowledge where they are offered.
@@ -422,24 +441,28 @@ class NetGuest:
         self,
         where: str | FrontendListener,
         *,
-        tap_fd: int | None = None,
+        tap_fds: Sequence[int] = (),
+        queue_pairs: int = 1,
         queue_size: int = 256,
         features: int = DRIVER_FEATURES,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
     ) -> None:
         self._where = where
-        self._tap_fd = tap_fd
+        assert len(tap_fds) in (0, queue_pairs), (tap_fds, queue_pairs)
+        self._tap_fds: Sequence[int | None] = tap_fds or [None] * queue_pairs
+        self._queue_pairs = queue_pairs
+        self._enabled_pairs = queue_pairs
         self._queue_size = queue_size
-        self._wanted = features
+        self._wanted = features | (NetFeature.MQ if queue_pairs > 1 else 0)
         self._wanted_protocol = protocol_features
         self._answer_seconds_max = answer_seconds_max
         self._features = 0
-        self._bases = [0, 0]
+        self._bases = [0, 0] * queue_pairs
         self._frontend: Frontend | None = None
-        self._driver: DriverPair | None = None
-        self.memory = SharedMemory(DriverPair.layout_size(queue_size))
-        self._vrings = (_VringFds.create(), _VringFds.create())
+        self._drivers: list[DriverPair] = []
+        self.memory = SharedMemory(queue_pairs * DriverPair.layout_size(queue_size))
+        self._vrings = [_VringFds.create() for _ in range(2 * queue_pairs)]
 
     # -- life --
 
@@ -458,7 +481,8 @@ class NetGuest:
         except PeerError:
             self.disconnect()
             raise
-        self._driver_here().start()
+        for driver in self._drivers_here():
+            driver.start()
 
     def detach(self) -> None:
         """Stops the rings at the backend and keeps where they stand, as a VMM does when it pauses the guest.
@@ -466,22 +490,36 @@ class NetGuest:
         The driver runs on: what it sends waits in the ring.
         """
         frontend = self.frontend
-        for index in (RX, TX):
+        for index in range(2 * self._queue_pairs):
             frontend.disable_vring(index)
-        for index in (RX, TX):
+        for index in range(2 * self._queue_pairs):
             self._bases[index] = frontend.get_vring_base(index)
+
+    def set_queue_pairs(self, count: int) -> None:
+        """Lets the first `count` pairs carry packets and the others none: what QEMU makes of `ethtool -L`.
+
+        The guest's own TAP is the caller's to change: what it sends must come out of the first `count` of its queues.
+        """
+        assert 1 <= count <= self._queue_pairs, count
+        frontend = self.frontend
+        for index in range(2 * self._queue_pairs):
+            if index < 2 * count:
+                frontend.enable_vring(index)
+            else:
+                frontend.disable_vring(index)
+        self._enabled_pairs = count
 
     def reset_driver(self) -> None:
         """What a backend sees when the guest's driver resets the device and begins again: new, empty rings."""
         frontend = self.frontend
-        if self._driver is not None:
-            self._driver.stop()
-            self._driver.counters()  # raises what the driver found wrong
-            self._driver = None
+        for driver in self._drivers:
+            driver.stop()
+            driver.counters()  # raises what the driver found wrong
+        self._drivers = []
         self.detach()
         if ProtocolFeature.STATUS in frontend.protocol_features:
             frontend.set_status(0)
-        self._bases = [0, 0]
+        self._bases = [0, 0] * self._queue_pairs
         self.attach()
 
     def disconnect(self) -> None:
@@ -499,14 +537,14 @@ class NetGuest:
         """
         self.disconnect()
         # A backend that went away told no position: what it completed is in the used index, the rest is undone.
-        self._bases = [self.used_index(RX), self.used_index(TX)]
+        self._bases = [self.used_index(index) for index in range(2 * self._queue_pairs)]
         self.attach()
 
     def close(self) -> None:
         """Ends the guest: driver, connection, memory. Idempotent."""
-        if self._driver is not None:
-            self._driver.stop()
-            self._driver = None
+        for driver in self._drivers:
+            driver.stop()
+        self._drivers = []
         self.disconnect()
         for vring in self._vrings:
             vring.close()
@@ -533,27 +571,28 @@ class NetGuest:
         return self._features
 
     @property
-    def bases(self) -> tuple[int, int]:
-        """(rx, tx) positions as told by `detach`, or where `attach` begins."""
-        return self._bases[RX], self._bases[TX]
+    def bases(self) -> tuple[int, ...]:
+        """Positions of all vrings as told by `detach`, or where `attach` begins."""
+        return tuple(self._bases)
 
     def used_index(self, index: int) -> int:
         """The used index of a ring as it stands in guest memory; 0 before there is a ring."""
-        if self._driver is None:
+        if not self._drivers:
             return 0
-        _, _, device_area = self._driver.ring_addresses()[index]
+        _, _, device_area = self._drivers[index // 2].ring_addresses()[index % 2]
         return int.from_bytes(self.memory.mapping.read(device_area + 2, 2), "little")
 
     def counters(self) -> DriverCounters:
-        """What the driver moved since its last reset.
+        """What the drivers of all pairs moved since their last reset.
 
         Raises:
             PeerError: the driver stopped: the backend broke a ring, or the guest's TAP is gone.
         """
         try:
-            return DriverCounters(*self._driver_here().counters())
+            moved = [driver.counters() for driver in self._drivers_here()]
         except RuntimeError as error:
             raise PeerError(f"guest's driver stopped: {error}") from error
+        return DriverCounters(*map(sum, zip(*moved, strict=True)))
 
     def ring_error(self, index: int, timeout: float = 0.0) -> bool:
         """Whether the backend told through the error eventfd that it stopped the ring, within `timeout` seconds."""
@@ -579,8 +618,9 @@ class NetGuest:
         if offered >> PROTOCOL_FEATURES_BIT & 1:
             protocol = frontend.get_protocol_features() & self._wanted_protocol
             frontend.set_protocol_features(protocol)
-            if ProtocolFeature.MQ in protocol and frontend.get_queue_num() < 1:
-                raise PeerError("backend has 0 queue pairs, needed is 1")
+            count = frontend.get_queue_num() if ProtocolFeature.MQ in protocol else 1
+            if count < self._queue_pairs:
+                raise PeerError(f"backend has {count} queue pairs, needed is {self._queue_pairs}")
         frontend.set_owner()
         # A driver that lost its backend must find at the next one what it has acknowledged.
         features = (self._features or self._wanted & offered) & ~(1 << PROTOCOL_FEATURES_BIT)
@@ -588,7 +628,11 @@ class NetGuest:
             raise PeerError(f"backend does not offer features {missing:#x}, which the driver uses")
         if not features & Feature.VERSION_1:
             raise PeerError(f"backend offers features {offered:#x}, without VERSION_1")
-        self._features = features
+        if not features & NetFeature.MRG_RXBUF:
+            # The receive buffers are too small for what need not be segmented (virtio 1.2, section 5.1.6.3.1).
+            features &= ~int(NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6)
+            features &= ~int(NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6)
+        self._features = without_orphans(features)
         for index, vring in enumerate(self._vrings):
             frontend.set_vring_call(index, vring.call.fileno())
 
@@ -597,7 +641,8 @@ class NetGuest:
         extra = 1 << PROTOCOL_FEATURES_BIT if protocol else 0
         frontend.set_features(self._features | extra)
         frontend.set_mem_table([(self.memory.region, self.memory.fd.fileno())])
-        for index, rings in enumerate(self._driver_here().ring_addresses()):
+        addresses = [rings for driver in self._drivers_here() for rings in driver.ring_addresses()]
+        for index, rings in enumerate(addresses):
             descriptor_area, driver_area, device_area = map(self.memory.user_address, rings)
             vring = self._vrings[index]
             frontend.set_vring_num(index, self._queue_size)
@@ -614,24 +659,27 @@ class NetGuest:
             frontend.set_vring_kick(index, vring.kick.fileno())
             frontend.set_vring_call(index, vring.call.fileno())
         if protocol:
-            for index in (RX, TX):
+            for index in range(2 * self._enabled_pairs):
                 frontend.enable_vring(index)
         if ProtocolFeature.STATUS in protocol:
             frontend.set_status(_DRIVER_OK)
 
-    def _driver_here(self) -> DriverPair:
-        if self._driver is None:
-            rx, tx = self._vrings
-            self._driver = DriverPair(
-                name="guest-driver",
-                memory=self.memory.mapping,
-                guest_address=self.memory.region.guest_address,
-                queue_size=self._queue_size,
-                features=self._features,
-                rx_kick_fd=rx.kick.fileno(),
-                rx_call_fd=rx.call.fileno(),
-                tx_kick_fd=tx.kick.fileno(),
-                tx_call_fd=tx.call.fileno(),
-                tap_fd=self._tap_fd,
-            )
-        return self._driver
+    def _drivers_here(self) -> list[DriverPair]:
+        if not self._drivers:
+            size = DriverPair.layout_size(self._queue_size)
+            for index, tap_fd in enumerate(self._tap_fds):
+                rx, tx = self._vrings[2 * index : 2 * index + 2]
+                driver = DriverPair(
+                    name=f"guest-driver/{index}",
+                    memory=self.memory.mapping,
+                    guest_address=self.memory.region.guest_address + index * size,
+                    queue_size=self._queue_size,
+                    features=self._features,
+                    rx_kick_fd=rx.kick.fileno(),
+                    rx_call_fd=rx.call.fileno(),
+                    tx_kick_fd=tx.kick.fileno(),
+                    tx_call_fd=tx.call.fileno(),
+                    tap_fd=tap_fd,
+                )
+                self._drivers.append(driver)
+        return self._drivers

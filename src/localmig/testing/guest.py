@@ -33,7 +33,7 @@ from typing import Any, Final, Self
 
 from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import NetGuest
+from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, NetGuest, sending_offloads
 from localmig.testing.namespace import NetworkNamespace, carrier_changes, configure, isolate, link
 
 MAC: Final = "52:54:00:12:34:56"
@@ -62,6 +62,8 @@ class GuestSettings:
         mac: the interface's Ethernet address.
         mtu: of the interface, in bytes.
         queue_size: entries of each ring.
+        queue_pairs: how many the NIC has.
+        offloads: whether checksums and segmentation are left to the other side, where that is offered.
         reconnect_ms: time between attempts to reconnect when the backend is gone, as QEMU's option of that name;
             None: the guest ends then.
         neighbors: Ethernet addresses of peers by IPv4 address.
@@ -73,6 +75,8 @@ class GuestSettings:
     mac: str = MAC
     mtu: int = 1500
     queue_size: int = 256
+    queue_pairs: int = 1
+    offloads: bool = False
     reconnect_ms: float | None = None
     neighbors: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -208,13 +212,22 @@ def run(settings: GuestSettings) -> int:
     """
     try:
         isolate()
-        tap = Tap(id="guest", ifname=settings.ifname, mtu=settings.mtu)
+        tap = Tap(id="guest", ifname=settings.ifname, mtu=settings.mtu, queues=settings.queue_pairs)
         tap.open()
         with contextlib.closing(tap):
             configure(settings.ifname, address=settings.address, mac=settings.mac, neighbors=settings.neighbors)
-            driver = NetGuest(settings.socket, tap_fd=tap.fileno(), queue_size=settings.queue_size)
+            driver = NetGuest(
+                settings.socket,
+                tap_fds=[tap.fileno(queue) for queue in range(settings.queue_pairs)],
+                queue_pairs=settings.queue_pairs,
+                queue_size=settings.queue_size,
+                features=OFFLOAD_FEATURES if settings.offloads else DRIVER_FEATURES,
+            )
             with driver:
                 driver.attach()
+                tap.set_offloads(sending_offloads(driver.features))
+                for queue in range(1, settings.queue_pairs):
+                    tap.attach(queue)
                 guest = _Guest(settings, tap, driver)
                 reason = guest.run()
                 _print("ended", {"reason": reason, **guest.report()})
@@ -344,6 +357,12 @@ def _settings(argv: Sequence[str]) -> GuestSettings:
     parser.add_argument("--mac", default=MAC, help="default: %(default)s")
     parser.add_argument("--mtu", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--queue-size", type=int, default=256, help="entries of each ring (default: %(default)s)")
+    parser.add_argument("--queue-pairs", type=int, default=1, help="of the NIC (default: %(default)s)")
+    parser.add_argument(
+        "--offloads",
+        action="store_true",
+        help="leave checksums and segmentation to the other side, where it offers that",
+    )
     parser.add_argument(
         "--reconnect-ms", type=float, help="reconnect at this interval when the backend goes away (default: end)"
     )
@@ -362,6 +381,8 @@ def _settings(argv: Sequence[str]) -> GuestSettings:
         mac=options.mac,
         mtu=options.mtu,
         queue_size=options.queue_size,
+        queue_pairs=options.queue_pairs,
+        offloads=options.offloads,
         reconnect_ms=options.reconnect_ms,
         neighbors=dict(_neighbor(text) for text in options.neighbor),
     )

@@ -189,6 +189,15 @@ def check_state(state: SessionState, offer: Offer) -> None:
         raise PeerError(f"session has {len(state.unsent)} unsent bytes, more than one reply")
 
 
+def _describe(region: MemoryRegion) -> RegionDescription:
+    return RegionDescription(
+        guest_address=region.guest_address,
+        size=region.size,
+        user_address=region.user_address,
+        mmap_offset=region.mmap_offset,
+    )
+
+
 def _check_unparsed(unparsed: bytes) -> None:
     size = HEADER_SIZE
     if len(unparsed) >= HEADER_SIZE:
@@ -434,6 +443,9 @@ class Backend:
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
                 return self._set_regions(self._regions_of(descriptions))
             case Request.ADD_MEM_REG, SingleRegion(region=description):
+                # QEMU 7.2 says every region once more for each queue pair.
+                if self.offer.queue_count > 1 and description in map(_describe, self.state.regions):
+                    return None
                 return self._set_regions([*self.state.regions, *self._regions_of((description,))])
             case Request.REM_MEM_REG, SingleRegion(region=description):
                 return self._remove_region(description)
@@ -526,7 +538,7 @@ class Backend:
         self.state.unparsed_fds.clear()
         return MemoryChanged()
 
-    def _remove_region(self, description: RegionDescription) -> Event:
+    def _remove_region(self, description: RegionDescription) -> Event | None:
         # The mmap offset does not name a region (vhost-user, REM_MEM_REG).
         for region in self.state.regions:
             if (region.guest_address, region.size, region.user_address) == (
@@ -537,6 +549,8 @@ class Backend:
                 self.state.regions.remove(region)
                 self._retired.append(region.fd)
                 return MemoryChanged()
+        if self.offer.queue_count > 1:
+            return None  # as in ADD_MEM_REG: taken away for another queue pair already
         raise PeerError(
             f"REM_MEM_REG names {description.size:#x} bytes at guest address {description.guest_address:#x}, user"
             f" address {description.user_address:#x}: there is no such region"

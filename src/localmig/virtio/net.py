@@ -10,6 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import reduce
+from operator import or_
 from typing import ClassVar, Final
 
 from localmig.virtio import Feature
@@ -46,6 +48,33 @@ class NetFeature(IntFlag):
     HASH_REPORT = 1 << 57
     RSS = 1 << 60
     SPEED_DUPLEX = 1 << 63
+
+
+_REQUIREMENTS: Final = (
+    (NetFeature.GUEST_TSO4, NetFeature.GUEST_CSUM),
+    (NetFeature.GUEST_TSO6, NetFeature.GUEST_CSUM),
+    (NetFeature.GUEST_USO4, NetFeature.GUEST_CSUM),
+    (NetFeature.GUEST_USO6, NetFeature.GUEST_CSUM),
+    (NetFeature.GUEST_ECN, NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6),
+    (NetFeature.HOST_TSO4, NetFeature.CSUM),
+    (NetFeature.HOST_TSO6, NetFeature.CSUM),
+    (NetFeature.HOST_USO, NetFeature.CSUM),
+    (NetFeature.HOST_ECN, NetFeature.HOST_TSO4 | NetFeature.HOST_TSO6),
+)
+"""Section 5.1.3.1: the first needs one of the second; who is needed stands above who needs it."""
+
+OFFLOADS: Final = NetFeature(
+    reduce(or_, (feature for feature, _ in _REQUIREMENTS), NetFeature.CSUM | NetFeature.GUEST_CSUM)
+)
+"""What either side leaves to the other: checksums and segmentation."""
+
+
+def without_orphans(features: int) -> int:
+    """`features` without those whose requirement is not among them."""
+    for feature, required in _REQUIREMENTS:
+        if not features & required:
+            features &= ~feature
+    return features
 
 
 class LinkStatus(IntFlag):

@@ -23,7 +23,7 @@ from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Tap
+from localmig.netdev.tap import Offload, Tap
 from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
 from localmig.vhost_user.memory import borrowed, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -41,7 +41,16 @@ from localmig.vhost_user.protocol import (
 )
 from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
 from localmig.virtio import Feature, split_ring
-from localmig.virtio.net import MAC_LENGTH, NetConfig, NetFeature, header_length, receive_queue, transmit_queue
+from localmig.virtio.net import (
+    MAC_LENGTH,
+    OFFLOADS,
+    NetConfig,
+    NetFeature,
+    header_length,
+    receive_queue,
+    transmit_queue,
+    without_orphans,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +62,19 @@ FEATURES: Final = (
     | NetFeature.STATUS
     | NetFeature.MTU
 )
-"""What the packet path serves."""
+"""What the packet path serves, whatever the options say."""
+
+_TAP_OFFLOADS: Final = (
+    (NetFeature.GUEST_CSUM, Offload.CSUM),
+    (NetFeature.GUEST_TSO4, Offload.TSO4),
+    (NetFeature.GUEST_TSO6, Offload.TSO6),
+    (NetFeature.GUEST_ECN, Offload.TSO_ECN),
+    # The kernel has these two together or not at all.
+    (NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6, Offload.USO4 | Offload.USO6),
+)
+
+_USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6
+"""What not every kernel's TAP has."""
 
 
 class VirtioNet(Part):
@@ -64,6 +85,7 @@ class VirtioNet(Part):
         netdev: its host side, which this device reads and writes but does not own.
         socket: where and how frontends come.
         local_migration: whether its descriptors may move.
+        offloads: which of `virtio.net.OFFLOADS` may be offered.
         mac: the guest's Ethernet address, for frontends and drivers that take it from the device.
         rings: what starts and stops its queue pairs together with all others.
         tracer: where facts go.
@@ -80,6 +102,7 @@ class VirtioNet(Part):
         local_migration: bool,
         rings: Rings,
         tracer: Tracer,
+        offloads: NetFeature = OFFLOADS,
         mac: bytes | None = None,
     ) -> None:
         self.id = id
@@ -87,6 +110,7 @@ class VirtioNet(Part):
         self._socket = socket
         self._local_migration = local_migration
         self._tracer = tracer
+        self._offloads = offloads
         self._own_mac = mac
         self._known_mac = mac
         """The guest's address as far as anybody said it, for the network."""
@@ -178,12 +202,9 @@ class VirtioNet(Part):
 
     def check_setup(self, state: VirtioNetState) -> None:
         """Whether this daemon can serve the session: its features, its rings, its memory table."""
-        offer = self._offer()
-        if state.features_acked & ~offer.all_features:
-            raise PeerError(
-                f"device '{self.id}': the guest uses features {state.features_acked:#x}, of which "
-                f"{state.features_acked & ~offer.all_features:#x} are not offered here"
-            )
+        # Whether the TAP knows USO is known once it is here: `adopt_setup` looks again.
+        offer = self._offer(has_uso=True)
+        self._check_features(state.features_acked, offer)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
         if state.socket is None:
@@ -203,6 +224,7 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
+        self._check_features(state.features_acked, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
@@ -229,7 +251,7 @@ class VirtioNet(Part):
             self._endpoint.config = self._config()
             if self._endpoint.session is not None:
                 self._endpoint.session.backend.config = self._endpoint.config
-                self._set_header_length()
+                self._set_up_netdev()
             self._apply_all()
 
     def discard(self) -> None:
@@ -250,12 +272,12 @@ class VirtioNet(Part):
             case VringChanged(index=vring):
                 self._apply(vring // 2)
             case FeaturesSet():
-                self._set_header_length()
+                self._set_up_netdev()
                 self._apply_all()
             case MemoryChanged():
                 self._change_memory()
             case DeviceReset():
-                self._set_header_length()
+                self._set_up_netdev()
                 self._apply_all()
                 self._rewind()
             case MtuSet(mtu=mtu):
@@ -426,9 +448,10 @@ class VirtioNet(Part):
     def _session_state(self) -> SessionState | None:
         return self._endpoint.state if self._endpoint is not None else None
 
-    def _offer(self) -> Offer:
+    def _offer(self, *, has_uso: bool) -> Offer:
         count = self._netdev.queue_count
-        features = int(FEATURES)
+        offloads = self._offloads if has_uso else self._offloads & ~_USO
+        features = FEATURES | without_orphans(offloads)
         if count > 1:
             # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
             # to us without one in between, as User-Mode Linux has it, refuses the device then.
@@ -438,7 +461,13 @@ class VirtioNet(Part):
         return Offer(features=features, vring_count=2 * count, queue_count=count)
 
     def _make_endpoint(self, contact: Contact) -> Endpoint:
-        return Endpoint(contact, self, self._offer(), config=self._config())
+        return Endpoint(contact, self, self._offer(has_uso=self._netdev.has_uso), config=self._config())
+
+    def _check_features(self, acked: int, offer: Offer) -> None:
+        if missing := acked & ~offer.all_features:
+            raise PeerError(
+                f"device '{self.id}': the guest uses features {acked:#x}, of which {missing:#x} are not offered here"
+            )
 
     def _config(self) -> bytes:
         return NetConfig(
@@ -447,20 +476,24 @@ class VirtioNet(Part):
             mtu=self._netdev.mtu if self._netdev.is_open else 0,
         ).encode()
 
-    def _set_header_length(self) -> None:
-        """The TAP's vnet header gets the length the guest's headers have. Rings stand still meanwhile."""
+    def _set_up_netdev(self) -> None:
+        """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
         state = self._session_state()
         assert state is not None
         if self._netdev.is_open:
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
+            self._netdev.set_offloads(_tap_offloads(state.features_acked))
 
     def _reset_netdev(self) -> None:
-        """The TAP is as nobody receives from it: one queue."""
+        """Nobody is there to take anything over: the TAP has one queue, and every frame comes whole."""
+        if not self._netdev.is_open:
+            return
         try:
-            for index in range(1, self._netdev.queue_count if self._netdev.is_open else 0):
+            for index in range(1, self._netdev.queue_count):
                 self._netdev.detach(index)
+            self._netdev.set_offloads(Offload(0))
         except KernelError as error:
             # The session ends all the same, and the next one sets what it needs.
             _logger.warning("device '%s': %s", self.id, error)
@@ -481,6 +514,20 @@ class VirtioNet(Part):
 
 def _has_rings(pair: QueuePair) -> bool:
     return pair.positions() != (None, None)
+
+
+def _tap_offloads(features_acked: int) -> Offload:
+    """What the guest takes over from whoever sends to it.
+
+    A feature acknowledged without the one it requires counts for nothing, as in QEMU: the guest is served all the same,
+    and gets nothing that it could not handle.
+    """
+    features = without_orphans(features_acked)
+    offloads = Offload(0)
+    for feature, offload in _TAP_OFFLOADS:
+        if features & feature == feature:
+            offloads |= offload
+    return offloads
 
 
 def _rarp_frame(mac: bytes) -> bytes:

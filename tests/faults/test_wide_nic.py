@@ -1,0 +1,176 @@
+"""A NIC of several queue pairs with offloads, handed over while a guest with real kernel TCP/IP uses all of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.faults.test_handover_processes import assert_undisturbed, hand_over
+
+from localmig.testing.namespace import ip, link
+from localmig.testing.traffic import StreamReceiver, StreamReport, StreamSender
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Site
+
+    from localmig.testing.daemon import DaemonProcess
+    from localmig.testing.namespace import NetworkNamespace
+
+PATIENCE_SECONDS = 30.0
+"""For a megabyte to pass: it takes milliseconds; a machine under load gets much more."""
+
+PROGRESS = 4_000_000
+"""Bytes between two handovers: several thousand packets were they not offloaded."""
+
+LONGEST_UNSEGMENTED = 1514
+"""Bytes of a frame at MTU 1500."""
+
+
+class Traffic:
+    """A TCP stream each way, hashed at both ends."""
+
+    def __init__(self, site: Site, ends: ExitStack) -> None:
+        assert site.guest is not None
+        self._senders: list[StreamSender] = []
+        for here, there, address in (
+            (site.namespace, site.guest.namespace, site.guest_address),
+            (site.guest.namespace, site.namespace, site.host_address),
+        ):
+            with there.entered():
+                receiver = ends.enter_context(StreamReceiver(address))
+            with here.entered():
+                self._senders.append(StreamSender(address, receiver.port))
+
+    def wait_progress(self) -> None:
+        for sender in self._senders:
+            assert sender.wait_progress(PROGRESS, PATIENCE_SECONDS)
+
+    def stop(self) -> list[StreamReport]:
+        return [sender.stop() for sender in self._senders]
+
+
+def packets(site: Site) -> dict[str, tuple[int, int]]:
+    """(packets, bytes) that the TAP sent to the guest, and got from it."""
+    with site.namespace.entered():
+        stats = link("tap0")["stats64"]
+    return {way: (stats[key]["packets"], stats[key]["bytes"]) for way, key in (("to", "tx"), ("from", "rx"))}
+
+
+def features(namespace: NetworkNamespace, ifname: str = "tap0") -> dict[str, bool]:
+    """What the kernel leaves to whoever reads an interface, as ethtool tells."""
+    with namespace.entered():
+        try:
+            done = subprocess.run(["ethtool", "--json", "-k", ifname], capture_output=True, text=True, check=True)
+        except FileNotFoundError:
+            pytest.skip("no ethtool: on Debian, apt-get install ethtool")
+    (told,) = json.loads(done.stdout)
+    return {name: value["active"] for name, value in told.items() if isinstance(value, dict)}
+
+
+def queues(site: Site) -> tuple[int, int]:
+    """(attached, detached) queues of the TAP, as the kernel counts them."""
+    with site.namespace.entered():
+        (facts,) = json.loads(ip("-details", "-json", "link", "show", "dev", "tap0"))
+    info: dict[str, Any] = facts["linkinfo"]["info_data"]
+    return info["numqueues"], info["numdisabled"]
+
+
+def serve_on(site: Site, serving: DaemonProcess) -> DaemonProcess:
+    """A handover; who serves then."""
+    destination = site.destination()
+    info = hand_over(site, serving, destination)
+    assert info["status"] == "completed", info
+    assert serving.quit() == 0
+    destination.execute("migrate-set-parameters", local=True)
+    return destination
+
+
+@pytest.mark.parametrize("queue_pairs", [1, 4])
+def test_segmentation_is_left_to_the_other_side_both_ways_across_handovers(site: Site, queue_pairs: int) -> None:
+    serving = site.source(*site.objects(netdev=f",queues={queue_pairs}"))
+    site.attach(queue_pairs=queue_pairs, offloads=True)
+    before = packets(site)
+    with ExitStack() as ends:
+        traffic = Traffic(site, ends)
+        traffic.wait_progress()
+        for _ in range(5):
+            serving = serve_on(site, serving)
+            traffic.wait_progress()
+        for report in traffic.stop():
+            assert report.intact, report
+    after = packets(site)
+    for way in ("to", "from"):
+        count, size = (new - old for new, old in zip(after[way], before[way], strict=True))
+        # Acknowledgements of the other way are among them, so the longest ones are much longer.
+        assert size / count > LONGEST_UNSEGMENTED, (way, count, size)
+    if queue_pairs > 1:
+        assert queues(site) == (queue_pairs, 0)
+    assert_undisturbed(site)
+
+
+def test_the_tap_leaves_to_the_guest_what_it_acknowledged_and_nothing_without_it(site: Site) -> None:
+    serving = site.source()
+    whole = features(site.namespace)
+    assert not whole["tx-checksum-ip-generic"]
+    assert not whole["tx-tcp-segmentation"]
+    guest = site.attach(offloads=True)
+    wanted = ("tx-checksum-ip-generic", "tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-tcp-ecn-segmentation")
+    assert all(features(site.namespace)[name] for name in wanted)
+    told = features(guest.namespace, "gtap0")
+    assert all(told[name] for name in wanted)
+    serving = serve_on(site, serving)
+    assert all(features(site.namespace)[name] for name in wanted)
+    assert_undisturbed(site)
+    serving.wait_event("SessionClosed")
+    assert features(site.namespace) == whole
+
+
+def test_an_offload_that_is_switched_off_is_not_offered_and_stays_off(site: Site) -> None:
+    serving = site.source(*site.objects(device=",guest_tso4=off,host_tso4=off,host_uso=off"))
+    guest = site.attach(offloads=True)
+    for _ in range(2):
+        ours, theirs = features(site.namespace), features(guest.namespace, "gtap0")
+        assert not ours["tx-tcp-segmentation"]
+        assert not theirs["tx-tcp-segmentation"]
+        assert ours["tx-tcp6-segmentation"]
+        assert theirs["tx-tcp6-segmentation"]
+        assert not theirs["tx-udp-segmentation"]
+        serving = serve_on(site, serving)
+    refusing = site.destination(*site.objects())
+    info = hand_over(site, serving, refusing)
+    assert info["status"] == "failed"
+    assert "device 'nic0' has guest_tso4=on here and off there" in str(info["error-desc"])
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_is_killed_leaves_the_queues_attached(site: Site) -> None:
+    source = site.source(*site.objects(netdev=",queues=3"))
+    site.attach(queue_pairs=3)
+    assert queues(site) == (3, 0)
+    for fault in ("after-receive:SETUP=kill", "before-send:READY=kill", "before-send:DONE=kill"):
+        site.destination(fault=fault)
+        source.execute("migrate", uri=site.address)
+        info = source.wait_migration()
+        assert info["status"] == "failed", (fault, info)
+        assert queues(site) == (3, 0)
+        assert site.ping().lost == 0
+    serve_on(site, source)
+    assert_undisturbed(site)
+
+
+def test_queues_of_a_session_that_ended_are_detached(site: Site) -> None:
+    serving = site.source(*site.objects(netdev=",queues=3"))
+    assert queues(site) == (1, 2)
+    site.attach(queue_pairs=3)
+    serving = serve_on(site, serving)
+    assert queues(site) == (3, 0)
+    assert site.guest is not None
+    site.guest.stop()
+    serving.wait_event("SessionClosed")
+    assert queues(site) == (1, 2)
+    site.attach(queue_pairs=2)
+    assert queues(site) == (2, 1)
+    assert_undisturbed(site)
