@@ -84,6 +84,25 @@ class Machine:
         assert said, (self.directory / "first.log").read_text()
         return daemon
 
+    def wait_at(self, address: str) -> subprocess.Popen[bytes]:
+        """A daemon that waits for another one, ready; it is ended with the test."""
+        ready, ready_there = os.pipe()
+        with open(self.directory / "second.log", "wb") as log:
+            daemon = subprocess.Popen(
+                [
+                    *(*LOCALMIG, "run", "--incoming", address, "--migration-parameter", "local=on"),
+                    *("--qmp", f"unix:{self.qmp}", "--ready-fd", str(ready_there)),
+                ],
+                pass_fds=[ready_there],
+                stderr=log,
+            )
+        self.started.append(daemon)
+        os.close(ready_there)
+        said = os.read(ready, 1)
+        os.close(ready)
+        assert said, (self.directory / "second.log").read_text()
+        return daemon
+
     def localmig(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*LOCALMIG, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=cwd
@@ -206,6 +225,23 @@ def test_more_options_reach_the_new_daemon(machine: Machine) -> None:
     events = [json.loads(line)["event"] for line in trace.read_text().splitlines()]
     assert {"PhaseEnded", "RunStateChanged"} <= set(events)
     assert "RunStateChanged" in (machine.directory / "other.log").read_text()
+
+
+def test_a_daemon_migrates_to_one_that_waits(machine: Machine) -> None:
+    old = machine.start()
+    address = f"unix:{machine.directory}/migrate.sock"
+    new = machine.wait_at(address)
+    done = machine.localmig("migrate", str(machine.qmp), address, "--local", "--downtime-limit", "500")
+    assert done.returncode == 0, done.stderr
+    assert f"committed: the daemon at {address} serves in place of {old.pid}" in done.stdout
+    assert "handover: completed" in done.stderr
+    facts = machine.status()
+    assert (facts["pid"], facts["status"]) == (new.pid, "running")
+    again = machine.localmig("migrate", str(machine.qmp), address, "--local")
+    assert again.returncode == 1
+    assert "rolled back" in again.stderr
+    assert machine.status()["status"] == "running"
+    old.terminate()
 
 
 def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:

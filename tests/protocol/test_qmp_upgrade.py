@@ -10,77 +10,17 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from tests.protocol.scripted import AS_BEFORE, NEVER_S, PATIENCE_S, SETTINGS, ScriptedDaemon, settings_of
 
 from localmig.cli import upgrade
 from localmig.cli.client import connect
-from localmig.cli.upgrade import Outcome, Report, Settings, Upgrade
+from localmig.cli.handover import Handover, Outcome, Report
+from localmig.cli.upgrade import UNPAUSED, Upgrade
 from localmig.daemon import Daemon, RunState
 from localmig.errors import StateError
 from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.peer import Peer
-from localmig.migration.status import MigrationInfo
 from localmig.monitor import QmpServer
-from localmig.options import Address
-from localmig.trace import MigrationStatusChanged, RunStateChanged, Tracer
-
-PATIENCE_S = 30.0
-NEVER_S = 1000.0
-
-SETTINGS = Settings(
-    parameters={"local": False, "downtime-limit": 123},
-    capabilities=[
-        {"capability": "events", "state": False},
-        {"capability": "pause-before-switchover", "state": True},
-    ],
-)
-
-
-class ScriptedDaemon:
-    """Has the face of a daemon, and does nothing by itself."""
-
-    def __init__(self, run_state: RunState) -> None:
-        self.tracer = Tracer()
-        self.run_state = run_state
-        self.parameters = Parameters(downtime_limit_ms=123)
-        self.capabilities = Capabilities(pause_before_switchover=True)
-        self.status = "none"
-        self.calls: list[str] = []
-        self.asked = asyncio.Event()
-        self.asked_migration = asyncio.Event()
-        self.on_migrate: Callable[[], None] = lambda: None
-        self.on_cancel: Callable[[], None] = lambda: None
-        self.at_migrate: tuple[Parameters, Capabilities] | None = None
-
-    def become(self, *, run_state: RunState | None = None, status: str | None = None) -> None:
-        if run_state is not None:
-            self.run_state = run_state
-            self.tracer.emit(RunStateChanged(state=run_state))
-        if status is not None:
-            self.status = status
-            self.tracer.emit(MigrationStatusChanged(status=status))
-
-    def set_parameters(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-
-    def set_capabilities(self, capabilities: Capabilities) -> None:
-        self.capabilities = capabilities
-
-    def migration_info(self) -> MigrationInfo:
-        self.asked_migration.set()
-        return MigrationInfo(status=self.status, error_desc="as scripted" if self.status == "failed" else None)
-
-    def migrate(self, address: Address) -> None:
-        self.calls.append(f"migrate {address}")
-        self.asked.set()
-        self.at_migrate = (self.parameters, self.capabilities)
-        self.on_migrate()
-
-    def migrate_cancel(self) -> None:
-        self.calls.append("migrate_cancel")
-        self.on_cancel()
-
-    def quit(self) -> None:
-        self.calls.append("quit")
 
 
 class ScriptedProcess:
@@ -114,7 +54,7 @@ class Scene:
         await server.close(reason="host-error")
 
     async def play(self, *, timeout_s: float = NEVER_S) -> Report:
-        await self.upgrade.hand_over("unix:/nowhere", timeout_s)
+        await self.upgrade.handover.run("unix:/nowhere", timeout_s)
         return await self.upgrade.conclude()
 
 
@@ -137,10 +77,11 @@ async def scene(path: str) -> AsyncIterator[Scene]:
                 process=process,
                 upgrade=Upgrade(
                     path=path,
-                    old=old_client,
+                    handover=Handover(
+                        source=old_client, settings=SETTINGS, parameters={"local": True}, capabilities=UNPAUSED
+                    ),
                     old_process=cast(Peer, process),
                     new=new_client,
-                    settings=SETTINGS,
                 ),
             )
         finally:
@@ -160,18 +101,6 @@ def run(tmp_path: Path) -> Callable[[Callable[[Scene], Awaitable[None]]], None]:
 
 
 Run = Callable[[Callable[[Scene], Awaitable[None]]], None]
-
-
-def settings_of(daemon: ScriptedDaemon) -> tuple[int, bool, bool, bool]:
-    return (
-        daemon.parameters.downtime_limit_ms,
-        daemon.parameters.local,
-        daemon.capabilities.events,
-        daemon.capabilities.pause_before_switchover,
-    )
-
-
-AS_BEFORE = (123, False, False, True)
 
 
 def test_completed_and_served_by_the_new_daemon_is_committed(run: Run) -> None:

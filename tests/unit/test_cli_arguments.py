@@ -89,6 +89,7 @@ def test_arguments_that_are_neither_are_refused(words: list[str]) -> None:
         (["run", "--config", "/nonexistent/x"], 1, "--config /nonexistent/x: No such file or directory"),
         (["status", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
         (["upgrade", "/nonexistent/x"], 1, "no daemon answers at '/nonexistent/x': No such file or directory"),
+        (["migrate", "/nonexistent/x", "unix:/y"], 1, "no daemon answers at '/nonexistent/x': No such file"),
         (["qmp", "/nonexistent/x", "query-status"], 1, "no daemon answers at '/nonexistent/x'"),
     ],
 )
@@ -144,7 +145,7 @@ def test_wrong_usage_has_exit_status_2(words: list[str], capsys: pytest.CaptureF
     assert "usage: localmig" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "upgrade", "status", "qmp"])
+@pytest.mark.parametrize("command", ["run", "upgrade", "migrate", "status", "qmp"])
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -1,4 +1,4 @@
-"""The command line: `localmig run`, `upgrade`, `status`, `qmp`, `analyze`, `demo`.
+"""The command line: `localmig run`, `upgrade`, `migrate`, `status`, `qmp`, `analyze`, `demo`.
 
 Owns:        argv, exit statuses, what is printed.
 Never sees:  what a daemon is inside: everything but `run` asks by QMP.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.cli import analyze, qmp, run, status, upgrade
+from localmig.cli import analyze, migrate, qmp, run, status, upgrade
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process by default.
 
     Returns:
-        The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, and what `upgrade` adds.
+        The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, 3 unknown (`upgrade`, `migrate`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, upgrade, status, qmp, analyze):
+    for module in (run, upgrade, migrate, status, qmp, analyze):
         module.add_parser(commands)
     commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
     return parser

@@ -2,7 +2,7 @@
 
 Owns:        the order of the steps, starting and ending processes, telling the three outcomes apart.
 Never sees:  how a handover works: it asks both daemons by QMP, as any operator could.
-Read next:   client.py; migration/handover.py for what makes each outcome safe.
+Read next:   handover.py, what it shares with migrate.py; migration/handover.py for what makes each outcome safe.
 
 Theory of operation. The two daemons settle between them who serves; this program only starts that, watches, and then
 asks both. Whatever happens to it in the middle, the guest is served. So an error here never decides anything: it
@@ -15,23 +15,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import enum
 import errno
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from localmig.cli.client import Client, connect
-from localmig.cli.status import milliseconds, table
+from localmig.cli.handover import (
+    SERVING,
+    SETTLE_STEP_S,
+    SETTLE_TIMEOUT_S,
+    TAKEN_BACK,
+    TIMEOUT_S,
+    Handover,
+    Outcome,
+    Report,
+    Settings,
+    ignore_signals,
+    let_signals_cancel,
+    migration_of,
+    read_settings,
+    run_state,
+    say,
+    seconds,
+)
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
@@ -55,12 +70,8 @@ exit status:
   3  unknown: neither could be found to serve; what is known is on stderr, no process was ended
 """
 
-SETTLE_TIMEOUT_S: Final = 15.0
-"""How long the daemons have to settle who serves, once a handover was cancelled or one of them was lost. They fence
-and wait for each other's death for a few seconds; this is longer."""
-
-SETTLE_STEP_S: Final = 0.05
-"""How often the daemons are asked then, where no event tells to ask again."""
+UNPAUSED: Final = {"pause-before-switchover": False}
+"""Nobody else would know that the old daemon waits."""
 
 END_TIMEOUT_S: Final = 10.0
 """How long the old daemon may take to end once it was asked to, on a loaded machine."""
@@ -70,39 +81,6 @@ END_UNUSED_TIMEOUT_S: Final = 2.0
 
 LOG_TAIL_LINES: Final = 10
 """How much of the new daemon's log is shown when it does not start: its error, and what came right before."""
-
-_SERVING: Final = ("running", "paused")
-_TAKEN_BACK: Final = (None, "none", "failed", "cancelled")
-_UNDER_WAY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "failing")
-
-
-class Outcome(enum.Enum):
-    """How an upgrade ended. The value is the exit status."""
-
-    COMMITTED = 0
-    ROLLED_BACK = 1
-    UNKNOWN = 3
-
-
-@dataclass(kw_only=True, slots=True)
-class Report:
-    """What is known at the end.
-
-    Attributes:
-        outcome: who serves.
-        old_pid: the daemon that served before.
-        new_pid: the daemon that was started to take over.
-        reason: why it is not the usual outcome.
-        migration: what query-migrate returned.
-        notes: what an operator should know besides.
-    """
-
-    outcome: Outcome
-    old_pid: int
-    new_pid: int
-    reason: str | None = None
-    migration: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def add_parser(commands: Any) -> None:
@@ -126,8 +104,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
-        default=60.0,
+        type=seconds,
+        default=TIMEOUT_S,
         help="give the new daemon so long to start, and the handover so long, before it is cancelled (default: 60)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -142,30 +120,15 @@ def execute(arguments: argparse.Namespace) -> int:
         report = asyncio.run(_upgrade(arguments))
     except asyncio.CancelledError:
         raise StateError("interrupted before the handover: nothing was changed") from None
-    if arguments.json:
-        print(json.dumps(_to_json(report), indent=2))
-    elif report.outcome is Outcome.COMMITTED:
-        print(_show(report))
-    for note in report.notes:
-        _say(f"note: {note}")
-    if report.outcome is not Outcome.COMMITTED:
-        said = "rolled back" if report.outcome is Outcome.ROLLED_BACK else "outcome unknown"
-        print(f"localmig: error: {said}: {report.reason}", file=sys.stderr)
-    return report.outcome.value
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not seconds > 0:
-        raise ValueError(text)
-    return seconds
+    committed = f"committed: daemon {report.new_pid} serves in place of {report.old_pid}"
+    return report.print(committed, as_json=arguments.json)
 
 
 # -- the steps ------------------------------------------------------------------------------------------------------
 
 
 async def _upgrade(arguments: argparse.Namespace) -> Report:
-    _let_signals_cancel()
+    let_signals_cancel()
     path = arguments.socket
     async with contextlib.AsyncExitStack() as resources:
         old = await connect(path)
@@ -176,33 +139,20 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         address = resources.enter_context(_handover_socket(path))
         successor = _start(arguments, path, address, settings, old)
         try:
-            _say(f"daemon {successor.process.pid} starts, its log is {successor.log}")
+            say(f"daemon {successor.process.pid} starts, its log is {successor.log}")
             await successor.wait_ready(arguments.timeout)
             new = await connect(successor.path)
         except BaseException:
             await successor.end()
             raise
         resources.push_async_callback(new.close)
-        upgrade = Upgrade(path=path, old=old, old_process=old_process, new=new, settings=settings)
-        await upgrade.hand_over(f"unix:{address}", arguments.timeout)
+        handover = Handover(source=old, settings=settings, parameters={"local": True}, capabilities=UNPAUSED)
+        upgrade = Upgrade(path=path, handover=handover, old_process=old_process, new=new)
+        await handover.run(f"unix:{address}", arguments.timeout)
         report = await upgrade.conclude()
         if report.outcome is Outcome.ROLLED_BACK:
             await successor.end()
         return report
-
-
-def _let_signals_cancel() -> None:
-    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-
-
-def _ignore_signals() -> None:
-    """For what must be told to its end, and has one soon."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
 
 
 def _process_of(client: Client) -> Peer:
@@ -217,14 +167,6 @@ def _process_of(client: Client) -> Peer:
         ) from error
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What the upgrade changes for its own purpose, as the operator had it."""
-
-    parameters: Mapping[str, Any]
-    capabilities: Sequence[Mapping[str, Any]]
-
-
 async def _check_old(old: Client) -> Settings:
     """Raises where there is nothing to hand over, or not by us; else gives the old daemon's settings."""
     if old.uid != os.geteuid():
@@ -232,15 +174,7 @@ async def _check_old(old: Client) -> Settings:
             f"daemon {old.pid} runs as user id {old.uid} and its successor would run as {os.geteuid()}: "
             f"do this as user id {old.uid}"
         )
-    state = (await old.execute("query-status"))["status"]
-    if state not in _SERVING:
-        raise StateError(f"daemon {old.pid} has nothing to hand over, its run state is '{state}'")
-    if (await old.execute("query-migrate")).get("status") in _UNDER_WAY:
-        raise StateError(f"daemon {old.pid} is in a migration already: see 'localmig status {old.path}'")
-    return Settings(
-        parameters=await old.execute("query-migrate-parameters"),
-        capabilities=await old.execute("query-migrate-capabilities"),
-    )
+    return await read_settings(old)
 
 
 @contextmanager
@@ -379,76 +313,30 @@ class Upgrade:
     """One attempt, between two daemons that are there."""
 
     path: str
-    old: Client
+    handover: Handover
     old_process: Peer
     new: Client
-    settings: Settings
-    trouble: str | None = None
-    """What ended the watching early."""
 
-    async def hand_over(self, uri: str, timeout_s: float) -> None:
-        """Lets the old daemon hand over and watches until that ends. Whatever goes wrong is kept in `trouble`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._migrate(uri)
-        except TimeoutError:
-            await self._cancel(f"no end of the handover in {timeout_s:g} s")
-        except asyncio.CancelledError:
-            _ignore_signals()
-            task = asyncio.current_task()
-            assert task is not None
-            task.uncancel()
-            await self._cancel("interrupted")
-        except LocalmigError as error:
-            self.trouble = str(error)
-
-    async def _migrate(self, uri: str) -> None:
-        await self.old.execute(
-            "migrate-set-capabilities",
-            {
-                "capabilities": [
-                    {"capability": "events", "state": True},
-                    # Nobody else would know that it waits.
-                    {"capability": "pause-before-switchover", "state": False},
-                ]
-            },
-        )
-        await self.old.execute("migrate-set-parameters", {"local": True})
-        await self.old.execute("migrate", {"uri": uri})
-        await self._watch()
-
-    async def _watch(self) -> None:
-        """Shows the old daemon's progress until its migration ended."""
-        while True:
-            event = await self.old.next_event(timeout_s=SETTLE_TIMEOUT_S)
-            if event is not None and event["event"] == "MIGRATION":
-                status = event["data"]["status"]
-                _say(f"handover: {status}")
-                if status not in _UNDER_WAY:
-                    return
-
-    async def _cancel(self, reason: str) -> None:
-        self.trouble = reason
-        _say(f"{reason}: cancelling")
-        # Where this does not work, it is committed or gone: what the daemons answer next tells.
-        with contextlib.suppress(PeerError, TimeoutError):
-            async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                await self.old.execute("migrate_cancel")
-                await self._watch()
+    @property
+    def old(self) -> Client:
+        """The daemon that hands over."""
+        return self.handover.source
 
     async def conclude(self) -> Report:
         """Asks both daemons who serves, and brings everything in order for that outcome."""
-        _ignore_signals()
-        report = Report(outcome=await self._settle(), old_pid=self.old.pid, new_pid=self.new.pid, reason=self.trouble)
-        report.migration = await _migration(self.old) or await _migration(self.new)
+        ignore_signals()
+        report = Report(
+            outcome=await self._settle(), old_pid=self.old.pid, new_pid=self.new.pid, reason=self.handover.trouble
+        )
+        report.migration = await migration_of(self.old) or await migration_of(self.new)
         if note := report.migration.get("local", {}).get("note"):
             report.notes.append(note)
         if report.outcome is Outcome.COMMITTED:
             await self._end_old(report)
             await self._verify(report)
         elif report.outcome is Outcome.ROLLED_BACK:
-            report.reason = report.migration.get("error-desc") or self.trouble
-            await self._restore(self.old, report)
+            report.reason = report.migration.get("error-desc") or self.handover.trouble
+            await self.handover.restore(self.old, report)
         else:
             report.reason = await self._doubt()
         return report
@@ -458,12 +346,12 @@ class Upgrade:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 while True:
-                    old_state = await _run_state(self.old)
-                    status = (await _migration(self.old)).get("status")
+                    old_state = await run_state(self.old)
+                    status = (await migration_of(self.old)).get("status")
                     # Not where it is completed: that is said a moment before the run state follows.
-                    if old_state in _SERVING and status in _TAKEN_BACK:
+                    if old_state in SERVING and status in TAKEN_BACK:
                         return Outcome.ROLLED_BACK
-                    if await _run_state(self.new) in _SERVING:
+                    if await run_state(self.new) in SERVING:
                         return Outcome.COMMITTED
                     if not self.new.is_connected and not self.old.is_connected:
                         return Outcome.UNKNOWN
@@ -492,72 +380,14 @@ class Upgrade:
             if client.pid != self.new.pid:
                 report.outcome = Outcome.UNKNOWN
                 report.reason = f"daemon {self.new.pid} took over, but {client.pid} answers at '{self.path}'"
-            await self._restore(client, report)
+            await self.handover.restore(client, report)
         finally:
             await client.close()
 
-    async def _restore(self, client: Client, report: Report) -> None:
-        """Gives the daemon that serves the operator's settings."""
-        try:
-            await client.execute("migrate-set-capabilities", {"capabilities": self.settings.capabilities})
-            await client.execute("migrate-set-parameters", self.settings.parameters)
-        except PeerError as error:
-            report.notes.append(f"daemon {client.pid} keeps the settings of the upgrade: {error}")
-
     async def _doubt(self) -> str:
         """What is known where nothing is settled."""
-        facts = [self.trouble] if self.trouble else []
+        facts = [self.handover.trouble] if self.handover.trouble else []
         for name, client in (("old", self.old), ("new", self.new)):
-            state = await _run_state(client)
+            state = await run_state(client)
             facts.append(f"the {name} daemon {client.pid} " + (f"is '{state}'" if state else "is gone"))
         return ", ".join(facts)
-
-
-async def _run_state(client: Client) -> str | None:
-    """The run state of a daemon, None where it cannot be asked any more."""
-    try:
-        return str((await client.execute("query-status"))["status"])
-    except PeerError:
-        return None
-
-
-async def _migration(client: Client) -> Mapping[str, Any]:
-    """What a daemon knows of its migration, nothing where it cannot be asked any more."""
-    try:
-        answer: Mapping[str, Any] = await client.execute("query-migrate")
-    except PeerError:
-        return {}
-    return answer
-
-
-# -- what is printed ------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    print(f"localmig: {line}", file=sys.stderr, flush=True)
-
-
-def _to_json(report: Report) -> dict[str, Any]:
-    return {
-        "outcome": report.outcome.name.lower().replace("_", "-"),
-        "old-pid": report.old_pid,
-        "new-pid": report.new_pid,
-        "reason": report.reason,
-        "notes": report.notes,
-        "migration": report.migration,
-    }
-
-
-def _show(report: Report) -> str:
-    migration = report.migration
-    local = migration.get("local", {})
-    lines = [f"committed: daemon {report.new_pid} serves in place of {report.old_pid}"]
-    if "downtime-us" in local:
-        lines.append(f"downtime     {milliseconds(local['downtime-us'])}")
-    if "total-time" in migration:
-        lines.append(f"in all       {migration['total-time']} ms, {migration.get('setup-time', '?')} ms of it setup")
-    lines.append(f"descriptors  {local.get('descriptors', 0)}")
-    phases = [(phase["name"], milliseconds(phase["duration-us"])) for phase in local.get("phases", ())]
-    if phases:
-        lines += ["", table(("phase", "duration"), phases)]
-    return "\n".join(lines)
