@@ -1,7 +1,7 @@
 """What is done so that the downtime is short: nothing else happens in it, and nothing happens in it first.
 
 Owns:        the sections that travel in it; holding back garbage collection and trace events while the guest waits; the
-             rehearsal of the exchange.
+             priority of this thread meanwhile; the rehearsal of the exchange.
 Never sees:  the states of a handover, the channel to the other side.
 Read next:   outgoing.py and incoming.py, its two users.
 """
@@ -9,6 +9,7 @@ Read next:   outgoing.py and incoming.py, its two users.
 from __future__ import annotations
 
 import gc
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from localmig.trace import Tracer
 
 _SAMPLE_BYTES_MAX: Final = 16 * 1024
 """How much of a switchover the rehearsal sends to itself: what any socket's buffer takes at once."""
+
+_PRIORITY: Final = 1
+"""The lowest of the real-time priorities goes before everything that is not real-time, and before nothing else."""
 
 _SAMPLE_TIMEOUT_S: Final = 1.0
 """Nobody else is needed for a rehearsal; it takes some hundred microseconds."""
@@ -50,6 +54,28 @@ def undisturbed(tracer: Tracer) -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def urgent() -> Iterator[None]:
+    """Until the end of the block this thread goes before all ordinary ones, where this process may say so.
+
+    On a loaded machine the scheduler lets a thread wait for milliseconds, and a guest waits for this one. It takes
+    CAP_SYS_NICE or RLIMIT_RTPRIO; without them nothing changes. What the block waits for, it must wait for asleep, but
+    for fractions of a millisecond; and it starts no thread and no process, which would inherit the priority.
+    """
+    # Who chose another policy for this daemon knows better.
+    is_ordinary = os.sched_getscheduler(0) == os.SCHED_OTHER
+    try:
+        if is_ordinary:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
+    except PermissionError:
+        is_ordinary = False
+    try:
+        yield
+    finally:
+        if is_ordinary:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class MirrorChannel(Channel):

@@ -22,7 +22,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed
+from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
 from localmig.migration.handover import (
     DESTINATION_STATUS,
     DestinationEvent,
@@ -156,13 +156,13 @@ class Incoming:
             await self._rehearse()
         self._progress.prepared_ns = time.monotonic_ns()
         self._fire(DestinationEvent.SETUP_ADOPTED)
-        await self._say(channel, FrameKind.SETUP_ACK)
-        await self._rehearse()
-
-        # The operator may let the source pause here, and past READY the source alone decides: both waits end with it.
-        frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
-        with undisturbed(self._tracer):
-            await self._switch_over(channel, frame)
+        with urgent():
+            await self._say(channel, FrameKind.SETUP_ACK)
+            await self._rehearse()
+            # The operator may let the source pause here, and past READY the source alone decides: both end with it.
+            frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
+            with undisturbed(self._tracer):
+                await self._switch_over(channel, frame)
         try:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
         except (OSError, PeerError) as error:

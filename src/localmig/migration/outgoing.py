@@ -22,7 +22,7 @@ from localmig.device_api import Part
 from localmig.errors import LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed
+from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
 from localmig.migration.handover import (
     SOURCE_ENDED,
     SOURCE_STATUS,
@@ -166,6 +166,7 @@ class Outgoing:
         try:
             await self._prepare()
             downtime.enter_context(undisturbed(self._tracer))
+            downtime.enter_context(urgent())
             await self._switch_over()
         except asyncio.CancelledError:
             assert self._task is not None
