@@ -1,6 +1,7 @@
 """The streams of a daemon with one TAP and one virtio-net device, from fixed states: what its vectors are made of.
 
-Owns:        the states of daemons with a session, without one, whose descriptors stay home, with server=off.
+Owns:        the states of daemons with a session, without one, with packed rings, with descriptors that stay home,
+             with server=off.
 Never sees:  a live device.
 Read next:   test_nic_vectors.py, vectors/README.md.
 
@@ -25,6 +26,7 @@ from localmig.netdev.tap import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
+from localmig.virtio import Feature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -69,6 +71,11 @@ class Sample:
     descriptor_count: int
 
     @property
+    def features(self) -> int:
+        """What the guest acknowledged."""
+        return FEATURES | (Feature.RING_PACKED if self is PACKED else 0)
+
+    @property
     def path(self) -> Path:
         """Where it is."""
         return VECTORS / f"{self.name}.hex"
@@ -79,7 +86,7 @@ class Sample:
         return Daemon(
             tap=_tap(None if self is HOME else _descriptors(next(take))),
             nic=VirtioNetState(
-                features_acked=0 if self is IDLE else FEATURES,
+                features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
                 socket=None if self is HOME else _socket(self, take),
             ),
@@ -91,7 +98,8 @@ SESSION: Final = Sample(name="nic-session", descriptor_count=12)
 IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
 CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
-SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=13)
+SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED)
 
 
 def _descriptors(queue: OwnedFd) -> TapDescriptors:
@@ -110,7 +118,15 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
         listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
     if sample is IDLE:
         return SocketState(listener=listener, connection=None)
-    return SocketState(listener=listener, connection=ConnectionState(connection=next(fds), session=_session_state(fds)))
+    connection, session, ledger = next(fds), _session_state(fds), None
+    if sample is PACKED:
+        ledger = next(fds)
+        session.features_acked = sample.features
+        for vring, position in zip(session.vrings, (0x8012, 0x03F0), strict=True):
+            vring.next_avail = position
+    return SocketState(
+        listener=listener, connection=ConnectionState(connection=connection, session=session, ledger=ledger)
+    )
 
 
 def _session_state(fds: Iterator[OwnedFd]) -> SessionState:

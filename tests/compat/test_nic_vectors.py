@@ -8,7 +8,6 @@ from tests.compat.nic import SAMPLES, Daemon, Sample
 from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 
-from localmig.devices.virtio_net.device import FEATURES
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream, OutgoingStream
@@ -72,9 +71,10 @@ def test_the_session_explains_itself() -> None:
     assert [vring["call.present"] for vring in session["vrings"]] == [True, False]
 
 
-def test_the_session_is_one_that_can_be() -> None:
-    with open_descriptors(nic.SESSION.descriptor_count) as fds:
-        socket = nic.SESSION.daemon(fds).nic.socket
+@pytest.mark.parametrize("sample", [nic.SESSION, nic.PACKED], ids=lambda sample: sample.name)
+def test_the_session_is_one_that_can_be(sample: Sample) -> None:
+    with open_descriptors(sample.descriptor_count) as fds:
+        socket = sample.daemon(fds).nic.socket
         assert socket is not None
         assert socket.connection is not None
-        check_state(socket.connection.session, Offer(features=FEATURES, vring_count=2, queue_count=1))
+        check_state(socket.connection.session, Offer(features=sample.features, vring_count=2, queue_count=1))

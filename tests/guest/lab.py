@@ -290,11 +290,15 @@ class Lab:
         argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
         return self.start(argv, name="pinger")
 
-    def boot_qemu(self, netdev: Sequence[str]) -> Guest:
+    def boot_qemu(self, netdev: Sequence[str], *, packed: bool = False) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
         with _lab_errors():
             argv = qemu.command(
-                netdev, address=GUEST_ADDRESS + PREFIX, folder=self.folder, kernel_package=UNPACKED_KERNEL
+                netdev,
+                address=GUEST_ADDRESS + PREFIX,
+                folder=self.folder,
+                kernel_package=UNPACKED_KERNEL,
+                packed=packed,
             )
         return self._booting(argv)
 

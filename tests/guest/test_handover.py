@@ -19,26 +19,37 @@ def boot_qemu(lab: Lab, service: Service) -> Guest:
     return lab.boot_qemu(vhost_user_netdev(service.socket))
 
 
+def boot_packed(lab: Lab, service: Service) -> Guest:
+    return lab.boot_qemu(vhost_user_netdev(service.socket), packed=True)
+
+
+def has_packed_rings(guest: Guest) -> bool:
+    """Whether its driver acknowledged RING_PACKED."""
+    return guest.run("cat /sys/bus/virtio/devices/virtio0/features")[34] == "1"
+
+
 def boot_uml(lab: Lab, service: Service) -> Guest:
     # It cannot reconnect at all: one lost connection, and its NIC is gone for good.
     return lab.boot_uml(service.socket)
 
 
 @pytest.mark.parametrize(
-    ("boot", "progress_bytes"),
+    ("boot", "device", "progress_bytes"),
     [
-        pytest.param(boot_qemu, 1_000_000, id="qemu"),
-        pytest.param(boot_uml, 5_000_000, id="uml"),  # runs at native speed
+        pytest.param(boot_qemu, "", 1_000_000, id="qemu"),
+        pytest.param(boot_packed, ",packed=on", 1_000_000, id="qemu-packed"),
+        pytest.param(boot_uml, "", 5_000_000, id="uml"),  # runs at native speed
     ],
 )
 def test_ten_handovers_lose_no_packet_and_change_no_link(
-    lab: Lab, boot: Callable[[Lab, Service], Guest], progress_bytes: int
+    lab: Lab, boot: Callable[[Lab, Service], Guest], device: str, progress_bytes: int
 ) -> None:
     service = Service(lab)
-    service.start(*service.objects())
+    service.start(*service.objects(device=device))
     lab.set_up("tap0")
     guest = boot(lab, service)
     guest.wait_ready()
+    assert has_packed_rings(guest) == ("packed" in device)
     carrier_changes = guest.carrier_changes()
 
     pinger = lab.start_pinger()

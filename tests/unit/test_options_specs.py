@@ -50,6 +50,8 @@ def test_keyval_text_becomes_a_spec() -> None:
     without = parse_device(f"{text},host_tso4=off,guest_csum=off")
     assert (without.host_tso4, without.guest_csum, without.host_tso6) == (False, False, True)
     assert to_mapping(without)["host_tso4"] is False
+    assert not parse_device(text).packed
+    assert parse_device(f"{text},packed=on").packed
 
 
 def test_json_text_becomes_the_same_spec() -> None:

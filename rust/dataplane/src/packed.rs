@@ -188,7 +188,7 @@ impl PackedRing {
     pub fn begin(&mut self, position: Option<u16>, call: bool) -> Result<(), RingError> {
         let position = match position {
             Some(bits) => self.checked(Position::from_bits(bits))?,
-            None => self.finish_interrupted()?,
+            None => self.recover()?,
         };
         if let Some(ledger) = &self.ledger {
             ledger.settle(position);
@@ -219,7 +219,10 @@ impl PackedRing {
     }
 
     /// Tells the guest what a process that died was about to tell it; gives where the ring goes on.
-    fn finish_interrupted(&self) -> Result<Position, RingError> {
+    ///
+    /// # Errors
+    /// The ledger says nothing, or nothing that can be.
+    pub fn recover(&self) -> Result<Position, RingError> {
         let to = self.position_in_ledger()?;
         let (ledger, intent) = self
             .ledger

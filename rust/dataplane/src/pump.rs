@@ -324,13 +324,15 @@ impl Pump {
         Positions { rx: self.rx.as_ref().map(RingEnd::position), tx: self.tx.as_ref().map(RingEnd::position) }
     }
 
-    /// Sets where configured rings begin.
+    /// Sets where configured rings begin; None is where whoever ran them before was interrupted.
     pub(crate) fn set_positions(&mut self, rx: Option<u16>, tx: Option<u16>) {
         for (end, position) in [(&mut self.rx, rx), (&mut self.tx, tx)] {
-            if let Some(end) = end {
-                end.start = position;
-                // Whoever knows the position stopped the ring in order, and called where that was due.
-                end.call_at_start = position.is_none();
+            let Some(end) = end else { continue };
+            // Whoever knows the position stopped the ring in order, and called where that was due.
+            end.call_at_start = position.is_none();
+            match position.map_or_else(|| end.ring.recover(), Ok) {
+                Ok(position) => end.start = Some(position),
+                Err(error) => self.failures.push(end.fail(&error)),
             }
         }
     }

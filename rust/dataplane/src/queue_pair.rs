@@ -156,13 +156,16 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Sets where the rings go on; None is the used index in guest memory. Not for rings that are not configured.
+    /// Sets where the rings go on; None is the used index in guest memory, or what the ledger of a packed ring says.
+    /// Not for rings that are not configured. A ring whose ledger says what cannot be fails, as told by `take_ring_errors`.
     ///
     /// # Errors
     /// The pair runs or is not configured. Nothing changed.
     pub fn set_positions(&self, rx: Option<u16>, tx: Option<u16>) -> Result<(), Error> {
         let mut state = self.idle()?;
-        state.pump.as_mut().ok_or(Error::NotConfigured)?.set_positions(rx, tx);
+        let pump = state.pump.as_mut().ok_or(Error::NotConfigured)?;
+        pump.set_positions(rx, tx);
+        self.shared.report(pump.take_failures());
         Ok(())
     }
 

@@ -55,6 +55,14 @@ impl Ring {
         }
     }
 
+    /// Where the ring goes on behind a process that died; what that was telling the guest is told to the end.
+    pub(crate) fn recover(&self) -> Result<u16, RingError> {
+        match self {
+            Self::Split(ring) => Ok(ring.used_index()),
+            Self::Packed(ring) => ring.recover().map(Position::bits),
+        }
+    }
+
     /// Where a ring that was told no position would begin. One that cannot tell has not begun.
     pub(crate) fn standing(&self) -> u16 {
         match self {

@@ -90,6 +90,7 @@ class Objects:
                 local_migration=spec.local_migration,
                 offloads=_offloads(spec),
                 mac=mac_bytes(spec.mac) if spec.mac is not None else None,
+                packed=spec.packed,
                 rings=rings,
                 tracer=tracer,
             )

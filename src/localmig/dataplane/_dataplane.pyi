@@ -147,7 +147,12 @@ class QueuePair:
         """
 
     def set_positions(self, rx_next_avail: int | None, tx_next_avail: int | None) -> None:
-        """Sets where the rings go on; None as in `Ring`. RuntimeError if the pair runs."""
+        """Sets where the rings go on. RuntimeError if the pair runs.
+
+        None is for rings of a process that died: a split ring goes on at the used index in guest memory, a packed one
+        where its ledger says, and what it was telling the guest is told to the end. A ring whose ledger says what
+        cannot be fails.
+        """
 
     def start(self) -> int:
         """Scans both rings and the TAP once, and lets the thread go on from there.

@@ -13,7 +13,7 @@ A part is born frozen (its control sockets are not read) and stopped (its rings 
                                    └→ recover → resume → thaw     it came back: the destination died after COMMIT
 
     adopt_setup → adopt_switchover → resume → thaw → source_released        the destination
-         │       └→ recover ────────────┘     the source died: ring positions come from guest memory
+         │       └→ recover ────────────┘     the source died: ring positions come from memory
          └→ discard                           at any time before COMMIT
 
 Until `resume` in the destination the source may still run: a part touches no descriptor it shares with it. No
@@ -114,7 +114,7 @@ class Part(Protocol):
 
     @abstractmethod
     def recover(self) -> None:
-        """Takes ring positions from guest memory, for the process that knew them is dead."""
+        """Takes ring positions from guest memory or a ledger, for the process that knew them is dead."""
 
     def source_released(self) -> None:
         """The source holds nothing any more: what could not be opened beside it can be now."""

@@ -279,6 +279,13 @@ class VirtioNetSpec(Spec):
             "the guest's Ethernet address, for who asks the device: User-Mode Linux does, QEMU has its own",
         ),
     )
+    packed: bool = field(
+        default=False,
+        metadata=_option(
+            Switch(),
+            "whether packed rings are offered; the VMM must know them: QEMU with packed=on does, User-Mode Linux not",
+        ),
+    )
     csum: bool = _offload("let the guest leave checksums to the host")
     guest_csum: bool = _offload("let the host leave checksums to the guest")
     host_tso4: bool = _offload("let the guest leave segmentation to the host: TCP over IPv4")

@@ -56,7 +56,13 @@ def unavailable_reason(kernel_package: Path) -> str | None:
 
 
 def command(
-    netdev: Sequence[str], *, address: str, folder: Path, kernel_package: Path, accelerator: str = "tcg"
+    netdev: Sequence[str],
+    *,
+    address: str,
+    folder: Path,
+    kernel_package: Path,
+    accelerator: str = "tcg",
+    packed: bool = False,
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -66,6 +72,7 @@ def command(
         folder: where its files may go; they are the caller's to remove.
         kernel_package: where Debian's package of a cloud kernel was unpacked.
         accelerator: "tcg" (emulation, works everywhere) or "kvm".
+        packed: whether its NIC offers packed rings; the guest then takes them.
 
     Raises:
         ConfigError: this machine has not what it takes.
@@ -84,7 +91,8 @@ def command(
     argv += ["-append", f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={address}"]
     argv += netdev
     # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
-    return [*argv, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile="]
+    rings = ",packed=on" if packed else ""
+    return [*argv, "-device", f"virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={rings}"]
 
 
 def vhost_user_netdev(socket: Path | str) -> list[str]:

@@ -46,9 +46,10 @@ from localmig.vhost_user.message import (
     decode_request,
     encode_reply,
 )
+from localmig.virtio import Feature, packed_ring, split_ring
 
 VRING_SIZE_MAX: Final = 32768
-"""Entries of a ring: the most a split virtqueue may have (virtio 1.2, section 2.7)."""
+"""Entries of a ring: the most a virtqueue may have (virtio 1.2, sections 2.7 and 2.8)."""
 
 PROTOCOL_FEATURES_SERVED: Final = (
     ProtocolFeature.MQ
@@ -73,7 +74,7 @@ class Offer:
         vring_count: rings the device has.
         queue_count: what GET_QUEUE_NUM answers; a NIC counts pairs there.
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
-        vring_size_max: entries a ring may have, a power of two.
+        vring_size_max: entries a ring may have.
         region_count_max: memory regions a frontend may share.
     """
 
@@ -100,7 +101,8 @@ class VringState:
     Attributes:
         size: entries; 0 until SET_VRING_NUM.
         descriptor_area, driver_area, device_area: all 0 until SET_VRING_ADDR.
-        next_avail: the position to go on from. While the ring runs it is behind; who stops the ring writes it here.
+        next_avail: the position to go on from; of a packed ring the index with the wrap counter in bit 15. While the
+            ring runs it is behind; who stops the ring writes it here.
         started: a kick descriptor came and GET_VRING_BASE did not.
         enabled: what SET_VRING_ENABLE said last.
         kick, call, error: eventfds, or pipes under User-Mode Linux. No call descriptor: the guest polls.
@@ -155,6 +157,11 @@ class SessionState:
     unparsed_fds: list[OwnedFd] = field(default_factory=list)
     unsent: bytes = b""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether rings are packed virtqueues; split ones otherwise."""
+        return bool(self.features_acked & Feature.RING_PACKED)
+
     def close(self) -> None:
         """Closes every descriptor. Bears being called twice."""
         close_all(region.fd for region in self.regions)
@@ -177,9 +184,12 @@ def check_state(state: SessionState, offer: Offer) -> None:
         raise PeerError(f"session has {len(state.vrings)} vrings, the device has {offer.vring_count}")
     for index, vring in enumerate(state.vrings):
         if vring.size:
-            _check_vring_size(index, vring.size, offer)
-        _check_vring_addresses(index, vring.descriptor_area, vring.driver_area, vring.device_area)
+            _check_vring_size(index, vring.size, offer, is_packed=state.is_packed)
+        areas = vring.descriptor_area, vring.driver_area, vring.device_area
+        _check_vring_addresses(index, areas, is_packed=state.is_packed)
         _check_range(f"position of vring {index}", vring.next_avail, 0xFFFF)
+        if state.is_packed:
+            _check_packed_position(index, vring.next_avail, vring.size)
         if vring.started and (not vring.is_configured or vring.kick is None):
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
     check_regions(state.regions, count_max=offer.region_count_max)
@@ -224,20 +234,28 @@ def _check_range(name: str, value: int, limit: int) -> None:
         raise PeerError(f"{name} is {value}, limit is {limit}")
 
 
-def _check_vring_size(index: int, size: int, offer: Offer) -> None:
-    if not 0 < size <= offer.vring_size_max or size & (size - 1):
-        raise PeerError(f"vring {index} has {size} entries, must be a power of two of at most {offer.vring_size_max}")
+def _check_vring_size(index: int, size: int, offer: Offer, *, is_packed: bool) -> None:
+    # virtio 1.2, sections 2.7 and 2.8: only a split virtqueue's size is a power of two.
+    if not 0 < size <= offer.vring_size_max or (size & (size - 1) and not is_packed):
+        must = "must be" if is_packed else "must be a power of two of"
+        raise PeerError(f"vring {index} has {size} entries, {must} at most {offer.vring_size_max}")
 
 
-def _check_vring_addresses(index: int, descriptor_area: int, driver_area: int, device_area: int) -> None:
-    # virtio 1.2, section 2.7: the alignment of each part of a split virtqueue.
-    for name, address, alignment in (
-        ("descriptor table", descriptor_area, 16),
-        ("avail ring", driver_area, 2),
-        ("used ring", device_area, 4),
-    ):
+def _check_vring_addresses(index: int, areas: tuple[int, int, int], *, is_packed: bool) -> None:
+    ring = packed_ring if is_packed else split_ring
+    for (name, alignment), address in zip(ring.PARTS.items(), areas, strict=True):
         if address % alignment:
             raise PeerError(f"{name} of vring {index} is at {address:#x}, must be aligned to {alignment} bytes")
+
+
+def _check_packed_position(index: int, position: int, size: int) -> None:
+    """Checks a packed ring's position against its size; a size of 0 is not known yet.
+
+    Raises:
+        PeerError: it is outside the ring.
+    """
+    if size and packed_ring.index_of(position) >= size:
+        raise PeerError(f"position {packed_ring.index_of(position)} of vring {index} is outside its {size} entries")
 
 
 _ACCEPTED: Final = 0
@@ -464,11 +482,11 @@ class Backend:
         was_running = vring.is_running
         match request, payload:
             case Request.SET_VRING_NUM, VringNumber(number=size):
-                _check_vring_size(index, size, self.offer)
+                _check_vring_size(index, size, self.offer, is_packed=self.state.is_packed)
                 self._check_not_running(request, index)
                 vring.size = size
-            case Request.SET_VRING_BASE, VringNumber(number=position):
-                _check_range(f"position of vring {index}", position, 0xFFFF)
+            case Request.SET_VRING_BASE, VringNumber(number=base):
+                position = self._position_of(index, base)
                 self._check_not_running(request, index)
                 vring.next_avail = position
             case Request.SET_VRING_ENABLE, VringNumber(number=number):
@@ -499,6 +517,8 @@ class Backend:
 
     def _set_features(self, features: int) -> Event:
         _check_acked(features, self.offer.all_features, "features")
+        if (features ^ self.state.features_acked) & Feature.RING_PACKED:
+            self._change_format(features)
         self.state.features_acked = features
         # vhost-user, "Ring states": without the bit there is no SET_VRING_ENABLE, so all rings are enabled at once.
         if not features & 1 << PROTOCOL_FEATURES_BIT:
@@ -506,10 +526,29 @@ class Backend:
                 vring.enabled = True
         return FeaturesSet()
 
+    def _change_format(self, features: int) -> None:
+        """Rings of another format begin anew."""
+        for index, vring in enumerate(self.state.vrings):
+            if vring.started:
+                raise PeerError(f"SET_FEATURES changes RING_PACKED while vring {index} is started")
+            vring.next_avail = packed_ring.START if features & Feature.RING_PACKED else split_ring.START
+
+    def _position_of(self, index: int, base: int) -> int:
+        """The position that SET_VRING_BASE tells."""
+        if not self.state.is_packed:
+            _check_range(f"position of vring {index}", base, 0xFFFF)
+            return base
+        # Where chains are in flight the used half differs, and DPDK leaves it 0. Nothing is in flight here: a ring
+        # goes on where the next chain is available.
+        position = packed_ring.position_of(base)
+        _check_packed_position(index, position, self.state.vrings[index].size)
+        return position
+
     def _set_addresses(self, vring: VringState, address: VringAddress) -> None:
         if address.flags:
             raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
-        _check_vring_addresses(address.index, address.descriptor_area, address.driver_area, address.device_area)
+        areas = address.descriptor_area, address.driver_area, address.device_area
+        _check_vring_addresses(address.index, areas, is_packed=self.state.is_packed)
         vring.descriptor_area = address.descriptor_area
         vring.driver_area = address.driver_area
         vring.device_area = address.device_area
@@ -583,7 +622,9 @@ class Backend:
             case Request.GET_STATUS, None:
                 return U64(value=self.state.device_status)
             case Request.GET_VRING_BASE, VringNumber(index=index):
-                return VringNumber(index=index, number=self.state.vrings[index].next_avail)
+                position = self.state.vrings[index].next_avail
+                base = packed_ring.base_of(position) if self.state.is_packed else position
+                return VringNumber(index=index, number=base)
             case Request.GET_CONFIG, ConfigSpace(offset=offset, data=data):
                 return self._read_config(offset, len(data))
             case _:

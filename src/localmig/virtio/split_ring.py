@@ -1,11 +1,20 @@
 """Facts of the virtio specification about split virtqueues (virtio 1.2, section 2.7).
 
-Owns:        how large each part of a ring is.
+Owns:        how each part of a ring is aligned, how large it is, where a ring begins.
 Never sees:  a ring.
 Read next:   rust/dataplane/src/split.rs, which walks them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+PARTS: Final[Mapping[str, int]] = {"descriptor table": 16, "avail ring": 2, "used ring": 4}
+"""The descriptor area, the driver area and the device area, and the alignment of each in bytes."""
+
+START: Final = 0
+"""The position of a ring that nobody used yet."""
 
 
 def part_sizes(size: int) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.dataplane import GuestMemory, QueuePair, Ring
+from localmig.dataplane import GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
@@ -40,7 +40,7 @@ from localmig.vhost_user.protocol import (
     check_state,
 )
 from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
-from localmig.virtio import Feature, split_ring
+from localmig.virtio import Feature, packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
     OFFLOADS,
@@ -87,6 +87,7 @@ class VirtioNet(Part):
         local_migration: whether its descriptors may move.
         offloads: which of `virtio.net.OFFLOADS` may be offered.
         mac: the guest's Ethernet address, for frontends and drivers that take it from the device.
+        packed: whether packed rings are offered.
         rings: what starts and stops its queue pairs together with all others.
         tracer: where facts go.
     """
@@ -104,6 +105,7 @@ class VirtioNet(Part):
         tracer: Tracer,
         offloads: NetFeature = OFFLOADS,
         mac: bytes | None = None,
+        packed: bool = False,
     ) -> None:
         self.id = id
         self._netdev = netdev
@@ -111,11 +113,14 @@ class VirtioNet(Part):
         self._local_migration = local_migration
         self._tracer = tracer
         self._offloads = offloads
+        self._packed = packed
         self._own_mac = mac
         self._known_mac = mac
         """The guest's address as far as anybody said it, for the network."""
         self._endpoint: Endpoint | None = None
         self._memory: GuestMemory | None = None
+        self._ledger: Ledger | None = None
+        self._ledger_file: OwnedFd | None = None
         self._ring_errors: OwnedFd | None = None
         self._pairs: list[QueuePair] = []
         self._rings = rings
@@ -183,7 +188,9 @@ class VirtioNet(Part):
         if with_descriptors:
             connection = None
             if session is not None:
-                connection = ConnectionState(connection=session.connection, session=session.backend.state)
+                connection = ConnectionState(
+                    connection=session.connection, session=session.backend.state, ledger=self._ledger_file
+                )
             socket = SocketState(listener=self._endpoint.contact.save(), connection=connection)
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
@@ -212,7 +219,7 @@ class VirtioNet(Part):
         try:
             self._socket.check(state.socket.listener)
             if state.socket.connection is not None:
-                check_state(state.socket.connection.session, offer)
+                _check_connection(state.socket.connection, offer)
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
@@ -221,6 +228,8 @@ class VirtioNet(Part):
 
         Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
         """
+        if state.socket is not None and state.socket.connection is not None:
+            self._ledger_file = state.socket.connection.ledger
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
@@ -232,6 +241,7 @@ class VirtioNet(Part):
         if state.socket.connection is not None:
             self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
             try:
+                self._map_ledger()
                 self._map_memory()
                 for index in range(len(self._pairs)):
                     self._lay_out(index)
@@ -272,6 +282,7 @@ class VirtioNet(Part):
             case VringChanged(index=vring):
                 self._apply(vring // 2)
             case FeaturesSet():
+                self._make_ledger()
                 self._set_up_netdev()
                 self._apply_all()
             case MemoryChanged():
@@ -295,6 +306,7 @@ class VirtioNet(Part):
             self._stop(index)
             pair.release()
         self._memory = None
+        self._drop_ledger()
         self._reset_netdev()
         if reason is not None:
             _logger.warning("device '%s': session closed: %s", self.id, reason)
@@ -312,6 +324,7 @@ class VirtioNet(Part):
         self._steer(index)
         self._stop(index)
         self._lay_out(index)
+        self._settle(index)
         if self._rings.serving:
             self._start(index)
 
@@ -336,6 +349,43 @@ class VirtioNet(Part):
         self._memory = None
         self._map_memory()
         self._apply_all()
+
+    def _make_ledger(self) -> None:
+        """Packed rings need a ledger from the first packet on."""
+        state = self._session_state()
+        assert state is not None, self.id
+        if not state.is_packed or self._ledger is not None:
+            return
+        try:
+            self._ledger_file = OwnedFd(Ledger.create(len(state.vrings)))
+        except OSError as error:
+            raise KernelError(f"cannot make a ledger: {error.strerror}", errno=error.errno or 0) from error
+        self._map_ledger()
+
+    def _map_ledger(self) -> None:
+        state = self._session_state()
+        assert state is not None, self.id
+        if self._ledger_file is None:
+            return
+        try:
+            self._ledger = Ledger(self._ledger_file.fileno(), len(state.vrings))
+        except ValueError as error:
+            raise PeerError(str(error)) from error
+        except OSError as error:
+            raise KernelError(f"cannot map the ledger: {error.strerror}", errno=error.errno or 0) from error
+
+    def _drop_ledger(self) -> None:
+        self._ledger = None
+        if self._ledger_file is not None:
+            self._ledger_file.close()
+            self._ledger_file = None
+
+    def _settle(self, index: int) -> None:
+        """Writes into the ledger where rings go on that may not run for a while, and may run elsewhere next."""
+        state = self._session_state()
+        if state is not None and state.is_packed and self._ledger is not None:
+            for vring in (receive_queue(index), transmit_queue(index)):
+                self._ledger.settle(vring, state.vrings[vring].next_avail)
 
     def _map_memory(self) -> None:
         state = self._session_state()
@@ -371,6 +421,7 @@ class VirtioNet(Part):
                 mergeable=bool(state.features_acked & NetFeature.MRG_RXBUF),
                 rx=rx,
                 tx=tx,
+                packed=state.is_packed,
             )
         except ValueError as error:
             raise PeerError(f"queue pair {index}: {error}") from error
@@ -380,7 +431,7 @@ class VirtioNet(Part):
         if not vring.is_running:
             return None
         assert vring.kick is not None, index
-        sizes = split_ring.part_sizes(vring.size)
+        sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
         try:
             descriptor_area, driver_area, device_area = (
                 to_guest_address(state.regions, address, size)
@@ -401,6 +452,7 @@ class VirtioNet(Part):
             call_fd=_fileno(vring.call),
             error_fd=_fileno(vring.error),
             next_avail=vring.next_avail,
+            ledger=None if self._ledger is None else (self._ledger, index),
         )
 
     def _start(self, index: int) -> None:
@@ -440,6 +492,7 @@ class VirtioNet(Part):
             pair.close()
         self._pairs = []
         self._memory = None
+        self._drop_ledger()
         if self._ring_errors is not None:
             asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())
             self._ring_errors.close()
@@ -458,6 +511,8 @@ class VirtioNet(Part):
             features |= NetFeature.MQ
         if self._own_mac is not None:
             features |= NetFeature.MAC
+        if self._packed:
+            features |= Feature.RING_PACKED
         return Offer(features=features, vring_count=2 * count, queue_count=count)
 
     def _make_endpoint(self, contact: Contact) -> Endpoint:
@@ -510,6 +565,12 @@ class VirtioNet(Part):
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"
             )
+
+
+def _check_connection(connection: ConnectionState, offer: Offer) -> None:
+    check_state(connection.session, offer)
+    if connection.session.is_packed and connection.ledger is None:
+        raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
 
 
 def _has_rings(pair: QueuePair) -> bool:

@@ -20,10 +20,17 @@ from localmig.vmstate import Description, blob, fd, optional, struct, u64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionState:
-    """The frontend's connection and the session on it."""
+    """The frontend's connection and the session on it.
+
+    Attributes:
+        connection: to the frontend.
+        session: what was said on it.
+        ledger: where its rings stand, for whoever outlives the other; only packed rings have one.
+    """
 
     connection: OwnedFd
     session: SessionState
+    ledger: OwnedFd | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +61,7 @@ CONNECTION: Final = Description(
     version=1,
     oldest_version=1,
     state=ConnectionState,
-    fields=(fd("connection", kind="socket"), struct("session", SESSION)),
+    fields=(fd("connection", kind="socket"), struct("session", SESSION), optional(fd("ledger", kind="memory"))),
 )
 
 SOCKET: Final = Description(
