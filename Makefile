@@ -88,11 +88,11 @@ $(VENV)/tools.stamp: pyproject.toml
 $(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
 	$(need_rust)
 	@echo "building the packet path: about half a minute the first time"
-	@PIP_QUIET=1 $(BIN)/maturin develop --release --quiet
+	@said=$$(PIP_QUIET=1 $(BIN)/maturin develop --release --quiet 2>&1) || { echo "$$said" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/picture.stamp: $(VENV)/tools.stamp
-	@$(BIN)/python -m pip install --quiet --group demo && touch $@ || \
+	@$(BIN)/python -m pip install --quiet --retries 1 --group demo && touch $@ || \
 	  echo "matplotlib could not be installed: the demonstration draws no picture"
 
 demo-packages: PACKAGES = $(DEMO_PACKAGES)
@@ -104,7 +104,7 @@ demo-packages guest-packages bench-packages:
 	done; \
 	if [ -z "$$missing" ]; then :; \
 	elif ! command -v apt-get >/dev/null; then echo "not Debian: what needs these is skipped unless they are here by other means:$$missing"; \
-	elif [ "$$(id -u)" != 0 ]; then echo "not root: what needs these is skipped; to have it, as root: apt-get install$$missing"; \
+	elif [ ! -w /var/lib/dpkg ]; then echo "not root: what needs these is skipped; to have it, as root: apt-get install$$missing"; \
 	else echo "installing:$$missing"; \
 	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi
 

@@ -117,7 +117,7 @@ def test_pings_that_the_guest_discarded_itself_are_no_harm_done_by_handovers() -
         ),
         pytest.param(
             round_of(replacement(100, 150), rtt_ns={200: UNANSWERED}, discarded=1),
-            "1 pings lost, 0 of them proven",
+            "1 ping lost, 0 of them proven",
             id="a downtime so long that replies pile up by it",
         ),
         pytest.param(

@@ -34,7 +34,16 @@ from typing import Final, Self
 from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.testing import picture, qemu, uml
-from localmig.testing.demo_report import GuestCounters, Replacement, Round, legend, milliseconds, table, verdict
+from localmig.testing.demo_report import (
+    GuestCounters,
+    Replacement,
+    Round,
+    counted,
+    legend,
+    milliseconds,
+    table,
+    verdict,
+)
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.initramfs import STREAM_PORT
 from localmig.testing.linux_guest import LinuxGuest, discarded_replies
@@ -482,8 +491,8 @@ def _demonstrate(options: argparse.Namespace) -> Round:
             drawn = None
     boot = choose_guest(options.guest, options.guest_kernel)
     _progress(
-        f"A guest is pinged every millisecond while the daemon that serves its NIC is replaced: {options.handovers} "
-        "times by a handover, then as often by a restart."
+        f"A guest is pinged every millisecond while the daemon that serves its NIC is replaced: "
+        f"{counted(options.handovers, 'time')} by a handover, then as often by a restart."
     )
     handovers, restarts, guest = run(boot, times=options.handovers)
     if options.json:

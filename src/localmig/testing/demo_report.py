@@ -174,6 +174,11 @@ def milliseconds(microseconds: int | None) -> str:
     return "-" if microseconds is None else f"{microseconds / 1000:.2f} ms"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, as people say it."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def legend(*, reconnects: str) -> str:
     """How the table is to be read.
 
@@ -195,7 +200,7 @@ late       the longest time between two pings, which should be 1 ms. Nobody aske
 def verdict(handovers: Round) -> str:
     """The handovers in a sentence."""
     lost, by_guest = handovers.pings.lost, handovers.lost_by_guest
-    count = f"{len(handovers.downtimes_us)} handovers"
+    count = counted(len(handovers.downtimes_us), "handover")
     if handovers.is_unharmed:
         told = (
             "no ping lost"
@@ -205,11 +210,11 @@ def verdict(handovers: Round) -> str:
         return f"{count}: {told}, no link change, every byte of the stream intact."
     wrong = []
     if lost > by_guest:
-        wrong.append(f"{lost} pings lost, {by_guest} of them proven to be discarded by the guest itself")
+        wrong.append(f"{counted(lost, 'ping')} lost, {by_guest} of them proven to be discarded by the guest itself")
     if handovers.guest is None:
         wrong.append("the guest has lost its network")
     elif handovers.guest.carrier_changes:
-        wrong.append(f"the guest saw {handovers.guest.carrier_changes} link changes")
+        wrong.append(f"the guest saw {counted(handovers.guest.carrier_changes, 'link change')}")
     if handovers.stream is None:
         wrong.append("the stream broke")
     elif not handovers.stream.intact:

@@ -60,11 +60,14 @@ def isolate() -> None:
     Raises:
         KernelError: the kernel does not allow it; the text says why. Nothing was changed.
     """
-    if _call_unshare(_CLONE_NEWNET) == errno.EPERM:
+    number = _call_unshare(_CLONE_NEWNET)
+    if number not in (0, errno.EPERM):
+        raise KernelError(_refusal("network", number), errno=number) from OSError(number, os.strerror(number))
+    if number == errno.EPERM:
         uid, gid = os.getuid(), os.getgid()
         number = _call_unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         if number:
-            raise KernelError(_refusal(number), errno=number) from OSError(number, os.strerror(number))
+            raise KernelError(_refusal("user", number), errno=number) from OSError(number, os.strerror(number))
         # A process without privileges may map only itself, and its group only once it gives up setgroups(2).
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
@@ -77,13 +80,13 @@ def _call_unshare(flags: int) -> int:
     return 0 if _libc.unshare(flags) == 0 else ctypes.get_errno()
 
 
-def _refusal(number: int) -> str:
-    said = f"cannot create a user namespace: {os.strerror(number)}"
+def _refusal(kind: str, number: int) -> str:
+    said = f"cannot create a {kind} namespace: {os.strerror(number)}"
     match number:
         case errno.EINVAL:
             return f"{said}; this process has {len(list(Path('/proc/self/task').iterdir()))} threads, it may have one"
         case errno.ENOSPC:
-            return f"{said}; the limit is /proc/sys/user/max_user_namespaces, ask for more or run as root"
+            return f"{said}; the limit is /proc/sys/user/max_{kind}_namespaces, ask for more"
         case errno.EPERM:
             return f"{said}; this system keeps them from ordinary users (sysctl, AppArmor or a container), run as root"
     return said
@@ -195,7 +198,7 @@ def ip(*arguments: str) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_SECONDS_MAX, check=False)
     except FileNotFoundError:
-        raise CommandError(argv, "iproute2 is not installed") from None
+        raise CommandError(argv, "iproute2 is not installed: on Debian, apt-get install iproute2") from None
     if done.returncode != 0:
         raise CommandError(argv, done.stderr)
     return done.stdout

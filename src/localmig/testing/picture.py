@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,7 +54,7 @@ def check_path(path: Path) -> None:
 def unavailable_reason() -> str | None:
     """Why nothing can be drawn here, None where it can."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is not installed; to have one: pip install matplotlib"
+        return f"matplotlib is not installed; to have one: {sys.executable} -m pip install matplotlib"
     return None
 
 
