@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -192,7 +193,7 @@ def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(
     assert facts["status"] == "running"
     assert [(each["id"], each["transfers"]) for each in facts["objects"]] == [("net0", True), ("nic0", True)]
     # The operator's settings are the successor's, and nothing of the upgrade is left.
-    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+    assert machine.parameters() == {"downtime-limit": 250, "local": False, "record": ""}
     assert machine.files() == {"qmp.sock", "qmp.sock.log", "nic0.sock", "first.log"}
 
 
@@ -205,6 +206,33 @@ def test_the_report_tells_phases_downtime_and_descriptors(machine: Machine) -> N
     assert migration["local"]["downtime-us"] > 0
     assert migration["local"]["descriptors"] > 0
     assert {"setup", "stop", "ready"} <= {phase["name"] for phase in migration["local"]["phases"]}
+
+
+def test_what_moved_is_recorded_and_explained(machine: Machine) -> None:
+    machine.start()
+    done = machine.localmig("upgrade", "qmp.sock", "--record", "moved.stream", cwd=machine.directory)
+    assert done.returncode == 0, done.stderr
+    recording = machine.directory / "moved.stream"
+    assert stat.S_IMODE(recording.stat().st_mode) == 0o600
+    explained = json.loads(machine.localmig("analyze", "--json", str(recording)).stdout)
+    setup, switchover = explained["sections"][:2], explained["sections"][2:]
+    assert [section["name"] for section in setup] == ["net0/tap", "nic0/virtio-net"]
+    assert "virtio-net-rings" in {section["description"] for section in switchover}
+    assert explained["descriptors"] == {"listening-socket": 1, "tap": 1}
+    tap = {field["name"]: field for field in explained["sections"][0]["fields"]}
+    assert tap["ifname"]["text"] == "tap0"
+    # For this upgrade only.
+    assert machine.parameters()["record"] == ""
+
+
+def test_a_recording_that_cannot_be_written_is_a_note_and_no_reason_to_fail(machine: Machine) -> None:
+    machine.start()
+    code, report, said = machine.upgrade("--record", str(machine.directory / "none/stream"))
+    assert code == 0, said
+    (note,) = report["notes"]
+    assert note.startswith("the stream was not recorded: ")
+    assert "No such file or directory" in note
+    assert note in said
 
 
 def test_an_upgrade_can_follow_an_upgrade_also_by_a_relative_path(machine: Machine) -> None:
@@ -248,7 +276,7 @@ def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:
     """The old daemon is as it was, and nothing of the attempt is left."""
     facts = machine.status()
     assert (facts["pid"], facts["status"]) == (old.pid, "running")
-    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+    assert machine.parameters() == {"downtime-limit": 250, "local": False, "record": ""}
     assert machine.files() == {"qmp.sock", "qmp.sock.log", "nic0.sock", "first.log"}
 
 

@@ -11,7 +11,9 @@ import asyncio
 import errno
 import os
 import socket
+import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.migration import incoming as incoming_module
 from localmig.migration import outgoing as outgoing_module
+from localmig.migration.analysis import analyze
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.handover import DestinationState, SourceState
 from localmig.migration.hello import Hello
@@ -33,6 +36,8 @@ from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.peer import Peer
+from localmig.migration.progress import Progress
+from localmig.migration.recording import write_recording
 from localmig.trace import Event, MigrationStatusChanged, Tracer
 from localmig.vmstate import Description, fd, optional, u32, u64
 
@@ -298,8 +303,9 @@ def at_number(side: str, number: int, what: What) -> Fault:
 class World:
     """One handover between two processes, and the faults that wait in it."""
 
-    def __init__(self, *faults: Fault, running: bool = True) -> None:
+    def __init__(self, *faults: Fault, running: bool = True, record: str = "") -> None:
         self.faults = faults
+        self.record = record
         self.running = running
         self.fired: dict[Fault, str] = {}
         self.two_owners: list[str] = []
@@ -371,7 +377,7 @@ class World:
 
         self.outgoing = outgoing = Outgoing(
             connect=connect,
-            parameters=Parameters(local=True),
+            parameters=Parameters(local=True, record=self.record),
             capabilities=Capabilities(),
             parts=self.source.parts,
             objects=(),
@@ -449,9 +455,9 @@ def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
 
 
-def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True) -> World:
+def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True, record: str = "") -> World:
     before = set(Path("/proc/self/fd").iterdir())
-    world = World(*faults, running=running)
+    world = World(*faults, running=running, record=record)
     kill = Peer.kill
 
     def kill_destination(peer: Peer) -> bool:
@@ -527,3 +533,101 @@ def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
     wrong = wrong_runs(monkeypatch, "source", what, trouble)
     # What does not start does not run: but it alone, and everybody is told.
     assert [run for run in wrong if not run.endswith(SERVES_IN_PART)] == []
+
+
+# -- recording --------------------------------------------------------------------------------------------------------
+
+SECTIONS: Final = ["a/fake", "b/fake", "a/fake-rings", "b/fake-rings"]
+
+
+def recorded_sections(path: Path) -> list[str]:
+    """The names in a recording that nobody else can read."""
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return [section.name for section in analyze(path.read_bytes()).sections]
+
+
+def note_of(world: World) -> str | None:
+    assert world.outgoing is not None
+    return world.outgoing.info().note
+
+
+def test_a_handover_is_recorded_once_the_guest_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    served: list[tuple[bool, str]] = []
+
+    def write_and_look(path: str, pieces: list[bytes]) -> None:
+        served.append((world_of[0].destination.serves_whole, world_of[0].source.statuses[-1]))
+        write_recording(path, pieces)
+
+    world_of: list[World] = []
+    monkeypatch.setattr(World, "act", lambda world, *_, **__: world_of.append(world))
+    monkeypatch.setattr(outgoing_module, "write_recording", write_and_look)
+    path = tmp_path / "stream"
+    world = hand_over(monkeypatch, record=str(path))
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert served == [(True, "device")]
+    assert recorded_sections(path) == SECTIONS
+    assert analyze(path.read_bytes()).descriptors() == {"unknown": 2}
+    assert note_of(world) is None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [at("destination", "before send READY", What.DIES), DEAD_PAST_COMMIT],
+    ids=["dead-before-ready", "dead-past-commit"],
+)
+def test_a_handover_that_came_back_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: Fault) -> None:
+    path = tmp_path / "stream"
+    world = hand_over(monkeypatch, trouble, record=str(path))
+    assert world.wrong is None
+    assert world.states["source"] in (SourceState.FAILED, SourceState.TAKEN_BACK)
+    assert recorded_sections(path) == SECTIONS
+
+
+def test_what_never_was_a_whole_stream_is_not_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = hand_over(
+        monkeypatch, at("destination", "before b.check_setup", What.FAILS), record=str(tmp_path / "stream")
+    )
+    assert world.wrong is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "problem"), [("none/stream", "No such file or directory"), ("", "is no file")])
+def test_a_recording_that_cannot_be_written_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, problem: str
+) -> None:
+    world = hand_over(monkeypatch, record=str(tmp_path / name))
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    note = note_of(world)
+    assert note is not None
+    assert note.startswith("the stream was not recorded: ")
+    assert problem in note
+    assert world.source.statuses[-1] == "completed"
+
+
+def test_a_file_system_that_hangs_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    is_told = threading.Event()
+    end = Progress.end
+
+    def end_and_tell(progress: Progress) -> None:
+        end(progress)
+        if progress._role == "source":
+            is_told.set()
+
+    monkeypatch.setattr(outgoing_module, "RECORD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(outgoing_module, "write_recording", lambda *_: is_told.wait(PATIENCE_S))
+    # The hang ends once the source told of it: a loop that ends waits for its threads.
+    monkeypatch.setattr(Progress, "end", end_and_tell)
+    world = hand_over(monkeypatch, record=str(tmp_path / "stream"))
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert note_of(world) == f"the stream was not recorded: '{tmp_path}/stream' takes longer than 0.05 s"
+
+
+@pytest.mark.parametrize("what", [What.HAS_A_BUG, What.DIES, What.CHANNEL_BREAKS], ids=str)
+def test_whatever_happens_once_one_side_serves_also_with_a_recording(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: What
+) -> None:
+    for number in range(40, 90, 7):
+        world = hand_over(monkeypatch, at_number("source", number, what), record=str(tmp_path / "stream"))
+        assert world.wrong is None, world.fired

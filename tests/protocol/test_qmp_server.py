@@ -170,7 +170,7 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
     async def scenario(it: Rig) -> None:
         client = await it.client()
         before = await client.execute("query-migrate-parameters")
-        assert before == {"downtime-limit": 300, "local": False}
+        assert before == {"downtime-limit": 300, "local": False, "record": ""}
         for limit in (-1, 2_000_001):
             assert await refused(client, "migrate-set-parameters", {"local": True, "downtime-limit": limit}) == (
                 "GenericError",
@@ -180,10 +180,19 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
             "GenericError",
             "Parameter 'mode' is unexpected",
         )
+        assert await refused(client, "migrate-set-parameters", {"local": True, "record": "a\0b"}) == (
+            "GenericError",
+            "Option record expects a path of at most 4095 bytes without NUL",
+        )
         assert await client.execute("query-migrate-parameters") == before
         assert await client.execute("migrate-set-parameters", {"local": True, "downtime-limit": 2_000_000}) == {}
         assert await client.execute("migrate-set-parameters", {}) == {}
-        assert await client.execute("query-migrate-parameters") == {"downtime-limit": 2_000_000, "local": True}
+        assert await client.execute("migrate-set-parameters", {"record": "/tmp/stream"}) == {}
+        assert await client.execute("query-migrate-parameters") == {
+            "downtime-limit": 2_000_000,
+            "local": True,
+            "record": "/tmp/stream",
+        }
 
     run(scenario)
 

@@ -9,6 +9,7 @@ The two daemons settle between them who serves. A program that dies here, or giv
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import enum
@@ -17,6 +18,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from localmig.cli.client import Client
@@ -114,6 +116,17 @@ def _measured(migration: Mapping[str, Any]) -> list[str]:
 def say(line: str) -> None:
     """Tells people how it goes."""
     print(f"localmig: {line}", file=sys.stderr, flush=True)
+
+
+def add_record_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --record to `parser`."""
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        # The daemon that hands over runs in another directory.
+        type=lambda path: str(Path(path).absolute()),
+        help="let the daemon write what moved to FILE, mode 0600, once the guest is served: see 'localmig analyze'",
+    )
 
 
 def seconds(text: str) -> float:

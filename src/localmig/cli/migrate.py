@@ -22,6 +22,7 @@ from localmig.cli.handover import (
     Handover,
     Outcome,
     Report,
+    add_record_option,
     ignore_signals,
     let_signals_cancel,
     migration_of,
@@ -72,6 +73,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         help="resume the guest where the destination is not ready after so many milliseconds (default: as it is set)",
     )
+    add_record_option(parser)
     parser.add_argument(
         "--detach", action="store_true", help="begin, and leave the rest to the daemon; 'localmig status' shows it"
     )
@@ -109,6 +111,8 @@ async def _migrate(arguments: argparse.Namespace) -> Report | None:
             parameters["local"] = True
         if arguments.downtime_limit is not None:
             parameters["downtime-limit"] = arguments.downtime_limit
+        if arguments.record is not None:
+            parameters["record"] = arguments.record
         handover = Handover(source=source, settings=await read_settings(source), parameters=parameters)
         if arguments.detach:
             ignore_signals()

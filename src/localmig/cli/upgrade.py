@@ -39,6 +39,7 @@ from localmig.cli.handover import (
     Outcome,
     Report,
     Settings,
+    add_record_option,
     ignore_signals,
     let_signals_cancel,
     migration_of,
@@ -108,6 +109,7 @@ def add_parser(commands: Any) -> None:
         default=TIMEOUT_S,
         help="give the new daemon so long to start, and the handover so long, before it is cancelled (default: 60)",
     )
+    add_record_option(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(execute=execute)
 
@@ -146,7 +148,10 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
             await successor.end()
             raise
         resources.push_async_callback(new.close)
-        handover = Handover(source=old, settings=settings, parameters={"local": True}, capabilities=UNPAUSED)
+        parameters: dict[str, object] = {"local": True}
+        if arguments.record is not None:
+            parameters["record"] = arguments.record
+        handover = Handover(source=old, settings=settings, parameters=parameters, capabilities=UNPAUSED)
         upgrade = Upgrade(path=path, handover=handover, old_process=old_process, new=new)
         await handover.run(f"unix:{address}", arguments.timeout)
         report = await upgrade.conclude()

@@ -41,6 +41,7 @@ from localmig.migration.hello import (
 from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.progress import Progress
+from localmig.migration.recording import write_recording
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
 from localmig.migration.undo import for_all
@@ -61,6 +62,12 @@ a guest's TCP has barely begun to retransmit slowly."""
 
 DEATH_TIMEOUT_S: Final = 5.0
 """How long a killed process may take to be gone: the kernel first frees what it holds, guest memory above all."""
+
+RECORD_TIMEOUT_S: Final = 5.0
+"""How long writing the stream to a file may take. It has some megabytes at most: whoever is slower hangs."""
+
+_PIECE_COUNT: Final = 3
+"""Of a whole stream: setup, switchover, description."""
 
 
 class Outgoing:
@@ -100,6 +107,8 @@ class Outgoing:
         self._stream = OutgoingStream()
         self._frozen: list[Part] = []
         self._stopped: list[Part] = []
+        self._pieces: list[bytes | bytearray] = []
+        """The stream as far as there is one, in its own order: the description, which travels first, stands last."""
         self._continued = asyncio.Event()
         if not capabilities.pause_before_switchover:
             self._continued.set()
@@ -152,12 +161,15 @@ class Outgoing:
         self._task = asyncio.current_task()
         try:
             with ExitStack() as downtime:
-                if not await self._commit(downtime):
-                    return self.state
-                # COMMIT is out: from here on nothing leads to `_abandon`.
-                event = await self._await_done()
-            await self._conclude(event)
+                committed = await self._commit(downtime)
+                # Once COMMIT is out nothing leads to `_abandon`.
+                event = await self._await_done() if committed else None
+            if event is not None:
+                await self._conclude(event)
+            self._close_channel()
+            await self._record()
         finally:
+            self._report()
             self._end()
         return self.state
 
@@ -221,6 +233,7 @@ class Outgoing:
             blob = self._stream.setup([self._setup_section(part) for part in self._parts])
             self._progress.descriptors = len(blob.fds)
             description = self._stream.describe(switchover_sections(self._parts))
+            self._pieces = [blob.data, description]
             await channel.send(FrameKind.DESCRIPTION, description, timeout_s=SETUP_TIMEOUT_S)
             # Last, because a destination that has it can do without us.
             await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
@@ -292,6 +305,7 @@ class Outgoing:
             part.stop()
         saved_ns = time.monotonic_ns()
         blob = self._stream.switchover(switchover_sections(self._parts))
+        self._pieces.insert(1, blob.data)
         await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
         sent_ns = time.monotonic_ns()
         left_s = limit_s - (sent_ns - stopped_ns) / 1e9
@@ -328,7 +342,19 @@ class Outgoing:
             problems = for_all(self._parts, lambda part: part.release())
             if problems:
                 self._progress.note = "; ".join(["something is still held here, end this daemon", *problems])
-        self._report()
+
+    async def _record(self) -> None:
+        """Writes the stream to a file where the operator wants that. The guest is served, whatever comes of it."""
+        path = self._parameters.record
+        if not path or len(self._pieces) < _PIECE_COUNT:
+            return
+        try:
+            async with asyncio.timeout(RECORD_TIMEOUT_S):
+                await asyncio.to_thread(write_recording, path, self._pieces)
+        except TimeoutError:
+            self._progress.add_note(f"the stream was not recorded: '{path}' takes longer than {RECORD_TIMEOUT_S:g} s")
+        except (LocalmigError, OSError) as error:
+            self._progress.add_note(f"the stream was not recorded: {error}")
 
     async def _await_done(self) -> SourceEvent:
         assert self._channel is not None
@@ -379,7 +405,6 @@ class Outgoing:
         problems += for_all(reversed(self._frozen), lambda part: part.thaw())
         if event is not SourceEvent.CANCEL or problems:
             self._progress.error = "; ".join([reason, *problems])
-        self._report()
 
     def _take_back(self) -> list[str]:
         problems = for_all(self._parts, lambda part: part.recover())
@@ -387,11 +412,15 @@ class Outgoing:
             problems += for_all(self._parts, lambda part: part.resume())
         return problems + for_all(self._parts, lambda part: part.thaw())
 
-    def _end(self) -> None:
-        self._progress.end()
-        # The end of the channel tells the destination that the source holds nothing any more.
+    def _close_channel(self) -> None:
+        """Tells the destination that the source holds nothing any more."""
         if self._channel is not None:
             self._channel.close()
+
+    def _end(self) -> None:
+        self._progress.end()
+        self._pieces = []
+        self._close_channel()
         if self._peer is not None:
             self._peer.close()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from localmig.errors import ConfigError
+from localmig.migration.recording import check_path
 
 DOWNTIME_LIMIT_MS_MAX: Final = 2000 * 1000
 """QEMU's own bound."""
@@ -24,15 +25,18 @@ class Parameters:
         local: the operator's promise that source and destination share a machine, so that descriptors move.
         downtime_limit_ms: how long the source waits inside the downtime for READY before it resumes, milliseconds.
             QEMU's default, 300: hundreds of times what a switchover takes, yet short of a guest's TCP timeouts.
+        record: the file that the source writes the migration stream to once the guest is served again; "" for none.
     """
 
     local: bool = False
     downtime_limit_ms: int = 300
+    record: str = ""
 
     def check(self) -> None:
         """Raises ConfigError where a value is out of range."""
         if not 0 <= self.downtime_limit_ms <= DOWNTIME_LIMIT_MS_MAX:
             raise ConfigError("Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms")
+        check_path(self.record)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

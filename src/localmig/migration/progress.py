@@ -45,6 +45,10 @@ class Progress:
         """Whether the handover is over."""
         return self._ended_ns is not None
 
+    def add_note(self, text: str) -> None:
+        """Something more that an operator should know."""
+        self.note = text if self.note is None else f"{self.note}; {text}"
+
     def start(self) -> None:
         """It begins now."""
         self._started_ns = time.monotonic_ns()

@@ -205,6 +205,7 @@ PARAMETERS: Final = Struct(
     (
         Member(name="downtime-limit", attribute="downtime_limit_ms", type=Uint64(), required=False),
         Member(name="local", attribute="local", type=Boolean(), required=False),
+        Member(name="record", attribute="record", type=String(), required=False),
     )
 )
 """The migration parameters, each a field of `Parameters`."""
