@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ def execute(arguments: argparse.Namespace) -> int:
                 print(help_text)
                 return 0
     _set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
+    _raise_descriptor_limit()
     with contextlib.ExitStack() as resources:
         tracer = Tracer()
         tracer.subscribe(_log_fact)
@@ -293,6 +295,15 @@ def _set_up_log(path: str | None, level: int) -> None:
         raise _kernel_error(f"--log {path}", error) from error
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _log.setLevel(level)
+
+
+def _raise_descriptor_limit() -> None:
+    """A NIC needs a dozen descriptors or more, and the usual soft limit of 1024 is for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:  # where fs.nr_open was lowered below the hard limit
+        _log.warning("RLIMIT_NOFILE stays at %d, it cannot be raised to %d: %s", soft, hard, error)
 
 
 def _log_fact(fact: Event) -> None:
