@@ -169,6 +169,14 @@ def test_the_picture_has_every_ping_every_replacement_and_both_sums() -> None:
     assert lower.get_yscale() == "log"
 
 
+def test_the_picture_tells_what_the_guest_lost_by_itself() -> None:
+    pytest.importorskip("matplotlib")
+    discarded = round_of(replacement(100, 0.2), rtt_ns={300: UNANSWERED, 301: UNANSWERED}, discarded=1)
+    upper, lower = picture.figure_of(discarded, RESTARTED, guest="the guest").axes
+    assert "2 of 2000 pings lost (1 by the guest itself)" in upper.get_title("left")
+    assert "by the guest" not in lower.get_title("left")  # its downtime was long enough to be the reason
+
+
 def test_the_picture_shows_a_guest_that_is_lost_as_lost_to_the_end() -> None:
     pytest.importorskip("matplotlib")
     _, lower = picture.figure_of(GOOD, LOST, guest="the guest").axes

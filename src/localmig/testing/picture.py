@@ -155,7 +155,10 @@ def _summary(result: Round) -> str:
     times = f"{len(downtimes)} times" if not result.guest_lost else f"{len(downtimes)} times, then the guest was lost"
     downtime = f"downtime {milliseconds(percentile(downtimes, 0.5))} at the median, "
     downtime += f"{milliseconds(max(downtimes, default=None))} at most"
-    return f"{times}, {result.pings.lost} of {result.pings.sent} pings lost, {downtime}"
+    lost = f"{result.pings.lost} of {result.pings.sent} pings lost"
+    if result.lost_by_guest:
+        lost += f" ({result.lost_by_guest} by the guest itself)"
+    return f"{times}, {lost}, {downtime}"
 
 
 def _seconds(result: Round) -> float:
