@@ -290,7 +290,7 @@ class Lab:
         argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
         return self.start(argv, name="pinger")
 
-    def boot_qemu(self, netdev: Sequence[str], *, packed: bool = False) -> Guest:
+    def boot_qemu(self, netdev: Sequence[str], *, packed: bool = False, queue_pairs: int = 1) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
         with _lab_errors():
             argv = qemu.command(
@@ -299,6 +299,7 @@ class Lab:
                 folder=self.folder,
                 kernel_package=UNPACKED_KERNEL,
                 packed=packed,
+                queue_pairs=queue_pairs,
             )
         return self._booting(argv)
 

@@ -44,10 +44,10 @@ class Service:
         self.socket: Path = lab.folder / "nic0.sock"
         self.qmp: Path = lab.folder / "qmp.sock"
 
-    def objects(self, *, device: str = "") -> list[str]:
-        """The options that make its NIC, on `tap0`; `device` is appended to the device's."""
+    def objects(self, *, device: str = "", netdev: str = "") -> list[str]:
+        """The options that make its NIC, on `tap0`; `device` and `netdev` are appended to theirs."""
         device = f"virtio-net,id=nic0,netdev=net0,socket={self.socket}{device}"
-        return ["--netdev", "tap,id=net0,ifname=tap0", "--device", device]
+        return ["--netdev", f"tap,id=net0,ifname=tap0{netdev}", "--device", device]
 
     def start(self, *options: str, qmp: Path | None = None) -> Process:
         """Start a daemon and wait until it is ready."""

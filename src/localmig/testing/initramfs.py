@@ -1,4 +1,4 @@
-"""What a real Linux guest boots into: busybox, a driver's modules, an init script with a few services.
+"""What a real Linux guest boots into: busybox, ethtool, a driver's modules, an init script with a few services.
 
 Owns:        the archive's format, what is in it, the guest's services and their ports.
 Never sees:  who boots it: a VMM, a network.
@@ -7,9 +7,11 @@ Read next:   qemu.py and uml.py, which boot it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import stat
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -76,12 +78,30 @@ def write_initramfs(path: Path, *, module_tree: Path, modules: Sequence[str]) ->
     # Init's standard streams, until devtmpfs is mounted over it.
     archive += _entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive += _entry("bin/busybox", stat.S_IFREG | 0o755, Path(busybox).read_bytes())
+    archive += b"".join(_ethtool())
     archive += _entry("init", stat.S_IFREG | 0o755, _INIT.encode())
     archive += _entry("modules/order", stat.S_IFREG | 0o644, "\n".join(modules).encode())
     for name in modules:
         (module,) = module_tree.rglob(f"{name}.ko")
         archive += _entry(f"modules/{name}.ko", stat.S_IFREG | 0o644, module.read_bytes())
     path.write_bytes(archive + _entry("TRAILER!!!", 0))
+
+
+def _ethtool() -> Iterator[bytes]:
+    """The program ethtool with its libraries, where this machine has it: busybox can do none of it."""
+    program = shutil.which("ethtool")
+    if program is None:
+        return
+    yield _entry("bin/ethtool", stat.S_IFREG | 0o755, Path(program).read_bytes())
+    told = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    folders: set[str] = set()
+    for library in map(Path, re.findall(r"(/\S+) \(0x", told)):
+        for folder in (*reversed(library.parents[:-1]),):
+            name = str(folder)[1:]
+            if name not in folders:
+                folders.add(name)
+                yield _entry(name, stat.S_IFDIR | 0o755)
+        yield _entry(str(library)[1:], stat.S_IFREG | 0o755, library.read_bytes())
 
 
 def _entry(name: str, mode: int, data: bytes = b"", *, device: tuple[int, int] = (0, 0)) -> bytes:

@@ -63,6 +63,7 @@ def command(
     kernel_package: Path,
     accelerator: str = "tcg",
     packed: bool = False,
+    queue_pairs: int = 1,
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -73,6 +74,7 @@ def command(
         kernel_package: where Debian's package of a cloud kernel was unpacked.
         accelerator: "tcg" (emulation, works everywhere) or "kvm".
         packed: whether its NIC offers packed rings; the guest then takes them.
+        queue_pairs: how many the NIC has; with more than one the guest has two processors, and uses two by itself.
 
     Raises:
         ConfigError: this machine has not what it takes.
@@ -82,7 +84,8 @@ def command(
     initramfs = folder / "qemu-initramfs"
     (module_tree,) = kernel_package.glob("lib/modules/*")
     write_initramfs(initramfs, module_tree=module_tree, modules=_MODULES)
-    argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max", "-smp", "1", "-m", "256"]
+    argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max"]
+    argv += ["-smp", str(min(2, queue_pairs)), "-m", "256"]
     # vhost-user needs guest memory it can map.
     argv += ["-object", "memory-backend-memfd,id=ram0,size=256M,share=on"]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
@@ -91,14 +94,19 @@ def command(
     argv += ["-append", f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={address}"]
     argv += netdev
     # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
-    rings = ",packed=on" if packed else ""
-    return [*argv, "-device", f"virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={rings}"]
+    wanted = (",packed=on" if packed else "") + (",mq=on" if queue_pairs > 1 else "")
+    return [*argv, "-device", f"virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={wanted}"]
 
 
-def vhost_user_netdev(socket: Path | str) -> list[str]:
+def vhost_user_netdev(socket: Path | str, *, queue_pairs: int = 1) -> list[str]:
     """A vhost-user backend at `socket`, to which QEMU reconnects every second when it goes away."""
     every_second = "reconnect-ms=1000" if _version() >= _RECONNECT_MS_SINCE else "reconnect=1"
-    return ["-chardev", f"socket,id=c0,path={socket},{every_second}", "-netdev", "vhost-user,id=n0,chardev=c0"]
+    return [
+        "-chardev",
+        f"socket,id=c0,path={socket},{every_second}",
+        "-netdev",
+        f"vhost-user,id=n0,chardev=c0,queues={queue_pairs}",
+    ]
 
 
 def vhost_user_server(socket: Path | str) -> list[str]:

@@ -1,0 +1,166 @@
+"""A real guest uses several queue pairs and offloads, and changes how many, while daemons replace each other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+from qemu.qmp import QMPClient
+from tests.guest.lab import EchoTransfer, Guest, Lab, LabError, finish_pings
+from tests.guest.service import Service, converse
+
+from localmig.testing.namespace import ip, link
+from localmig.testing.qemu import vhost_user_netdev
+
+QUEUE_PAIRS: Final = 4
+
+LONGEST_UNSEGMENTED: Final = 1514
+"""Bytes of a frame at MTU 1500."""
+
+CHANGE_SECONDS_MAX: Final = 30
+"""For what the guest asked its VMM to reach the TAP; a busy machine emulates slowly."""
+
+
+@pytest.fixture(autouse=True)
+def _ethtool() -> None:
+    if shutil.which("ethtool") is None:
+        raise LabError("no ethtool: on Debian, apt-get install ethtool")
+
+
+def start(lab: Lab) -> tuple[Service, Guest]:
+    """A service with several queue pairs, and a guest that uses two of them."""
+    service = Service(lab)
+    service.start(*service.objects(netdev=f",queues={QUEUE_PAIRS}"))
+    lab.set_up("tap0")
+    netdev = vhost_user_netdev(service.socket, queue_pairs=QUEUE_PAIRS)
+    guest = lab.boot_qemu(netdev, queue_pairs=QUEUE_PAIRS)
+    guest.wait_ready()
+    return service, guest
+
+
+def attached_queues(lab: Lab) -> int:
+    """Queues of the TAP that the kernel steers packets into; all of them are there."""
+    with lab.namespace.entered():
+        (facts,) = json.loads(ip("-details", "-json", "link", "show", "dev", "tap0"))
+    info = facts["linkinfo"]["info_data"]
+    assert info["numqueues"] + info["numdisabled"] == QUEUE_PAIRS, info
+    attached: int = info["numqueues"]
+    return attached
+
+
+def use_pairs(guest: Guest, count: int) -> None:
+    """The guest's administrator changes how many queue pairs it uses."""
+    said = guest.run(f"ethtool -L eth0 combined {count} 2>&1; ethtool -l eth0")
+    assert re.findall(r"Combined:\s+(\d+)", said) == [str(QUEUE_PAIRS), str(count)], said
+
+
+def test_queue_pairs_come_and_go_while_traffic_flows_and_daemons_change(lab: Lab) -> None:
+    service, guest = start(lab)
+    carrier_changes = guest.carrier_changes()
+    assert attached_queues(lab) == 2
+    with EchoTransfer(guest) as transfer:
+        for count in (4, 1, 3):
+            use_pairs(guest, count)
+            assert attached_queues(lab) == count
+            transfer.wait_progress(500_000)
+            pinger = lab.start_pinger()
+            service.upgrade()
+            assert attached_queues(lab) == count
+            transfer.wait_progress(500_000)
+            pings = finish_pings(pinger)
+            # Changing the number may cost what waits in a queue that goes; a handover costs nothing.
+            assert pings.lost == 0, pings
+        assert transfer.finish().intact
+    assert guest.carrier_changes() == carrier_changes
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_change_of_queue_pairs_in_the_middle_of_a_handover_is_the_destinations_to_make(lab: Lab, count: int) -> None:
+    service, guest = start(lab)
+    destination_qmp = lab.folder / "destination.sock"
+    uri = f"unix:{lab.folder / 'migrate.sock'}"
+    incoming = ["--incoming", uri, "--migration-parameter", "local=on"]
+    service.start(*incoming, qmp=destination_qmp)
+
+    async def conversation() -> None:
+        source, destination = QMPClient("source"), QMPClient("destination")
+        await source.connect(str(service.qmp))
+        await destination.connect(str(destination_qmp))
+        try:
+            await source.execute("migrate-set-parameters", {"local": True})
+            capabilities = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover")]
+            await source.execute("migrate-set-capabilities", {"capabilities": capabilities})
+            with source.listener("MIGRATION") as events:
+                await source.execute("migrate", {"uri": uri})
+                async for event in events:
+                    if event["data"]["status"] == "pre-switchover":  # type: ignore[index]
+                        break
+                # Nobody reads the control plane now: what the VMM says waits in the socket.
+                await asyncio.to_thread(use_pairs, guest, count)
+                assert attached_queues(lab) == 2
+                await source.execute("migrate-continue", {"state": "pre-switchover"})
+                async for event in events:
+                    if event["data"]["status"] in ("completed", "failed"):  # type: ignore[index]
+                        break
+            info = await source.execute("query-migrate")
+            assert info["status"] == "completed", info  # type: ignore[index]
+            # An answer comes after what was in the device's socket before: both are read by one event loop.
+            async with asyncio.timeout(CHANGE_SECONDS_MAX):
+                while attached_queues(lab) != count:
+                    await destination.execute("query-status")
+        finally:
+            await source.disconnect()
+            await destination.disconnect()
+
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(200_000)
+        converse(conversation())
+        transfer.wait_progress(500_000)
+        assert transfer.finish().intact
+
+
+def boot_qemu(lab: Lab, service: Service) -> Guest:
+    return lab.boot_qemu(vhost_user_netdev(service.socket))
+
+
+def boot_uml(lab: Lab, service: Service) -> Guest:
+    return lab.boot_uml(service.socket)
+
+
+@pytest.mark.parametrize(
+    ("boot", "progress_bytes"),
+    [pytest.param(boot_qemu, 2_000_000, id="qemu"), pytest.param(boot_uml, 10_000_000, id="uml")],
+)
+def test_a_guest_leaves_segmentation_to_the_host_and_the_host_to_the_guest(
+    lab: Lab, boot: Callable[[Lab, Service], Guest], progress_bytes: int
+) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    guest = boot(lab, service)
+    guest.wait_ready()
+    told = guest.run("ethtool -k eth0")
+    assert re.search(r"tx-tcp-segmentation: on", told), told
+    assert re.search(r"tx-checksum-ip-generic: on", told), told
+    before = packets(lab)
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(progress_bytes)
+        for _ in range(5):
+            service.upgrade()
+            transfer.wait_progress(progress_bytes)
+        assert transfer.finish().intact
+    for (packets_before, bytes_before), (packets_after, bytes_after) in zip(before, packets(lab), strict=True):
+        # Acknowledgements of the other direction are among them.
+        assert (bytes_after - bytes_before) / (packets_after - packets_before) > LONGEST_UNSEGMENTED
+
+
+def packets(lab: Lab) -> list[tuple[int, int]]:
+    """(packets, bytes) that the TAP got from the guest and sent to it."""
+    with lab.namespace.entered():
+        stats = link("tap0")["stats64"]
+    return [(stats[way]["packets"], stats[way]["bytes"]) for way in ("rx", "tx")]
