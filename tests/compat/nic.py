@@ -167,6 +167,7 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
                 next_avail=0xFFF0,
                 started=True,
                 enabled=False,
+                failed=True,
                 kick=next(fds),
                 # A guest that polls has no call eventfd.
                 call=None,
@@ -185,6 +186,7 @@ def _rings(next_avail: tuple[int, int]) -> RingsState:
     return RingsState(
         rx_next_avail=(rx_next_avail,),
         tx_next_avail=(tx_next_avail,),
+        failed=(2,),
         rx_packets=(1 << 40,),
         rx_bytes=(3 << 50,),
         rx_dropped_length=(1,),

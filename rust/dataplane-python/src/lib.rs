@@ -20,6 +20,8 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;
     module.add_class::<queue_pair::Ring>()?;
+    module.add_function(wrap_pyfunction!(queue_pair::failed_rings, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::fail_rings, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;

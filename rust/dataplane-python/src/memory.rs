@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use dataplane::memory::{MemoryError, RegionSpec};
+use dataplane::memory::{AccessError, MemoryError, RegionSpec};
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -14,31 +14,53 @@ pub struct GuestMemory {
     pub inner: Arc<dataplane::memory::GuestMemory>,
 }
 
-fn outside(guest_address: u64, size: usize) -> PyErr {
-    PyValueError::new_err(format!("{size:#x} bytes at {guest_address:#x} are not inside guest memory"))
+fn refused(error: AccessError, guest_address: u64, size: usize) -> PyErr {
+    match error {
+        AccessError::Outside => PyValueError::new_err(format!(
+            "{size:#x} bytes at {guest_address:#x} are not inside guest memory"
+        )),
+        AccessError::Lost(lost) => PyOSError::new_err((EFAULT, lost.to_string())),
+    }
+}
+
+/// errno of an access to memory that is not there. Linux has one number for it everywhere.
+const EFAULT: i32 = 14;
+
+type Regions = Vec<(u64, u64, u64, u64, RawFd)>;
+
+fn mapped(
+    py: Python<'_>,
+    regions: Regions,
+    map: impl Fn(&[RegionSpec]) -> Result<dataplane::memory::GuestMemory, MemoryError> + Sync,
+) -> PyResult<GuestMemory> {
+    let specs: Vec<_> = regions
+        .into_iter()
+        .map(|(guest_address, size, user_address, mmap_offset, fd)| RegionSpec {
+            guest_address,
+            size,
+            user_address,
+            mmap_offset,
+            fd,
+        })
+        .collect();
+    match py.detach(|| map(&specs)) {
+        Ok(inner) => Ok(GuestMemory { inner: Arc::new(inner) }),
+        Err(MemoryError::Invalid(reason)) => Err(PyValueError::new_err(reason)),
+        Err(MemoryError::System(error)) => Err(PyOSError::new_err((error.raw_os_error(), error.to_string()))),
+    }
 }
 
 #[pymethods]
 impl GuestMemory {
     #[new]
-    fn new(py: Python<'_>, regions: Vec<(u64, u64, u64, u64, RawFd)>) -> PyResult<Self> {
-        let specs: Vec<_> = regions
-            .into_iter()
-            .map(|(guest_address, size, user_address, mmap_offset, fd)| RegionSpec {
-                guest_address,
-                size,
-                user_address,
-                mmap_offset,
-                fd,
-            })
-            .collect();
-        match py.detach(|| dataplane::memory::GuestMemory::new(&specs)) {
-            Ok(inner) => Ok(Self { inner: Arc::new(inner) }),
-            Err(MemoryError::Invalid(reason)) => Err(PyValueError::new_err(reason)),
-            Err(MemoryError::System(error)) => {
-                Err(PyOSError::new_err((error.raw_os_error(), error.to_string())))
-            }
-        }
+    fn new(py: Python<'_>, regions: Regions) -> PyResult<Self> {
+        mapped(py, regions, dataplane::memory::GuestMemory::new)
+    }
+
+    /// Maps what another process had mapped.
+    #[staticmethod]
+    fn adopt(py: Python<'_>, regions: Regions) -> PyResult<Self> {
+        mapped(py, regions, dataplane::memory::GuestMemory::adopt)
     }
 
     /// Maps the pages that already exist; gives the number of bytes.
@@ -58,20 +80,12 @@ impl GuestMemory {
     /// Copies `size` bytes out.
     fn read<'py>(&self, py: Python<'py>, guest_address: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
         PyBytes::new_with(py, size, |data| {
-            if self.inner.read(guest_address, data) {
-                Ok(())
-            } else {
-                Err(outside(guest_address, size))
-            }
+            self.inner.read(guest_address, data).map_err(|error| refused(error, guest_address, size))
         })
     }
 
     /// Copies `data` in.
     fn write(&self, guest_address: u64, data: &[u8]) -> PyResult<()> {
-        if self.inner.write(guest_address, data) {
-            Ok(())
-        } else {
-            Err(outside(guest_address, data.len()))
-        }
+        self.inner.write(guest_address, data).map_err(|error| refused(error, guest_address, data.len()))
     }
 }

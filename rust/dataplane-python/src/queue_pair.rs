@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::{Config, Counters, Format, Positions, RingSpec};
+use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -113,6 +113,10 @@ impl QueuePair {
         pair(self.inner.positions())
     }
 
+    fn failed(&self) -> (bool, bool) {
+        self.inner.failed()
+    }
+
     fn is_running(&self) -> bool {
         self.inner.is_running()
     }
@@ -189,6 +193,38 @@ pub fn load_all(pairs: Vec<Py<QueuePair>>, columns: Columns) -> PyResult<()> {
         match pair.set_positions(Some(rx[index]), Some(tx[index])) {
             Ok(()) | Err(Error::NotConfigured) => {}
             Err(error) => return Err(refused(error)),
+        }
+    }
+    Ok(())
+}
+
+/// What stands in a column of failed rings.
+const RX_FAILED: u8 = 1;
+const TX_FAILED: u8 = 2;
+
+/// Which rings of each pair failed.
+#[pyfunction]
+pub fn failed_rings(pairs: Vec<Py<QueuePair>>) -> Vec<u8> {
+    let failed = |pair: &dataplane::queue_pair::QueuePair| {
+        let (rx, tx) = pair.failed();
+        (u8::from(rx) * RX_FAILED) | (u8::from(tx) * TX_FAILED)
+    };
+    lent(&pairs).into_iter().map(failed).collect()
+}
+
+/// The other way round, for pairs that stand still.
+#[pyfunction]
+pub fn fail_rings(pairs: Vec<Py<QueuePair>>, failed: Vec<u8>) -> PyResult<()> {
+    let pairs = lent(&pairs);
+    if failed.len() != pairs.len() {
+        return Err(PyValueError::new_err(format!("the column has not {} values", pairs.len())));
+    }
+    for (pair, failed) in pairs.into_iter().zip(failed) {
+        for (side, bit) in [(Side::Rx, RX_FAILED), (Side::Tx, TX_FAILED)] {
+            match if failed & bit == 0 { Ok(()) } else { pair.set_failed(side) } {
+                Ok(()) | Err(Error::NotConfigured) => {}
+                Err(error) => return Err(refused(error)),
+            }
         }
     }
     Ok(())

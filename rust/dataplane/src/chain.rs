@@ -9,7 +9,7 @@
 use std::fmt;
 use std::ptr;
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Lost};
 
 /// Entries a virtqueue may have: virtio 1.2, sections 2.7 and 2.8.
 pub const RING_SIZE_MAX: u16 = 32768;
@@ -31,7 +31,7 @@ pub enum Direction {
     FromGuest,
 }
 
-/// Why a ring cannot go on: what the guest wrote cannot be.
+/// Why a ring cannot go on: what the guest wrote cannot be, or its memory is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RingError {
     AvailIndex { index: u16, next: u16, size: u16 },
@@ -51,6 +51,7 @@ pub enum RingError {
     PositionUnknown,
     LedgerLength { count: u16 },
     LedgerMixed { from: u16 },
+    MemoryLost(Lost),
 }
 
 impl fmt::Display for RingError {
@@ -103,6 +104,7 @@ impl fmt::Display for RingError {
             Self::LedgerMixed { from } => {
                 write!(f, "the ring's ledger tells of used buffers from {from:#x} on and lists others")
             }
+            Self::MemoryLost(lost) => lost.fmt(f),
             Self::ChainTooShort { length, header_length } => {
                 write!(
                     f,

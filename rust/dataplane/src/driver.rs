@@ -832,12 +832,12 @@ mod tests {
 
         fn get<const N: usize>(&self, address: u64) -> [u8; N] {
             let mut data = [0; N];
-            assert!(self.memory.read(address, &mut data));
+            self.memory.read(address, &mut data).unwrap();
             data
         }
 
         fn put(&self, address: u64, data: &[u8]) {
-            assert!(self.memory.write(address, data));
+            self.memory.write(address, data).unwrap();
         }
 
         /// The next chain offered, waiting for a kick if there is none: its head and its (address, length, flags).
@@ -881,7 +881,7 @@ mod tests {
             for &(address, length, _) in chain {
                 let start = data.len();
                 data.resize(start + length as usize, 0);
-                assert!(self.memory.read(address, &mut data[start..]));
+                self.memory.read(address, &mut data[start..]).unwrap();
             }
             data
         }

@@ -11,6 +11,7 @@
 pub mod chain;
 mod counters;
 pub mod driver;
+mod fault;
 pub mod ledger;
 pub mod memory;
 pub mod packed;

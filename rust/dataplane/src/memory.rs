@@ -1,14 +1,15 @@
 //! Guest memory: files that the frontend shares, mapped writable into this process.
 //!
-//! Owns:        the mappings, the two address spaces that lead to them (guest and frontend addresses).
+//! Owns:        the mappings, the two address spaces that lead to them (guest and frontend addresses); which are lost.
 //! Never sees:  rings, packets.
-//! Read next:   `split`, which turns guest addresses into host pointers here, once a chain.
+//! Read next:   `fault`, by which a mapping survives a file that shrinks; `chain`, which turns guest addresses into host pointers here, once a chain.
 
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
 
+use crate::fault::Watch;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// The page size that offsets must keep: mmap(2) takes no others, whatever pages the file itself has.
@@ -47,6 +48,33 @@ impl fmt::Display for MemoryError {
 
 impl std::error::Error for MemoryError {}
 
+/// Why guest memory could not be read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessError {
+    /// Not all of it is inside guest memory.
+    Outside,
+    /// A region of this memory cannot be accessed any more.
+    Lost(Lost),
+}
+
+/// A region that cannot be accessed any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost {
+    pub guest_address: u64,
+    pub size: u64,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { guest_address, size } = self;
+        write!(
+            f,
+            "guest memory at {guest_address:#x}, {size:#x} bytes, is lost: its file became smaller than announced, \
+             has no page to give, or cannot be mapped"
+        )
+    }
+}
+
 /// One mapped region. Unmapped when dropped.
 #[derive(Debug)]
 struct Mapping {
@@ -54,45 +82,76 @@ struct Mapping {
     user_address: u64,
     host: *mut u8,
     size: usize,
+    /// The size in whole pages of the file: what is really mapped.
+    mapped: usize,
+    /// None only while it is being dropped.
+    watch: Option<Watch>,
 }
 
 impl Mapping {
+    /// Maps a region that a frontend announces.
     fn new(spec: &RegionSpec) -> Result<Self, MemoryError> {
-        let RegionSpec { guest_address, size, user_address, mmap_offset, fd } = *spec;
-        let invalid = |reason: String| {
-            MemoryError::Invalid(format!("memory region at {guest_address:#x}, {size:#x} bytes: {reason}"))
-        };
-        if size == 0 {
-            return Err(invalid("is empty".into()));
+        let end = check(spec)?;
+        let file = File::of(spec.fd).map_err(MemoryError::System)?;
+        if file.is_fuse {
+            // Its server may be the frontend's, and a fault that it never answers would hold a queue pair for ever.
+            return Err(invalid(spec, "is a file of a FUSE file system, which may never give a page"));
         }
-        for (space, start) in [("guest address", guest_address), ("user address", user_address)] {
-            if start.checked_add(size).is_none() {
-                return Err(invalid(format!("{space} {start:#x} wraps around")));
+        if file.size < end {
+            let size = file.size;
+            return Err(invalid(spec, &format!("needs a file of {end:#x} bytes, it has {size:#x}")));
+        }
+        let (host, mapped) = map(spec, file.page_size)?;
+        Ok(Self::of(spec, host, mapped))
+    }
+
+    /// Maps a region that another process had mapped; what its frontend has spoilt since is lost, and no error.
+    fn adopt(spec: &RegionSpec) -> Result<Self, MemoryError> {
+        check(spec)?;
+        let file = File::of(spec.fd).map_err(MemoryError::System)?;
+        match map(spec, file.page_size) {
+            Ok((host, mapped)) => Ok(Self::of(spec, host, mapped)),
+            // What lacks here is ours, and then the other process had better keep the guest.
+            Err(MemoryError::System(error))
+                if matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN | libc::ENFILE)) =>
+            {
+                Err(MemoryError::System(error))
             }
+            Err(MemoryError::System(_)) => {
+                let anonymous = RegionSpec { fd: -1, mmap_offset: 0, ..*spec };
+                let (host, mapped) = map(&anonymous, PAGE_SIZE)?;
+                let mapping = Self::of(spec, host, mapped);
+                mapping.lose();
+                Ok(mapping)
+            }
+            Err(error) => Err(error),
         }
-        if mmap_offset % PAGE_SIZE as u64 != 0 {
-            return Err(invalid(format!("mmap offset {mmap_offset:#x} is not a multiple of {PAGE_SIZE:#x}")));
+    }
+
+    fn of(spec: &RegionSpec, host: *mut u8, mapped: usize) -> Self {
+        Self {
+            guest_address: spec.guest_address,
+            user_address: spec.user_address,
+            host,
+            size: usize::try_from(spec.size).expect("it was mapped"),
+            mapped,
+            watch: Some(Watch::new(host, mapped)),
         }
-        let end = mmap_offset.checked_add(size).ok_or_else(|| invalid("mmap offset wraps around".into()))?;
-        let file_size = file_size(fd).map_err(MemoryError::System)?;
-        if file_size < end {
-            // Touching what lies behind the end of the file would kill this process (SIGBUS).
-            return Err(invalid(format!("needs a file of {end:#x} bytes, it has {file_size:#x}")));
+    }
+
+    fn lost(&self) -> Option<Lost> {
+        let is_lost = self.watch.as_ref().is_some_and(Watch::is_lost);
+        is_lost.then_some(Lost { guest_address: self.guest_address, size: self.size as u64 })
+    }
+
+    fn lose(&self) {
+        if let Some(watch) = &self.watch {
+            watch.lose();
         }
-        let (Ok(length), Ok(offset)) = (usize::try_from(size), libc::off_t::try_from(mmap_offset)) else {
-            return Err(invalid("is larger than this process can map".into()));
-        };
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        // SAFETY: no fixed address is asked for, so the new mapping replaces nothing.
-        let host = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, fd, offset) };
-        if host == libc::MAP_FAILED {
-            return Err(MemoryError::System(io::Error::last_os_error()));
-        }
-        // A core dump of this process must not carry the guest's memory. Refusal changes nothing else.
-        // SAFETY: the range was mapped just above.
-        unsafe { libc::madvise(host, length, libc::MADV_DONTDUMP) };
-        Ok(Self { guest_address, user_address, host: host.cast(), size: length })
+    }
+
+    fn holds(&self, host: *const u8) -> bool {
+        (self.host.addr()..self.host.addr() + self.mapped).contains(&host.addr())
     }
 
     fn guest_end(&self) -> u64 {
@@ -137,19 +196,81 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: this mapping was made in `new` and nobody else unmaps it.
-        unsafe { libc::munmap(self.host.cast(), self.size) };
+        // Before the address is free for another mapping.
+        drop(self.watch.take());
+        // SAFETY: this mapping was made in `map` and nobody else unmaps it.
+        unsafe { libc::munmap(self.host.cast(), self.mapped) };
     }
 }
 
-fn file_size(fd: RawFd) -> io::Result<u64> {
-    // SAFETY: an all-zero stat is a valid one to be filled in.
-    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: `stat` is valid for writing.
-    if unsafe { libc::fstat(fd, &raw mut stat) } != 0 {
-        return Err(io::Error::last_os_error());
+fn invalid(spec: &RegionSpec, reason: &str) -> MemoryError {
+    let RegionSpec { guest_address, size, .. } = spec;
+    MemoryError::Invalid(format!("memory region at {guest_address:#x}, {size:#x} bytes: {reason}"))
+}
+
+/// Whether the numbers can be; gives where the region ends in its file.
+fn check(spec: &RegionSpec) -> Result<u64, MemoryError> {
+    let RegionSpec { guest_address, size, user_address, mmap_offset, .. } = *spec;
+    if size == 0 {
+        return Err(invalid(spec, "is empty"));
     }
-    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    for (space, start) in [("guest address", guest_address), ("user address", user_address)] {
+        if start.checked_add(size).is_none() {
+            return Err(invalid(spec, &format!("{space} {start:#x} wraps around")));
+        }
+    }
+    if mmap_offset % PAGE_SIZE as u64 != 0 {
+        return Err(invalid(
+            spec,
+            &format!("mmap offset {mmap_offset:#x} is not a multiple of {PAGE_SIZE:#x}"),
+        ));
+    }
+    mmap_offset.checked_add(size).ok_or_else(|| invalid(spec, "mmap offset wraps around"))
+}
+
+/// Maps a region, of its file or, with -1 for one, of nothing; gives where and how much.
+fn map(spec: &RegionSpec, page_size: usize) -> Result<(*mut u8, usize), MemoryError> {
+    let length = usize::try_from(spec.size).ok().and_then(|size| size.checked_next_multiple_of(page_size));
+    let (Some(length), Ok(offset)) = (length, libc::off_t::try_from(spec.mmap_offset)) else {
+        return Err(invalid(spec, "is larger than this process can map"));
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let kind = if spec.fd < 0 { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS } else { libc::MAP_SHARED };
+    let flags = kind | libc::MAP_NORESERVE;
+    // SAFETY: no fixed address is asked for, so the new mapping replaces nothing.
+    let host = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, spec.fd, offset) };
+    if host == libc::MAP_FAILED {
+        return Err(MemoryError::System(io::Error::last_os_error()));
+    }
+    // A core dump of this process must not carry the guest's memory. Refusal changes nothing else.
+    // SAFETY: the range was mapped just above.
+    unsafe { libc::madvise(host, length, libc::MADV_DONTDUMP) };
+    Ok((host.cast(), length))
+}
+
+/// What is to be known of a file before it is mapped.
+struct File {
+    size: u64,
+    page_size: usize,
+    is_fuse: bool,
+}
+
+impl File {
+    fn of(fd: RawFd) -> io::Result<Self> {
+        // SAFETY: all-zero ones are valid to be filled in.
+        let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
+        // SAFETY: both are valid for writing.
+        if unsafe { libc::fstat(fd, &raw mut stat) != 0 || libc::fstatfs(fd, &raw mut statfs) != 0 } {
+            return Err(io::Error::last_os_error());
+        }
+        // Only hugetlbfs has pages of its own size, which mappings are made and removed in.
+        let is_huge = statfs.f_type == libc::HUGETLBFS_MAGIC;
+        Ok(Self {
+            size: u64::try_from(stat.st_size).unwrap_or(0),
+            page_size: if is_huge { usize::try_from(statfs.f_bsize).unwrap_or(PAGE_SIZE) } else { PAGE_SIZE },
+            is_fuse: statfs.f_type == libc::FUSE_SUPER_MAGIC,
+        })
+    }
 }
 
 /// Guest memory. Immutable: another memory table is another object.
@@ -173,7 +294,19 @@ impl GuestMemory {
     /// # Errors
     /// Nothing stays mapped.
     pub fn new(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
-        let mut mappings = specs.iter().map(Mapping::new).collect::<Result<Vec<_>, _>>()?;
+        Self::of(specs.iter().map(Mapping::new).collect::<Result<_, _>>()?)
+    }
+
+    /// Maps the regions of a frontend that another process served: as `new`, but what the frontend has spoilt since
+    /// then, by making its files smaller or unfit, is lost memory and no error.
+    ///
+    /// # Errors
+    /// The regions cannot be what they claim, or this process has no room. Nothing stays mapped.
+    pub fn adopt(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
+        Self::of(specs.iter().map(Mapping::adopt).collect::<Result<_, _>>()?)
+    }
+
+    fn of(mut mappings: Vec<Mapping>) -> Result<Self, MemoryError> {
         mappings.sort_by_key(|mapping| mapping.guest_address);
         for pair in mappings.windows(2) {
             if pair[1].guest_address < pair[0].guest_end() {
@@ -223,16 +356,44 @@ impl GuestMemory {
         Some(mapping.guest_address + (user_address - mapping.user_address))
     }
 
-    /// Copies out; false if not all of it is inside guest memory.
+    /// A region that cannot be accessed any more, if there is one. Looks at no memory of the guest's.
+    #[inline]
     #[must_use]
-    pub fn read(&self, guest_address: u64, data: &mut [u8]) -> bool {
-        self.memory.read_slice(data, GuestAddress(guest_address)).is_ok()
+    pub fn lost(&self) -> Option<Lost> {
+        self.mappings.iter().find_map(Mapping::lost)
     }
 
-    /// Copies in; false if not all of it is inside guest memory, and then a part may have been written.
-    #[must_use]
-    pub fn write(&self, guest_address: u64, data: &[u8]) -> bool {
-        self.memory.write_slice(data, GuestAddress(guest_address)).is_ok()
+    /// The kernel could not access these buffers in guest memory (EFAULT, which would have been SIGBUS here): the
+    /// regions they are in are lost.
+    ///
+    /// # Panics
+    /// None of them is in guest memory.
+    #[cold]
+    pub fn lose(&self, buffers: &[libc::iovec]) -> Lost {
+        let spoilt = |mapping: &&Mapping| buffers.iter().any(|buffer| mapping.holds(buffer.iov_base.cast()));
+        self.mappings.iter().filter(spoilt).for_each(Mapping::lose);
+        self.lost().expect("buffers lie in guest memory")
+    }
+
+    fn accessed(&self, result: Result<(), vm_memory::GuestMemoryError>) -> Result<(), AccessError> {
+        result.map_err(|_| AccessError::Outside)?;
+        self.lost().map_or(Ok(()), |lost| Err(AccessError::Lost(lost)))
+    }
+
+    /// Copies out.
+    ///
+    /// # Errors
+    /// Not all of it is inside guest memory, or some guest memory is lost.
+    pub fn read(&self, guest_address: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        self.accessed(self.memory.read_slice(data, GuestAddress(guest_address)))
+    }
+
+    /// Copies in.
+    ///
+    /// # Errors
+    /// As `read`; a part may have been written.
+    pub fn write(&self, guest_address: u64, data: &[u8]) -> Result<(), AccessError> {
+        self.accessed(self.memory.write_slice(data, GuestAddress(guest_address)))
     }
 
     /// The longest stretch of host memory at a guest address, up to `length` bytes; None outside guest memory.

@@ -292,7 +292,7 @@ impl Pump {
         self.tap_gone = false;
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             if let Err(error) = end.begin() {
-                self.failures.push(end.fail(&error));
+                self.failures.push(end.fail(&explain(error, &self.memory)));
             }
         }
     }
@@ -337,15 +337,42 @@ impl Pump {
         }
     }
 
+    /// Whether each ring, rx first, stopped for good.
+    pub(crate) fn failed(&self) -> (bool, bool) {
+        let failed = |end: &Option<RingEnd>| end.as_ref().is_some_and(|end| end.failed);
+        (failed(&self.rx), failed(&self.tx))
+    }
+
+    /// Takes note that a ring, where it is configured, stopped for good elsewhere, and everybody was told.
+    pub(crate) fn set_failed(&mut self, side: Side) {
+        let end = match side {
+            Side::Rx => &mut self.rx,
+            Side::Tx => &mut self.tx,
+        };
+        if let Some(end) = end {
+            end.failed = true;
+        }
+    }
+
     pub(crate) fn take_failures(&mut self) -> Vec<(Side, String)> {
         std::mem::take(&mut self.failures)
     }
 
     /// One turn of up to `packets` for each direction. False if both have to wait.
     pub(crate) fn turn(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+        self.give_up_if_lost();
         self.transmit(packets, stop, counters);
         self.receive(packets, stop, counters);
+        self.give_up_if_lost();
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
+    }
+
+    /// Stops both rings where guest memory is lost, whichever ring or pair met it.
+    fn give_up_if_lost(&mut self) {
+        let Some(lost) = self.memory.lost() else { return };
+        for end in self.rx.iter_mut().chain(&mut self.tx).filter(|end| !end.failed) {
+            self.failures.push(end.fail(&lost));
+        }
     }
 
     fn transmit(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
@@ -366,7 +393,7 @@ impl Pump {
                     break;
                 }
                 Err(error) => {
-                    self.failures.push(tx.fail(&error));
+                    self.failures.push(tx.fail(&explain(error, &self.memory)));
                     break;
                 }
             };
@@ -383,6 +410,11 @@ impl Pump {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     tx.ring.untake(1, chain.slots);
                     tx.wait = Wait::Tap;
+                    break;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                    tx.ring.untake(1, chain.slots);
+                    self.failures.push(tx.fail(&self.memory.lose(buffers)));
                     break;
                 }
                 // A packet is lost, as on any wire. A TAP that is gone for good is found by whoever waits for it.
@@ -415,7 +447,7 @@ impl Pump {
                     break;
                 }
                 Err(error) => {
-                    self.failures.push(rx.fail(&error));
+                    self.failures.push(rx.fail(&explain(error, &self.memory)));
                     break;
                 }
             }
@@ -423,6 +455,10 @@ impl Pump {
                 Ok(length) if length > 0 => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     rx.wait = Wait::Tap;
+                    break;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                    self.failures.push(rx.fail(&self.memory.lose(&window.buffers)));
                     break;
                 }
                 result => {
@@ -464,7 +500,7 @@ impl Pump {
                         fds[kick].fd = end.kick_fd;
                         fds[kick].events = libc::POLLIN;
                     }
-                    Err(error) => self.failures.push(end.fail(&error)),
+                    Err(error) => self.failures.push(end.fail(&explain(error, &self.memory))),
                 },
             }
         }
@@ -492,6 +528,11 @@ impl Pump {
             }
         }
     }
+}
+
+/// Why a ring cannot go on: zeros in the place of lost memory explain nothing.
+fn explain(error: RingError, memory: &GuestMemory) -> RingError {
+    memory.lost().map_or(error, RingError::MemoryLost)
 }
 
 /// Which counter counts a packet that the TAP did not take.

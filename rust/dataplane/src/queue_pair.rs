@@ -243,6 +243,22 @@ impl QueuePair {
         }
     }
 
+    /// Whether each ring, rx first, failed since it was configured. Waits for a turn to end where the pair runs.
+    #[must_use]
+    pub fn failed(&self) -> (bool, bool) {
+        lock(&self.shared.state).pump.as_ref().map_or((false, false), Pump::failed)
+    }
+
+    /// Takes note that a ring failed elsewhere: it stands still until the pair is configured anew.
+    ///
+    /// # Errors
+    /// The pair runs or is not configured. Nothing changed.
+    pub fn set_failed(&self, side: Side) -> Result<(), Error> {
+        let mut state = self.idle()?;
+        state.pump.as_mut().ok_or(Error::NotConfigured)?.set_failed(side);
+        Ok(())
+    }
+
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.shared.running.load(Ordering::Acquire)
@@ -336,7 +352,7 @@ impl Shared {
     /// The thread.
     fn work(&self) {
         let _ended = Ended(self);
-        block_signals();
+        sys::block_signals();
         let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED + 1];
         let mut state = self.park(lock(&self.state));
         while !state.closing {
@@ -406,16 +422,6 @@ impl Shared {
         errors.truncate(RING_ERRORS_MAX);
         drop(errors);
         sys::signal(self.event_fd);
-    }
-}
-
-/// Signals are for the threads that handle them; this one would only have its sleep cut short.
-fn block_signals() {
-    // SAFETY: the set is filled before it is used, and only this thread's mask changes.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
     }
 }
 

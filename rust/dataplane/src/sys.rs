@@ -44,6 +44,20 @@ pub fn drain(fd: RawFd) -> io::Result<bool> {
     }
 }
 
+/// Signals are for the threads that handle them; the calling one would only have its sleep cut short.
+pub fn block_signals() {
+    // SAFETY: the set is filled before it is used, and only this thread's mask changes.
+    unsafe {
+        let mut asynchronous: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut asynchronous);
+        // What this thread itself causes: where it is blocked, the kernel ends the process without asking a handler.
+        for signal in [libc::SIGBUS, libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS] {
+            libc::sigdelset(&raw mut asynchronous, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const asynchronous, std::ptr::null_mut());
+    }
+}
+
 /// CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share.
 #[must_use]
 pub fn monotonic_ns() -> u64 {

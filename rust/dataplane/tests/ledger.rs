@@ -148,7 +148,7 @@ fn succeed(
     ledger: &[u8],
     chains: &[(u16, u16)],
 ) -> Result<usize, String> {
-    assert!(spare.memory.write(RING, ring));
+    spare.memory.write(RING, ring).unwrap();
     spare.write_ledger(ledger);
     let mut successor = spare.ring(guest);
     successor.begin(None, true).map_err(|error| error.to_string())?;

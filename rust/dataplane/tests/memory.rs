@@ -2,10 +2,10 @@
 
 mod common;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use common::{memfd, region};
-use dataplane::memory::{GuestMemory, MemoryError, RegionSpec};
+use common::{memfd, region, truncate};
+use dataplane::memory::{AccessError, GuestMemory, Lost, MemoryError, RegionSpec};
 
 const START: u64 = 0x10_0000;
 
@@ -22,9 +22,9 @@ fn regions_are_found_at_their_offsets_by_guest_and_by_user_address() {
     let specs = [region(&fd, 0, 0x1000, 0x1000), region(&fd, START, 0x2000, 0x2000)];
     let memory = GuestMemory::new(&specs).unwrap();
     let whole = GuestMemory::new(&[region(&fd, 0, 0x4000, 0)]).unwrap();
-    assert!(memory.write(START + 0xfff, b"across"));
+    memory.write(START + 0xfff, b"across").unwrap();
     let mut found = [0; 6];
-    assert!(whole.read(0x2fff, &mut found));
+    whole.read(0x2fff, &mut found).unwrap();
     assert_eq!(&found, b"across");
     assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffb), Some(START + 5));
     assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffc), None);
@@ -37,8 +37,8 @@ fn nothing_outside_is_read_or_written() {
     let fd = memfd(0x1000);
     let memory = GuestMemory::new(&[region(&fd, START, 0x1000, 0)]).unwrap();
     for address in [START - 1, START + 0xfff, START + 0x1000, u64::MAX] {
-        assert!(!memory.read(address, &mut [0; 2]), "{address:#x}");
-        assert!(!memory.write(address, &[0; 2]), "{address:#x}");
+        assert_eq!(memory.read(address, &mut [0; 2]), Err(AccessError::Outside), "{address:#x}");
+        assert_eq!(memory.write(address, &[0; 2]), Err(AccessError::Outside), "{address:#x}");
         assert!(memory.host_exact(address, 2).is_none(), "{address:#x}");
     }
 }
@@ -48,7 +48,7 @@ fn the_descriptor_is_needed_no_longer_than_the_call() {
     let fd = memfd(0x1000);
     let memory = GuestMemory::new(&[region(&fd, START, 0x1000, 0)]).unwrap();
     drop(fd);
-    assert!(memory.write(START, b"still there"));
+    memory.write(START, b"still there").unwrap();
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn populating_maps_the_pages_that_exist_for_writing_and_creates_none() {
     let fd = memfd(PAGES * 4096);
     let other = GuestMemory::new(&[region(&fd, 0, PAGES * 4096, 0)]).unwrap();
     for page in (0..PAGES).filter(|page| page % 256 < 128) {
-        assert!(other.write(page * 4096, &[1]));
+        other.write(page * 4096, &[1]).unwrap();
     }
     let memory = GuestMemory::new(&[region(&fd, 0, PAGES * 4096, 0)]).unwrap();
     let populated = memory.populate();
@@ -106,7 +106,67 @@ fn populating_maps_the_pages_that_exist_for_writing_and_creates_none() {
     assert_eq!(populated, PAGES / 2 * 4096);
     let before = faults();
     for page in (0..PAGES).filter(|page| page % 256 < 128) {
-        assert!(memory.write(page * 4096, &[2]));
+        memory.write(page * 4096, &[2]).unwrap();
     }
     assert!(faults() - before < 16, "{} faults", faults() - before);
+}
+
+#[test]
+fn memory_whose_file_shrinks_is_lost_and_other_memory_is_not() {
+    let (shrinking, staying) = (memfd(0x4000), memfd(0x1000));
+    let memory = GuestMemory::new(&[
+        region(&shrinking, START, 0x2000, 0x2000),
+        region(&staying, 2 * START, 0x1000, 0),
+    ]);
+    let memory = memory.unwrap();
+    let other = GuestMemory::new(&[region(&staying, 2 * START, 0x1000, 0)]).unwrap();
+    memory.write(2 * START, b"still there").unwrap();
+    truncate(&shrinking, 0x2000);
+    assert_eq!(memory.lost(), None);
+    let lost = Lost { guest_address: START, size: 0x2000 };
+    assert_eq!(memory.read(START + 0x1000, &mut [0; 2]), Err(AccessError::Lost(lost)));
+    assert_eq!(memory.lost(), Some(lost));
+    assert_eq!(memory.write(START, &[1]), Err(AccessError::Lost(lost)));
+    let mut found = [0; 11];
+    other.read(2 * START, &mut found).unwrap();
+    assert_eq!(&found, b"still there");
+    assert_eq!(other.lost(), None);
+    assert_eq!(memory.populate(), 0x3000, "empty pages in the place of the lost ones");
+}
+
+#[test]
+fn memory_that_was_served_elsewhere_is_adopted_as_it_is_now() {
+    let (shrunk, sealed, good) = (memfd(0x2000), memfd(0x1000), memfd(0x1000));
+    truncate(&shrunk, 0x1000);
+    let spoilt = region(&shrunk, START, 0x2000, 0);
+    assert!(refusal(&[spoilt]).contains("needs a file of 0x2000 bytes, it has 0x1000"));
+    let memory = GuestMemory::adopt(&[spoilt, region(&good, 2 * START, 0x1000, 0)]).unwrap();
+    memory.write(START, b"what is there").unwrap();
+    memory.write(2 * START, b"is used").unwrap();
+    let lost = Lost { guest_address: START, size: 0x2000 };
+    assert_eq!(memory.write(START + 0x1000, &[1]), Err(AccessError::Lost(lost)));
+    // SAFETY: plain system call on our descriptor.
+    assert_eq!(unsafe { libc::fcntl(sealed.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE) }, 0);
+    let memory = GuestMemory::adopt(&[region(&sealed, START, 0x1000, 0)]).unwrap();
+    assert_eq!(memory.lost(), Some(Lost { guest_address: START, size: 0x1000 }));
+    assert!(matches!(GuestMemory::adopt(&[RegionSpec { size: 0, ..spoilt }]), Err(MemoryError::Invalid(_))));
+}
+
+#[test]
+fn huge_pages_that_ran_out_are_lost_memory_as_well() {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    // SAFETY: the name is a valid C string.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags) };
+    if fd < 0 {
+        return; // a kernel without huge pages
+    }
+    // SAFETY: the descriptor is new and ours.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    truncate(&fd, 2 << 20);
+    // Off the size of a huge page, in which alone it can be mapped, replaced and unmapped.
+    let memory = GuestMemory::new(&[region(&fd, START, 0x1000, 0)]).unwrap();
+    let lost = Err(AccessError::Lost(Lost { guest_address: START, size: 0x1000 }));
+    let result = memory.write(START, b"hello");
+    // Where the machine has set some aside, nothing is lost.
+    assert!(result == lost || result == Ok(()), "{result:?}");
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, memory, readable, receive, send, wire, Queue, INDIRECT, MEMORY_START,
-    NEXT, PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, memfd, memory, memory_of, readable, receive, send, truncate, wire,
+    Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
@@ -74,7 +74,10 @@ impl Bench {
     }
 
     fn at(position: u16) -> Self {
-        let memory = memory();
+        Self::on(memory(), position)
+    }
+
+    fn on(memory: Arc<GuestMemory>, position: u16) -> Self {
         let (wire, tap) = wire();
         let event = eventfd();
         let rx = End::new(&memory, MEMORY_START, position);
@@ -624,4 +627,68 @@ fn a_call_eventfd_that_blocks_and_is_full_holds_up_nobody() {
     }
     bench.start();
     assert_eq!(bench.pair.stop(), Positions { rx: Some(0), tx: Some(0) });
+}
+
+/// What is said of both rings when the bench's memory is lost.
+fn lost() -> Vec<(Side, String)> {
+    let reason = "guest memory at 0x100000, 0x400000 bytes, is lost: its file became smaller than announced, has no page \
+                  to give, or cannot be mapped";
+    vec![(Side::Rx, reason.to_string()), (Side::Tx, reason.to_string())]
+}
+
+fn await_both_lost(bench: &Bench) {
+    let mut errors = bench.await_error();
+    if errors.len() < 2 {
+        errors.extend(bench.await_error());
+    }
+    errors.sort_by_key(|(side, _)| *side == Side::Tx);
+    assert_eq!(errors, lost());
+    assert_eq!(bench.pair.failed(), (true, true));
+    for end in [&bench.rx, &bench.tx] {
+        assert_eq!(drain(end.error.as_raw_fd()).ok(), Some(true));
+    }
+}
+
+#[test]
+fn memory_that_is_lost_under_running_rings_stops_both_and_no_other_pair() {
+    let mut other = Bench::new();
+    other.start();
+    for size in [0, MEMORY_SIZE / 8] {
+        let file = memfd(MEMORY_SIZE);
+        let mut bench = Bench::on(memory_of(&file), 0);
+        bench.offer_rx(0, BUFFER_SIZE);
+        bench.start();
+        // Nothing was touched yet behind the first half MiB: there the kernel meets what is missing, before us.
+        truncate(&file, size);
+        assert!(send(&bench.wire, &with_header(b"frame")));
+        bench.tx.kick();
+        await_both_lost(&bench);
+        let counters = bench.pair.counters();
+        assert_eq!((counters.rx_dropped_length, tx_dropped(&counters)), (0, 0));
+        // It stays so until it is configured anew.
+        bench.pair.stop();
+        bench.pair.start().unwrap();
+        assert_eq!(bench.pair.failed(), (true, true));
+        assert_eq!(bench.pair.take_ring_errors(), []);
+    }
+    other.offer_rx(0, BUFFER_SIZE);
+    other.rx.kick();
+    assert!(send(&other.wire, &with_header(b"frame")));
+    assert_eq!(other.rx.await_used(), (0, 12 + 5));
+    assert_eq!(other.pair.failed(), (false, false));
+}
+
+#[test]
+fn buffers_that_the_kernel_cannot_read_stop_the_rings_and_count_as_no_drop() {
+    let file = memfd(MEMORY_SIZE);
+    let mut bench = Bench::on(memory_of(&file), 0);
+    bench.start();
+    bench.tx.queue.descriptor(0, TX_BUFFERS, 100, 0, 0);
+    bench.tx.queue.offer(0);
+    truncate(&file, MEMORY_SIZE / 8);
+    bench.tx.kick();
+    await_both_lost(&bench);
+    let counters = bench.pair.counters();
+    assert_eq!((counters.tx_packets, tx_dropped(&counters)), (0, 0));
+    assert_eq!(bench.pair.stop().tx, Some(0), "the packet was not taken");
 }

@@ -16,6 +16,8 @@ __all__ = [
     "Ledger",
     "QueuePair",
     "Ring",
+    "fail_rings",
+    "failed_rings",
     "load_all",
     "save_all",
     "start_all",
@@ -42,6 +44,18 @@ class GuestMemory:
     """
 
     def __new__(cls, regions: list[tuple[int, int, int, int, int]]) -> GuestMemory: ...
+    @staticmethod
+    def adopt(regions: list[tuple[int, int, int, int, int]]) -> GuestMemory:
+        """Maps what another process had mapped, as it is now.
+
+        What the frontend has spoilt since, by making a file smaller or unfit to be mapped, is no error: the rings that
+        need it fail at their first turn.
+
+        Raises:
+            ValueError: the numbers cannot be.
+            OSError: this process has no room.
+        """
+
     def populate(self) -> int:
         """Maps the pages that already exist (it creates none), so that the first packets meet no page fault.
 
@@ -56,10 +70,15 @@ class GuestMemory:
         """
 
     def read(self, guest_address: int, size: int) -> bytes:
-        """Copies `size` bytes out. ValueError if they are not all inside guest memory."""
+        """Copies `size` bytes out.
+
+        Raises:
+            ValueError: they are not all inside guest memory.
+            OSError: a part of guest memory is lost (EFAULT): the frontend made its file smaller.
+        """
 
     def write(self, guest_address: int, data: bytes) -> None:
-        """Copies `data` in. ValueError if it does not fit inside guest memory."""
+        """Copies `data` in. Raises as `read`."""
 
 @final
 class Ledger:
@@ -175,6 +194,9 @@ class QueuePair:
     def positions(self) -> tuple[int | None, int | None]:
         """Where the rings would go on; exact while stopped."""
 
+    def failed(self) -> tuple[bool, bool]:
+        """Whether each ring, rx first, stopped for good since it was configured. Quick while the pair is stopped."""
+
     def is_running(self) -> bool: ...
     def counters(self) -> tuple[int, ...]:
         """What was counted, as `Counters(*pair.counters())` names it. Waits for nothing."""
@@ -213,6 +235,17 @@ def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int]
     Raises:
         ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
         OverflowError: a number is out of range. Nothing changed.
+        RuntimeError: a pair runs. Those before it are set.
+    """
+
+def failed_rings(pairs: list[QueuePair]) -> bytes:
+    """Which rings of each pair stopped for good: 1 is rx, 2 is tx, 3 both."""
+
+def fail_rings(pairs: list[QueuePair], failed: Sequence[int]) -> None:
+    """Takes note that these rings stopped for good elsewhere; one that is not configured is passed over.
+
+    Raises:
+        ValueError: `failed` has not a place for each pair. Nothing changed.
         RuntimeError: a pair runs. Those before it are set.
     """
 

@@ -376,7 +376,7 @@ class SharedMemory:
     """
 
     def __init__(self, size: int) -> None:
-        self.fd = OwnedFd(os.memfd_create("guest-memory", os.MFD_CLOEXEC))
+        self.fd = OwnedFd(os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         try:
             os.ftruncate(self.fd.fileno(), size)
             self.region = RegionDescription(

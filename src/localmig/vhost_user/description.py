@@ -37,6 +37,7 @@ VRING: Final = Description(
         u16("next_avail"),
         boolean("started"),
         boolean("enabled"),
+        boolean("failed"),
         optional(fd("kick", kind="eventfd")),
         optional(fd("call", kind="eventfd")),
         optional(fd("error", kind="eventfd")),

@@ -105,6 +105,8 @@ class VringState:
             ring runs it is behind; who stops the ring writes it here.
         started: a kick descriptor came and GET_VRING_BASE did not.
         enabled: what SET_VRING_ENABLE said last.
+        failed: the device gave the running ring up: what the guest wrote cannot be, or its memory is gone. So it stays
+            until the frontend stops the ring.
         kick, call, error: eventfds, or pipes under User-Mode Linux. No call descriptor: the guest polls.
     """
 
@@ -115,13 +117,14 @@ class VringState:
     next_avail: int = 0
     started: bool = False
     enabled: bool = False
+    failed: bool = False
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
 
     @property
     def is_running(self) -> bool:
-        """Whether the device serves the ring: it is started and enabled."""
+        """Whether the frontend wants the ring served: it is started and enabled."""
         return self.started and self.enabled
 
     @property
@@ -192,6 +195,8 @@ def check_state(state: SessionState, offer: Offer) -> None:
             _check_packed_position(index, vring.next_avail, vring.size)
         if vring.started and (not vring.is_configured or vring.kick is None):
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
+        if vring.failed and not vring.started:
+            raise PeerError(f"vring {index} has failed and is not started")
     check_regions(state.regions, count_max=offer.region_count_max)
     _check_unparsed(state.unparsed)
     _check_fd_count(state.unparsed_fds)
@@ -498,7 +503,7 @@ class Backend:
                 return VringChanged(index=index)
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
-                vring.started = False
+                vring.started = vring.failed = False
                 vring.kick = self._replace(vring.kick)
             case Request.SET_VRING_ADDR, VringAddress():
                 self._set_addresses(vring, payload)

@@ -22,10 +22,10 @@ pub const MEMORY_SIZE: u64 = 0x40_0000;
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn memfd(size: u64) -> OwnedFd {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a valid C string; the descriptor is new and ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
-    // SAFETY: plain system call on our descriptor.
-    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size.try_into().unwrap()) }, 0);
+    let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), flags)) };
+    truncate(&fd, size);
     fd
 }
 
@@ -40,8 +40,16 @@ pub fn region(fd: &OwnedFd, guest_address: u64, size: u64, mmap_offset: u64) -> 
 }
 
 pub fn memory() -> Arc<GuestMemory> {
-    let fd = memfd(MEMORY_SIZE);
-    Arc::new(GuestMemory::new(&[region(&fd, MEMORY_START, MEMORY_SIZE, 0)]).unwrap())
+    memory_of(&memfd(MEMORY_SIZE))
+}
+
+pub fn memory_of(fd: &OwnedFd) -> Arc<GuestMemory> {
+    Arc::new(GuestMemory::new(&[region(fd, MEMORY_START, MEMORY_SIZE, 0)]).unwrap())
+}
+
+pub fn truncate(fd: &OwnedFd, size: u64) {
+    // SAFETY: plain system call on our descriptor.
+    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size.try_into().unwrap()) }, 0);
 }
 
 /// One ring as its driver writes it.
@@ -69,12 +77,12 @@ impl Queue {
     }
 
     pub fn put(&self, address: u64, data: &[u8]) {
-        assert!(self.memory.write(address, data));
+        self.memory.write(address, data).unwrap();
     }
 
     pub fn get<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut data = [0; N];
-        assert!(self.memory.read(address, &mut data));
+        self.memory.read(address, &mut data).unwrap();
         data
     }
 
@@ -174,12 +182,12 @@ impl PackedQueue {
     }
 
     pub fn put(&self, address: u64, data: &[u8]) {
-        assert!(self.memory.write(address, data));
+        self.memory.write(address, data).unwrap();
     }
 
     pub fn get<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut data = [0; N];
-        assert!(self.memory.read(address, &mut data));
+        self.memory.read(address, &mut data).unwrap();
         data
     }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from localmig.dataplane import GuestMemory, Ledger, QueuePair, Ring
@@ -242,7 +242,8 @@ class VirtioNet(Part):
             self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
             try:
                 self._map_ledger()
-                self._map_memory()
+                # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
+                self._map_memory(GuestMemory.adopt)
                 for index in range(len(self._pairs)):
                     self._lay_out(index)
             except PeerError as error:
@@ -347,7 +348,7 @@ class VirtioNet(Part):
             self._stop(index)
             pair.release()
         self._memory = None
-        self._map_memory()
+        self._map_memory(GuestMemory)
         self._apply_all()
 
     def _make_ledger(self) -> None:
@@ -387,13 +388,13 @@ class VirtioNet(Part):
             for vring in (receive_queue(index), transmit_queue(index)):
                 self._ledger.settle(vring, state.vrings[vring].next_avail)
 
-    def _map_memory(self) -> None:
+    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> None:
         state = self._session_state()
         assert state is not None, self.id
         if not state.regions:
             return
         try:
-            self._memory = GuestMemory(borrowed(state.regions))
+            self._memory = mapped(borrowed(state.regions))
         except ValueError as error:
             raise PeerError(f"guest memory: {error}") from error
         except OSError as error:
@@ -428,7 +429,7 @@ class VirtioNet(Part):
 
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
-        if not vring.is_running:
+        if not vring.is_running or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -468,8 +469,20 @@ class VirtioNet(Part):
         for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
             if state is not None and position is not None:
                 state.vrings[vring].next_avail = position
+        self._note_failed(index)
         if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
+
+    def _note_failed(self, index: int) -> None:
+        """Writes into the session's state which rings of a queue pair stopped for good."""
+        state = self._session_state()
+        pair = self._pairs[index]
+        rings = zip((receive_queue(index), transmit_queue(index)), pair.positions(), pair.failed(), strict=True)
+        for vring, position, failed in rings:
+            # One that the frontend stopped meanwhile begins anew.
+            if failed and position is not None and state is not None and state.vrings[vring].started:
+                state.vrings[vring].failed = True
+                state.vrings[vring].next_avail = position
 
     def _report_ring_errors(self) -> None:
         assert self._ring_errors is not None
@@ -479,6 +492,7 @@ class VirtioNet(Part):
                 vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
+            self._note_failed(index)
 
     # -- small things -------------------------------------------------------------------------------------------
 

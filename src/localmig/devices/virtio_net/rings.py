@@ -19,7 +19,7 @@ from localmig.dataplane import Counters, QueuePair
 from localmig.device_api import Part
 from localmig.errors import PeerError
 from localmig.trace import RingsStarted, RingsStopped, Tracer
-from localmig.vmstate import Description, array, text, u16, u64
+from localmig.vmstate import Description, array, text, u8, u16, u64
 
 QUEUE_PAIR_COUNT_MAX: Final = 65536
 """Queue pairs of one daemon: each has a thread, and the kernel's default gives a process 32768 of them or fewer."""
@@ -43,10 +43,14 @@ class RingsState(NamedTuple):
     """What travels inside the downtime: where each ring goes on (0 where it does not run), and what was counted.
 
     The counters are those of `dataplane.Counters`, in their order.
+
+    Attributes:
+        failed: rings that were given up: 1 is rx, 2 is tx, 3 both.
     """
 
     rx_next_avail: Column
     tx_next_avail: Column
+    failed: Column
     rx_packets: Column
     rx_bytes: Column
     rx_dropped_length: Column
@@ -62,7 +66,9 @@ class RingsState(NamedTuple):
 
 
 _POSITIONS: Final = ("rx_next_avail", "tx_next_avail")
-assert RingsState._fields == (*_POSITIONS, *Counters._fields)
+_KINDS: Final = {**dict.fromkeys(_POSITIONS, u16), "failed": u8}
+_BOTH_FAILED: Final = 3
+assert RingsState._fields == (*_POSITIONS, "failed", *Counters._fields)
 
 RINGS_SETUP: Final = Description(
     name="virtio-net-queue-pairs",
@@ -77,9 +83,7 @@ RINGS: Final = Description(
     version=1,
     oldest_version=1,
     state=RingsState,
-    fields=tuple(
-        array(name, u16 if name in _POSITIONS else u64, count_max=QUEUE_PAIR_COUNT_MAX) for name in RingsState._fields
-    ),
+    fields=tuple(array(name, _KINDS.get(name, u64), count_max=QUEUE_PAIR_COUNT_MAX) for name in RingsState._fields),
 )
 
 
@@ -162,8 +166,9 @@ class Rings(Part):
 
     def save_switchover(self) -> RingsState:
         """Positions, exact once stopped, and counters."""
-        rx, tx, counters = dataplane.save_all(self._pairs())
-        return RingsState(tuple(rx), tuple(tx), *map(tuple, counters))
+        pairs = self._pairs()
+        rx, tx, counters = dataplane.save_all(pairs)
+        return RingsState(tuple(rx), tuple(tx), tuple(dataplane.failed_rings(pairs)), *map(tuple, counters))
 
     def release(self) -> None:
         """Stops for good; devices let go of their queue pairs."""
@@ -190,11 +195,17 @@ class Rings(Part):
         for name, column in zip(RingsState._fields, state, strict=True):
             if len(column) != count:
                 raise PeerError(f"column {name} of the rings has {len(column)} places, there are {count} queue pairs")
+        if any(failed > _BOTH_FAILED for failed in state.failed):
+            raise PeerError(
+                f"a queue pair has failed rings {max(state.failed):#x}, of which there are {_BOTH_FAILED:#x}"
+            )
 
     def adopt_switchover(self, state: RingsState) -> None:
         """Sets where the rings go on and what was counted."""
-        rx, tx, *counters = state
-        dataplane.load_all(self._pairs(), (rx, tx, counters))
+        pairs = self._pairs()
+        rx, tx, failed, *counters = state
+        dataplane.load_all(pairs, (rx, tx, counters))
+        dataplane.fail_rings(pairs, failed)
 
     def recover(self) -> None:
         """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
