@@ -12,8 +12,9 @@ import socket
 from contextlib import ExitStack
 from typing import Final
 
-from localmig.dataplane import DriverPair, Ring
+from localmig.dataplane import DriverPair, Ledger, Ring
 from localmig.testing.frontend import DRIVER_FEATURES, SharedMemory
+from localmig.virtio import Feature, packed_ring
 
 PATIENCE_SECONDS: Final = 10.0
 """For a frame to come: it takes microseconds, a machine under load gets much more."""
@@ -36,6 +37,7 @@ class GuestSide:
         guest: takes and gives the guest's frames, with their headers.
         rx: a ring as the device gets to know it; so is `tx`.
         event_fd: for the queue pair to tell of ring errors.
+        is_packed: the rings' format, as `features` has it.
     """
 
     def __init__(self, undo: ExitStack, *, queue_size: int = 256, features: int = DRIVER_FEATURES) -> None:
@@ -59,6 +61,12 @@ class GuestSide:
             tap_fd=guest_tap.fileno(),
         )
         undo.callback(self.driver.stop)
+        self.is_packed = bool(features & Feature.RING_PACKED)
+        ledger_fd = Ledger.create(2)
+        undo.callback(os.close, ledger_fd)
+        self.ledger = Ledger(ledger_fd, 2)
+        for index in range(2):
+            self.ledger.settle(index, packed_ring.START)
         self.rx, self.tx = (
             Ring(
                 size=queue_size,
@@ -69,8 +77,9 @@ class GuestSide:
                 call_fd=call,
                 error_fd=None,
                 next_avail=None,
+                ledger=(self.ledger, index),
             )
-            for (table, avail, used), kick, call in zip(
-                self.driver.ring_addresses(), (rx_kick, tx_kick), (rx_call, tx_call), strict=True
+            for index, ((table, avail, used), kick, call) in enumerate(
+                zip(self.driver.ring_addresses(), (rx_kick, tx_kick), (rx_call, tx_call), strict=True)
             )
         )

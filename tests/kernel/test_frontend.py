@@ -51,26 +51,31 @@ class Wire(GuestSide):
             mergeable=bool(self.features & NetFeature.MRG_RXBUF),
             rx=self.rx,
             tx=self.tx,
+            packed=self.is_packed,
         )
         return device
 
     def close_device(self) -> None:
         self.device.close()  # whichever it is by then
 
-    def hand_over(self) -> None:
-        """What a handover does to the rings: one device stops, another goes on where it stood."""
+    def hand_over(self, *, told: bool) -> None:
+        """What a handover does to the rings: one device stops, another goes on where it stood.
+
+        Where it was not told it looks, as after a death.
+        """
         rx, tx = self.device.stop()
         device = self.new_device()
-        device.set_positions(rx, tx)
+        device.set_positions(*((rx, tx) if told else (None, None)))
+        assert device.positions() == (rx, tx)
         device.start()
         self.device.close()
         self.device = device
 
 
-@pytest.fixture
-def wire() -> Iterator[Wire]:
+@pytest.fixture(params=[DRIVER_FEATURES, DRIVER_FEATURES | Feature.RING_PACKED], ids=["split", "packed"])
+def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     with ExitStack() as undo:
-        yield Wire(undo)
+        yield Wire(undo, features=request.param)
 
 
 def frame(number: int, size: int = 60) -> bytes:
@@ -106,21 +111,25 @@ def test_frames_pass_both_ways_unchanged(wire: Wire) -> None:
     ],
 )
 @pytest.mark.parametrize("queue_size", [2, 16, 1024])
-def test_a_burst_comes_complete_and_in_order_whatever_is_negotiated(queue_size: int, features: int) -> None:
+@pytest.mark.parametrize("ring_format", [0, int(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_a_burst_comes_complete_and_in_order_whatever_is_negotiated(
+    queue_size: int, features: int, ring_format: int
+) -> None:
     with ExitStack() as undo:
-        wire = Wire(undo, queue_size=queue_size, features=features)
+        wire = Wire(undo, queue_size=queue_size, features=features | ring_format)
         wire.device.start()
         wire.driver.start()
         exchange(wire, count=5000, handovers=0)
 
 
-def test_a_device_that_takes_over_in_a_burst_loses_and_repeats_nothing(wire: Wire) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["told", "looks"])
+def test_a_device_that_takes_over_in_a_burst_loses_and_repeats_nothing(wire: Wire, told: bool) -> None:
     wire.device.start()
     wire.driver.start()
-    exchange(wire, count=20_000, handovers=50)
+    exchange(wire, count=20_000, handovers=50, told=told)
 
 
-def exchange(wire: Wire, *, count: int, handovers: int) -> None:
+def exchange(wire: Wire, *, count: int, handovers: int, told: bool = True) -> None:
     """Pushes `count` frames each way as fast as they go and checks that each comes out, once and in order."""
     sent = {wire.guest: 0, wire.host: 0}
     received = {wire.guest: 0, wire.host: 0}
@@ -138,7 +147,7 @@ def exchange(wire: Wire, *, count: int, handovers: int) -> None:
             received[end] += 1
         if handover_every and sum(received.values()) >= next_handover:
             next_handover += handover_every
-            wire.hand_over()
+            wire.hand_over(told=told)
     wire.driver.stop()  # a frame is counted once it is through: the last may be a moment later
     counters = DriverCounters(*wire.driver.counters())
     assert (counters.rx_packets, counters.tx_packets) == (count, count)

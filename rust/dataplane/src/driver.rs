@@ -1,16 +1,20 @@
 //! The other side of a queue pair: a virtio-net driver (the guest's part) between its rings and a TAP.
 //!
-//! Owns:        two split rings laid into guest memory, their buffers, the thread that pumps.
+//! Owns:        two rings laid into guest memory, their buffers, the thread that pumps.
 //! Never sees:  vhost-user, or any code of the backend: it meets the device in guest memory alone.
-//! Read next:   queue_pair.rs, the side this one talks to.
+//! Read next:   driver/split.rs and driver/packed.rs, a ring from the driver's side; queue_pair.rs, the side this one
+//!              talks to.
 //!
 //! For tests, demonstrations and benchmarks. It loses no packet of its own: the TAP is read only while the transmit
 //! ring has room, a frame the TAP does not take yet stays in its buffers. And it is a witness: a device that answers
 //! what it was not asked (two processes serving one ring do) stops it with a reason.
 
+mod packed;
+mod split;
+
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{fence, AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -18,17 +22,16 @@ use crate::counters::{DriverCounters, LiveDriverCounters};
 use crate::memory::GuestMemory;
 use crate::sys::{drain, poll, signal};
 
+use packed::PackedRing;
+use split::SplitRing;
+
 const FEATURE_MERGEABLE_RX: u64 = 1 << 15;
 const FEATURE_EVENT_INDEX: u64 = 1 << 29;
 const FEATURE_VERSION_1: u64 = 1 << 32;
+const FEATURE_PACKED: u64 = 1 << 34;
 
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITE: u16 = 2;
-/// In the avail ring's flags: no call wanted. Virtio 1.2, 2.7.7.
-const AVAIL_NO_INTERRUPT: u16 = 1;
-/// In the used ring's flags: no kick wanted. Virtio 1.2, 2.7.10.
-const USED_NO_NOTIFY: u16 = 1;
-
 /// Where `num_buffers` stands in the header. Virtio 1.2, 5.1.6.
 const HEADER_NUM_BUFFERS_OFFSET: usize = 10;
 
@@ -62,7 +65,7 @@ pub struct DriverConfig {
     pub tap: Option<RawFd>,
 }
 
-/// Guest addresses of one split ring's three parts.
+/// Guest addresses of one ring's three parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     pub descriptor_area: u64,
@@ -100,164 +103,102 @@ impl Layout {
     }
 }
 
-/// One element of a used ring, checked: `head` is outstanding and `length` fits what it offered.
+/// A used buffer, checked: `head` was with the device and `length` fits what it offered.
 #[derive(Clone, Copy)]
 struct Used {
     head: u16,
     length: usize,
 }
 
-/// The driver's end of one split ring.
-struct SplitRing {
-    name: &'static str,
-    size: u16,
-    event_index: bool,
-    descriptors: *mut [u64; 2],
-    avail: *mut u16,
-    used: *mut u16,
-    /// The avail index as published.
-    next_avail: u16,
-    /// The avail index at the last look whether a kick is wanted.
-    kicked_at: u16,
-    next_used: u16,
-    /// How many bytes the device may write into the chain of each head; None: that head is not with the device.
-    writable: Vec<Option<usize>>,
+/// A piece of a chain: the number of its buffer, which names the chain where it is the first, and the buffer itself.
+struct Piece {
+    index: u16,
+    address: u64,
+    length: usize,
 }
 
-impl SplitRing {
+/// The driver's end of one ring of either format.
+enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+impl Ring {
     /// # Safety
     ///
-    /// Each pointer is aligned to a page and valid for the ring's part of that name for as long as the ring lives.
+    /// Each pointer is aligned to a page and valid for a split ring's part of that place for as long as the ring lives.
     unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
-        let [descriptors, avail, used] = parts;
-        Self {
-            name,
-            size: config.queue_size,
-            event_index: config.features & FEATURE_EVENT_INDEX != 0,
-            descriptors: descriptors.cast(),
-            avail: avail.cast(),
-            used: used.cast(),
-            next_avail: 0,
-            kicked_at: 0,
-            next_used: 0,
-            writable: vec![None; usize::from(config.queue_size)],
+        // SAFETY: the caller's; a packed ring's parts are no larger.
+        unsafe {
+            if config.features & FEATURE_PACKED != 0 {
+                Self::Packed(PackedRing::new(name, config, parts))
+            } else {
+                Self::Split(SplitRing::new(name, config, parts))
+            }
         }
     }
 
-    /// A 16-bit word of the avail ring (flags, index, ring, used_event), by its position.
-    fn avail_word(&self, position: usize) -> &AtomicU16 {
-        assert!(position < 3 + usize::from(self.size));
-        // SAFETY: inside the avail ring, which is valid for 6 + 2 * size bytes (see `new`), and aligned to 2.
-        unsafe { AtomicU16::from_ptr(self.avail.add(position)) }
-    }
-
-    /// A 16-bit word of the used ring (flags, index, elements, avail_event), by its position.
-    fn used_word(&self, position: usize) -> &AtomicU16 {
-        assert!(position < 3 + 4 * usize::from(self.size));
-        // SAFETY: inside the used ring, which is valid for 6 + 8 * size bytes (see `new`), and aligned to 2.
-        unsafe { AtomicU16::from_ptr(self.used.add(position)) }
-    }
-
-    fn used_event(&self) -> &AtomicU16 {
-        self.avail_word(2 + usize::from(self.size))
-    }
-
-    fn avail_event(&self) -> &AtomicU16 {
-        self.used_word(2 + 4 * usize::from(self.size))
-    }
-
-    fn write_descriptor(&mut self, index: u16, address: u64, length: usize, flags: u16, next: u16) {
-        assert!(index < self.size);
-        let tail = (length as u64) | u64::from(flags) << 32 | u64::from(next) << 48;
-        // SAFETY: inside the descriptor table (see `new`). The device reads it only after the avail index, which is
-        // stored with Release, covers it.
-        unsafe { self.descriptors.add(usize::from(index)).write_volatile([address.to_le(), tail.to_le()]) };
-    }
-
-    /// Gives the chain that begins at `head` to the device. `writable`: bytes the device may write into it.
-    fn offer(&mut self, head: u16, writable: usize) {
-        debug_assert!(self.writable[usize::from(head)].is_none());
-        self.writable[usize::from(head)] = Some(writable);
-        self.avail_word(2 + usize::from(self.next_avail % self.size)).store(head.to_le(), Ordering::Relaxed);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.avail_word(1).store(self.next_avail.to_le(), Ordering::Release);
-    }
-
-    /// How many used elements wait.
-    fn waiting(&self) -> Result<u16, String> {
-        let index = u16::from_le(self.used_word(1).load(Ordering::Acquire));
-        let waiting = index.wrapping_sub(self.next_used);
-        let outstanding = self.next_avail.wrapping_sub(self.next_used);
-        if waiting > outstanding {
-            return Err(format!(
-                "{}: used index {index} says {waiting} buffers came back, only {outstanding} are with the device",
-                self.name
-            ));
+    /// Gives a chain to the device, known by its first piece. `writable`: bytes the device may write into it.
+    fn offer(&mut self, pieces: &[Piece], writable: usize) {
+        match self {
+            Self::Split(ring) => ring.offer(pieces, writable),
+            Self::Packed(ring) => ring.offer(pieces, writable),
         }
-        Ok(waiting)
     }
 
-    /// Looks at a waiting used element, `ahead` of the next one.
+    /// Whether the chain of that number is with the device.
+    fn is_offered(&self, head: u16) -> bool {
+        match self {
+            Self::Split(ring) => ring.is_offered(head),
+            Self::Packed(ring) => ring.is_offered(head),
+        }
+    }
+
+    /// How many used chains wait.
+    fn waiting(&mut self) -> Result<u16, String> {
+        match self {
+            Self::Split(ring) => ring.waiting(),
+            Self::Packed(ring) => ring.waiting(),
+        }
+    }
+
+    /// Looks at a waiting used chain, `ahead` of the next one.
     fn peek(&self, ahead: u16) -> Result<Used, String> {
-        let position = 2 + 4 * usize::from(self.next_used.wrapping_add(ahead) % self.size);
-        let word = |at: usize| u32::from(u16::from_le(self.used_word(position + at).load(Ordering::Relaxed)));
-        let (id, length) = (word(0) | word(1) << 16, word(2) | word(3) << 16);
-        let writable = usize::try_from(id).ok().and_then(|id| self.writable.get(id).copied().flatten());
-        let Some(writable) = writable else {
-            return Err(format!(
-                "{}: used element names buffer {id}, which is not with the device",
-                self.name
-            ));
-        };
-        if length as usize > writable {
-            return Err(format!(
-                "{}: device says it wrote {length} bytes into buffer {id}, which has {writable}",
-                self.name
-            ));
+        match self {
+            Self::Split(ring) => ring.peek(ahead),
+            Self::Packed(ring) => Ok(ring.peek(ahead)),
         }
-        Ok(Used { head: id as u16, length: length as usize })
     }
 
-    /// Takes the next used element, which `peek(0)` gave, back from the device.
+    /// Takes the next used chain, which `peek(0)` gave, back from the device.
     fn take(&mut self, head: u16) {
-        self.writable[usize::from(head)] = None;
-        self.next_used = self.next_used.wrapping_add(1);
-    }
-
-    /// Whether the device wants to hear of what was offered since the last look. Virtio 1.2, 2.7.13.3.
-    fn wants_kick(&mut self) -> bool {
-        if self.kicked_at == self.next_avail {
-            return false;
+        match self {
+            Self::Split(ring) => ring.take(head),
+            Self::Packed(ring) => ring.take(head),
         }
-        // The index must be visible before the wish is read: the device writes its wish, then looks at the index.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_index {
-            let event = u16::from_le(self.avail_event().load(Ordering::Relaxed));
-            let new = self.next_avail;
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(self.kicked_at)
-        } else {
-            u16::from_le(self.used_word(0).load(Ordering::Relaxed)) & USED_NO_NOTIFY == 0
-        };
-        self.kicked_at = self.next_avail;
-        wanted
     }
 
-    /// Asks for a call at the next used element; true if one came meanwhile, so that sleeping would miss it.
+    /// Whether the device wants to hear of what was offered since the last look.
+    fn wants_kick(&mut self) -> Result<bool, String> {
+        match self {
+            Self::Split(ring) => Ok(ring.wants_kick()),
+            Self::Packed(ring) => ring.wants_kick(),
+        }
+    }
+
+    /// Asks for a call at the next used chain; true if one came meanwhile, so that sleeping would miss it.
     fn ask_for_call(&mut self) -> Result<bool, String> {
-        if self.event_index {
-            self.used_event().store(self.next_used.to_le(), Ordering::Relaxed);
-        } else {
-            self.avail_word(0).store(0, Ordering::Relaxed);
+        match self {
+            Self::Split(ring) => ring.ask_for_call(),
+            Self::Packed(ring) => ring.ask_for_call(),
         }
-        // The wish must be visible before the index is read: the device writes the index, then reads the wish.
-        fence(Ordering::SeqCst);
-        Ok(self.waiting()? != 0)
     }
 
-    /// Wants no call until the next `ask_for_call`. With the event index a wish holds for one crossing only.
+    /// Wants no call until the next `ask_for_call`.
     fn suppress_calls(&mut self) {
-        if !self.event_index {
-            self.avail_word(0).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
+        match self {
+            Self::Split(ring) => ring.suppress_calls(),
+            Self::Packed(ring) => ring.suppress_calls(),
         }
     }
 }
@@ -288,10 +229,10 @@ struct Driver {
     _memory: Arc<GuestMemory>,
     header_length: usize,
     mergeable: bool,
-    rx: SplitRing,
+    rx: Ring,
     rx_buffers: *mut u8,
     rx_buffers_address: u64,
-    tx: SplitRing,
+    tx: Ring,
     tx_buffers: *mut u8,
     tx_buffers_address: u64,
     /// Transmit descriptors that belong to no chain.
@@ -310,39 +251,45 @@ unsafe impl Send for Driver {}
 
 impl Driver {
     fn rx_buffer(&self, head: u16) -> *mut u8 {
-        assert!(head < self.rx.size);
+        assert!(head < self.config.queue_size);
         // SAFETY: buffer `head` of `size` lies inside the receive buffers.
         unsafe { self.rx_buffers.add(usize::from(head) * BUFFER_SIZE) }
     }
 
     fn tx_buffer(&self, index: u16) -> *mut u8 {
-        assert!(index < self.tx.size);
+        assert!(index < self.config.queue_size);
         // SAFETY: buffer `index` of `size` lies inside the transmit buffers.
         unsafe { self.tx_buffers.add(usize::from(index) * BUFFER_SIZE) }
     }
 
     /// Gives every receive buffer that is here to the device.
-    fn fill(&mut self) {
-        for head in 0..self.rx.size {
-            if self.rx.writable[usize::from(head)].is_none() {
-                let address = self.rx_buffers_address + u64::from(head) * BUFFER_SIZE as u64;
-                self.rx.write_descriptor(head, address, BUFFER_SIZE, DESCRIPTOR_WRITE, 0);
-                self.rx.offer(head, BUFFER_SIZE);
+    fn fill(&mut self) -> Result<(), String> {
+        for head in 0..self.config.queue_size {
+            if !self.rx.is_offered(head) {
+                self.offer_buffer(head);
             }
         }
-        self.kick_rx();
+        self.kick_rx()
     }
 
-    fn kick_rx(&mut self) {
-        if self.rx.wants_kick() {
+    /// Gives one receive buffer to the device.
+    fn offer_buffer(&mut self, head: u16) {
+        let address = self.rx_buffers_address + u64::from(head) * BUFFER_SIZE as u64;
+        self.rx.offer(&[Piece { index: head, address, length: BUFFER_SIZE }], BUFFER_SIZE);
+    }
+
+    fn kick_rx(&mut self) -> Result<(), String> {
+        if self.rx.wants_kick()? {
             signal(self.config.rx_kick);
         }
+        Ok(())
     }
 
-    fn kick_tx(&mut self) {
-        if self.tx.wants_kick() {
+    fn kick_tx(&mut self) -> Result<(), String> {
+        if self.tx.wants_kick()? {
             signal(self.config.tx_kick);
         }
+        Ok(())
     }
 
     /// Device to TAP, one batch.
@@ -362,10 +309,10 @@ impl Driver {
             for _ in 0..count {
                 let head = self.rx.peek(0)?.head;
                 self.rx.take(head);
-                self.rx.offer(head, BUFFER_SIZE);
+                self.offer_buffer(head);
             }
         }
-        self.kick_rx();
+        self.kick_rx()?;
         Ok(flow)
     }
 
@@ -443,7 +390,7 @@ impl Driver {
                 break;
             }
         }
-        self.kick_tx();
+        self.kick_tx()?;
         Ok(flow)
     }
 
@@ -476,7 +423,7 @@ impl Driver {
     /// Puts the waiting frame into the transmit ring; false if there is no room yet.
     fn send_frame(&mut self) -> bool {
         let needed = self.frame_length.div_ceil(BUFFER_SIZE);
-        if needed > usize::from(self.tx.size) {
+        if needed > usize::from(self.config.queue_size) {
             self.shared.counters.tx_dropped.add(1); // never will there be room
             self.frame_length = 0;
             return true;
@@ -485,18 +432,16 @@ impl Driver {
             return false;
         }
         let chain = self.tx_free.split_off(self.tx_free.len() - needed);
-        for (position, piece) in self.frame[..self.frame_length].chunks(BUFFER_SIZE).enumerate() {
-            let index = chain[position];
+        let mut pieces = Vec::with_capacity(needed);
+        for (&index, piece) in chain.iter().zip(self.frame[..self.frame_length].chunks(BUFFER_SIZE)) {
             // SAFETY: the buffer holds BUFFER_SIZE bytes, a piece is no longer, and the device does not have it.
             unsafe { self.tx_buffer(index).copy_from_nonoverlapping(piece.as_ptr(), piece.len()) };
-            let next = chain.get(position + 1).copied();
             let address = self.tx_buffers_address + u64::from(index) * BUFFER_SIZE as u64;
-            let flags = if next.is_some() { DESCRIPTOR_NEXT } else { 0 };
-            self.tx.write_descriptor(index, address, piece.len(), flags, next.unwrap_or(0));
+            pieces.push(Piece { index, address, length: piece.len() });
         }
         let head = chain[0];
         self.tx_chains[usize::from(head)] = chain;
-        self.tx.offer(head, 0);
+        self.tx.offer(&pieces, 0);
         self.shared.counters.tx_packets.add(1);
         self.shared.counters.tx_bytes.add((self.frame_length - self.header_length) as u64);
         self.frame_length = 0;
@@ -620,7 +565,7 @@ impl DriverPair {
         let ring = |name, part: &RingAddresses| {
             let parts = [part.descriptor_area, part.driver_area, part.device_area].map(at);
             // SAFETY: the layout gives each part whole pages, as many as it needs; `_memory` keeps them mapped.
-            unsafe { SplitRing::new(name, &config, parts) }
+            unsafe { Ring::new(name, &config, parts) }
         };
         let (rx, tx) = (ring("rx", &layout.rx), ring("tx", &layout.tx));
         // A ring begins with zeroed indices, whatever lay there before. The rings come before all buffers.
@@ -690,10 +635,10 @@ impl DriverPair {
             }
         };
         self.shared.stopping.store(false, Ordering::Release);
-        driver.fill();
+        let filled = driver.fill();
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
-            if let Err(reason) = driver.pump() {
+            if let Err(reason) = filled.and_then(|()| driver.pump()) {
                 *shared.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(reason);
             }
             driver
@@ -739,6 +684,8 @@ impl Drop for DriverPair {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::fence;
+
     use super::*;
     use crate::memory::RegionSpec;
 

@@ -43,7 +43,7 @@ from localmig.vhost_user.message import (
     decode_reply,
     encode_request,
 )
-from localmig.virtio import DeviceStatus, Feature
+from localmig.virtio import DeviceStatus, Feature, packed_ring, split_ring
 from localmig.virtio.net import OFFLOADS, NetFeature, without_orphans
 
 ANSWER_SECONDS_MAX: Final = 10.0
@@ -313,9 +313,9 @@ class Frontend:
         """Sets a vring's number of entries."""
         self.call(Request.SET_VRING_NUM, VringNumber(index=index, number=size))
 
-    def set_vring_base(self, index: int, next_avail: int) -> None:
-        """Sets where in its avail ring a vring goes on."""
-        self.call(Request.SET_VRING_BASE, VringNumber(index=index, number=next_avail))
+    def set_vring_base(self, index: int, base: int) -> None:
+        """Sets where a vring goes on: an index of the avail ring, or both positions of a packed ring."""
+        self.call(Request.SET_VRING_BASE, VringNumber(index=index, number=base))
 
     def get_vring_base(self, index: int) -> int:
         """Stops a vring; gives where it would go on."""
@@ -458,7 +458,7 @@ class NetGuest:
         self._wanted_protocol = protocol_features
         self._answer_seconds_max = answer_seconds_max
         self._features = 0
-        self._bases = [0, 0] * queue_pairs
+        self._bases: list[int | None] = [None] * (2 * queue_pairs)
         self._frontend: Frontend | None = None
         self._drivers: list[DriverPair] = []
         self.memory = SharedMemory(queue_pairs * DriverPair.layout_size(queue_size))
@@ -493,7 +493,10 @@ class NetGuest:
         for index in range(2 * self._queue_pairs):
             frontend.disable_vring(index)
         for index in range(2 * self._queue_pairs):
-            self._bases[index] = frontend.get_vring_base(index)
+            base = frontend.get_vring_base(index)
+            if self._is_packed and base != packed_ring.base_of(packed_ring.position_of(base)):
+                raise PeerError(f"backend stopped packed ring {index} at {base:#x}: its halves differ")
+            self._bases[index] = base
 
     def set_queue_pairs(self, count: int) -> None:
         """Lets the first `count` pairs carry packets and the others none: what QEMU makes of `ethtool -L`.
@@ -512,14 +515,11 @@ class NetGuest:
     def reset_driver(self) -> None:
         """What a backend sees when the guest's driver resets the device and begins again: new, empty rings."""
         frontend = self.frontend
-        for driver in self._drivers:
-            driver.stop()
-            driver.counters()  # raises what the driver found wrong
-        self._drivers = []
+        self._drop_drivers()
         self.detach()
         if ProtocolFeature.STATUS in frontend.protocol_features:
             frontend.set_status(0)
-        self._bases = [0, 0] * self._queue_pairs
+        self._bases = [None] * (2 * self._queue_pairs)
         self.attach()
 
     def disconnect(self) -> None:
@@ -531,13 +531,19 @@ class NetGuest:
     def reconnect(self) -> None:
         """Connects to whoever listens now and goes on with the rings as they stand in memory, as QEMU does.
 
+        Where packed rings stand nobody can say who was not told: then the driver begins anew.
+
         Raises:
             PeerLostError: nobody listens, or not for long. The guest is detached, and may try again.
             PeerError: the backend refused a step, or offers less than the driver uses. The guest is detached.
         """
         self.disconnect()
         # A backend that went away told no position: what it completed is in the used index, the rest is undone.
-        self._bases = [self.used_index(index) for index in range(2 * self._queue_pairs)]
+        if self._is_packed:
+            self._drop_drivers()
+            self._bases = [None] * (2 * self._queue_pairs)
+        else:
+            self._bases = [self.used_index(index) for index in range(2 * self._queue_pairs)]
         self.attach()
 
     def close(self) -> None:
@@ -573,10 +579,10 @@ class NetGuest:
     @property
     def bases(self) -> tuple[int, ...]:
         """Positions of all vrings as told by `detach`, or where `attach` begins."""
-        return tuple(self._bases)
+        return tuple(map(self._base, range(2 * self._queue_pairs)))
 
     def used_index(self, index: int) -> int:
-        """The used index of a ring as it stands in guest memory; 0 before there is a ring."""
+        """The used index of a split ring as it stands in guest memory; 0 before there is a ring."""
         if not self._drivers:
             return 0
         _, _, device_area = self._drivers[index // 2].ring_addresses()[index % 2]
@@ -646,7 +652,7 @@ class NetGuest:
             descriptor_area, driver_area, device_area = map(self.memory.user_address, rings)
             vring = self._vrings[index]
             frontend.set_vring_num(index, self._queue_size)
-            frontend.set_vring_base(index, self._bases[index])
+            frontend.set_vring_base(index, self._base(index))
             frontend.set_vring_addr(
                 VringAddress(
                     index=index,
@@ -663,6 +669,24 @@ class NetGuest:
                 frontend.enable_vring(index)
         if ProtocolFeature.STATUS in protocol:
             frontend.set_status(_DRIVER_OK)
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(self._features & Feature.RING_PACKED)
+
+    def _base(self, index: int) -> int:
+        """Where a ring goes on, in the words of SET_VRING_BASE."""
+        base = self._bases[index]
+        if base is None:
+            return packed_ring.base_of(packed_ring.START) if self._is_packed else split_ring.START
+        return base
+
+    def _drop_drivers(self) -> None:
+        """Ends the drivers; raises what they found wrong."""
+        for driver in self._drivers:
+            driver.stop()
+            driver.counters()
+        self._drivers = []
 
     def _drivers_here(self) -> list[DriverPair]:
         if not self._drivers:

@@ -35,6 +35,7 @@ from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, NetGuest, sending_offloads
 from localmig.testing.namespace import NetworkNamespace, carrier_changes, configure, isolate, link
+from localmig.virtio import Feature
 
 MAC: Final = "52:54:00:12:34:56"
 """The guest's address unless another is given: locally administered, in QEMU's range."""
@@ -62,6 +63,7 @@ class GuestSettings:
         mac: the interface's Ethernet address.
         mtu: of the interface, in bytes.
         queue_size: entries of each ring.
+        packed: whether its driver takes packed rings where they are offered.
         queue_pairs: how many the NIC has.
         offloads: whether checksums and segmentation are left to the other side, where that is offered.
         reconnect_ms: time between attempts to reconnect when the backend is gone, as QEMU's option of that name;
@@ -75,6 +77,7 @@ class GuestSettings:
     mac: str = MAC
     mtu: int = 1500
     queue_size: int = 256
+    packed: bool = False
     queue_pairs: int = 1
     offloads: bool = False
     reconnect_ms: float | None = None
@@ -221,7 +224,8 @@ def run(settings: GuestSettings) -> int:
                 tap_fds=[tap.fileno(queue) for queue in range(settings.queue_pairs)],
                 queue_pairs=settings.queue_pairs,
                 queue_size=settings.queue_size,
-                features=OFFLOAD_FEATURES if settings.offloads else DRIVER_FEATURES,
+                features=(OFFLOAD_FEATURES if settings.offloads else DRIVER_FEATURES)
+                | (Feature.RING_PACKED if settings.packed else 0),
             )
             with driver:
                 driver.attach()
@@ -357,6 +361,7 @@ def _settings(argv: Sequence[str]) -> GuestSettings:
     parser.add_argument("--mac", default=MAC, help="default: %(default)s")
     parser.add_argument("--mtu", type=int, default=1500, help="default: %(default)s")
     parser.add_argument("--queue-size", type=int, default=256, help="entries of each ring (default: %(default)s)")
+    parser.add_argument("--packed", action="store_true", help="take packed rings where they are offered")
     parser.add_argument("--queue-pairs", type=int, default=1, help="of the NIC (default: %(default)s)")
     parser.add_argument(
         "--offloads",
@@ -381,6 +386,7 @@ def _settings(argv: Sequence[str]) -> GuestSettings:
         mac=options.mac,
         mtu=options.mtu,
         queue_size=options.queue_size,
+        packed=options.packed,
         queue_pairs=options.queue_pairs,
         offloads=options.offloads,
         reconnect_ms=options.reconnect_ms,
