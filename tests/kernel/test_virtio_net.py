@@ -191,6 +191,29 @@ def test_a_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_resets(
     run(tmp_path, scenario)
 
 
+def test_a_broken_ring_is_seen_with_its_reason_until_the_driver_resets(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        assert site.device.info().session is None
+        assert site.device.info().vrings == ()
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        assert [vring.running for vring in site.device.info().vrings] == [True, True]
+        guest.write_descriptor(TX, address=0x10, length=64)
+        failed = await site.fact(RingFailed)
+        rx, tx = site.device.info().vrings
+        assert (rx.failed, rx.failure, rx.running) == (False, None, True)
+        assert (tx.failed, tx.failure, tx.running, tx.started) == (True, failed.reason, False, True)
+        await beside(guest.vmm.reset_driver)
+        await guest.talks()
+        assert [(vring.failed, vring.failure) for vring in site.device.info().vrings] == [(False, None)] * 2
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert site.device.info().session is None
+
+    run(tmp_path, scenario)
+
+
 # -- memory ---------------------------------------------------------------------------------------------------
 
 

@@ -267,6 +267,10 @@ class Daemon:
             )
         return reports
 
+    def infos(self) -> list[object]:
+        """What there is to see of each part, a dataclass of its own for each type. Reads only."""
+        return [info for part in self._parts if (info := part.info()) is not None]
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     async def _migrate(self, outgoing: Outgoing) -> None:

@@ -70,6 +70,15 @@ class Part(Protocol):
     def close(self) -> None:
         """Ends the part for good with all it owns, sockets unlinked, scripts run: the daemon quits."""
 
+    # -- to be seen ---------------------------------------------------------------------------------------------
+
+    def info(self) -> object | None:
+        """What there is to see of it, a dataclass; None where that is nothing.
+
+        Asked at any time, also during a handover: it only reads, and touches no running ring and no descriptor.
+        """
+        return None
+
     # -- source -------------------------------------------------------------------------------------------------
 
     def local_migration_blocker(self) -> str | None:

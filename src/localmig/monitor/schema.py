@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from localmig.errors import ConfigError
 from localmig.migration.parameters import Capabilities, Parameters
@@ -112,12 +112,18 @@ class Array:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One argument: QMP's name for it, and `attribute`, ours."""
+    """One argument, or one member of an answer: QMP's name for it, and `attribute`, ours.
+
+    Attributes:
+        required: it is always there; another one is left out of an answer where ours is None.
+        convert: makes ours what QMP has, in an answer; None where they are alike.
+    """
 
     name: str
     attribute: str
     type: ValueType
     required: bool = True
+    convert: Callable[[Any], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +203,35 @@ class Command:
 def returned(name: str, type: ValueType, *, required: bool = True) -> Member:  # noqa: A002
     """A member of what a command returns or an event carries: nobody reads it here, so it needs no name of ours."""
     return Member(name=name, attribute=name, type=type, required=required)
+
+
+def to_qmp(shape: ValueType, value: Any) -> object:
+    """`value`, which has our names, under QMP's: what `shape` declares of it."""
+    match shape:
+        case Array(element):
+            return [to_qmp(element, each) for each in value]
+        case Struct(members):
+            return _written(members, value)
+        case Union(tag=tag, branches=branches, base=base):
+            written = _written((*base, tag), value)
+            for part in branches[str(written[tag.name])]:
+                more = to_qmp(part, value) if isinstance(part, Union) else _written((part,), value)
+                assert isinstance(more, dict), part
+                written |= more
+            return written
+        case _:
+            return value
+
+
+def _written(members: tuple[Member, ...], value: Any) -> dict[str, object]:
+    written = {}
+    for member in members:
+        ours = getattr(value, member.attribute)
+        if ours is None:
+            assert not member.required, member
+            continue
+        written[member.name] = to_qmp(member.type, ours if member.convert is None else member.convert(ours))
+    return written
 
 
 # -- QMP's names for ours -------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ __all__ = ["QmpServer"]
 CLIENT_COUNT_MAX: Final = 32
 """Clients at once. A management layer uses two or three; descriptors of the daemon are for guests."""
 
-OUTPUT_BYTES_MAX: Final = 1024 * 1024
-"""What may wait for a client that does not read: some ten thousand events, hours of a busy daemon."""
+OUTPUT_BYTES_MAX: Final = 8 * 1024 * 1024
+"""What may wait for a client that does not read: hours of a busy daemon's events. A client may also be slow, and the
+answer about hundreds of NICs with many queues each has some megabytes."""
 
 READ_BYTES: Final = 4096
 """Read at once from a client: more than a command has, and so few that one client's flood is cut in small pieces."""

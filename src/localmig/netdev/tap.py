@@ -176,6 +176,33 @@ class _OpenTap:
     arrived: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapInfo:
+    """What there is to see of a TAP, for people and programs that ask.
+
+    Attributes:
+        id: the user's name for it.
+        is_open: whether this process has it.
+        queue_count: queues it has, open or not.
+        attached_count: those that the kernel steers frames into.
+        ifname: the interface's name, None where it is not open, as for all that follows.
+        mtu: in bytes, as it was when the TAP was opened.
+        vnet_header_length: bytes in front of each frame.
+        offloads: what whoever reads the frames takes over.
+    """
+
+    type_name: ClassVar[str] = "tap"
+
+    id: str
+    is_open: bool
+    queue_count: int
+    attached_count: int
+    ifname: str | None = None
+    mtu: int | None = None
+    vnet_header_length: int | None = None
+    offloads: Offload = Offload(0)  # noqa: RUF009 - a number
+
+
 class Tap:
     """A TAP, closed until `open` opens it or `adopt_setup` receives it.
 
@@ -367,6 +394,24 @@ class Tap:
             except LocalmigError as error:
                 _logger.warning("netdev '%s': %s", self.id, error)
         self.release()
+
+    # -- to be seen ----------------------------------------------------------------------------------------
+
+    def info(self) -> TapInfo:
+        """The TAP as it is set. The kernel is not asked."""
+        tap = self._open
+        if tap is None:
+            return TapInfo(id=self.id, is_open=False, queue_count=self.queue_count, attached_count=0)
+        return TapInfo(
+            id=self.id,
+            is_open=True,
+            queue_count=self.queue_count,
+            attached_count=sum(tap.attached),
+            ifname=tap.ifname,
+            mtu=tap.mtu,
+            vnet_header_length=tap.vnet_header_length,
+            offloads=tap.offloads,
+        )
 
     # -- source --------------------------------------------------------------------------------------------
 

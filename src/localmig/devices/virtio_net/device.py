@@ -14,17 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from localmig.dataplane import GuestMemory, Ledger, QueuePair, Ring
+from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
+from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
 from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
@@ -125,6 +127,8 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._failures: dict[int, str] = {}
+        """Why a ring failed last, by its vring's number."""
         rings.join(self)
 
     @property
@@ -173,6 +177,42 @@ class VirtioNet(Part):
             self._endpoint.close()
             self._endpoint = None
         self._drop_pairs()
+
+    # -- to be seen ---------------------------------------------------------------------------------------------
+
+    def info(self) -> VirtioNetInfo:
+        """The session as the frontend told it, and each ring as its queue pair has it."""
+        state = self._session_state()
+        return VirtioNetInfo(
+            id=self.id,
+            netdev=self._netdev.id,
+            socket=self._socket.path,
+            server=isinstance(self._socket, ListenAt),
+            mac=self._known_mac,
+            session=None if state is None else SessionInfo.of(state),
+            vrings=() if state is None else tuple(self._vring_infos(state)),
+            queue_pairs=tuple(
+                QueuePairInfo(index=index, running=pair.is_running(), counters=Counters(*pair.counters()))
+                for index, pair in enumerate(self._pairs)
+            ),
+        )
+
+    def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
+        for number, pair in enumerate(self._pairs):
+            # Not `pair.failed()`, which waits for a turn of the rings: the session has it once it was reported.
+            for index, position in zip((receive_queue(number), transmit_queue(number)), pair.positions(), strict=True):
+                vring = state.vrings[index]
+                yield VringInfo(
+                    index=index,
+                    size=vring.size,
+                    started=vring.started,
+                    enabled=vring.enabled,
+                    running=pair.is_running() and position is not None and not vring.failed,
+                    position=vring.next_avail if position is None else position,
+                    failed=vring.failed,
+                    # Where it failed before a handover, the source's log has the reason.
+                    failure=self._failures.get(index) if vring.failed else None,
+                )
 
     # -- source -------------------------------------------------------------------------------------------------
 
@@ -307,6 +347,7 @@ class VirtioNet(Part):
             self._stop(index)
             pair.release()
         self._memory = None
+        self._failures.clear()
         self._drop_ledger()
         self._reset_netdev()
         if reason is not None:
@@ -490,6 +531,7 @@ class VirtioNet(Part):
         for index, pair in enumerate(self._pairs):
             for direction, reason in pair.take_ring_errors():
                 vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                self._failures[vring] = reason
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)

@@ -2,7 +2,7 @@
 
 Owns:        the table.
 Never sees:  clients, sockets, JSON text.
-Read next:   machine.py and migration.py, one small function for each command.
+Read next:   machine.py, migration.py and objects.py, one small function for each command.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from localmig.daemon import Daemon
-from localmig.monitor.commands import machine, migration
+from localmig.monitor.commands import machine, migration, objects
 from localmig.monitor.events import EVENTS
 from localmig.monitor.introspection import SCHEMA_INFO, introspect
 from localmig.monitor.protocol import NEGOTIATE, NEGOTIATION
@@ -39,5 +39,6 @@ COMMANDS: Final[Mapping[str, Command]] = {
         Command(name="query-qmp-schema", run=query_qmp_schema, returns=Array(SCHEMA_INFO)),
         *machine.COMMANDS,
         *migration.COMMANDS,
+        *objects.COMMANDS,
     )
 }

@@ -1,0 +1,173 @@
+"""What query-devices and query-netdevs tell of a daemon with a real TAP and a guest that talks, across a handover."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from localmig.testing.daemon import DaemonProcess
+from localmig.testing.frontend import NetGuest
+from localmig.virtio.net import header_length
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("namespace")]
+
+PATIENCE_S: Final = 20.0
+QUEUE_SIZE: Final = 16
+ETH_P_ALL: Final = 3
+SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
+LOCAL: Final = ("--migration-parameter", "local=on")
+FRAME: Final = b"\xff" * 6 + bytes.fromhex("525400123456 88b5") + bytes(46)
+
+
+class Site:
+    """A daemon with a NIC, the guest's side of it and the machine's."""
+
+    def __init__(self, folder: Path, ends: ExitStack) -> None:
+        self.folder = folder
+        self._ends = ends
+        self.daemon = ends.enter_context(
+            DaemonProcess(
+                [
+                    *LOCAL,
+                    *("--netdev", "tap,id=net0,ifname=tap0,mtu=1400"),
+                    *("--device", f"virtio-net,id=nic0,netdev=net0,mac=52:54:00:12:34:56,socket={folder}/nic0.sock"),
+                ],
+                qmp=folder / "q0",
+            )
+        )
+        self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ends.enter_context(self.near)
+        ends.enter_context(tap)
+        self.near.settimeout(PATIENCE_S)
+        tap.setblocking(False)
+        self.guest = ends.enter_context(
+            NetGuest(str(folder / "nic0.sock"), tap_fds=[tap.fileno()], queue_size=QUEUE_SIZE)
+        )
+        self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
+        self.machine.bind(("tap0", ETH_P_ALL))
+        self.machine.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        self.machine.settimeout(PATIENCE_S)
+
+    def device(self) -> Any:
+        (device,) = self.daemon.execute("query-devices")
+        return device
+
+    def netdev(self) -> Any:
+        (netdev,) = self.daemon.execute("query-netdevs")
+        return netdev
+
+    def counters(self) -> Any:
+        return self.device()["queue-pairs"][0]["counters"]
+
+    def hear(self) -> None:
+        """A frame reaches the guest."""
+        self.machine.send(FRAME)
+        assert self.near.recv(4096).endswith(FRAME)
+
+    def say(self) -> None:
+        """A frame leaves the guest."""
+        self.near.send(bytes(header_length(self.guest.features)) + FRAME)
+        assert self.machine.recv(4096) == FRAME
+
+    def hand_over(self) -> None:
+        address = f"unix:{self.folder}/migrate"
+        successor = self._ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=self.folder / "q1"))
+        self.daemon.execute("migrate", uri=address)
+        assert self.daemon.wait_migration(seconds=PATIENCE_S)["status"] == "completed"
+        assert (self.daemon.execute("query-devices"), self.daemon.execute("query-netdevs")) == ([], [])
+        assert self.daemon.quit() == 0
+        self.daemon = successor
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with ExitStack() as ends:
+        yield Site(tmp_path, ends)
+
+
+def test_a_device_without_a_frontend_says_so(site: Site) -> None:
+    device = site.device()
+    assert device == {
+        "id": "nic0",
+        "type": "virtio-net",
+        "netdev": "net0",
+        "socket": f"{site.folder}/nic0.sock",
+        "server": True,
+        "mac": "52:54:00:12:34:56",
+        "vrings": [],
+        "queue-pairs": [{"index": 0, "running": False, "counters": dict.fromkeys(site.counters(), 0)}],
+    }
+
+
+def test_a_netdev_tells_how_it_is_set(site: Site) -> None:
+    assert site.netdev() | {"vnet-header-length": 0} == {
+        "id": "net0",
+        "type": "tap",
+        "open": True,
+        "queues": 1,
+        "attached-queues": 1,
+        "ifname": "tap0",
+        "mtu": 1400,
+        "vnet-header-length": 0,
+        "offloads": [],
+    }
+    site.guest.attach()
+    assert site.netdev()["vnet-header-length"] == header_length(site.guest.features)
+
+
+def test_a_session_is_told_by_name_and_its_rings_by_number(site: Site) -> None:
+    site.guest.attach()
+    device = site.device()
+    session = device["session"]
+    assert "VIRTIO_F_VERSION_1" in session["features"]
+    assert "VHOST_USER_F_PROTOCOL_FEATURES" in session["features"]
+    assert "VHOST_USER_PROTOCOL_F_REPLY_ACK" in session["protocol-features"]
+    assert session["memory-regions"] == 1
+    assert session["memory-size"] >= 4096
+    assert [vring | {"position": 0} for vring in device["vrings"]] == [
+        {
+            "index": index,
+            "size": QUEUE_SIZE,
+            "started": True,
+            "enabled": True,
+            "running": True,
+            "position": 0,
+            "failed": False,
+        }
+        for index in (0, 1)
+    ]
+    assert device["queue-pairs"][0]["running"]
+
+
+def test_counters_and_positions_go_on_across_a_handover(site: Site) -> None:
+    site.guest.attach()
+    for _ in range(3):
+        site.hear()
+    site.say()
+    site.daemon.execute("stop")
+    before = site.device()
+    counters = before["queue-pairs"][0]["counters"]
+    assert (counters["rx-packets"], counters["rx-bytes"]) == (3, 3 * len(FRAME))
+    assert (counters["tx-packets"], counters["tx-bytes"]) == (1, len(FRAME))
+    assert [vring["position"] for vring in before["vrings"]] == [3, 1]
+    assert [vring["running"] for vring in before["vrings"]] == [False, False]
+    site.hand_over()
+    assert site.device() == before
+    site.daemon.execute("cont")
+    site.say()
+    site.hear()
+    counters = site.counters()
+    assert (counters["rx-packets"], counters["tx-packets"]) == (4, 2)
+
+
+def test_asking_again_and_again_disturbs_no_packet(site: Site) -> None:
+    site.guest.attach()
+    for number in range(50):
+        site.say()
+        site.hear()
+        assert site.counters()["tx-packets"] == number + 1
