@@ -1,0 +1,421 @@
+//! Split rings in memory of arbitrary content: whatever a guest writes, nothing outside its memory is touched, no limit
+//! is passed, nothing panics, and everything ends.
+//!
+//! Content that is random throughout fails at the first look. So most of what is drawn here is almost right: addresses
+//! near memory's borders, small indices, flags that mean something; and some of it changes while the ring is read.
+
+mod common;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{eventfd, memfd, readable, receive, region, send, wire, INDIRECT, NEXT, WRITE};
+use dataplane::chain::{Chain, Direction, Features, Layout, CHAIN_BUFFERS_MAX};
+use dataplane::memory::GuestMemory;
+use dataplane::queue_pair::{Error, QueuePair};
+use dataplane::split::SplitRing;
+use dataplane::sys::signal;
+use dataplane::{Config, Format, Positions, RingSpec};
+use proptest::prelude::*;
+use proptest::test_runner::{Config as Cases, RngSeed};
+
+/// Three regions: two that touch, and one behind a gap.
+const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
+
+/// The two rings lie in the regions that touch, at distances that leave room for more entries than there are.
+const RX_RING: u64 = 0x1_0000;
+const TX_RING: u64 = 0x1_4000;
+const DRIVER_AREA: u64 = 0x1000;
+const DEVICE_AREA: u64 = 0x2000;
+const ENTRIES_MAX: u16 = 64;
+const HEADER: usize = 12;
+/// Indirect tables, one behind the other in the last region.
+const TABLES: u64 = 4;
+const TABLE_LENGTH: u32 = 8;
+const TABLE_SIZE: u64 = 16 * TABLE_LENGTH as u64;
+
+/// Always the same draws, so that a test that fails fails again.
+fn cases(cases: u32) -> Cases {
+    Cases { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..Cases::default() }
+}
+
+fn memory() -> Arc<GuestMemory> {
+    let fd = memfd(REGIONS.iter().map(|(_, size)| size).sum());
+    let mut offset = 0;
+    let specs = REGIONS.map(|(start, size)| {
+        offset += size;
+        region(&fd, start, size, offset - size)
+    });
+    Arc::new(GuestMemory::new(&specs).unwrap())
+}
+
+fn holds(memory: &GuestMemory, buffer: &libc::iovec) -> bool {
+    let start = buffer.iov_base.addr();
+    REGIONS.iter().any(|&(address, size)| {
+        let host = memory.host_exact(address, size as usize).unwrap().addr();
+        (host..host + size as usize).contains(&start) && buffer.iov_len <= host + size as usize - start
+    })
+}
+
+/// An address that is inside memory, near its border, or anywhere.
+fn address() -> impl Strategy<Value = u64> {
+    let region = prop::sample::select(REGIONS.to_vec());
+    prop_oneof![
+        8 => (region.clone(), any::<u64>()).prop_map(|((start, size), offset)| start + offset % size),
+        2 => (region, 0..64u64).prop_map(|((start, size), offset)| start + size - 32 + offset),
+        1 => any::<u64>(),
+        1 => (0..64u64).prop_map(|back| u64::MAX - back),
+    ]
+}
+
+fn length() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        6 => 0..2048u32,
+        2 => (1..200u32).prop_map(|descriptors| 16 * descriptors),
+        1 => any::<u32>(),
+        1 => Just(0x4000),
+    ]
+}
+
+/// Something a guest writes: where, and what.
+#[derive(Clone, Debug)]
+struct Write {
+    address: u64,
+    data: Vec<u8>,
+}
+
+impl Write {
+    fn make(&self, memory: &GuestMemory) {
+        let _ = memory.write(self.address, &self.data);
+    }
+}
+
+fn descriptor_bytes(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
+    [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+}
+
+/// In the direction that fits the ring.
+fn good_flags(ring: u64) -> u16 {
+    if ring == RX_RING {
+        WRITE
+    } else {
+        0
+    }
+}
+
+/// A descriptor that may well be right.
+fn good_descriptor(ring: u64) -> impl Strategy<Value = Vec<u8>> {
+    let flags = good_flags(ring);
+    let (start, size) = REGIONS[2];
+    let buffer = (0..size - 2048, 12..2048u32, prop_oneof![3 => Just(flags), 2 => Just(flags | NEXT)]);
+    let table =
+        (0..TABLES, 1..=TABLE_LENGTH).prop_map(|(table, length)| (TABLE_SIZE * table, 16 * length, INDIRECT));
+    (prop_oneof![4 => buffer, 1 => table], 0..ENTRIES_MAX).prop_map(move |((offset, length, flags), next)| {
+        descriptor_bytes(start + offset, length, flags, next)
+    })
+}
+
+fn descriptor(ring: u64) -> impl Strategy<Value = Vec<u8>> {
+    let flags =
+        prop_oneof![2 => Just(good_flags(ring)), 2 => Just(INDIRECT), 2 => 0..8u16, 1 => any::<u16>()];
+    let next = prop_oneof![8 => 0..ENTRIES_MAX, 1 => any::<u16>()];
+    (address(), length(), flags, next)
+        .prop_map(|(address, length, flags, next)| descriptor_bytes(address, length, flags, next))
+}
+
+/// A write to any part of a ring, or to the buffers, which may be indirect tables.
+fn write(ring: u64) -> impl Strategy<Value = Write> {
+    let word = prop_oneof![6 => 0..2 * ENTRIES_MAX, 1 => any::<u16>(), 1 => 0xffc0..=0xffffu16];
+    let in_table = (0..ENTRIES_MAX).prop_map(move |index| ring + 16 * u64::from(index));
+    let anywhere_at_16 = address().prop_map(|address| address & !15);
+    let field = prop_oneof![
+        1 => (0..70u64).prop_map(move |field| ring + DRIVER_AREA + 2 * field),
+        1 => (0..280u64).prop_map(move |field| ring + DEVICE_AREA + 2 * field),
+    ];
+    prop_oneof![
+        6 => (in_table, descriptor(ring)).prop_map(|(address, data)| Write { address, data }),
+        4 => (anywhere_at_16, prop::collection::vec(descriptor(ring), 1..8))
+            .prop_map(|(address, table)| Write { address, data: table.concat() }),
+        6 => (field, word).prop_map(|(address, word)| Write { address, data: word.to_le_bytes().to_vec() }),
+        1 => (address(), prop::collection::vec(any::<u8>(), 1..64))
+            .prop_map(|(address, data)| Write { address, data }),
+    ]
+}
+
+/// A ring as it is announced, and what is in it before the device looks: at first what may be right, then what is not.
+#[derive(Clone, Debug)]
+struct Guest {
+    size: u16,
+    /// Where the device begins; None is the used index.
+    start: Option<u16>,
+    /// How far ahead of that the guest is.
+    ahead: u16,
+    descriptors: Vec<Vec<u8>>,
+    heads: Vec<u16>,
+    /// Indirect tables, where descriptors that are right look for them.
+    tables: Vec<Vec<u8>>,
+    spoilt: Vec<Write>,
+}
+
+fn guest(ring: u64) -> impl Strategy<Value = Guest> {
+    let size = prop_oneof![1 => (0..=6u32).prop_map(|power| 1u16 << power), 2 => Just(ENTRIES_MAX)];
+    let start = prop_oneof![Just(None), Just(Some(0)), Just(Some(0xfff0)), any::<u16>().prop_map(Some)];
+    let entries = usize::from(ENTRIES_MAX);
+    let table =
+        prop::collection::vec(good_descriptor(ring), TABLE_LENGTH as usize).prop_map(|table| table.concat());
+    (
+        (size, start, any::<u16>()),
+        prop::collection::vec(good_descriptor(ring), entries),
+        prop::collection::vec(0..ENTRIES_MAX, entries),
+        prop::collection::vec(table, TABLES as usize),
+        prop_oneof![Just(Vec::new()), prop::collection::vec(write(ring), 1..8)],
+    )
+        .prop_map(|((size, start, ahead), descriptors, heads, tables, spoilt)| Guest {
+            size,
+            start,
+            // Mostly as far as the ring goes, else the ring would be refused at once.
+            ahead: if ahead < 0x1000 { ahead } else { ahead % (size + 1) },
+            descriptors,
+            heads: heads.into_iter().map(|head| head % size).collect(),
+            tables,
+            spoilt,
+        })
+}
+
+impl Guest {
+    fn layout(&self, ring: u64) -> Layout {
+        Layout {
+            size: self.size.into(),
+            descriptor_area: ring,
+            driver_area: ring + DRIVER_AREA,
+            device_area: ring + DEVICE_AREA,
+        }
+    }
+
+    fn write_to(&self, ring: u64, memory: &GuestMemory) {
+        let heads: Vec<u8> = self.heads.iter().flat_map(|head| head.to_le_bytes()).collect();
+        memory.write(ring, &self.descriptors.concat()).unwrap();
+        memory.write(ring + DRIVER_AREA + 4, &heads).unwrap();
+        for (index, table) in self.tables.iter().enumerate() {
+            memory.write(REGIONS[2].0 + TABLE_SIZE * index as u64, table).unwrap();
+        }
+        let index = self.start.unwrap_or(0).wrapping_add(self.ahead);
+        memory.write(ring + DRIVER_AREA + 2, &index.to_le_bytes()).unwrap();
+        self.spoilt.iter().for_each(|write| write.make(memory));
+    }
+}
+
+fn features() -> impl Strategy<Value = Features> {
+    (any::<bool>(), prop::bool::weighted(0.8))
+        .prop_map(|(event_index, indirect)| Features { event_index, indirect })
+}
+
+/// What happens to a ring next.
+#[derive(Clone, Debug)]
+enum Step {
+    Take,
+    /// The oldest chain that was taken.
+    Complete {
+        written: u32,
+    },
+    /// The newest ones that were taken.
+    Untake {
+        count: usize,
+    },
+    Publish,
+    Call,
+    Arm,
+    Disarm,
+    /// By the guest, meanwhile.
+    Write(Write),
+}
+
+fn step(ring: u64) -> impl Strategy<Value = Step> {
+    prop_oneof![
+        16 => Just(Step::Take),
+        4 => any::<u32>().prop_map(|written| Step::Complete { written }),
+        1 => (0..4usize).prop_map(|count| Step::Untake { count }),
+        2 => Just(Step::Publish),
+        1 => Just(Step::Call),
+        1 => Just(Step::Arm),
+        1 => Just(Step::Disarm),
+        1 => write(ring).prop_map(Step::Write),
+    ]
+}
+
+proptest! {
+    #![proptest_config(cases(2000))]
+
+    #[test]
+    fn a_ring_gives_only_what_is_inside_memory_and_limits(
+        (address, guest, steps) in prop::sample::select(vec![RX_RING, TX_RING])
+            .prop_flat_map(|ring| (Just(ring), guest(ring), prop::collection::vec(step(ring), 1..60))),
+        features in features(),
+    ) {
+        let memory = memory();
+        guest.write_to(address, &memory);
+        let direction = if address == RX_RING { Direction::ToGuest } else { Direction::FromGuest };
+        let mut ring = SplitRing::new(&guest.layout(address), features, &memory).unwrap();
+        ring.begin(guest.start, true);
+        let mut taken: Vec<Chain> = Vec::new();
+        let mut buffers = Vec::new();
+        for step in steps {
+            match step {
+                Step::Take => {
+                    buffers.clear();
+                    let position = ring.next_avail();
+                    match ring.take(&memory, direction, HEADER, &mut buffers) {
+                        Ok(Some(chain)) => {
+                            prop_assert_eq!(chain.buffers, buffers.len());
+                            prop_assert!(chain.buffers <= CHAIN_BUFFERS_MAX);
+                            prop_assert!(chain.slots <= guest.size);
+                            let length: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
+                            prop_assert_eq!(chain.length, length as u64);
+                            prop_assert!(length >= HEADER);
+                            prop_assert_eq!(ring.next_avail(), position.wrapping_add(1));
+                            taken.push(chain);
+                        }
+                        _ => prop_assert_eq!(ring.next_avail(), position),
+                    }
+                    // Also those of a chain that turned out wrong further on.
+                    prop_assert!(buffers.iter().all(|buffer| buffer.iov_len > 0 && holds(&memory, buffer)));
+                }
+                Step::Complete { written } => {
+                    if !taken.is_empty() {
+                        ring.complete(&taken.remove(0), written);
+                    }
+                }
+                Step::Untake { count } => {
+                    let count = count.min(taken.len());
+                    taken.truncate(taken.len() - count);
+                    ring.untake(count as u16);
+                }
+                Step::Publish => ring.publish(),
+                Step::Call => drop(ring.call_due()),
+                Step::Arm => drop(ring.arm()),
+                Step::Disarm => ring.disarm(),
+                Step::Write(write) => write.make(&memory),
+            }
+        }
+    }
+}
+
+/// The descriptors that a pair is lent. The same ones serve every case.
+struct Ends {
+    wire: OwnedFd,
+    tap: OwnedFd,
+    rings: [[OwnedFd; 3]; 2],
+}
+
+impl Ends {
+    fn new() -> Self {
+        let (wire, tap) = wire();
+        Self { wire, tap, rings: [(); 2].map(|()| [(); 3].map(|()| eventfd())) }
+    }
+
+    fn spec(&self, ring: usize, layout: Layout, next_avail: Option<u16>) -> RingSpec {
+        let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
+        RingSpec {
+            layout,
+            kick_fd: kick,
+            call_fd: Some(call),
+            error_fd: Some(error),
+            next_avail,
+            ledger: None,
+        }
+    }
+}
+
+/// What a whole pair meets.
+#[derive(Clone, Debug)]
+struct Scene {
+    rx: Guest,
+    tx: Guest,
+    features: Features,
+    mergeable: bool,
+    /// Lengths of frames that wait in the TAP, with their headers, or without where they are shorter.
+    frames: Vec<usize>,
+    meanwhile: Vec<Write>,
+}
+
+fn scene() -> impl Strategy<Value = Scene> {
+    let frame = prop_oneof![4 => 60..600usize, 1 => 1..20usize, 1 => 0x4000..0x8000usize];
+    let meanwhile = prop_oneof![write(RX_RING), write(TX_RING)];
+    (
+        guest(RX_RING),
+        guest(TX_RING),
+        features(),
+        any::<bool>(),
+        prop::collection::vec(frame, 0..12),
+        prop::collection::vec(meanwhile, 0..12),
+    )
+        .prop_map(|(rx, tx, features, mergeable, frames, meanwhile)| Scene {
+            rx,
+            tx,
+            features,
+            mergeable,
+            frames,
+            meanwhile,
+        })
+}
+
+proptest! {
+    #![proptest_config(cases(800))]
+
+    #[test]
+    fn a_pair_stops_and_starts_whatever_its_guest_writes(scenes in prop::collection::vec(scene(), 1..3)) {
+        let event = eventfd();
+        let pair = QueuePair::new("arbitrary", event.as_raw_fd()).unwrap();
+        let ends = Ends::new();
+        for scene in scenes {
+            let memory = memory();
+            scene.rx.write_to(RX_RING, &memory);
+            scene.tx.write_to(TX_RING, &memory);
+            for length in &scene.frames {
+                // Some may not fit any more, as with any TAP.
+                send(&ends.wire, &vec![0x5a; *length]);
+            }
+            let config = Config {
+                memory: Arc::clone(&memory),
+                tap_fd: ends.tap.as_raw_fd(),
+                header_length: HEADER,
+                frame_length_max: 1514,
+                format: Format::Split,
+                features: scene.features,
+                mergeable: scene.mergeable,
+                rx: Some(ends.spec(0, scene.rx.layout(RX_RING), scene.rx.start)),
+                tx: Some(ends.spec(1, scene.tx.layout(TX_RING), scene.tx.start)),
+            };
+            pair.configure(&config).unwrap();
+            let before = pair.counters();
+            pair.start().unwrap();
+            for write in &scene.meanwhile {
+                write.make(&memory);
+                ends.rings.iter().for_each(|[kick, ..]| signal(kick.as_raw_fd()));
+                while receive(&ends.wire).is_some() {}
+            }
+            let positions = pair.stop();
+            prop_assert_eq!(pair.stop(), positions);
+            // A ring that failed was told of, and stays where it is.
+            let failed = pair.failed();
+            let errors = pair.take_ring_errors();
+            prop_assert_eq!(errors.len(), usize::from(failed.0) + usize::from(failed.1), "{:?}", errors);
+            for (has_failed, [_, _, error]) in [failed.0, failed.1].into_iter().zip(&ends.rings) {
+                prop_assert_eq!(readable(error.as_raw_fd(), Duration::ZERO), has_failed);
+                let _ = dataplane::sys::drain(error.as_raw_fd());
+            }
+            let frames = pair.counters().rx_packets - before.rx_packets;
+            prop_assert!(frames <= scene.frames.len() as u64 + 12, "{} frames", frames);
+            pair.start().unwrap();
+            let Positions { rx, tx } = pair.stop();
+            prop_assert!(!failed.0 || rx == positions.rx);
+            prop_assert!(!failed.1 || tx == positions.tx);
+            let _ = pair.take_ring_errors();
+            ends.rings.iter().flatten().for_each(|fd| drop(dataplane::sys::drain(fd.as_raw_fd())));
+            while receive(&ends.wire).is_some() || receive(&ends.tap).is_some() {}
+        }
+        // A thread that panicked would have closed the pair.
+        prop_assert_eq!(pair.set_positions(None, None), Ok::<(), Error>(()));
+    }
+}
