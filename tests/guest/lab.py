@@ -55,6 +55,10 @@ class LabError(Exception):
     """This machine cannot provide a guest; the text says what is missing."""
 
 
+class ProcessorError(Exception):
+    """Nothing is missing, and yet such a guest runs on no machine of this kind."""
+
+
 class Process:
     """A process whose output is read into a log as it comes, so that a test can wait for a line."""
 
@@ -146,7 +150,7 @@ class Guest(GuestShell):
         except AssertionError:
             reason = uml.boot_failure_reason(self.process.log.read_text())
             if reason is not None:
-                raise LabError(reason) from None
+                raise ProcessorError(reason) from None
             raise
 
     def connect(self, port: int) -> socket.socket:
