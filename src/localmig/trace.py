@@ -63,6 +63,14 @@ class SessionClosed(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuestAnnounced(Event):
+    """The network was told where a device's guest is."""
+
+    device: str
+    mac: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MigrationStatusChanged(Event):
     """The migration's status, in QEMU's words."""
 

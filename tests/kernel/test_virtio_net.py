@@ -287,6 +287,8 @@ def test_a_rarp_for_the_guest_goes_into_the_network(tmp_path: Path) -> None:
         assert packet[:14] == b"\xff" * 6 + MAC + b"\x80\x35"
         assert packet[14:42] == bytes.fromhex("0001 0800 06 04 0003") + 2 * (MAC + bytes(4))
         assert len(packet) == 60
+        # Who serves the guest elsewhere knows it too.
+        assert site.device.save_setup(with_descriptors=False).mac == MAC
         await guest.talks()
 
     run(tmp_path, scenario)

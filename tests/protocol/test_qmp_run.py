@@ -17,6 +17,8 @@ from localmig.cli.client import connected
 
 PATIENCE_S = 60
 
+ANNOUNCE = {"announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100}
+
 LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
 
 
@@ -106,7 +108,7 @@ def test_a_daemon_may_be_started_with_migration_parameters(launcher: Launcher) -
         async with connected(str(launcher.qmp)) as client:
             return await client.execute("query-migrate-parameters")
 
-    assert asyncio.run(ask()) == {"downtime-limit": 300, "local": True, "record": ""}
+    assert asyncio.run(ask()) == ANNOUNCE | {"downtime-limit": 300, "local": True, "record": ""}
 
 
 def test_the_log_goes_to_its_file(launcher: Launcher, tmp_path: Path) -> None:

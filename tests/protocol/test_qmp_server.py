@@ -26,7 +26,10 @@ from localmig.unix_socket import INCOMING_SUFFIX
 
 PATIENCE_S = 20.0
 
+ANNOUNCE = {"announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100}
+
 COMMANDS = [
+    "announce-self",
     "cont",
     "migrate",
     "migrate-continue",
@@ -172,7 +175,7 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
     async def scenario(it: Rig) -> None:
         client = await it.client()
         before = await client.execute("query-migrate-parameters")
-        assert before == {"downtime-limit": 300, "local": False, "record": ""}
+        assert before == ANNOUNCE | {"downtime-limit": 300, "local": False, "record": ""}
         for limit in (-1, 2_000_001):
             assert await refused(client, "migrate-set-parameters", {"local": True, "downtime-limit": limit}) == (
                 "GenericError",
@@ -190,11 +193,55 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
         assert await client.execute("migrate-set-parameters", {"local": True, "downtime-limit": 2_000_000}) == {}
         assert await client.execute("migrate-set-parameters", {}) == {}
         assert await client.execute("migrate-set-parameters", {"record": "/tmp/stream"}) == {}
-        assert await client.execute("query-migrate-parameters") == {
+        assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
             "downtime-limit": 2_000_000,
             "local": True,
             "record": "/tmp/stream",
         }
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "highest"),
+    [
+        ("announce-initial", 100_001, 100_000),
+        ("announce-max", 100_001, 100_000),
+        ("announce-rounds", 1001, 1000),
+        ("announce-step", 0, 10_000),
+        ("announce-step", 10_001, 10_000),
+    ],
+)
+def test_an_announcement_has_qemus_bounds_and_qemus_words(run: Run, name: str, wrong: int, highest: int) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        text = f"Option {name} expects a value between 0 and {highest}"
+        assert await refused(client, "migrate-set-parameters", {"local": True, name: wrong}) == ("GenericError", text)
+        assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
+            "downtime-limit": 300,
+            "local": False,
+            "record": "",
+        }
+        assert await client.execute("migrate-set-parameters", {name: highest}) == {}
+        schedule = {"initial": 0, "max": 0, "rounds": 0, "step": 1} | {name.removeprefix("announce-"): wrong}
+        assert await refused(client, "announce-self", schedule) == ("GenericError", text)
+
+    run(scenario)
+
+
+def test_announce_self_has_qemus_arguments(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        schedule = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+        for wrong, text in (
+            ({}, "Parameter 'initial' is missing"),
+            (schedule | {"step": "x"}, "Invalid parameter type for 'step', expected: integer"),
+            (schedule | {"rounds": 2**63}, "Invalid parameter type for 'rounds', expected: integer"),
+            (schedule | {"interfaces": ["a", 5]}, "Invalid parameter type for 'interfaces[1]', expected: string"),
+            (schedule | {"bogus": 1}, "Parameter 'bogus' is unexpected"),
+            (schedule, "nothing to announce in run state 'inmigrate'"),
+        ):
+            assert await refused(client, "announce-self", wrong) == ("GenericError", text)
 
     run(scenario)
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from enum import StrEnum
 
+from localmig.daemon.announce import Announcer
 from localmig.daemon.objects import Objects
-from localmig.device_api import Part
+from localmig.device_api import Announces, Part
 from localmig.errors import ConfigError, LocalmigError, StateError
 from localmig.migration import transport
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Announcement, Capabilities, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.options import TapSpec, VirtioNetSpec
 from localmig.options.address import Address, Defer, IncomingSpec
@@ -76,6 +78,10 @@ class Daemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self._quitting = asyncio.Event()
         self._incoming_failed: str | None = None
+        self._announcer = Announcer()
+        self._announcement_notes: list[str] = []
+        self._announced: set[str] = set()
+        """Devices that need not be announced once more for the handover that brought them."""
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -123,6 +129,7 @@ class Daemon:
             tasks = {task for task in self._tasks if task.get_name() == "outgoing"}
             if tasks:
                 await asyncio.wait(tasks)
+        self._announcer.stop()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -166,6 +173,27 @@ class Daemon:
             for part in self._parts:
                 part.thaw()
             self._set_run_state(RunState.RUNNING)
+            self._announce_arrivals()
+
+    def announce(self, announcement: Announcement, *, devices: Sequence[str] | None, name: str) -> None:
+        """Begins to tell the network where the guests are, in place of what is under way by that name.
+
+        Args:
+            announcement: how often; no rounds only end what is under way.
+            devices: ids of those to tell of; None: of all.
+            name: for a later announcement to take its place.
+
+        Raises:
+            ConfigError: a number is out of range.
+            StateError: this daemon does not serve, or a guest's address is not known. Nothing was begun or ended.
+        """
+        announcement.check()
+        if self._run_state is not RunState.RUNNING:
+            raise StateError(f"nothing to announce in run state '{self._run_state}'")
+        parts = [part for part in self._announcing() if devices is None or part.id in devices]
+        if announcement.rounds and (blockers := [text for part in parts if (text := part.announcement_blocker())]):
+            raise StateError("; ".join(blockers))
+        self._announcer.start(parts, announcement, key=name)
 
     # -- migration ----------------------------------------------------------------------------------------------
 
@@ -252,7 +280,13 @@ class Daemon:
         """The present or last migration; None where there was none."""
         if self._outgoing is not None:
             return self._outgoing.info()
-        return None if self._incoming is None else self._incoming.info()
+        if self._incoming is None:
+            return None
+        info = self._incoming.info()
+        if not self._incoming.has_ended:
+            return info
+        notes = [*([info.note] if info.note else []), *self._announcement_notes]
+        return replace(info, note="; ".join(notes) or None)
 
     def local_migration_reports(self) -> list[LocalMigrationReport]:
         """For each object whether a local migration would move its descriptors."""
@@ -279,6 +313,7 @@ class Daemon:
         finally:
             # Also after an error nobody expected: what COMMIT gave away is not ours to run or to close.
             if outgoing.state not in SOURCE_SERVES:
+                self._announcer.stop()
                 self._set_run_state(RunState.POSTMIGRATE)
         info = outgoing.info()
         if state is SourceState.COMPLETED:
@@ -298,7 +333,9 @@ class Daemon:
         finally:
             listener.close()
         state = await incoming.run(channel)
-        if state is not DestinationState.COMPLETED:
+        if state is DestinationState.COMPLETED:
+            self._announce_arrivals()  # of those that could not be served before the source let go
+        else:
             self._fail_incoming(incoming.info().error_desc)
 
     def _fail_incoming(self, reason: str | None) -> None:
@@ -315,6 +352,22 @@ class Daemon:
     def _serve_incoming(self) -> None:
         assert self._incoming is not None
         self._set_run_state(RunState.RUNNING if self._incoming.source_was_running else RunState.PAUSED)
+        self._announce_arrivals()
+
+    def _announce_arrivals(self) -> None:
+        """Tells the network of guests that a handover brought and that are reached by another way since."""
+        if self._incoming is None or self._run_state is not RunState.RUNNING:
+            return
+        for part in self._announcing():
+            if part.id not in self._announced and part.needs_announcement():
+                self._announced.add(part.id)
+                if (blocker := part.announcement_blocker()) is not None:
+                    self._announcement_notes.append(f"not announced: {blocker}")
+                else:
+                    self._announcer.start([part], self.parameters.announcement, key=(part.id,))
+
+    def _announcing(self) -> list[Announces]:
+        return [part for part in self._parts if isinstance(part, Announces)]
 
     def _is_migrating(self) -> bool:
         return self._outgoing is not None and not self._outgoing.has_ended

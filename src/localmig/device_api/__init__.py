@@ -1,6 +1,6 @@
 """What a device author imports: the contract between a device (or netdev) and the daemon that hands it over.
 
-Owns:        Part, the life of a part across a handover, in words and types.
+Owns:        Part, the life of a part across a handover, in words and types; Announces, which a NIC is besides.
 Never sees:  a particular device, a socket, the stream.
 Read next:   devices/virtio_net/ for a whole example; migration/outgoing.py and incoming.py for who calls what, when.
 
@@ -23,11 +23,11 @@ ioctl, no fcntl, no read, no write, no shutdown; closing is allowed, for it only
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from localmig.vmstate import Description
 
-__all__ = ["Part"]
+__all__ = ["Announces", "Part"]
 
 
 class Part(Protocol):
@@ -132,3 +132,26 @@ class Part(Protocol):
     @abstractmethod
     def discard(self) -> None:
         """Drops all that was adopted without a side effect: the source goes on serving."""
+
+
+@runtime_checkable
+class Announces(Protocol):
+    """A part that can tell the network where its guest is.
+
+    Attributes:
+        id: as `Part`'s.
+    """
+
+    id: str
+
+    @abstractmethod
+    def needs_announcement(self) -> bool:
+        """Whether its guest came by a handover and is reached by another way than before."""
+
+    @abstractmethod
+    def announcement_blocker(self) -> str | None:
+        """Why it cannot announce, None where it can."""
+
+    @abstractmethod
+    def announce(self) -> None:
+        """Tells the network once. Nothing while the part is stopped, or cannot. KernelError: it was not told."""

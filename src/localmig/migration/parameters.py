@@ -7,6 +7,7 @@ Read next:   outgoing.py for what each one does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +16,45 @@ from localmig.migration.recording import check_path
 
 DOWNTIME_LIMIT_MS_MAX: Final = 2000 * 1000
 """QEMU's own bound."""
+
+ANNOUNCE_MS_MAX: Final = 100_000
+ANNOUNCE_ROUNDS_MAX: Final = 1000
+ANNOUNCE_STEP_MS_MAX: Final = 10_000
+"""QEMU's own bounds, these three."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """How often, and with what pauses, the network is told where a guest is.
+
+    Attributes:
+        initial_ms: the pause between the first round and the second, milliseconds.
+        max_ms: the longest pause, milliseconds.
+        rounds: how many there are, 0 for none.
+        step_ms: how much longer each pause is than the one before it, milliseconds.
+    """
+
+    initial_ms: int = 50
+    max_ms: int = 550
+    rounds: int = 5
+    step_ms: int = 100
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is out of range."""
+        for name, value, lowest, highest in (
+            ("initial", self.initial_ms, 0, ANNOUNCE_MS_MAX),
+            ("max", self.max_ms, 0, ANNOUNCE_MS_MAX),
+            ("rounds", self.rounds, 0, ANNOUNCE_ROUNDS_MAX),
+            ("step", self.step_ms, 1, ANNOUNCE_STEP_MS_MAX),
+        ):
+            if not lowest <= value <= highest:
+                # QEMU says 0 also where it means 1.
+                raise ConfigError(f"Option announce-{name} expects a value between 0 and {highest}")
+
+    def pauses_ms(self) -> Iterator[int]:
+        """The pauses between rounds, milliseconds."""
+        for number in range(self.rounds - 1):
+            yield min(self.initial_ms + number * self.step_ms, self.max_ms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,16 +66,32 @@ class Parameters:
         downtime_limit_ms: how long the source waits inside the downtime for READY before it resumes, milliseconds.
             QEMU's default, 300: hundreds of times what a switchover takes, yet short of a guest's TCP timeouts.
         record: the file that the source writes the migration stream to once the guest is served again; "" for none.
+        announce_initial_ms, announce_max_ms, announce_rounds, announce_step_ms: of `announcement`.
     """
 
     local: bool = False
     downtime_limit_ms: int = 300
     record: str = ""
+    announce_initial_ms: int = 50
+    announce_max_ms: int = 550
+    announce_rounds: int = 5
+    announce_step_ms: int = 100
+
+    @property
+    def announcement(self) -> Announcement:
+        """How the network is told of a guest that arrived on another TAP."""
+        return Announcement(
+            initial_ms=self.announce_initial_ms,
+            max_ms=self.announce_max_ms,
+            rounds=self.announce_rounds,
+            step_ms=self.announce_step_ms,
+        )
 
     def check(self) -> None:
         """Raises ConfigError where a value is out of range."""
         if not 0 <= self.downtime_limit_ms <= DOWNTIME_LIMIT_MS_MAX:
             raise ConfigError("Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms")
+        self.announcement.check()
         check_path(self.record)
 
 

@@ -19,6 +19,7 @@ from localmig.monitor.schema import (
     Boolean,
     Command,
     Enumeration,
+    Integer,
     Member,
     String,
     Struct,
@@ -33,6 +34,7 @@ _BUILTINS: Final[Mapping[type, tuple[str, str]]] = {
     Boolean: ("bool", "boolean"),
     # QEMU calls every size of integer so.
     Uint64: ("int", "int"),
+    Integer: ("int", "int"),
     Anything: ("any", "value"),
 }
 """Name and JSON type."""
@@ -112,6 +114,8 @@ class _Types:
                 return name
         if type(what) in _BUILTINS:
             name, json_type = _BUILTINS[type(what)]
+            if any(name == known for _, known in self._named):
+                return name
             return self._tell(what, name, {"meta-type": "builtin", "json-type": json_type})
         if isinstance(what, Array):
             element = self.name(what.element)

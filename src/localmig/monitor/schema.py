@@ -19,6 +19,7 @@ from localmig.errors import ConfigError
 from localmig.migration.parameters import Capabilities, Parameters
 
 _INT64_MIN: Final = -(2**63)
+_INT64_MAX: Final = 2**63 - 1
 _UINT64_MAX: Final = 2**64 - 1
 
 
@@ -66,6 +67,18 @@ class Anything:
     def read(self, value: object, name: str) -> object:
         """Takes it."""
         del name
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """QEMU's int: 64 bits with a sign."""
+
+    def read(self, value: object, name: str) -> int:
+        """Takes integers of 64 bits."""
+        # bool is an int in Python, but `true` is no number in JSON.
+        if not isinstance(value, int) or isinstance(value, bool) or not _INT64_MIN <= value <= _INT64_MAX:
+            raise ConfigError(f"Invalid parameter type for '{name}', expected: integer")
         return value
 
 
@@ -238,6 +251,10 @@ def _written(members: tuple[Member, ...], value: Any) -> dict[str, object]:
 
 PARAMETERS: Final = Struct(
     (
+        Member(name="announce-initial", attribute="announce_initial_ms", type=Uint64(), required=False),
+        Member(name="announce-max", attribute="announce_max_ms", type=Uint64(), required=False),
+        Member(name="announce-rounds", attribute="announce_rounds", type=Uint64(), required=False),
+        Member(name="announce-step", attribute="announce_step_ms", type=Uint64(), required=False),
         Member(name="downtime-limit", attribute="downtime_limit_ms", type=Uint64(), required=False),
         Member(name="local", attribute="local", type=Boolean(), required=False),
         Member(name="record", attribute="record", type=String(), required=False),

@@ -25,7 +25,7 @@ from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, Socke
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
-from localmig.trace import RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -311,6 +311,23 @@ class VirtioNet(Part):
             self._endpoint.discard()
         self.release()
 
+    # -- the network --------------------------------------------------------------------------------------------
+
+    def needs_announcement(self) -> bool:
+        """A TAP that came is where it was; one of this process's own is on another port of the network."""
+        return self._netdev.is_open and not self._netdev.has_arrived
+
+    def announcement_blocker(self) -> str | None:
+        """Without an address there is nothing to tell."""
+        if self._known_mac is None:
+            return f"device '{self.id}': the guest's Ethernet address is not known; say it with mac="
+        return None
+
+    def announce(self) -> None:
+        """Broadcasts a RARP for the guest, as QEMU does for one that cannot do it by itself."""
+        if self._rings.serving and self._known_mac is not None:
+            self._send_rarp(self._known_mac)
+
     # -- the frontend's events ----------------------------------------------------------------------------------
 
     def session_opened(self) -> None:
@@ -336,8 +353,7 @@ class VirtioNet(Part):
                 self._check_mtu(mtu)
             case RarpRequested(mac=mac):
                 self._known_mac = mac
-                if self._netdev.is_open:
-                    self._netdev.inject(_rarp_frame(mac))
+                self._send_rarp(mac)
             case _:
                 raise AssertionError(event)
 
@@ -608,6 +624,11 @@ class VirtioNet(Part):
         except KernelError as error:
             # The session ends all the same, and the next one sets what it needs.
             _logger.warning("device '%s': %s", self.id, error)
+
+    def _send_rarp(self, mac: bytes) -> None:
+        if self._netdev.is_open:
+            self._netdev.inject(_rarp_frame(mac))
+            self._tracer.emit(GuestAnnounced(device=self.id, mac=mac.hex(":")))
 
     def _rewind(self) -> None:
         """Every ring is back at the beginning: stopping it wrote down where it stood."""

@@ -13,6 +13,7 @@ from typing import Final
 
 from localmig.daemon import Daemon
 from localmig.errors import ConfigError
+from localmig.migration.parameters import Announcement
 from localmig.monitor.schema import (
     CAPABILITIES,
     CAPABILITY_STATUS,
@@ -22,6 +23,7 @@ from localmig.monitor.schema import (
     Array,
     Boolean,
     Command,
+    Integer,
     Member,
     String,
     Struct,
@@ -93,6 +95,18 @@ def set_parameters(daemon: Daemon, **changes: object) -> dict[str, object]:
 def query_parameters(daemon: Daemon) -> dict[str, object]:
     """All parameters."""
     return parameters_to_qmp(daemon.parameters)
+
+
+def announce_self(
+    daemon: Daemon,
+    *,
+    interfaces: Sequence[str] | None = None,
+    name: str = "",
+    **schedule: int,
+) -> dict[str, object]:
+    """Begins to tell the network where the guests are."""
+    daemon.announce(Announcement(**schedule), devices=interfaces, name=name)
+    return {}
 
 
 def set_capabilities(daemon: Daemon, *, capabilities: Sequence[Mapping[str, object]]) -> dict[str, object]:
@@ -175,7 +189,19 @@ _LOCAL_MIGRATION: Final = Struct(
     )
 )
 
+_ANNOUNCEMENT: Final = Struct(
+    (
+        *(
+            Member(name=name, attribute=f"{name}{unit}", type=Integer())
+            for name, unit in (("initial", "_ms"), ("max", "_ms"), ("rounds", ""), ("step", "_ms"))
+        ),
+        Member(name="interfaces", attribute="interfaces", type=Array(String()), required=False),
+        Member(name="id", attribute="name", type=String(), required=False),
+    )
+)
+
 COMMANDS: Final = (
+    Command(name="announce-self", run=announce_self, arguments=_ANNOUNCEMENT),
     Command(name="migrate", run=migrate, arguments=_WHERE),
     Command(name="migrate-incoming", run=migrate_incoming, arguments=_WHERE),
     Command(name="migrate_cancel", run=migrate_cancel),
