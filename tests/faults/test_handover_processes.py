@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from typing import TYPE_CHECKING
 
 import pytest
+from qemu.qmp import QMPClient
 
 from localmig.errors import PeerError
+from localmig.testing.daemon import ANSWER_SECONDS_MAX
 from localmig.testing.proxy import StrippingProxy
 from localmig.testing.traffic import Flood
 
@@ -86,6 +89,33 @@ def test_a_handover_goes_through_an_inherited_socket(site: Site) -> None:
     assert source.wait_migration()["status"] == "completed"
     destination.wait_event("MigrationStatusChanged", status="completed")
     assert_undisturbed(site)
+
+
+def test_a_handover_goes_through_sockets_that_clients_gave_by_qmp(site: Site) -> None:
+    source = site.daemon(*site.objects())
+    destination = site.daemon("--incoming", "defer", "--migration-parameter", "local=on")
+    site.address_tap()
+    site.attach()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        asyncio.run(give(source, ours))
+        asyncio.run(give(destination, theirs))
+    destination.execute("migrate-incoming", uri="fd:channel")
+    source.execute("migrate-set-parameters", local=True)
+    source.execute("migrate", uri="fd:channel")
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert_undisturbed(site)
+
+
+async def give(daemon: DaemonProcess, sock: socket.socket) -> None:
+    """Lets a daemon have a socket under the name "channel"."""
+    client = QMPClient()
+    async with asyncio.timeout(ANSWER_SECONDS_MAX):
+        await client.connect(str(daemon.qmp))
+        client.send_fd_scm(sock.fileno())
+        await client.execute("getfd", {"fdname": "channel"})
+        await client.disconnect()
 
 
 def test_a_daemon_without_a_frontend_moves_and_serves_the_next_one(site: Site) -> None:

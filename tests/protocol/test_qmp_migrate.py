@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 from tests.protocol.scripted import AS_BEFORE, NEVER_S, PATIENCE_S, SETTINGS, ScriptedDaemon, settings_of
 
-from localmig.cli import main, migrate
+from localmig.cli import handover, main, migrate
 from localmig.cli.client import connect
 from localmig.cli.handover import Handover, Outcome, Report
 from localmig.daemon import Daemon, RunState
@@ -49,9 +49,9 @@ async def scene(path: str) -> AsyncIterator[Scene]:
         server = QmpServer(cast(Daemon, source), path, succeeds=False)
         await server.start()
         client = await connect(path)
-        handover = Handover(source=client, settings=SETTINGS, parameters={"local": True, "downtime-limit": 7})
+        attempt = Handover(source=client, settings=SETTINGS, parameters={"local": True, "downtime-limit": 7})
         try:
-            yield Scene(source=source, server=server, handover=handover)
+            yield Scene(source=source, server=server, handover=attempt)
         finally:
             await client.close()
             await server.close(reason="host-signal")
@@ -160,7 +160,8 @@ def test_a_source_that_is_lost_is_unknown(run: Run) -> None:
 
 
 def test_nothing_settled_is_unknown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrate, "SETTLE_TIMEOUT_S", 0.2)
+    for module in (handover, migrate):
+        monkeypatch.setattr(module, "SETTLE_TIMEOUT_S", 0.2)
 
     async def scenario(it: Scene) -> None:
         it.source.on_migrate = lambda: it.source.become(status="device")

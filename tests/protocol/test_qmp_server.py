@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient, Runstate
 
 from localmig.daemon import Daemon, RunState
+from localmig.daemon.descriptors import COUNT_MAX as NAMED_COUNT_MAX
+from localmig.fds import OwnedFd
 from localmig.monitor import QmpServer
 from localmig.monitor.events import EVENTS
 from localmig.monitor.protocol import Event, Session
@@ -30,7 +32,9 @@ ANNOUNCE = {"announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "
 
 COMMANDS = [
     "announce-self",
+    "closefd",
     "cont",
+    "getfd",
     "migrate",
     "migrate-continue",
     "migrate-incoming",
@@ -294,6 +298,110 @@ def test_an_address_may_come_as_a_channel(run: Run, tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_descriptors_have_the_names_they_were_given_and_any_client_may_use_them(run: Run, tmp_path: Path) -> None:
+    async def scenario(it: Rig) -> None:
+        first, second = await it.client(), await it.client()
+        missing = "No file descriptor supplied via SCM_RIGHTS"
+        assert (await refused(first, "getfd", {"fdname": "a"}))[1] == missing
+        near, far = socket.socketpair()
+        with near, far:
+            first.send_fd_scm(near.fileno())
+            assert await first.execute("getfd", {"fdname": "a"}) == {}
+            near.close()
+            # It is taken once.
+            assert (await refused(first, "getfd", {"fdname": "b"}))[1] == missing
+            far.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                far.recv(1)
+            assert (await refused(second, "migrate-incoming", {"uri": "fd:b"}))[1] == (
+                "File descriptor named 'b' has not been found"
+            )
+            await first.disconnect()
+            assert await second.execute("migrate-incoming", {"uri": "fd:a"}) == {}
+            assert (await refused(second, "closefd", {"fdname": "a"}))[1] == "File descriptor named 'a' not found"
+            it.daemon.quit()
+            await it.daemon.wait_quit()
+            assert far.recv(1) == b"", "the descriptor is still open"
+
+    run(scenario)
+
+
+def is_closed(far: socket.socket) -> bool:
+    """Whether nobody has the other end any more."""
+    try:
+        return far.recv(1) == b""
+    except BlockingIOError:
+        return False
+
+
+def test_a_descriptor_that_cannot_be_named_or_was_replaced_is_closed(run: Run) -> None:
+    ends: list[socket.socket] = []
+
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+
+        async def give(name: str) -> None:
+            near, far = socket.socketpair()
+            far.setblocking(False)
+            ends.append(far)
+            with near:
+                client.send_fd_scm(near.fileno())
+                await client.execute("getfd", {"fdname": name})
+
+        await give("a")
+        await give("a")
+        assert [is_closed(far) for far in ends] == [True, False]
+        assert await client.execute("closefd", {"fdname": "a"}) == {}
+        with pytest.raises(ExecuteError, match="Parameter 'fdname' expects a name not starting with a digit"):
+            await give("1a")
+        assert all(map(is_closed, ends))
+        for number in range(NAMED_COUNT_MAX):
+            await give(f"f{number}")
+        with pytest.raises(ExecuteError, match="which is the limit: closefd one"):
+            await give("one-more")
+        assert [is_closed(far) for far in ends] == [True] * 3 + [False] * NAMED_COUNT_MAX + [True]
+        it.daemon.quit()
+        await it.daemon.wait_quit()
+        assert all(map(is_closed, ends))
+        for far in ends:
+            far.close()
+
+    run(scenario)
+
+
+def test_a_descriptor_may_come_with_its_commands_bytes_and_commands_may_come_at_once(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(it.path)
+            client.sendall(b'{"execute": "qmp_capabilities"}')
+            for name, (near, _) in zip("ab", pairs, strict=False):
+                socket.send_fds(
+                    client, [b'{"execute": "getfd", "arguments": {"fdname": "%s"}}' % name.encode()], [near.fileno()]
+                )
+            # Nobody takes this one: it goes with its client.
+            socket.send_fds(client, [b" "], [pairs[2][0].fileno()])
+            client.setblocking(False)
+            answers = b""
+            while answers.count(b"return") < 3:
+                answers += await asyncio.get_running_loop().sock_recv(client, 4096)
+        assert b"error" not in answers
+        for near, far in pairs:
+            near.close()
+            far.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(pairs[2][1], 1) == b""
+        second = await it.client()
+        for name, (_, far) in zip("ab", pairs, strict=False):
+            with pytest.raises(BlockingIOError):
+                far.recv(1)
+            await second.execute("closefd", {"fdname": name})
+            assert far.recv(1) == b""
+        for _, far in pairs:
+            far.close()
+
+    run(scenario)
+
+
 def test_every_client_hears_of_events_and_migration_only_where_asked_for(run: Run) -> None:
     async def scenario(it: Rig) -> None:
         clients = [await it.client(), await it.client()]
@@ -492,9 +600,9 @@ def test_an_event_from_before_negotiation_never_comes_before_its_answer(
         await (await it.client()).execute("migrate-set-capabilities", EVENTS_ON)
         receive = Session.receive
 
-        def receive_after_an_event(self: Session, data: bytes) -> Iterator[bytes]:
+        def receive_after_an_event(self: Session, data: bytes, fds: Sequence[OwnedFd]) -> Iterator[bytes]:
             it.emit_status(1)
-            return receive(self, data)
+            return receive(self, data, fds)
 
         monkeypatch.setattr(Session, "receive", receive_after_an_event)
         late = await it.client()

@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 from tests.protocol.scripted import AS_BEFORE, NEVER_S, PATIENCE_S, SETTINGS, ScriptedDaemon, settings_of
 
-from localmig.cli import upgrade
+from localmig.cli import handover, upgrade
 from localmig.cli.client import connect
 from localmig.cli.handover import Handover, Outcome, Report
 from localmig.cli.upgrade import UNPAUSED, Upgrade
@@ -205,7 +205,8 @@ def test_both_lost_is_unknown(run: Run) -> None:
 
 
 def test_nobody_settling_who_serves_is_unknown_and_nobody_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upgrade, "SETTLE_TIMEOUT_S", 0.2)
+    for module in (handover, upgrade):
+        monkeypatch.setattr(module, "SETTLE_TIMEOUT_S", 0.2)
 
     async def scenario(it: Scene) -> None:
         it.old.on_migrate = lambda: it.old.become(status="device")

@@ -196,7 +196,7 @@ def test_what_fd_names_must_be_a_stream_socket_and_is_left_alone_where_it_is_non
             (FdAddress(name=str(file)), f"'fd:{file}' is no socket: pass a connected stream socket"),
             (fd_address(datagrams), f"'fd:{datagrams.fileno()}' is no stream socket"),
             (FdAddress(name="9999"), "'fd:9999' is no open descriptor"),
-            (FdAddress(name="migration"), "descriptors have no names here"),
+            (FdAddress(name="migration"), "no descriptor has this name, getfd gives it one"),
         ):
             with pytest.raises(ConfigError, match=complaint):
                 Listener(address)

@@ -14,9 +14,11 @@ from dataclasses import replace
 from enum import StrEnum
 
 from localmig.daemon.announce import Announcer
+from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Objects
 from localmig.device_api import Announces, Part
 from localmig.errors import ConfigError, LocalmigError, StateError
+from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
@@ -66,6 +68,7 @@ class Daemon:
         self.tracer = tracer or Tracer()
         self.parameters = Parameters()
         self.capabilities = Capabilities()
+        self.descriptors = NamedDescriptors()
         self._objects = Objects(netdevs=tuple(netdevs), devices=tuple(devices))
         if incoming is None and self._objects.is_empty:
             raise ConfigError("nothing to serve: give --netdev and --device, or --incoming to take over from a daemon")
@@ -137,6 +140,7 @@ class Daemon:
         if self._listener is not None:
             self._listener.close()
         self._close_parts()
+        self.descriptors.close_all()
         return self._incoming_failed
 
     # -- run state ----------------------------------------------------------------------------------------------
@@ -223,10 +227,12 @@ class Daemon:
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise StateError(f"nothing to migrate in run state '{self._run_state}'")
-        transport.check_local(address, local=self.parameters.local)
+        given = self.descriptors.lent_for(address)
+        transport.check_local(address, given, local=self.parameters.local)
+        self.descriptors.give_away(given)
         self._incoming = None
         self._outgoing = Outgoing(
-            connect=lambda: transport.connect(address),
+            connect=lambda: transport.connect(address, given),
             parameters=self.parameters,
             capabilities=self.capabilities,
             parts=self._parts,
@@ -234,7 +240,7 @@ class Daemon:
             running=self._run_state is RunState.RUNNING,
             tracer=self.tracer,
         )
-        self._spawn("outgoing", self._migrate(self._outgoing))
+        self._spawn("outgoing", self._migrate(self._outgoing, given))
 
     def migrate_incoming(self, address: Address) -> None:
         """Waits for a source at `address`.
@@ -247,7 +253,9 @@ class Daemon:
             raise StateError("'-incoming' was not specified on the command line")
         if self._listener is not None or self._run_state is not RunState.INMIGRATE:
             raise StateError("The incoming migration has already been started")
-        self._listener = transport.Listener(address)
+        given = self.descriptors.lent_for(address)
+        self._listener = transport.Listener(address, given)
+        self.descriptors.give_away(given)
         self._incoming = Incoming(
             parameters=lambda: self.parameters,
             build=self._build,
@@ -307,10 +315,11 @@ class Daemon:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    async def _migrate(self, outgoing: Outgoing) -> None:
+    async def _migrate(self, outgoing: Outgoing, given: OwnedFd | None) -> None:
         try:
             state = await outgoing.run()
         finally:
+            close_all((given,))  # where it ended before it connected
             # Also after an error nobody expected: what COMMIT gave away is not ours to run or to close.
             if outgoing.state not in SOURCE_SERVES:
                 self._announcer.stop()

@@ -15,6 +15,7 @@ from errno import EIO, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.fds import OwnedFd, close_all
 from localmig.migration.channel import Channel
 from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
 from localmig.unix_socket import ListeningSocket, peer_credentials
@@ -23,8 +24,14 @@ CONNECT_TIMEOUT_S: Final = 10.0
 """A destination on this machine accepts at once; over TCP this covers three lost SYNs."""
 
 
-def check_local(address: Address, *, local: bool) -> None:
-    """Raises ConfigError where `local` is on and the address cannot carry descriptors."""
+def check_local(address: Address, given: OwnedFd | None = None, *, local: bool) -> None:
+    """Raises ConfigError where `local` is on and the address cannot carry descriptors.
+
+    Args:
+        address: where a migration is to go.
+        given: the descriptor that `fd:NAME` means, lent.
+        local: the parameter.
+    """
     if not local:
         return
     if isinstance(address, TcpAddress):
@@ -32,7 +39,7 @@ def check_local(address: Address, *, local: bool) -> None:
             f"parameter 'local' is on, but '{address}' cannot carry descriptors: use unix:PATH, or set local to false"
         )
     if isinstance(address, FdAddress):
-        with _borrow(address) as sock:
+        with _borrow(address, given) as sock:
             if sock.family != socket.AF_UNIX:
                 raise ConfigError(
                     f"parameter 'local' is on, but '{address}' is no UNIX socket and cannot carry descriptors: "
@@ -40,15 +47,19 @@ def check_local(address: Address, *, local: bool) -> None:
                 )
 
 
-async def connect(address: Address) -> Channel:
+async def connect(address: Address, given: OwnedFd | None = None) -> Channel:
     """Connects to a destination.
+
+    Args:
+        address: where it is.
+        given: the descriptor that `fd:NAME` means; it is this function's from now on.
 
     Raises:
         ConfigError: `fd:` names no connected stream socket.
         KernelError: the connection failed; the text says what to look at.
     """
     if isinstance(address, FdAddress):
-        return Channel(_inherited(address))
+        return Channel(_take(address, given))
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -83,19 +94,24 @@ async def connect(address: Address) -> Channel:
 class Listener:
     """Waits for one source. A UNIX path is made with mode 0600 and removed by `close`, if it is still ours."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, given: OwnedFd | None = None) -> None:
         """Listens at once.
+
+        Args:
+            address: where.
+            given: the descriptor that `fd:NAME` means; it is this object's from now on, if nothing is raised.
 
         Raises:
             ConfigError: the path is in use by a living process, or `fd:` names no socket.
             KernelError: the kernel refused the address.
         """
         self._address = address
+        self._given = given
         self._unix: ListeningSocket | None = None
         self._sock: socket.socket | None = None
         match address:
             case FdAddress():
-                _borrow(address).close()
+                _borrow(address, given).close()
             case UnixAddress():
                 self._unix = ListeningSocket.bind(address.path)
                 self._sock = socket.socket(fileno=os.dup(self._unix.fd.fileno()))
@@ -115,7 +131,7 @@ class Listener:
         """
         if self._sock is None:
             assert isinstance(self._address, FdAddress)
-            return Channel(_inherited(self._address))
+            return Channel(_take(self._address, self._given))
         sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         if sock.family == socket.AF_UNIX:
             _, uid = peer_credentials(sock)
@@ -134,16 +150,20 @@ class Listener:
             self._sock.close()
         if self._unix is not None:
             self._unix.close()
+        close_all((self._given,))
 
 
-def _borrow(address: FdAddress) -> socket.socket:
-    """A copy of the inherited socket, to look at."""
-    if address.number is None:
-        raise ConfigError(f"'{address}': descriptors have no names here, give the number of an inherited socket")
+def _borrow(address: FdAddress, given: OwnedFd | None) -> socket.socket:
+    """A copy of the inherited or given socket, to look at."""
+    number = address.number if given is None else given.fileno()
+    if number is None:
+        raise ConfigError(
+            f"'{address}': no descriptor has this name, getfd gives it one; a number is an inherited one's"
+        )
     try:
-        if not stat.S_ISSOCK(os.fstat(address.number).st_mode):
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
             raise ConfigError(f"'{address}' is no socket: pass a connected stream socket")
-        sock = socket.socket(fileno=os.dup(address.number))
+        sock = socket.socket(fileno=os.dup(number))
     except OSError as error:
         raise ConfigError(f"'{address}' is no open descriptor: pass it to this process when it starts") from error
     if sock.type != socket.SOCK_STREAM:
@@ -152,12 +172,13 @@ def _borrow(address: FdAddress) -> socket.socket:
     return sock
 
 
-def _inherited(address: FdAddress) -> socket.socket:
-    """The inherited socket itself; its number is free afterwards."""
-    with _borrow(address):
+def _take(address: FdAddress, given: OwnedFd | None) -> socket.socket:
+    """The inherited or given socket itself; its number is free afterwards."""
+    with _borrow(address, given):
         pass
-    assert address.number is not None
-    sock = socket.socket(fileno=address.number)
+    number = address.number if given is None else given.release()
+    assert number is not None, address
+    sock = socket.socket(fileno=number)
     sock.set_inheritable(False)
     sock.setblocking(False)
     return sock

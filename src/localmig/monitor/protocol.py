@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from localmig.errors import ConfigError, LocalmigError
+from localmig.fds import OwnedFd, close_all
 from localmig.monitor.schema import Array, Command, Member, String, Struct
 from localmig.monitor.wire import Decoder, JsonSyntaxError, encode
 
@@ -77,16 +78,31 @@ class Session:
         self._execute = execute
         self._decoder = Decoder()
         self._mode = Mode.NEGOTIATION
+        self._fds: list[OwnedFd] = []
 
-    def receive(self, data: bytes) -> Iterator[bytes]:
+    def receive(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> Iterator[bytes]:
         """Carries out the commands that `data` completes, one for each answer that is taken from the iterator.
+
+        Args:
+            data: what the client sent.
+            fds: descriptors that came with it; this session owns them. A command that wants one takes the oldest. As in
+                QEMU, what nobody took goes when others come.
 
         Raises:
             PeerError: the client sent what cannot be read on from: close the connection.
         """
+        self._fds += fds
         self._decoder.feed(data)
         for value in self._decoder.values():
             yield encode(self._answer(value))
+        # The kernel may hand out the end of one message with the beginning of the next, so not before.
+        while fds and len(self._fds) > len(fds):
+            self._fds.pop(0).close()
+
+    def close(self) -> None:
+        """Closes the descriptors that nobody took. Idempotent."""
+        close_all(self._fds)
+        self._fds.clear()
 
     def event(self, event: Event) -> bytes:
         """The event as this client gets it: not at all before negotiation ended."""
@@ -119,7 +135,10 @@ class Session:
         command = self._commands.get(name)
         if command is None:
             raise CommandNotFoundError(f"The command {name} has not been found")
-        return self._execute(command, command.arguments.read(arguments))
+        values = command.arguments.read(arguments)
+        if command.descriptor is not None:
+            values[command.descriptor] = self._fds.pop(0) if self._fds else None
+        return self._execute(command, values)
 
     def _negotiate(self, arguments: Mapping[str, object]) -> dict[str, object]:
         if self._mode is Mode.COMMAND:

@@ -204,13 +204,15 @@ def _refuse(left: Mapping[str, object], name: str) -> None:
 class Command:
     """One command: its name, its arguments, what it returns, and the function that gets the daemon and the arguments.
 
-    The function gets the arguments by our names, and returns by QMP's.
+    The function gets the arguments by our names, and returns by QMP's. Where `descriptor` names one more argument,
+    that is the descriptor which the client sent along, the function's from now on, or None where it sent none.
     """
 
     name: str
     run: Callable[..., object]
     arguments: Struct = Struct()
     returns: ValueType = Struct()
+    descriptor: str | None = None
 
 
 def returned(name: str, type: ValueType, *, required: bool = True) -> Member:  # noqa: A002

@@ -2,7 +2,7 @@
 
 Owns:        the clients' connections, who may connect, how much may wait for a slow one.
 Never sees:  what a command does, JSON.
-Read next:   protocol.py for a client's conversation, unix_socket.py for the socket file.
+Read next:   connection.py for a client's socket, protocol.py for its conversation, unix_socket.py for the socket file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Final
 
 from localmig import trace
 from localmig.daemon import Daemon, RunState
-from localmig.errors import KernelError, LocalmigError, PeerError, StateError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.migration.hello import program_version
 from localmig.monitor.commands import COMMANDS
+from localmig.monitor.connection import Connection
 from localmig.monitor.events import EventSource
 from localmig.monitor.protocol import Event, Session, greeting
 from localmig.monitor.schema import Command
@@ -34,8 +35,8 @@ OUTPUT_BYTES_MAX: Final = 8 * 1024 * 1024
 """What may wait for a client that does not read: hours of a busy daemon's events. A client may also be slow, and the
 answer about hundreds of NICs with many queues each has some megabytes."""
 
-READ_BYTES: Final = 4096
-"""Read at once from a client: more than a command has, and so few that one client's flood is cut in small pieces."""
+ACCEPT_RETRY_S: Final = 1.0
+"""Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
 
 FLUSH_TIMEOUT_S: Final = 1.0
 """How long the end of the daemon waits for clients to read the last answers and SHUTDOWN."""
@@ -66,9 +67,9 @@ class QmpServer:
         self._listening = (ListeningSocket.bind_beside if is_successor else ListeningSocket.bind)(path)
         self._event_source = EventSource(daemon.run_state)
         self._events: list[Event] = []
-        self._clients: dict[asyncio.StreamWriter, Session] = {}
+        self._clients: dict[Connection, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._unsubscribe: Callable[[], None] = daemon.tracer.subscribe(self._on_fact)
 
     @property
@@ -78,8 +79,7 @@ class QmpServer:
 
     async def start(self) -> None:
         """Begins to answer."""
-        sock = socket.socket(fileno=os.dup(self._listening.fd.fileno()))
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=READ_BYTES)
+        self._accepting = asyncio.create_task(self._accept(), name="qmp")
 
     async def close(self, *, reason: str) -> None:
         """Tells clients SHUTDOWN, gives them a moment to read it, and removes the socket. Idempotent.
@@ -90,53 +90,70 @@ class QmpServer:
         self._unsubscribe()
         self._unsubscribe = _nothing
         # The event loop lets go of the socket before it is closed.
-        if self._server is not None:
-            self._server.close()
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait((self._accepting,))
         self._listening.close()
         self._send_events()
         self._broadcast(Event(name="SHUTDOWN", data={"guest": False, "reason": reason}, at_s=time.time()))
-        for writer in self._clients:
-            writer.close()
+        for connection in self._clients:
+            connection.close()
         if self._tasks:
             _, slow = await asyncio.wait(self._tasks, timeout=FLUSH_TIMEOUT_S)
-            for writer in self._clients:
-                writer.transport.abort()
+            for connection in self._clients:
+                connection.abort()
             if slow:
                 await asyncio.wait(slow)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self) -> None:
+        """Every client that comes is served by a task of its own."""
+        with socket.socket(fileno=os.dup(self._listening.fd.fileno())) as sock:
+            while True:
+                try:
+                    client, _ = await asyncio.get_running_loop().sock_accept(sock)
+                except OSError as error:
+                    _log.warning("no QMP client can be accepted: %s", error)
+                    await asyncio.sleep(ACCEPT_RETRY_S)
+                    continue
+                task = asyncio.create_task(self._serve(Connection(client)))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: Connection) -> None:
         """One client, from its connection to its end."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         try:
-            self._admit(writer)
-            await self._converse(reader, writer)
+            self._admit(connection)
+            await self._converse(connection)
+        except PeerLostError as error:
+            _log.debug("QMP client lost: %s", error)
         except PeerError as error:
             _log.warning("QMP client dropped: %s", error)
-        except OSError as error:
-            _log.debug("QMP client lost: %s", error)
         finally:
-            self._clients.pop(writer, None)
-            writer.close()
+            # What it was told is still written, and until then it counts.
+            await connection.finish()
+            session = self._clients.pop(connection, None)
+            if session is not None:
+                session.close()
 
-    def _admit(self, writer: asyncio.StreamWriter) -> None:
+    def _admit(self, connection: Connection) -> None:
         """Raises PeerError where this client may not, or one more may not, be served."""
-        pid, uid = peer_credentials(writer.get_extra_info("socket"))
+        pid, uid = peer_credentials(connection.socket)
         # The mode of the socket file says the same, but a directory or a container may lend it to others.
         if uid not in (0, os.geteuid()):
             raise PeerError(f"process {pid} has user id {uid}, only 0 and {os.geteuid()} may ask")
         if len(self._clients) >= CLIENT_COUNT_MAX:
             raise PeerError(f"process {pid} is one too many, limit is {CLIENT_COUNT_MAX} clients")
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _converse(self, connection: Connection) -> None:
         session = Session(COMMANDS, self._execute)
-        self._clients[writer] = session
-        writer.write(greeting(program_version()))
-        while data := await reader.read(READ_BYTES):
-            answers = session.receive(data)
-            while True:
+        self._clients[connection] = session
+        connection.write(greeting(program_version()))
+        while True:
+            data, fds = await connection.read()
+            if not data:
+                return
+            answers = session.receive(data, fds)
+            while not connection.is_closing:
                 # What happened before a command is not for a client that negotiates by this very command.
                 self._send_events()
                 answer = next(answers, None)
@@ -144,9 +161,9 @@ class QmpServer:
                     break
                 # What a command brought about is told before its answer, as QEMU does.
                 self._send_events()
-                writer.write(answer)
+                connection.write(answer)
                 # Nothing more is done for a client until it takes its answers,
-                await writer.drain()
+                await connection.drain()
                 # and everybody else gets a turn between two of its commands.
                 await asyncio.sleep(0)
 
@@ -182,13 +199,12 @@ class QmpServer:
             _log.error("QMP stays where it is: %s", error)
 
     def _broadcast(self, event: Event) -> None:
-        for writer, session in list(self._clients.items()):
-            transport = writer.transport
-            if transport.get_write_buffer_size() > OUTPUT_BYTES_MAX:
+        for connection, session in list(self._clients.items()):
+            if connection.waiting_bytes > OUTPUT_BYTES_MAX:
                 _log.warning("QMP client dropped: it does not read, %d bytes wait for it", OUTPUT_BYTES_MAX)
-                transport.abort()
-            elif not transport.is_closing() and (message := session.event(event)):
-                writer.write(message)
+                connection.abort()
+            elif not connection.is_closing and (message := session.event(event)):
+                connection.write(message)
 
 
 def _nothing() -> None:

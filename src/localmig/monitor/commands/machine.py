@@ -1,6 +1,6 @@
 """Commands about the daemon as a whole.
 
-Owns:        query-version, query-status, stop, cont, quit.
+Owns:        query-version, query-status, stop, cont, getfd, closefd, quit.
 Never sees:  clients, JSON text, migrations.
 Read next:   migration.py.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.daemon import Daemon, RunState
+from localmig.errors import ConfigError
+from localmig.fds import OwnedFd
 from localmig.migration.hello import program_version
 from localmig.monitor.protocol import version_info
-from localmig.monitor.schema import Boolean, Command, Enumeration, String, Struct, Uint64, returned
+from localmig.monitor.schema import Boolean, Command, Enumeration, Member, String, Struct, Uint64, returned
 
 
 def query_version(daemon: Daemon) -> dict[str, object]:
@@ -38,6 +40,20 @@ def cont(daemon: Daemon) -> dict[str, object]:
     return {}
 
 
+def getfd(daemon: Daemon, *, fdname: str, fd: OwnedFd | None) -> dict[str, object]:
+    """Keeps the descriptor that came along, for an address `fd:NAME`."""
+    if fd is None:
+        raise ConfigError("No file descriptor supplied via SCM_RIGHTS")
+    daemon.descriptors.add(fdname, fd)
+    return {}
+
+
+def closefd(daemon: Daemon, *, fdname: str) -> dict[str, object]:
+    """Closes such a descriptor."""
+    daemon.descriptors.close(fdname)
+    return {}
+
+
 def quit_daemon(daemon: Daemon) -> dict[str, object]:
     """Ends the daemon in good order."""
     daemon.quit()
@@ -48,10 +64,14 @@ _NUMBERS: Final = Struct(tuple(returned(name, Uint64()) for name in ("major", "m
 _VERSION: Final = Struct((returned("qemu", _NUMBERS), returned("package", String())))
 _STATUS: Final = Struct((returned("running", Boolean()), returned("status", Enumeration(tuple(RunState)))))
 
+_FDNAME: Final = Struct((Member(name="fdname", attribute="fdname", type=String()),))
+
 COMMANDS: Final = (
     Command(name="query-version", run=query_version, returns=_VERSION),
     Command(name="query-status", run=query_status, returns=_STATUS),
     Command(name="stop", run=stop),
     Command(name="cont", run=cont),
+    Command(name="getfd", run=getfd, arguments=_FDNAME, descriptor="fd"),
+    Command(name="closefd", run=closefd, arguments=_FDNAME),
     Command(name="quit", run=quit_daemon),
 )

@@ -1,0 +1,64 @@
+"""Descriptors that an operator gave the daemon by QMP, under names: QEMU's getfd.
+
+Owns:        them, until a migration takes one over.
+Never sees:  how they came, what they are good for.
+Read next:   daemon.py, which resolves fd:NAME by them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from localmig.errors import ConfigError, StateError
+from localmig.fds import OwnedFd
+from localmig.options.address import Address, FdAddress
+
+COUNT_MAX: Final = 16
+"""A migration needs one. What is forgotten here must not use up the guests' descriptors."""
+
+
+class NamedDescriptors:
+    """They belong to the daemon, not to the client that sent them: another one may use them, as in QEMU."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, OwnedFd] = {}
+
+    def add(self, name: str, fd: OwnedFd) -> None:
+        """Takes `fd` over under `name`; the one that had it is closed.
+
+        Raises:
+            ConfigError: it would be taken for a number; `fd` is closed.
+            StateError: there are too many; `fd` is closed.
+        """
+        with fd:
+            if not name or name[0].isdigit():
+                raise ConfigError("Parameter 'fdname' expects a name not starting with a digit")
+            if name not in self._named and len(self._named) == COUNT_MAX:
+                raise StateError(f"there are {COUNT_MAX} named file descriptors, which is the limit: closefd one")
+            if name in self._named:
+                self._named[name].close()
+            self._named[name] = fd.take()
+
+    def close(self, name: str) -> None:
+        """Closes the one with this name. ConfigError where there is none."""
+        if name not in self._named:
+            raise ConfigError(f"File descriptor named '{name}' not found")
+        self._named.pop(name).close()
+
+    def lent_for(self, address: Address) -> OwnedFd | None:
+        """The one that `fd:NAME` means, None for any other address. ConfigError where there is none of that name."""
+        if not isinstance(address, FdAddress) or address.number is not None:
+            return None
+        if address.name not in self._named:
+            raise ConfigError(f"File descriptor named '{address.name}' has not been found")
+        return self._named[address.name]
+
+    def give_away(self, fd: OwnedFd | None) -> None:
+        """Forgets one that was lent: whoever has it owns it from now on."""
+        self._named = {name: each for name, each in self._named.items() if each is not fd}
+
+    def close_all(self) -> None:
+        """Closes all."""
+        for fd in self._named.values():
+            fd.close()
+        self._named.clear()
