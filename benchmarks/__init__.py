@@ -7,13 +7,13 @@ Read next:   __main__.py for the sections in order, report.py for a table, hando
     machine.py                         what was measured on
     sizes.py                           how much is measured
     report.py                          samples, tables, the files they end in
-    native.py  lines.py                programs in C; what processes say
+    native.py  lines.py  cpu.py        programs in C; what processes say, and how busy they are
     flood.py   flood.c                 the flood, which proves what was lost
-    site.py    guests.py               many NICs: a daemon after another, guests, the flood
+    site.py    guests.py               many NICs: a daemon after another, and guests
     handovers.py                       section handovers
     bare.py    bare_handover.c  .py    section bare
-    replacements.py                    section replacements: handover, restart, and QEMU's own migration (qemu.py)
-    packet_rates.py                    section rates (rate_rigs.py: each program that moves packets)
+    replacements.py                    section replacements (pinging.py, qemu_migration.py)
+    packet_rates.py                    section rates (testpmd.py, iperf.py)
     microbenchmarks.py                 section rust
 
 Nothing here judges: no time is compared with a limit.

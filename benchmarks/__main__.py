@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import bare, handovers, machine, replacements, report
+from benchmarks import bare, handovers, machine, microbenchmarks, packet_rates, replacements, report
 from benchmarks.report import Findings
 from benchmarks.sizes import FULL, QUICK, SMOKE, Sizes
 from localmig.errors import LocalmigError
@@ -31,6 +31,8 @@ TITLES: Final = {
     "handovers": "Handovers",
     "bare": "The bare cost of handing descriptors over",
     "replacements": "What a guest's peer notices",
+    "rates": "Packet rates",
+    "rust": "The packet path's own benchmarks",
 }
 
 
@@ -47,6 +49,8 @@ class Run:
             "handovers": self._handovers,
             "bare": self._bare,
             "replacements": lambda findings: replacements.run(findings, self.sizes),
+            "rates": lambda findings: packet_rates.run(findings, self.sizes),
+            "rust": microbenchmarks.run,
         }
 
     def _handovers(self, findings: Findings) -> None:

@@ -6,10 +6,12 @@
 //
 //     flood RATE SIZE IFNAME:FD...
 //
-// RATE    frames a second each way, all NICs together; 0: as fast as one thread can.
+// RATE    frames a second each way, all NICs together; 0: as fast as one thread can, which lets go of its processor
+//         where a queue is full.
 // SIZE    bytes of a frame, 60 to 1514.
 // IFNAME  a TAP in this network namespace: the host's end, by a packet socket.
 // FD      the guest's end: an inherited, non-blocking socket that keeps messages whole, a vnet header before each frame.
+//         -1: somebody else counts what comes out there, and only the way down is flooded.
 //
 // A line on stdin is answered by a line of counts so far; with "up" or "down" on it only that way is flooded from then
 // on. The end of stdin ends the flood: what is on its way is awaited, and the last line of counts follows.
@@ -40,6 +42,7 @@ enum {
     BATCH = 64,                 // frames one system call moves
     BURST_MAX = 256,            // frames sent at once after a pause; what was due beyond is never sent, so not lost
     TICK_NS = 200 * 1000,       // between two looks at the clock
+    FULL_NS = 50 * 1000,        // until a full queue is tried again: it holds a thousand frames, so it is not empty then
     BUFFER_BYTES = 4 << 20,     // of each packet socket: a starved flood shall not be the one that loses
     GRACE_MS = 1000,            // how long nothing may arrive until the rest counts as lost
 };
@@ -261,7 +264,10 @@ int main(int argc, char **argv)
         nic->ways[UP] = (struct way){.from = guest, .to = tap};
         nic->ways[DOWN] = (struct way){.from = tap, .to = guest};
         watch(epoll, tap, (uint64_t)nic_count * WAYS + UP);
-        watch(epoll, guest, (uint64_t)nic_count * WAYS + DOWN);
+        if (guest < 0)
+            flooded[UP] = false;
+        else
+            watch(epoll, guest, (uint64_t)nic_count * WAYS + DOWN);
         nic_count++;
     }
     for (int i = 0; i < BATCH; i++) {
@@ -305,8 +311,11 @@ int main(int argc, char **argv)
             due = goal - asked < BURST_MAX ? goal - asked : BURST_MAX;
             asked = goal;
         }
+        uint64_t refused = counts[DOWN].refused;
         uint64_t dues[WAYS] = {flooded[UP] ? due : 0, flooded[DOWN] ? due : 0};
         send_due(dues);
+        if (rate == 0 && counts[DOWN].refused > refused)
+            nanosleep(&(struct timespec){.tv_nsec = FULL_NS}, NULL);
     }
     report();
     return 0;

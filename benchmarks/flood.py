@@ -60,7 +60,8 @@ class Flood:
     """A flood through NICs, in the network namespace of the thread that starts it.
 
     Args:
-        ends: the guest's end of each NIC, lent for the start, by the name of its TAP.
+        ends: the guest's end of each NIC, lent for the start, by the name of its TAP; -1: none, and only the way down
+            is flooded, which somebody else counts.
         rate: frames a second each way, all NICs together; 0: as fast as it can.
         frame_size: bytes of each frame.
 
@@ -74,7 +75,7 @@ class Flood:
             argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=tuple(ends.values()),
+            pass_fds=tuple(fd for fd in ends.values() if fd >= 0),
             text=True,
             bufsize=1,
         )

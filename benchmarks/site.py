@@ -88,9 +88,13 @@ class NicSite:
 
     Args:
         count: how many.
+        queue_pairs: of each.
+        packed: whether packed rings are offered.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, queue_pairs: int = 1, packed: bool = False) -> None:
+        self._netdev_options = f",queues={queue_pairs}" if queue_pairs > 1 else ""
+        self._device_options = ",packed=on" if packed else ""
         self._resources = ExitStack()
         self.folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="localmig-bench-")))
         self.nics: Final = {f"tap{number}": self.folder / f"nic{number}.sock" for number in range(count)}
@@ -110,8 +114,9 @@ class NicSite:
         """Starts the first daemon, or one anew after `stop`. PeerError if it does not start."""
         arguments = [*LOCAL]
         for number, (tap, socket) in enumerate(self.nics.items()):
-            arguments += ["--netdev", f"tap,id=net{number},ifname={tap}"]
-            arguments += ["--device", f"virtio-net,id=nic{number},netdev=net{number},socket={socket}"]
+            arguments += ["--netdev", f"tap,id=net{number},ifname={tap}{self._netdev_options}"]
+            device = f"virtio-net,id=nic{number},netdev=net{number},socket={socket}{self._device_options}"
+            arguments += ["--device", device]
         self._daemon = self._start(arguments)
 
     def start_destination(self) -> None:

@@ -23,7 +23,6 @@ class Sizes:
         replacements: handovers, and restarts of each kind, under a pinger.
         qemu_migrations: migrations of QEMU's own; 0 leaves QEMU out, which boots a guest first.
         rate_seconds: how long each packet rate is measured.
-        rust: whether the Rust benchmarks run, which must be compiled first.
     """
 
     handovers: Mapping[int, int]
@@ -32,7 +31,6 @@ class Sizes:
     replacements: int
     qemu_migrations: int
     rate_seconds: float
-    rust: bool
 
 
 FULL: Final = Sizes(
@@ -42,7 +40,6 @@ FULL: Final = Sizes(
     replacements=20,
     qemu_migrations=10,
     rate_seconds=5.0,
-    rust=True,
 )
 """Half an hour on two cores. With 64 and 512 NICs a handover takes seconds, so there are fewer."""
 
@@ -53,7 +50,6 @@ QUICK: Final = Sizes(
     replacements=5,
     qemu_migrations=3,
     rate_seconds=2.0,
-    rust=True,
 )
 """A few minutes: medians come near, p99 is worth nothing."""
 
@@ -64,6 +60,5 @@ SMOKE: Final = Sizes(
     replacements=1,
     qemu_migrations=0,
     rate_seconds=0.3,
-    rust=False,
 )
 """Some seconds a section: shows that it runs, and that nothing is lost; the times mean nothing."""
