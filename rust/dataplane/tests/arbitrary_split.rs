@@ -4,105 +4,31 @@
 //! Content that is random throughout fails at the first look. So most of what is drawn here is almost right: addresses
 //! near memory's borders, small indices, flags that mean something; and some of it changes while the ring is read.
 
+#[path = "common/arbitrary.rs"]
+mod arbitrary;
 mod common;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{eventfd, memfd, readable, receive, region, send, wire, INDIRECT, NEXT, WRITE};
+use arbitrary::{
+    address, cases, descriptor_bytes, features, good_flags, holds, length, memory, Ends, Write, DEVICE_AREA,
+    DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING, TX_RING,
+};
+use common::{eventfd, readable, receive, send, INDIRECT, NEXT};
 use dataplane::chain::{Chain, Direction, Features, Layout, CHAIN_BUFFERS_MAX};
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::split::SplitRing;
 use dataplane::sys::signal;
-use dataplane::{Config, Format, Positions, RingSpec};
+use dataplane::{Config, Format, Positions};
 use proptest::prelude::*;
-use proptest::test_runner::{Config as Cases, RngSeed};
 
-/// Three regions: two that touch, and one behind a gap.
-const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
-
-/// The two rings lie in the regions that touch, at distances that leave room for more entries than there are.
-const RX_RING: u64 = 0x1_0000;
-const TX_RING: u64 = 0x1_4000;
-const DRIVER_AREA: u64 = 0x1000;
-const DEVICE_AREA: u64 = 0x2000;
-const ENTRIES_MAX: u16 = 64;
-const HEADER: usize = 12;
 /// Indirect tables, one behind the other in the last region.
 const TABLES: u64 = 4;
 const TABLE_LENGTH: u32 = 8;
 const TABLE_SIZE: u64 = 16 * TABLE_LENGTH as u64;
-
-/// Always the same draws, so that a test that fails fails again.
-fn cases(cases: u32) -> Cases {
-    Cases { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..Cases::default() }
-}
-
-fn memory() -> Arc<GuestMemory> {
-    let fd = memfd(REGIONS.iter().map(|(_, size)| size).sum());
-    let mut offset = 0;
-    let specs = REGIONS.map(|(start, size)| {
-        offset += size;
-        region(&fd, start, size, offset - size)
-    });
-    Arc::new(GuestMemory::new(&specs).unwrap())
-}
-
-fn holds(memory: &GuestMemory, buffer: &libc::iovec) -> bool {
-    let start = buffer.iov_base.addr();
-    REGIONS.iter().any(|&(address, size)| {
-        let host = memory.host_exact(address, size as usize).unwrap().addr();
-        (host..host + size as usize).contains(&start) && buffer.iov_len <= host + size as usize - start
-    })
-}
-
-/// An address that is inside memory, near its border, or anywhere.
-fn address() -> impl Strategy<Value = u64> {
-    let region = prop::sample::select(REGIONS.to_vec());
-    prop_oneof![
-        8 => (region.clone(), any::<u64>()).prop_map(|((start, size), offset)| start + offset % size),
-        2 => (region, 0..64u64).prop_map(|((start, size), offset)| start + size - 32 + offset),
-        1 => any::<u64>(),
-        1 => (0..64u64).prop_map(|back| u64::MAX - back),
-    ]
-}
-
-fn length() -> impl Strategy<Value = u32> {
-    prop_oneof![
-        6 => 0..2048u32,
-        2 => (1..200u32).prop_map(|descriptors| 16 * descriptors),
-        1 => any::<u32>(),
-        1 => Just(0x4000),
-    ]
-}
-
-/// Something a guest writes: where, and what.
-#[derive(Clone, Debug)]
-struct Write {
-    address: u64,
-    data: Vec<u8>,
-}
-
-impl Write {
-    fn make(&self, memory: &GuestMemory) {
-        let _ = memory.write(self.address, &self.data);
-    }
-}
-
-fn descriptor_bytes(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
-    [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
-}
-
-/// In the direction that fits the ring.
-fn good_flags(ring: u64) -> u16 {
-    if ring == RX_RING {
-        WRITE
-    } else {
-        0
-    }
-}
 
 /// A descriptor that may well be right.
 fn good_descriptor(ring: u64) -> impl Strategy<Value = Vec<u8>> {
@@ -206,11 +132,6 @@ impl Guest {
     }
 }
 
-fn features() -> impl Strategy<Value = Features> {
-    (any::<bool>(), prop::bool::weighted(0.8))
-        .prop_map(|(event_index, indirect)| Features { event_index, indirect })
-}
-
 /// What happens to a ring next.
 #[derive(Clone, Debug)]
 enum Step {
@@ -301,32 +222,6 @@ proptest! {
     }
 }
 
-/// The descriptors that a pair is lent. The same ones serve every case.
-struct Ends {
-    wire: OwnedFd,
-    tap: OwnedFd,
-    rings: [[OwnedFd; 3]; 2],
-}
-
-impl Ends {
-    fn new() -> Self {
-        let (wire, tap) = wire();
-        Self { wire, tap, rings: [(); 2].map(|()| [(); 3].map(|()| eventfd())) }
-    }
-
-    fn spec(&self, ring: usize, layout: Layout, next_avail: Option<u16>) -> RingSpec {
-        let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
-        RingSpec {
-            layout,
-            kick_fd: kick,
-            call_fd: Some(call),
-            error_fd: Some(error),
-            next_avail,
-            ledger: None,
-        }
-    }
-}
-
 /// What a whole pair meets.
 #[derive(Clone, Debug)]
 struct Scene {
@@ -384,8 +279,8 @@ proptest! {
                 format: Format::Split,
                 features: scene.features,
                 mergeable: scene.mergeable,
-                rx: Some(ends.spec(0, scene.rx.layout(RX_RING), scene.rx.start)),
-                tx: Some(ends.spec(1, scene.tx.layout(TX_RING), scene.tx.start)),
+                rx: Some(ends.spec(0, scene.rx.layout(RX_RING), scene.rx.start, None)),
+                tx: Some(ends.spec(1, scene.tx.layout(TX_RING), scene.tx.start, None)),
             };
             pair.configure(&config).unwrap();
             let before = pair.counters();

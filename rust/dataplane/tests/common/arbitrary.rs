@@ -1,0 +1,123 @@
+//! What the tests of rings in arbitrary memory draw from, whatever the rings' format.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use dataplane::chain::{Features, Layout};
+use dataplane::ledger::Slot;
+use dataplane::memory::GuestMemory;
+use dataplane::RingSpec;
+use proptest::prelude::*;
+use proptest::test_runner::{Config as Cases, RngSeed};
+
+use crate::common::{eventfd, memfd, region, wire, WRITE};
+
+/// Three regions: two that touch, and one behind a gap.
+pub const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
+
+/// The two rings lie in the regions that touch, at distances that leave room for more entries than there are.
+pub const RX_RING: u64 = 0x1_0000;
+pub const TX_RING: u64 = 0x1_4000;
+pub const DRIVER_AREA: u64 = 0x1000;
+pub const DEVICE_AREA: u64 = 0x2000;
+pub const ENTRIES_MAX: u16 = 64;
+pub const HEADER: usize = 12;
+
+/// Always the same draws, so that a test that fails fails again.
+pub fn cases(cases: u32) -> Cases {
+    Cases { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..Cases::default() }
+}
+
+pub fn memory() -> Arc<GuestMemory> {
+    let fd = memfd(REGIONS.iter().map(|(_, size)| size).sum());
+    let mut offset = 0;
+    let specs = REGIONS.map(|(start, size)| {
+        offset += size;
+        region(&fd, start, size, offset - size)
+    });
+    Arc::new(GuestMemory::new(&specs).unwrap())
+}
+
+pub fn holds(memory: &GuestMemory, buffer: &libc::iovec) -> bool {
+    let start = buffer.iov_base.addr();
+    REGIONS.iter().any(|&(address, size)| {
+        let host = memory.host_exact(address, size as usize).unwrap().addr();
+        (host..host + size as usize).contains(&start) && buffer.iov_len <= host + size as usize - start
+    })
+}
+
+/// An address that is inside memory, near its border, or anywhere.
+pub fn address() -> impl Strategy<Value = u64> {
+    let region = prop::sample::select(REGIONS.to_vec());
+    prop_oneof![
+        8 => (region.clone(), any::<u64>()).prop_map(|((start, size), offset)| start + offset % size),
+        2 => (region, 0..64u64).prop_map(|((start, size), offset)| start + size - 32 + offset),
+        1 => any::<u64>(),
+        1 => (0..64u64).prop_map(|back| u64::MAX - back),
+    ]
+}
+
+pub fn length() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        6 => 0..2048u32,
+        2 => (1..200u32).prop_map(|descriptors| 16 * descriptors),
+        1 => any::<u32>(),
+        1 => Just(0x4000),
+    ]
+}
+
+/// Something a guest writes: where, and what.
+#[derive(Clone, Debug)]
+pub struct Write {
+    pub address: u64,
+    pub data: Vec<u8>,
+}
+
+impl Write {
+    pub fn make(&self, memory: &GuestMemory) {
+        let _ = memory.write(self.address, &self.data);
+    }
+}
+
+pub fn descriptor_bytes(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
+    [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+}
+
+/// In the direction that fits the ring.
+pub fn good_flags(ring: u64) -> u16 {
+    if ring == RX_RING {
+        WRITE
+    } else {
+        0
+    }
+}
+
+pub fn features() -> impl Strategy<Value = Features> {
+    (any::<bool>(), prop::bool::weighted(0.8))
+        .prop_map(|(event_index, indirect)| Features { event_index, indirect })
+}
+
+/// The descriptors that a pair is lent. The same ones serve every case.
+pub struct Ends {
+    pub wire: OwnedFd,
+    pub tap: OwnedFd,
+    pub rings: [[OwnedFd; 3]; 2],
+}
+
+impl Ends {
+    pub fn new() -> Self {
+        let (wire, tap) = wire();
+        Self { wire, tap, rings: [(); 2].map(|()| [(); 3].map(|()| eventfd())) }
+    }
+
+    pub fn spec(
+        &self,
+        ring: usize,
+        layout: Layout,
+        next_avail: Option<u16>,
+        ledger: Option<Slot>,
+    ) -> RingSpec {
+        let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
+        RingSpec { layout, kick_fd: kick, call_fd: Some(call), error_fd: Some(error), next_avail, ledger }
+    }
+}
