@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +25,9 @@ ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 LOCAL: Final = ("--migration-parameter", "local=on")
 FRAME: Final = b"\xff" * 6 + bytes.fromhex("525400123456 88b5") + bytes(46)
+
+
+LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 
 
 class Site:
@@ -74,6 +80,18 @@ class Site:
         self.near.send(bytes(header_length(self.guest.features)) + FRAME)
         assert self.machine.recv(4096) == FRAME
 
+    def status(self, *options: str) -> str:
+        """What `localmig status` prints."""
+        done = subprocess.run(
+            [*LOCALMIG, "status", *options, str(self.daemon.qmp)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def hand_over(self) -> None:
         address = f"unix:{self.folder}/migrate"
         successor = self._ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=self.folder / "q1"))
@@ -81,6 +99,19 @@ class Site:
         assert self.daemon.wait_migration(seconds=PATIENCE_S)["status"] == "completed"
         assert (self.daemon.execute("query-devices"), self.daemon.execute("query-netdevs")) == ([], [])
         assert self.daemon.quit() == 0
+        self.daemon = successor
+
+    def outlive(self) -> None:
+        """The daemon dies once its successor has all, and before that one serves."""
+        address = f"unix:{self.folder}/migrate"
+        successor = self._ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=self.folder / "q1"))
+        self.daemon.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}]
+        )
+        self.daemon.execute("migrate", uri=address)
+        self.daemon.wait_fact(lambda fact: fact.get("status") == "pre-switchover", seconds=PATIENCE_S)
+        self.daemon.kill()
+        successor.wait_fact(lambda fact: fact.get("status") == "completed", seconds=PATIENCE_S)
         self.daemon = successor
 
 
@@ -171,3 +202,29 @@ def test_asking_again_and_again_disturbs_no_packet(site: Site) -> None:
         site.say()
         site.hear()
         assert site.counters()["tx-packets"] == number + 1
+
+
+def test_status_shows_what_is_served_and_what_moves(site: Site) -> None:
+    site.guest.attach()
+    for _ in range(3):
+        site.hear()
+    shown = site.status().splitlines()
+    assert "devices    1, 1 connected; 2 rings run, 0 failed" in shown
+    moved = f"nic0 net0 (tap0) connected 2 run 3 packets, {3 * len(FRAME)} B 0 packets, 0 B 0"
+    assert shown[-1].split() == moved.split()
+    told = json.loads(site.status("--json", "--rate", "0.01"))
+    assert told["devices"] == [site.device()]
+    assert told["netdevs"] == [site.netdev()]
+    assert told["rates"]["nic0"]["rx-packets"] == 0
+    detail = site.status("--device", "nic0", "--rate", "0.01").splitlines()
+    assert f"0      to guest    {QUEUE_SIZE}    3         runs" in detail
+    assert any(line.startswith("features   ") and "VIRTIO" in line for line in detail)
+
+
+def test_status_tells_of_a_daemon_that_took_over_because_the_other_one_died(site: Site) -> None:
+    site.guest.attach()
+    site.say()
+    site.outlive()
+    site.say()
+    assert "the source died during the handover; this daemon took over from guest memory" in site.status()
+    assert "1 connected; 2 rings run" in site.status()

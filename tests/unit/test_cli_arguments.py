@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 from localmig.cli import main
 from localmig.cli.qmp import read_arguments
 from localmig.cli.run import read_parameters
-from localmig.cli.status import show, show_migration, table
+from localmig.cli.status import show_migration
+from localmig.cli.text import table
 from localmig.errors import ConfigError
 from localmig.migration.parameters import Parameters
 from localmig.options import CONFIG_BYTES_MAX
@@ -174,28 +174,6 @@ def test_help_for_an_object_lists_its_options(capsys: pytest.CaptureFixture[str]
 )
 def test_a_migration_is_shown_in_one_line(migration: dict[str, object], text: str) -> None:
     assert show_migration(migration) == text
-
-
-def test_the_status_of_a_daemon_is_shown_with_its_objects() -> None:
-    facts = {
-        "pid": 5,
-        "version": "localmig 1.2.3",
-        "status": "running",
-        "migration": {},
-        "objects": [
-            {"id": "net0", "type": "tap", "transfers": True},
-            {"id": "nic0", "type": "virtio-net", "transfers": False, "reason": "told so"},
-        ],
-    }
-    assert show(json.loads(json.dumps(facts))).splitlines() == [
-        "daemon     process 5, localmig 1.2.3",
-        "run state  running",
-        "migration  none yet",
-        "",
-        "object  type        descriptors in a local migration",
-        "net0    tap         would move",
-        "nic0    virtio-net  stays home: told so",
-    ]
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from localmig.cli.status import table
+from localmig.cli.text import table
 from localmig.errors import KernelError, PeerError
 from localmig.migration.analysis import STREAM_SIZE_MAX, Analysis, Field, Section, analyze
 

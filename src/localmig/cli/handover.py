@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from localmig.cli.client import Client
-from localmig.cli.status import milliseconds, table
+from localmig.cli.text import milliseconds, table
 from localmig.errors import LocalmigError, PeerError, StateError
 
 SETTLE_TIMEOUT_S: Final = 15.0
@@ -127,14 +127,6 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
         type=lambda path: str(Path(path).absolute()),
         help="let the daemon write what moved to FILE, mode 0600, once the guest is served: see 'localmig analyze'",
     )
-
-
-def seconds(text: str) -> float:
-    """A duration on the command line."""
-    value = float(text)
-    if not value > 0:
-        raise ValueError(text)
-    return value
 
 
 def let_signals_cancel() -> None:

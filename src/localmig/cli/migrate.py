@@ -29,8 +29,8 @@ from localmig.cli.handover import (
     read_settings,
     run_state,
     say,
-    seconds,
 )
+from localmig.cli.text import seconds
 from localmig.errors import PeerLostError, StateError
 from localmig.options import parse_address
 

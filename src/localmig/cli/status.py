@@ -1,8 +1,8 @@
 """`localmig status`: what a daemon serves and how it is.
 
-Owns:        how that is shown; the table form, which other commands use too.
+Owns:        which facts are asked for, and how they are shown; rates, from two samples.
 Never sees:  anything a QMP client could not ask.
-Read next:   client.py.
+Read next:   client.py; monitor/commands/objects.py for most of the facts.
 """
 
 from __future__ import annotations
@@ -10,16 +10,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from localmig.cli.client import connected
+from localmig.cli.client import Client, connected
+from localmig.cli.text import milliseconds, quantity, seconds, table
+from localmig.errors import ConfigError
 
 _EXAMPLES: Final = """\
 examples:
   localmig status /run/vm1/qmp.sock
   localmig status --json /run/vm1/qmp.sock
+
+  what moves, counted over two seconds:
+    localmig status --rate 2 /run/vm1/qmp.sock
+
+  all about one device, again and again:
+    watch localmig status --device nic0 --rate 1 /run/vm1/qmp.sock
 """
+
+_ROWS_MAX: Final = 20
+"""Devices in the table: with the lines above it they fill a terminal. Those that want a look come first."""
+
+_QUEUE_PAIRS_MAX: Final = 6
+"""Columns of one device's counters, for the same reason."""
+
+_WIDTH: Final = 100
+
+_DROPS: Final = ("rx-dropped-length", "tx-dropped-interface", "tx-dropped-header", "tx-dropped-memory")
+
+Facts = Mapping[str, Any]
+"""JSON objects as the daemon answers them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -27,51 +50,183 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "status",
         help="show what a daemon serves and how it is",
-        description="Shows a daemon's run state, its last migration, and for each object whether a local migration "
-        "would move its descriptors.",
+        description="Shows a daemon's run state, its last migration, and its devices: whether a guest is connected, "
+        "which rings run, what moved and what was dropped, and what would stay behind in a local migration.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("socket", metavar="QMP-SOCKET", help="path of the daemon's QMP socket")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", metavar="ID", help="all about one device")
+    parser.add_argument(
+        "--rate", metavar="SECONDS", type=seconds, help="count for so long, and show what moves in a second"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
     parser.set_defaults(execute=execute)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Carries the command out."""
-    facts = asyncio.run(_ask(arguments.socket))
-    print(json.dumps(facts, indent=2) if arguments.json else show(facts))
+    facts = asyncio.run(_ask(arguments.socket, arguments.rate))
+    if arguments.device is not None:
+        device_of(facts, arguments.device)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(show(facts) if arguments.device is None else show_device(facts, arguments.device))
     return 0
 
 
-async def _ask(path: str) -> dict[str, Any]:
+async def _ask(path: str, rate_s: float | None) -> dict[str, Any]:
     async with connected(path) as client:
-        return {
+        first = await _sample(client)
+        if rate_s is not None:
+            await asyncio.sleep(rate_s)
+        second = first if rate_s is None else await _sample(client)
+        facts = {
             "pid": client.pid,
             "version": (await client.execute("query-version"))["package"],
             "status": (await client.execute("query-status"))["status"],
             "migration": await client.execute("query-migrate"),
             "objects": await client.execute("query-local-migration"),
+            "netdevs": await client.execute("query-netdevs"),
+            "devices": second[1],
         }
+        if rate_s is not None:
+            facts["rates"] = rates(first[1], second[1], second[0] - first[0])
+        return facts
 
 
-def show(facts: Mapping[str, Any]) -> str:
+async def _sample(client: Client) -> tuple[float, list[Any]]:
+    """When the devices were asked, in seconds, and what they answered."""
+    asked_s = time.monotonic()
+    return asked_s, await client.execute("query-devices")
+
+
+def rates(before: Sequence[Facts], after: Sequence[Facts], elapsed_s: float) -> dict[str, dict[str, float]]:
+    """What each device counted in a second, for those that are there both times."""
+    earlier = {device["id"]: totals(device) for device in before}
+    return {
+        device["id"]: {
+            name: round((count - earlier[device["id"]][name]) / elapsed_s, 1) for name, count in totals(device).items()
+        }
+        for device in after
+        if device["id"] in earlier and earlier[device["id"]].keys() == totals(device).keys()
+    }
+
+
+def totals(device: Facts) -> dict[str, int]:
+    """A device's counters, all queue pairs together."""
+    sums: dict[str, int] = {}
+    for pair in device["queue-pairs"]:
+        for name, count in pair["counters"].items():
+            sums[name] = sums.get(name, 0) + count
+    return sums
+
+
+def device_of(facts: Facts, wanted: str) -> Facts:
+    """The device of that id. ConfigError where there is none."""
+    for device in facts["devices"]:
+        if device["id"] == wanted:
+            found: Facts = device
+            return found
+    known = [device["id"] for device in facts["devices"]]
+    shown = ", ".join(known[:_ROWS_MAX]) + (", …" if len(known) > _ROWS_MAX else "")
+    raise ConfigError(f"there is no device '{wanted}': {f'there are {shown}' if known else 'there is none at all'}")
+
+
+# -- the whole daemon -------------------------------------------------------------------------------------------------
+
+
+def show(facts: Facts) -> str:
     """The facts as text for people."""
-    lines = [
+    lines = _head(facts)
+    devices = facts["devices"]
+    if devices:
+        lines.append(f"devices    {_summary(devices)}")
+        # Sorting keeps the order among equals.
+        rows = sorted((_row(facts, device) for device in devices), key=lambda row: not row[-1])
+        lines += ["", _table_without_empty_columns(_heads(facts), rows[:_ROWS_MAX])]
+        if len(rows) > _ROWS_MAX:
+            lines.append(f"… and {len(rows) - _ROWS_MAX} more: --device ID shows one, --json all")
+    return "\n".join(lines)
+
+
+def _head(facts: Facts) -> list[str]:
+    return [
         f"daemon     process {facts['pid']}, {facts['version']}",
         f"run state  {facts['status']}",
         f"migration  {show_migration(facts['migration'])}",
     ]
-    if facts["objects"]:
-        rows = [
-            (each["id"], each["type"], "would move" if each["transfers"] else f"stays home: {each['reason']}")
-            for each in facts["objects"]
-        ]
-        lines += ["", table(("object", "type", "descriptors in a local migration"), rows)]
-    return "\n".join(lines)
 
 
-def show_migration(migration: Mapping[str, Any]) -> str:
+def _summary(devices: Sequence[Facts]) -> str:
+    connected_count = sum("session" in device for device in devices)
+    vrings = [vring for device in devices for vring in device["vrings"]]
+    running, failed = (sum(vring[what] for vring in vrings) for what in ("running", "failed"))
+    return f"{len(devices)}, {connected_count} connected; {running} rings run, {failed} failed"
+
+
+def _heads(facts: Facts) -> tuple[str, ...]:
+    per = " a second" if "rates" in facts else ""
+    return ("device", "netdev", "frontend", "rings", f"to guest{per}", f"from guest{per}", "dropped", "note")
+
+
+def _row(facts: Facts, device: Facts) -> tuple[str, ...]:
+    counts = totals(device)
+    moved = facts["rates"].get(device["id"], {}) if "rates" in facts else counts
+    return (
+        device["id"],
+        _netdev(facts, device),
+        "connected" if "session" in device else "none",
+        _rings(device),
+        _moved(moved, "rx", "bit/s" if "rates" in facts else "B"),
+        _moved(moved, "tx", "bit/s" if "rates" in facts else "B"),
+        quantity(_dropped(counts)),
+        "; ".join(_notes(facts, device)),
+    )
+
+
+def _table_without_empty_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    kept = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    return table([heads[column] for column in kept], [[row[column] for column in kept] for row in rows])
+
+
+def _netdev(facts: Facts, device: Facts) -> str:
+    for netdev in facts["netdevs"]:
+        if netdev["id"] == device["netdev"]:
+            return f"{netdev['id']} ({netdev.get('ifname', 'closed')})"
+    return str(device["netdev"])
+
+
+def _rings(device: Facts) -> str:
+    """Those that the frontend started, and how many of them run."""
+    started = [vring for vring in device["vrings"] if vring["started"]]
+    running = sum(vring["running"] for vring in started)
+    if not started:
+        return "none"
+    return f"{running} run" if running == len(started) else f"{running} of {len(started)} run"
+
+
+def _moved(counts: Mapping[str, float], direction: str, unit: str) -> str:
+    packets, size = counts.get(f"{direction}-packets", 0), counts.get(f"{direction}-bytes", 0)
+    return f"{quantity(packets)} packets, {quantity(size * (8 if unit == 'bit/s' else 1), unit)}"
+
+
+def _dropped(counts: Mapping[str, int]) -> int:
+    return sum(counts.get(name, 0) for name in _DROPS)
+
+
+def _notes(facts: Facts, device: Facts) -> Iterator[str]:
+    """What wants a look. Drops are no reason: a guest that is not up yet drops what it is sent."""
+    for vring in device["vrings"]:
+        if vring["failed"]:
+            yield f"vring {vring['index']} failed"
+    for each in facts["objects"]:
+        if each["id"] in (device["id"], device["netdev"]) and not each["transfers"]:
+            yield f"{each['id']} stays home: {each['reason']}"
+
+
+def show_migration(migration: Facts) -> str:
     """What query-migrate returned, in one line."""
     if not migration:
         return "none yet"
@@ -86,14 +241,92 @@ def show_migration(migration: Mapping[str, Any]) -> str:
     return text
 
 
-def milliseconds(microseconds: int) -> str:
-    """A duration as people read it."""
-    return f"{microseconds / 1000:.3f} ms"
+# -- one device -------------------------------------------------------------------------------------------------------
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)
+def show_device(facts: Facts, wanted: str) -> str:
+    """One device as text for people."""
+    device = device_of(facts, wanted)
+    lines = [
+        *_head(facts),
+        f"device     {', '.join(device[name] for name in ('id', 'type', 'mac') if name in device)}",
+        f"socket     {device['socket']}, {'listens' if device['server'] else 'connects'}",
+        f"netdev     {_netdev_facts(facts, device)}",
+        *(f"note       {note}" for note in _notes(facts, device)),
+        *_session_lines(device),
+    ]
+    if device["vrings"]:
+        rows = [
+            (
+                str(vring["index"]),
+                "from guest" if vring["index"] % 2 else "to guest",
+                str(vring["size"]),
+                str(vring["position"]),
+                _vring_state(vring),
+            )
+            for vring in device["vrings"]
+        ]
+        lines += ["", table(("vring", "direction", "size", "position", "state"), rows)]
+    if device["queue-pairs"]:
+        lines += ["", _counters(facts, device)]
+    return "\n".join(lines)
+
+
+def _netdev_facts(facts: Facts, device: Facts) -> str:
+    netdev = next((each for each in facts["netdevs"] if each["id"] == device["netdev"]), None)
+    if netdev is None or not netdev["open"]:
+        return f"{device['netdev']}, closed"
+    offloads = " ".join(netdev["offloads"]) or "none"
+    return (
+        f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, MTU {netdev['mtu']}, "
+        f"{netdev['attached-queues']} of {netdev['queues']} queues attached, "
+        f"header of {netdev['vnet-header-length']} bytes, offloads {offloads}"
     )
+
+
+def _session_lines(device: Facts) -> list[str]:
+    session = device.get("session")
+    if session is None:
+        return ["frontend   none"]
+    memory = f"{session['memory-size'] / 2**20:.0f} MiB in {session['memory-regions']} regions"
+    return [
+        f"frontend   connected, {memory}",
+        *_wrapped("status", session["device-status"]),
+        *_wrapped("features", session["features"]),
+        *_wrapped("protocol", session["protocol-features"]),
+    ]
+
+
+def _wrapped(head: str, names: Sequence[str]) -> list[str]:
+    return textwrap.wrap(
+        " ".join(names) or "none",
+        width=_WIDTH,
+        initial_indent=head.ljust(11),
+        subsequent_indent=" " * 11,
+        break_on_hyphens=False,
+    )
+
+
+def _vring_state(vring: Facts) -> str:
+    if vring["failed"]:
+        return f"failed: {vring.get('failure', 'in the daemon before this one, see its log')}"
+    if vring["running"]:
+        return "runs"
+    if not vring["started"]:
+        return "not started"
+    return "stands still" if vring["enabled"] else "started, not enabled"
+
+
+def _counters(facts: Facts, device: Facts) -> str:
+    """A line for each counter; a column for each queue pair, for all of them, and for a second."""
+    pairs, sums = device["queue-pairs"], totals(device)
+    columns: list[tuple[str, Mapping[str, float]]] = []
+    if 1 < len(pairs) <= _QUEUE_PAIRS_MAX:
+        columns += [(f"queue pair {pair['index']}", pair["counters"]) for pair in pairs]
+    columns.append(("all" if len(pairs) > 1 else "queue pair 0", sums))
+    rows = [(name, *(str(counts[name]) for _, counts in columns)) for name in sums]
+    heads = ["counter", *(head for head, _ in columns)]
+    if (moving := facts.get("rates", {}).get(device["id"])) is not None:
+        heads.append("a second")
+        rows = [(*row, quantity(moving[row[0]])) for row in rows]
+    return table(heads, rows)

@@ -46,8 +46,8 @@ from localmig.cli.handover import (
     read_settings,
     run_state,
     say,
-    seconds,
 )
+from localmig.cli.text import seconds
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
