@@ -1,7 +1,7 @@
 """The streams of a daemon with one TAP and one virtio-net device, from fixed states: what its vectors are made of.
 
-Owns:        the states of daemons with a session, without one, with packed rings, with descriptors that stay home,
-             with server=off.
+Owns:        the states of daemons with a session, without one, with packed rings, with two queue pairs, with
+             server=off, with descriptors that stay home.
 Never sees:  a live device.
 Read next:   test_nic_vectors.py, vectors/README.md.
 
@@ -27,6 +27,7 @@ from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
+from localmig.virtio.net import NetFeature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -54,8 +55,12 @@ class Daemon:
         return [
             Section(name=TAP_NAME, description=TAP, state=self.tap),
             Section(name=NIC_NAME, description=VIRTIO_NET, state=self.nic),
-            Section(name=QUEUE_PAIRS_NAME, description=RINGS_SETUP, state=RingsSetup(queue_pairs=("nic0/0",))),
+            Section(name=QUEUE_PAIRS_NAME, description=RINGS_SETUP, state=self._queue_pairs),
         ]
+
+    @property
+    def _queue_pairs(self) -> RingsSetup:
+        return RingsSetup(queue_pairs=tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets))))
 
     @property
     def switchover(self) -> list[Section]:
@@ -73,7 +78,13 @@ class Sample:
     @property
     def features(self) -> int:
         """What the guest acknowledged."""
-        return FEATURES | (Feature.RING_PACKED if self is PACKED else 0)
+        features = FEATURES | (Feature.RING_PACKED if self is PACKED else 0)
+        return features | (NetFeature.MQ if self is WIDE else 0)
+
+    @property
+    def queue_pairs(self) -> int:
+        """How many the NIC has."""
+        return 2 if self is WIDE else 1
 
     @property
     def path(self) -> Path:
@@ -84,13 +95,13 @@ class Sample:
         """The states, with these descriptors."""
         take = iter(fds)
         return Daemon(
-            tap=_tap(None if self is HOME else _descriptors(next(take))),
+            tap=_tap(None if self is HOME else _descriptors(tuple(next(take) for _ in range(self.queue_pairs)))),
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
                 socket=None if self is HOME else _socket(self, take),
             ),
-            rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF)),
+            rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
         )
 
 
@@ -99,11 +110,13 @@ IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
 CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
 PACKED: Final = Sample(name="nic-packed", descriptor_count=13)
-SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=13)
+SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 
-def _descriptors(queue: OwnedFd) -> TapDescriptors:
-    return TapDescriptors(queues=(queue,), attached=(True,), downscript="/etc/tap-down")
+def _descriptors(queues: tuple[OwnedFd, ...]) -> TapDescriptors:
+    attached = tuple(queue is queues[0] for queue in queues)
+    return TapDescriptors(queues=queues, attached=attached, downscript="/etc/tap-down")
 
 
 def _tap(descriptors: TapDescriptors | None) -> TapState:
@@ -119,6 +132,9 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
     if sample is IDLE:
         return SocketState(listener=listener, connection=None)
     connection, session, ledger = next(fds), _session_state(fds), None
+    if sample is WIDE:
+        session.features_acked = sample.features
+        session.vrings += [VringState(), VringState()]  # a pair that the guest does not use
     if sample is PACKED:
         ledger = next(fds)
         session.features_acked = sample.features
@@ -181,9 +197,9 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
     )
 
 
-def _rings(next_avail: tuple[int, int]) -> RingsState:
+def _rings(next_avail: tuple[int, int], *, queue_pairs: int) -> RingsState:
     rx_next_avail, tx_next_avail = next_avail
-    return RingsState(
+    first = RingsState(
         rx_next_avail=(rx_next_avail,),
         tx_next_avail=(tx_next_avail,),
         failed=(2,),
@@ -200,6 +216,7 @@ def _rings(next_avail: tuple[int, int]) -> RingsState:
         tx_kicks=(7,),
         tx_calls=(8,),
     )
+    return RingsState(*(column + (0,) * (queue_pairs - 1) for column in first))
 
 
 @contextmanager

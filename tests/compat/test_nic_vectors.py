@@ -59,8 +59,12 @@ def test_the_vector_explains_itself(sample: Sample) -> None:
     assert sections[nic.TAP_NAME]["ifname"] == b"tap0"
     assert sections[nic.TAP_NAME]["mtu"] == 9000
     rings = sections[nic.RINGS_NAME]
-    assert rings["rx_packets"] == 1 << 40
-    assert rings["tx_next_avail"] == (0 if sample is nic.IDLE else 0xFFFF)
+    position = 0 if sample is nic.IDLE else 0xFFFF
+    if sample.queue_pairs > 1:
+        assert (rings["rx_packets"], rings["tx_next_avail"]) == ([1 << 40, 0], [position, 0])
+        assert sections[nic.TAP_NAME]["descriptors"]["attached"] == [True, False]
+    else:
+        assert (rings["rx_packets"], rings["tx_next_avail"]) == (1 << 40, position)
 
 
 def test_the_session_explains_itself() -> None:
@@ -71,10 +75,12 @@ def test_the_session_explains_itself() -> None:
     assert [vring["call.present"] for vring in session["vrings"]] == [True, False]
 
 
-@pytest.mark.parametrize("sample", [nic.SESSION, nic.PACKED], ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [nic.SESSION, nic.PACKED, nic.WIDE], ids=lambda sample: sample.name)
 def test_the_session_is_one_that_can_be(sample: Sample) -> None:
     with open_descriptors(sample.descriptor_count) as fds:
         socket = sample.daemon(fds).nic.socket
         assert socket is not None
         assert socket.connection is not None
-        check_state(socket.connection.session, Offer(features=sample.features, vring_count=2, queue_count=1))
+        count = sample.queue_pairs
+        offer = Offer(features=sample.features, vring_count=2 * count, queue_count=count)
+        check_state(socket.connection.session, offer)
