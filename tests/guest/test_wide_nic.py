@@ -19,6 +19,9 @@ from localmig.testing.qemu import vhost_user_netdev
 
 QUEUE_PAIRS: Final = 4
 
+CHANGED: Final = "guest: changed"
+"""What its console says then."""
+
 LONGEST_UNSEGMENTED: Final = 1514
 """Bytes of a frame at MTU 1500."""
 
@@ -55,7 +58,7 @@ def attached_queues(lab: Lab) -> int:
 
 def use_pairs(guest: Guest, count: int) -> None:
     """The guest's administrator changes how many queue pairs it uses."""
-    said = guest.run(f"ethtool -L eth0 combined {count} 2>&1; ethtool -l eth0")
+    said = guest.run(f"ethtool -L eth0 combined {count} 2>&1; echo {CHANGED} >/dev/console; ethtool -l eth0")
     assert re.findall(r"Combined:\s+(\d+)", said) == [str(QUEUE_PAIRS), str(count)], said
 
 
@@ -100,8 +103,10 @@ def test_a_change_of_queue_pairs_in_the_middle_of_a_handover_is_the_destinations
                 async for event in events:
                     if event["data"]["status"] == "pre-switchover":  # type: ignore[index]
                         break
-                # Nobody reads the control plane now: what the VMM says waits in the socket.
-                await asyncio.to_thread(use_pairs, guest, count)
+                # Nobody reads the control plane now: what the VMM says waits in the socket. So do packets of pairs that
+                # nobody enabled yet, the answer perhaps among them.
+                changing = asyncio.create_task(asyncio.to_thread(use_pairs, guest, count))
+                await asyncio.to_thread(guest.process.wait_for, CHANGED, seconds_max=CHANGE_SECONDS_MAX)
                 assert attached_queues(lab) == 2
                 await source.execute("migrate-continue", {"state": "pre-switchover"})
                 async for event in events:
@@ -109,6 +114,7 @@ def test_a_change_of_queue_pairs_in_the_middle_of_a_handover_is_the_destinations
                         break
             info = await source.execute("query-migrate")
             assert info["status"] == "completed", info  # type: ignore[index]
+            await changing
             # An answer comes after what was in the device's socket before: both are read by one event loop.
             async with asyncio.timeout(CHANGE_SECONDS_MAX):
                 while attached_queues(lab) != count:
