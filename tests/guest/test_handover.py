@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -86,25 +87,34 @@ def test_a_vmm_that_listens_sees_no_change_and_is_found_again_after_its_restart(
         guest.process.stop()
 
 
-def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("netdev", "device"),
+    [
+        pytest.param(vhost_user_netdev, "", id="vmm-connects"),
+        pytest.param(vhost_user_server, ",server=off,reconnect-ms=20", id="vmm-listens"),
+    ],
+)
+def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(
+    lab: Lab, netdev: Callable[[Path], list[str]], device: str
+) -> None:
     lab.add_tap("tap0")  # by an operator: it outlasts the daemon that lets go of it
     lab.set_up("tap0")
     service = Service(lab)
-    source = service.start(*service.objects())
-    guest = boot_qemu(lab, service)
+    source = service.start(*service.objects(device=device))
+    guest = lab.boot_qemu(netdev(service.socket))
     guest.wait_ready()
-    carrier_changes = guest.carrier_changes()
 
     destination_qmp = lab.folder / "destination.sock"
     uri = f"unix:{lab.folder / 'migrate.sock'}"
-    service.start(*service.objects(), "--incoming", uri, qmp=destination_qmp)
+    service.start(*service.objects(device=device), "--incoming", uri, qmp=destination_qmp)
 
     async def conversation() -> None:
         client = QMPClient("source")
         await client.connect(str(service.qmp))
         try:
             info = await migrate(client, uri)
-            assert info["status"] == "completed", info
+            # Nothing but a new connection can serve the guest afterwards.
+            assert (info["status"], info["local"]["descriptors"]) == ("completed", 0), info
         finally:
             await client.disconnect()
 
@@ -113,7 +123,6 @@ def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(lab: Lab) 
     with EchoTransfer(guest) as transfer:
         transfer.wait_progress(1_000_000)
         assert transfer.finish().intact
-    assert guest.carrier_changes() > carrier_changes, "the frontend did not reconnect"
 
 
 def test_a_driver_reset_during_handovers_leaves_a_working_guest(lab: Lab) -> None:

@@ -340,6 +340,16 @@ def test_what_one_side_left_out_fits_everything() -> None:
     assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
 
 
+def test_each_side_may_have_its_own_pause_between_attempts_and_the_sources_is_told() -> None:
+    ours = VirtioNetSpec(id="nic0", netdev="net0", socket="/x", server=False, reconnect_ms=5)
+    theirs = dataclasses.replace(ours, reconnect_ms=7)
+    assert differences(ours, theirs, with_descriptors=True) == []
+    assert from_mapping("device", to_mapping(theirs)) == theirs
+    assert differences(ours, dataclasses.replace(ours, server=True, reconnect_ms=0), with_descriptors=True) == [
+        "device 'nic0' has server=off here and on there"
+    ]
+
+
 def test_specs_of_different_types_do_not_fit() -> None:
     assert differences(TAP, NIC, with_descriptors=True) == ["netdev 'net0' is a tap here and a virtio-net there"]
 
