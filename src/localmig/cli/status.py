@@ -276,7 +276,7 @@ def _netdev_facts(facts: Facts, device: Facts) -> str:
     netdev = next((each for each in facts["netdevs"] if each["id"] == device["netdev"]), None)
     if netdev is None or not netdev["open"]:
         return f"{device['netdev']}, closed"
-    offloads = " ".join(netdev["offloads"]) or "none"
+    offloads = " ".join(_without_prefix(netdev["offloads"], "TUN_F_")) or "none"
     return (
         f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, MTU {netdev['mtu']}, "
         f"{netdev['attached-queues']} of {netdev['queues']} queues attached, "
@@ -288,13 +288,18 @@ def _session_lines(device: Facts) -> list[str]:
     session = device.get("session")
     if session is None:
         return ["frontend   none"]
-    memory = f"{session['memory-size'] / 2**20:.0f} MiB in {session['memory-regions']} regions"
+    count = session["memory-regions"]
+    memory = f"{session['memory-size'] / 2**20:.0f} MiB in {count} region{'' if count == 1 else 's'}"
     return [
         f"frontend   connected, {memory}",
-        *_wrapped("status", session["device-status"]),
+        *_wrapped("driver", _without_prefix(session["device-status"], "VIRTIO_CONFIG_S_")),
         *_wrapped("features", session["features"]),
-        *_wrapped("protocol", session["protocol-features"]),
+        *_wrapped("protocol", _without_prefix(session["protocol-features"], "VHOST_USER_PROTOCOL_F_")),
     ]
+
+
+def _without_prefix(names: Sequence[str], prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in names]
 
 
 def _wrapped(head: str, names: Sequence[str]) -> list[str]:
