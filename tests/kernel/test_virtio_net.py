@@ -15,7 +15,7 @@ import pytest
 from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
+from localmig.testing.frontend import DRIVER_FEATURES, PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
 from localmig.trace import Event, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
@@ -43,7 +43,7 @@ def frame(number: int) -> bytes:
 class Site:
     """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
 
-    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None) -> None:
+    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None, packed: bool = False) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
         self.facts: list[Event] = []
@@ -60,7 +60,13 @@ class Site:
         )
         rings = Rings(tracer)
         self.device = VirtioNet(
-            id="nic0", netdev=self.tap, socket=plan, local_migration=True, rings=rings, tracer=tracer
+            id="nic0",
+            netdev=self.tap,
+            socket=plan,
+            local_migration=True,
+            packed=packed,
+            rings=rings,
+            tracer=tracer,
         )
         self.device.open()
         ends.callback(self.device.close)
@@ -83,9 +89,9 @@ class Site:
                 await self._new_fact.wait()
         return found[-1]
 
-    def guest(self, kind: type[NetGuest] = NetGuest) -> Guest:
+    def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES) -> Guest:
         """A guest that is not attached yet."""
-        return Guest(self, kind, self._ends)
+        return Guest(self, kind, features, self._ends)
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -96,7 +102,7 @@ async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
 class Guest:
     """A guest whose own TAP is a socket: frames go in and come out of `near`, behind their header."""
 
-    def __init__(self, site: Site, kind: type[NetGuest], ends: ExitStack) -> None:
+    def __init__(self, site: Site, kind: type[NetGuest], features: int, ends: ExitStack) -> None:
         self._site = site
         self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends.enter_context(self.near)
@@ -105,7 +111,13 @@ class Guest:
         tap.setblocking(False)
         where = site.path if site.listens else ends.enter_context(FrontendListener(site.path))
         self.vmm = ends.enter_context(
-            kind(where, tap_fds=[tap.fileno()], queue_size=QUEUE_SIZE, answer_seconds_max=PATIENCE_S)
+            kind(
+                where,
+                tap_fds=[tap.fileno()],
+                queue_size=QUEUE_SIZE,
+                features=features,
+                answer_seconds_max=PATIENCE_S,
+            )
         )
 
     @property
@@ -142,12 +154,12 @@ class Guest:
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
-def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
         with ExitStack() as ends:
-            await scenario(Site(path / "nic0.sock", ends))
+            await scenario(Site(path / "nic0.sock", ends, packed=packed))
 
     asyncio.run(play())
 
@@ -212,6 +224,82 @@ def test_a_broken_ring_is_seen_with_its_reason_until_the_driver_resets(tmp_path:
         assert site.device.info().session is None
 
     run(tmp_path, scenario)
+
+
+# -- packed rings ---------------------------------------------------------------------------------------------
+
+PACKED_FEATURES: Final = DRIVER_FEATURES | Feature.RING_PACKED
+DESCRIPTOR_AVAIL: Final = 1 << 7
+
+
+def test_packed_rings_carry_frames_stop_go_on_and_begin_anew(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES)
+        await beside(guest.vmm.attach)
+        assert guest.vmm.features & Feature.RING_PACKED
+        await guest.talks()
+        # One lap and one entry: the wrap counters are 0 now.
+        await beside(guest.vmm.detach)
+        assert guest.vmm.bases == (0x0001_0001, 0x0001_0001)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        memory = guest.vmm.memory
+        await beside(guest.vmm.frontend.set_mem_table, [(memory.region, memory.fd.fileno())])
+        await guest.talks()
+        await beside(guest.vmm.frontend.remove_mem_region, memory.region)
+        guest.near.send(bytes(guest.header) + frame(7))
+        await beside(guest.vmm.frontend.add_mem_region, memory.region, memory.fd.fileno())
+        assert await beside(site.machine.recv, 4096) == frame(7)
+        await beside(guest.vmm.reset_driver)
+        assert guest.vmm.bases == (0x8000_8000, 0x8000_8000)
+        await guest.talks()
+        await beside(guest.vmm.reconnect)
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+def test_a_guest_that_does_not_know_packed_rings_has_split_ones(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        for features in (DRIVER_FEATURES, PACKED_FEATURES, DRIVER_FEATURES):
+            guest = site.guest(features=features)
+            await beside(guest.vmm.attach)
+            assert guest.vmm.features == features
+            await guest.talks()
+            await beside(guest.vmm.close)
+
+    run(tmp_path, scenario, packed=True)
+
+
+def test_packed_rings_are_offered_only_where_the_user_says_so(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES)
+        await beside(guest.vmm.attach)
+        assert guest.vmm.features == DRIVER_FEATURES
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_packed_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_resets(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES)
+        await beside(guest.vmm.attach)
+        assert guest.vmm._drivers
+        ring, _, _ = guest.vmm._drivers[0].ring_addresses()[TX]
+        descriptor = (0x10).to_bytes(8, "little") + (64).to_bytes(4, "little") + bytes(2)
+        guest.vmm.memory.mapping.write(ring, descriptor + DESCRIPTOR_AVAIL.to_bytes(2, "little"))
+        os.eventfd_write(guest.vmm._vrings[TX].kick.fileno(), 1)
+        failed = await site.fact(RingFailed)
+        assert (failed.vring, failed.reason) == (TX, "0x40 bytes at 0x10 are not inside guest memory")
+        assert await beside(guest.vmm.ring_error, TX, PATIENCE_S)
+        for number in range(QUEUE_SIZE + 1):
+            await guest.hears(number)
+        await beside(guest.vmm.reset_driver)
+        guest.vmm.ring_error(TX)
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
