@@ -46,6 +46,9 @@ examples:
                  --device virtio-net,id=nic0,netdev=net0,socket=/run/vm1/nic0.sock \\
                  --qmp unix:/run/vm1/qmp.sock
 
+  the same from a file, whose form docs/operating.md shows:
+    localmig run --config /etc/localmig/vm1.toml
+
   a daemon that takes over what another one serves ('localmig upgrade' does all of it):
     localmig run --qmp unix:/run/vm1/qmp.sock --incoming unix:/run/vm1/migrate.sock \\
                  --migration-parameter local=on

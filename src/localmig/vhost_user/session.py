@@ -180,7 +180,7 @@ class Connector(Contact):
     """Connects to a socket on which the VMM listens, and again after it left.
 
     One attempt at a time. An attempt does not wait: on a UNIX socket connect(2) is done or refused at once. The log
-    has a line when a reason why there is no frontend is new, and one when it connected, not one for each attempt.
+    has a line when attempts begin to fail, or fail for another reason, and one when they end; not one for each.
 
     Args:
         path: where the VMM listens.
@@ -196,7 +196,7 @@ class Connector(Contact):
         self._connection: OwnedFd | None = None
         self._on_connection: Callable[[OwnedFd], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._said: str | None = None
+        self._told: str | None = None
 
     @classmethod
     def connect(cls, path: str, *, reconnect_ms: int) -> Self:
@@ -231,8 +231,10 @@ class Connector(Contact):
             on_connection(connection)
         elif self._is_due:
             self._attempt()
-        elif self._timer is None:
-            self._schedule("the frontend left")
+        elif self._reconnect_ms == 0:
+            self._tell("it left")
+        else:
+            self._schedule()
 
     def pause(self) -> None:
         """Attempts nothing more. Calling it again does nothing."""
@@ -260,20 +262,25 @@ class Connector(Contact):
         try:
             connection = _connect(self._path)
         except OSError as error:
-            self._schedule(error.strerror or str(error))
+            self._tell(error.strerror or str(error))
+            self._schedule()
             return
-        self._said = None
-        _logger.info("connected to the frontend at '%s'", self._path)
+        if self._told is not None:
+            self._told = None
+            _logger.info("connected to the frontend at '%s'", self._path)
         self._on_connection(connection)
 
-    def _schedule(self, reason: str) -> None:
-        """Sees to the next attempt, and says why it needs one if that is new."""
-        if reason != self._said:
-            self._said = reason
+    def _schedule(self) -> None:
+        """Sees to the next attempt."""
+        if self._reconnect_ms and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._reconnect_ms / 1000, self._attempt)
+
+    def _tell(self, reason: str) -> None:
+        """Says why there is no frontend, if that is new."""
+        if reason != self._told:
+            self._told = reason
             then = f"trying every {self._reconnect_ms} ms" if self._reconnect_ms else "not trying again, reconnect-ms=0"
             _logger.warning("no frontend at '%s': %s; %s", self._path, reason, then)
-        if self._reconnect_ms:
-            self._timer = asyncio.get_running_loop().call_later(self._reconnect_ms / 1000, self._attempt)
 
 
 def _connect(path: str) -> OwnedFd:
