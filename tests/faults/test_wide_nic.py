@@ -12,8 +12,11 @@ import pytest
 from tests.faults.test_handover_processes import assert_undisturbed, hand_over
 
 from localmig.netdev.tap import Tap
+from localmig.testing.frontend import Frontend
 from localmig.testing.namespace import ip, link
 from localmig.testing.traffic import StreamReceiver, StreamReport, StreamSender
+from localmig.vhost_user.message import ProtocolFeature
+from localmig.virtio.net import NetFeature
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
@@ -30,6 +33,8 @@ PROGRESS = 4_000_000
 LONGEST_UNSEGMENTED = 1514
 """Bytes of a frame at MTU 1500."""
 
+
+MAC = "52:54:00:12:34:56"
 
 UDP_SEGMENT = 103
 """linux/udp.h: how long the datagrams are that one send is cut into."""
@@ -94,10 +99,13 @@ def serve_on(site: Site, serving: DaemonProcess) -> DaemonProcess:
     return destination
 
 
-@pytest.mark.parametrize("queue_pairs", [1, 4])
-def test_segmentation_is_left_to_the_other_side_both_ways_across_handovers(site: Site, queue_pairs: int) -> None:
-    serving = site.source(*site.objects(netdev=f",queues={queue_pairs}"))
-    site.attach(queue_pairs=queue_pairs, offloads=True)
+@pytest.mark.parametrize(("queue_pairs", "packed"), [(1, False), (4, False), (4, True)])
+def test_segmentation_is_left_to_the_other_side_both_ways_across_handovers(
+    site: Site, queue_pairs: int, packed: bool
+) -> None:
+    rings = ",packed=on" if packed else ""
+    serving = site.source(*site.objects(netdev=f",queues={queue_pairs}", device=rings))
+    site.attach(queue_pairs=queue_pairs, packed=packed, offloads=True)
     before = packets(site)
     with ExitStack() as ends:
         traffic = Traffic(site, ends)
@@ -229,3 +237,20 @@ def test_queues_that_were_inherited_serve_and_move(site: Site) -> None:
     serve_on(site, source)
     assert queues(site) == (2, 0)
     assert_undisturbed(site)
+
+
+@pytest.mark.parametrize(
+    ("netdev", "device", "offered", "config"),
+    [
+        ("", "", NetFeature(0), "000000000000 0100 0100"),
+        (",queues=3", f",mac={MAC}", NetFeature.MQ | NetFeature.MAC, "525400123456 0100 0300"),
+    ],
+)
+def test_a_device_tells_its_address_and_its_queue_pairs_where_it_has_them(
+    site: Site, netdev: str, device: str, offered: NetFeature, config: str
+) -> None:
+    site.source(*site.objects(netdev=netdev, device=device))
+    with Frontend.connect(str(site.socket)) as frontend:
+        assert frontend.get_features() & (NetFeature.MQ | NetFeature.MAC) == offered
+        frontend.set_protocol_features(frontend.get_protocol_features() & ProtocolFeature.CONFIG)
+        assert frontend.get_config(0, 10) == bytes.fromhex(config)

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
@@ -20,7 +21,7 @@ from localmig.trace import Event, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import header_length
+from localmig.virtio.net import NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -463,5 +464,38 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
         await waiting
         assert (await site.fact(SessionClosed)).reason is None
         await second.talks()
+
+    run(tmp_path, scenario)
+
+
+# -- arriving -------------------------------------------------------------------------------------------------
+
+
+def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
+    acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
+    state = VirtioNetState(features_acked=acked, mac=b"", socket=None)
+
+    async def scenario(site: Site) -> None:
+        tracer = Tracer()
+        for has_uso in (True, False):
+            assert site.tap._open is not None
+            site.tap._open.has_uso = has_uso
+            device = VirtioNet(
+                id="nic1",
+                netdev=site.tap,
+                socket=ListenAt(path=str(tmp_path / "nic1.sock")),
+                local_migration=True,
+                rings=Rings(tracer),
+                tracer=tracer,
+            )
+            # What the TAP knows is not known before it is there.
+            device.check_setup(state)
+            if has_uso:
+                device.adopt_setup(state)
+            else:
+                text = f"device 'nic1': the guest uses features {acked:#x}, of which {NetFeature.HOST_USO:#x} are not"
+                with pytest.raises(PeerError, match=text):
+                    device.adopt_setup(state)
+            device.discard()
 
     run(tmp_path, scenario)
