@@ -101,6 +101,17 @@ class Tracer:
     def __init__(self) -> None:
         self._subscribers: list[Callable[[Event], None]] = []
         self._held: list[Event] | None = None
+        self._on_release: list[Callable[[], None]] = []
+
+    @property
+    def is_held(self) -> bool:
+        """Whether events are held back: the guest waits, and nothing else is to happen."""
+        return self._held is not None
+
+    def on_release(self, callback: Callable[[], None]) -> None:
+        """Calls back once, when the events that are held now have been handed out. A callback must not raise."""
+        assert self._held is not None, "no events are held"
+        self._on_release.append(callback)
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Adds a subscriber; the returned function removes it again."""
@@ -126,6 +137,9 @@ class Tracer:
             events, self._held = self._held, None
             for event in events:
                 self.emit(event)
+            callbacks, self._on_release = self._on_release, []
+            for callback in callbacks:
+                callback()
 
 
 def to_json(event: Event) -> str:

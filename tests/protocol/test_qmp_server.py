@@ -609,3 +609,39 @@ def test_an_event_from_before_negotiation_never_comes_before_its_answer(
         assert late.runstate is Runstate.RUNNING
 
     run(scenario)
+
+
+# -- while a guest changes hands ----------------------------------------------------------------------------------
+
+
+def test_no_command_is_carried_out_while_a_guest_changes_hands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmig.monitor.server.UNDISTURBED_TIMEOUT_S", PATIENCE_S)
+
+    async def scenario(it: Rig) -> None:
+        waits = asyncio.Event()
+        on_release = it.daemon.tracer.on_release
+
+        def note_and_wait(callback: Callable[[], None]) -> None:
+            on_release(callback)
+            waits.set()
+
+        monkeypatch.setattr(it.daemon.tracer, "on_release", note_and_wait)
+        client = await it.client()
+        with it.daemon.tracer.held():
+            answer = asyncio.ensure_future(client.execute("migrate-set-parameters", {"local": True}))
+            await waits.wait()
+            assert not it.daemon.parameters.local
+        assert await answer == {}
+        assert it.daemon.parameters.local
+
+    run(scenario)
+
+
+def test_a_change_of_hands_that_hangs_keeps_nobody_from_being_heard(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        with it.daemon.tracer.held():
+            assert await client.execute("migrate-set-parameters", {"local": True}) == {}
+            assert it.daemon.parameters.local
+
+    run(scenario)

@@ -8,6 +8,7 @@ Read next:   connection.py for a client's socket, protocol.py for its conversati
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -37,6 +38,10 @@ answer about hundreds of NICs with many queues each has some megabytes."""
 
 ACCEPT_RETRY_S: Final = 1.0
 """Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
+
+UNDISTURBED_TIMEOUT_S: Final = 0.05
+"""How long commands wait while a guest changes hands: that takes a millisecond, and to tell of hundreds of NICs forty.
+Where it takes longer something hangs, and the operator must be heard."""
 
 FLUSH_TIMEOUT_S: Final = 1.0
 """How long the end of the daemon waits for clients to read the last answers and SHUTDOWN."""
@@ -154,6 +159,8 @@ class QmpServer:
                 return
             answers = session.receive(data, fds)
             while not connection.is_closing:
+                if self._daemon.tracer.is_held:
+                    await self._wait_undisturbed()
                 # What happened before a command is not for a client that negotiates by this very command.
                 self._send_events()
                 answer = next(answers, None)
@@ -186,6 +193,14 @@ class QmpServer:
                 # Not here: this may be inside the downtime, where every microsecond is the guest's.
                 asyncio.get_running_loop().call_soon(self._send_events)
             self._events.append(event)
+
+    async def _wait_undisturbed(self) -> None:
+        """Waits until a guest that changes hands runs again, if that is soon."""
+        released = asyncio.Event()
+        self._daemon.tracer.on_release(released.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNDISTURBED_TIMEOUT_S):
+                await released.wait()
 
     def _send_events(self) -> None:
         for event in self._events:
