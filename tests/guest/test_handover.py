@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterable, Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from qemu.qmp import QMPClient
@@ -125,11 +126,16 @@ def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(
         assert transfer.finish().intact
 
 
-def test_a_driver_reset_during_handovers_leaves_a_working_guest(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("boot", "device"), [pytest.param(boot_qemu, "", id="split"), pytest.param(boot_packed, ",packed=on", id="packed")]
+)
+def test_a_driver_reset_during_handovers_leaves_a_working_guest(
+    lab: Lab, boot: Callable[[Lab, Service], Guest], device: str
+) -> None:
     service = Service(lab)
-    service.start(*service.objects())
+    service.start(*service.objects(device=device))
     lab.set_up("tap0")
-    guest = boot_qemu(lab, service)
+    guest = boot(lab, service)
     guest.wait_ready()
     # Unbinding resets the device; the address goes with the interface.
     guest.run(
@@ -149,3 +155,51 @@ def test_a_driver_reset_during_handovers_leaves_a_working_guest(lab: Lab) -> Non
     with EchoTransfer(guest) as transfer:
         transfer.wait_progress(1_000_000)
         assert transfer.finish().intact
+
+
+def test_a_daemon_killed_while_packets_flow_is_succeeded_exactly(lab: Lab) -> None:
+    service = Service(lab)
+    serving = service.start(*service.objects(device=",packed=on"))
+    lab.set_up("tap0")
+    guest = boot_packed(lab, service)
+    guest.wait_ready()
+    assert has_packed_rings(guest)
+    carrier_changes = guest.carrier_changes()
+
+    async def die_prepared(source: Path, destination: Path, uri: str) -> None:
+        """The source dies with its rings running, and the destination has what it needs."""
+        old, new = QMPClient("source"), QMPClient("destination")
+        await old.connect(str(source))
+        await new.connect(str(destination))
+        wanted = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover")]
+        for client in (old, new):
+            await client.execute("migrate-set-parameters", {"local": True})
+            await client.execute("migrate-set-capabilities", {"capabilities": wanted})
+        with old.listener("MIGRATION") as here, new.listener("MIGRATION") as there:
+            await old.execute("migrate", {"uri": uri})
+            await status_reached(here, "pre-switchover")
+            serving.kill()
+            await status_reached(there, "completed")
+        await new.disconnect()
+        with contextlib.suppress(EOFError):  # how it learns that the source is gone
+            await old.disconnect()
+
+    qmp = service.qmp
+    with EchoTransfer(guest) as transfer:
+        for number in range(3):
+            transfer.wait_progress(1_000_000)
+            successor, uri = lab.folder / f"qmp{number}.sock", f"unix:{lab.folder / f'migrate{number}.sock'}"
+            destination = service.start("--incoming", uri, "--migration-parameter", "local=on", qmp=successor)
+            converse(die_prepared(qmp, successor, uri))
+            serving, qmp = destination, successor
+        transfer.wait_progress(1_000_000)
+        assert transfer.finish().intact
+    assert guest.carrier_changes() == carrier_changes
+
+
+async def status_reached(listener: AsyncIterable[Mapping[str, Any]], status: str) -> None:
+    """Wait for a migration to come to `status`, and to no other end."""
+    async for event in listener:
+        assert event["data"]["status"] not in {"failed", "cancelled"}, event
+        if event["data"]["status"] == status:
+            return
