@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from localmig.devices.virtio_net.device import thread_name
 from localmig.virtio import Feature
 from localmig.virtio.net import (
     OFFLOADS,
@@ -61,3 +62,8 @@ def test_rings_come_in_pairs_receive_first() -> None:
 )
 def test_a_feature_without_the_one_it_requires_counts_for_nothing(features: int, left: int) -> None:
     assert without_orphans(features) == left
+
+
+def test_the_name_of_a_thread_keeps_the_number_of_its_queue_pair() -> None:
+    assert thread_name("nic0", 0) == "nic0/0"
+    assert thread_name("the-network-of-the-tenant", 127) == "the-network/127"

@@ -75,6 +75,9 @@ _TAP_OFFLOADS: Final = (
     (NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6, Offload.USO4 | Offload.USO6),
 )
 
+THREAD_NAME_LENGTH_MAX: Final = 15
+"""TASK_COMM_LEN is 16, and the last byte is NUL (linux/sched.h)."""
+
 _USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6
 """What not every kernel's TAP has."""
 
@@ -557,7 +560,7 @@ class VirtioNet(Part):
     def _make_pairs(self) -> None:
         self._ring_errors = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         for index in range(self._netdev.queue_count):
-            self._pairs.append(QueuePair(f"{self.id}/{index}", self._ring_errors.fileno()))
+            self._pairs.append(QueuePair(thread_name(self.id, index), self._ring_errors.fileno()))
 
     def _drop_pairs(self) -> None:
         for pair in self._pairs:
@@ -648,6 +651,12 @@ def _check_connection(connection: ConnectionState, offer: Offer) -> None:
     check_state(connection.session, offer)
     if connection.session.is_packed and connection.ledger is None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
+
+
+def thread_name(device: str, queue_pair: int) -> str:
+    """What the thread of a queue pair is called. A long id is cut, never the number."""
+    number = f"/{queue_pair}"
+    return device[: THREAD_NAME_LENGTH_MAX - len(number)] + number
 
 
 def _has_rings(pair: QueuePair) -> bool:
