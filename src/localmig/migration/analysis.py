@@ -15,11 +15,11 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any, Final
 
 from localmig.errors import PeerError
 from localmig.migration.stream import MACHINE, VMDESC_SIZE_MAX
+from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.vmstate import Reader
 from localmig.vmstate.blob import MalformedError
 
@@ -33,30 +33,11 @@ elements may have no bytes at all."""
 DEPTH_MAX: Final = 32
 """How deep structs may be nested: deeper than anyone's, and far from what Python can recurse."""
 
-_MAGIC: Final = 0x5145564D
-_VERSION: Final = 3
-
-
-class _Mark(IntEnum):
-    """QEMU_VM_…: what stands in front of each part of a stream."""
-
-    EOF = 0x00
-    SECTION_START = 0x01
-    SECTION_PART = 0x02
-    SECTION_END = 0x03
-    SECTION_FULL = 0x04
-    SUBSECTION = 0x05
-    VMDESCRIPTION = 0x06
-    CONFIGURATION = 0x07
-    COMMAND = 0x08
-    SECTION_FOOTER = 0x7E
-
-
 _PARTS: Final = {
-    _Mark.SECTION_START: "start",
-    _Mark.SECTION_PART: "part",
-    _Mark.SECTION_END: "end",
-    _Mark.SECTION_FULL: "full",
+    Mark.SECTION_START: "start",
+    Mark.SECTION_PART: "part",
+    Mark.SECTION_END: "end",
+    Mark.SECTION_FULL: "full",
 }
 
 # RAM_SAVE_FLAG_… of migration/ram.c, in the low bits of a page's address.
@@ -166,8 +147,8 @@ def analyze(data: bytes) -> Analysis:
     """
     if len(data) > STREAM_SIZE_MAX:
         raise PeerError(f"has {len(data)} bytes, limit is {STREAM_SIZE_MAX}")
-    if data[:4] != _U32.pack(_MAGIC):
-        raise PeerError(f"is no migration stream: it starts with {data[:4].hex() or 'nothing'}, expected {_MAGIC:x}")
+    if data[:4] != _U32.pack(MAGIC):
+        raise PeerError(f"is no migration stream: it starts with {data[:4].hex() or 'nothing'}, expected {MAGIC:x}")
     start, vmdesc = _find_vmdesc(data)
     walk = _Walk(data[: start - _VMDESC_HEADER_SIZE], vmdesc)
     configuration, sections = walk.stream()
@@ -180,7 +161,7 @@ def _find_vmdesc(data: bytes) -> tuple[int, Mapping[str, Any]]:
     """Where the JSON begins, and what it says: the last NUL of a stream is in the JSON's size, right before it."""
     start = data.find(b"{", data.rfind(b"\0"))
     header = start - _VMDESC_HEADER_SIZE
-    if start < 0 or header < 0 or data[header] != _Mark.VMDESCRIPTION:
+    if start < 0 or header < 0 or data[header] != Mark.VMDESCRIPTION:
         raise PeerError("has no description of itself at its end: it was cut, or was never to be read by people")
     (size,) = _U32.unpack_from(data, header + 1)
     if size > VMDESC_SIZE_MAX:
@@ -220,29 +201,29 @@ class _Walk:
 
     def _stream(self) -> tuple[tuple[Field, ...], list[Section]]:
         _, version = self._reader.unpack(_U32X2)
-        if version != _VERSION:
-            raise PeerError(f"has version {version} of the format, expected {_VERSION}")
+        if version != VERSION:
+            raise PeerError(f"has version {version} of the format, expected {VERSION}")
         configuration: tuple[Field, ...] = ()
         sections: list[Section] = []
         names: dict[int, tuple[str, int, int]] = {}
-        while (mark := self._mark()) is not _Mark.EOF:
+        while (mark := self._mark()) is not Mark.EOF:
             match mark:
-                case _Mark.CONFIGURATION:
+                case Mark.CONFIGURATION:
                     configuration = self._configuration()
-                case _Mark.COMMAND:
+                case Mark.COMMAND:
                     _, size = self._reader.unpack(_U16X2)
                     self._reader.take(size)
-                case _Mark.SECTION_START | _Mark.SECTION_FULL | _Mark.SECTION_PART | _Mark.SECTION_END:
+                case Mark.SECTION_START | Mark.SECTION_FULL | Mark.SECTION_PART | Mark.SECTION_END:
                     sections.append(self._section(mark, names))
                 case _:
                     raise MalformedError(f"{mark.name} stands at offset {self._reader.position - 1}")
         self._reader.finish()
         return configuration, sections
 
-    def _mark(self) -> _Mark:
+    def _mark(self) -> Mark:
         (byte,) = self._reader.unpack(_U8)
         try:
-            return _Mark(byte)
+            return Mark(byte)
         except ValueError:
             raise MalformedError(
                 f"byte {byte:#04x} stands at offset {self._reader.position - 1}, where a section begins"
@@ -262,11 +243,11 @@ class _Walk:
         self._is_ours = any(field.value == MACHINE.encode() for field in configuration)
         return configuration
 
-    def _section(self, mark: _Mark, names: dict[int, tuple[str, int, int]]) -> Section:
+    def _section(self, mark: Mark, names: dict[int, tuple[str, int, int]]) -> Section:
         offset = self._reader.position - 1
         self._count_value()
         (section_id,) = self._reader.unpack(_U32)
-        if mark in (_Mark.SECTION_START, _Mark.SECTION_FULL):
+        if mark in (Mark.SECTION_START, Mark.SECTION_FULL):
             name = self._short_text()
             instance, version = self._reader.unpack(_U32X2)
             names[section_id] = name, instance, version
@@ -302,7 +283,7 @@ class _Walk:
 
     def _footer(self, name: str, section_id: int) -> None:
         # QEMU's oldest machines write none.
-        if self._reader.peek() == _Mark.SECTION_FOOTER:
+        if self._reader.peek() == Mark.SECTION_FOOTER:
             self._reader.take(1)
             (footer_id,) = self._reader.unpack(_U32)
             if footer_id != section_id:
@@ -359,7 +340,7 @@ class _Walk:
         name = _member(described, "vmsd_name", str)
         offset = self._reader.position
         (mark,) = self._reader.unpack(_U8)
-        if mark != _Mark.SUBSECTION or self._short_text() != name:
+        if mark != Mark.SUBSECTION or self._short_text() != name:
             raise MalformedError(f'subsection "{name}" is described at offset {offset}, and is not there')
         self._reader.unpack(_U32)
         try:

@@ -29,6 +29,7 @@ from typing import Any, Final
 
 from localmig.errors import ConfigError, PeerError, StateError
 from localmig.fds import OwnedFd
+from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.vmstate import NAME_SIZE_MAX, Blob, Description, Reader, explain, load, save, text
 
 MACHINE: Final = "localmig"
@@ -39,14 +40,6 @@ VMDESC_SIZE_MAX: Final = 10 * 1024 * 1024 - 5
 
 _PAGE_SIZE: Final = 4096
 """Only there because analyze-migration.py insists on it: no memory is in this stream."""
-
-_MAGIC: Final = 0x5145564D
-_VERSION: Final = 3
-_EOF: Final = 0x00
-_SECTION_FULL: Final = 0x04
-_VMDESCRIPTION: Final = 0x06
-_CONFIGURATION: Final = 0x07
-_SECTION_FOOTER: Final = 0x7E
 
 _U32: Final = struct.Struct(">I")
 _FILE_HEADER: Final = struct.Struct(">IIB")
@@ -106,7 +99,7 @@ class OutgoingStream:
             ConfigError: a section's name is too long for the format.
         """
         piece = Blob()
-        piece.data += _FILE_HEADER.pack(_MAGIC, _VERSION, _CONFIGURATION)
+        piece.data += _FILE_HEADER.pack(MAGIC, VERSION, Mark.CONFIGURATION)
         save(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE), piece)
         _append(sections, piece, self._section_count)
         self._section_count += len(sections)
@@ -124,7 +117,7 @@ class OutgoingStream:
         _append(sections, sample, self._section_count)
         vmdesc = _vmdesc([*self._devices, *_explain_each(sections)])
         self._described_shape = _shape(sections, sample)
-        return _VMDESC_HEADER.pack(_VMDESCRIPTION, len(vmdesc)) + vmdesc
+        return _VMDESC_HEADER.pack(Mark.VMDESCRIPTION, len(vmdesc)) + vmdesc
 
     def switchover(self, sections: Sequence[Section]) -> Blob:
         """The switchover piece, of sections as they were described.
@@ -136,7 +129,7 @@ class OutgoingStream:
         _append(sections, piece, self._section_count)
         if _shape(sections, piece) != self._described_shape:
             raise StateError("the switchover sections have another shape than the one that was described")
-        piece.data.append(_EOF)
+        piece.data.append(Mark.EOF)
         return piece
 
 
@@ -145,10 +138,10 @@ def _append(sections: Sequence[Section], piece: Blob, first_id: int) -> None:
         name = section.name.encode()
         if len(name) > NAME_SIZE_MAX:
             raise ConfigError(f'section name "{section.name}" has {len(name)} bytes, limit is {NAME_SIZE_MAX}')
-        piece.data += _NAME_HEADER.pack(_SECTION_FULL, section_id, len(name)) + name
+        piece.data += _NAME_HEADER.pack(Mark.SECTION_FULL, section_id, len(name)) + name
         piece.data += _VERSION_HEADER.pack(0, section.description.version)
         save(section.description, section.state, piece, section=section.name)
-        piece.data += _FOOTER.pack(_SECTION_FOOTER, section_id)
+        piece.data += _FOOTER.pack(Mark.SECTION_FOOTER, section_id)
 
 
 def _shape(sections: Sequence[Section], piece: Blob) -> list[Any]:
@@ -236,15 +229,15 @@ class IncomingStream:
         with _reading("switchover", data, fds) as reader:
             sections = self._read_sections(reader, self._expected_switchover)
             end = reader.take(1)[0]
-            if end != _EOF:
+            if end != Mark.EOF:
                 raise PeerError(
-                    f"goes on with {end:#04x}, expected a section {_SECTION_FULL:#04x} or the end {_EOF:#04x}"
+                    f"goes on with {end:#04x}, expected a section {Mark.SECTION_FULL:#04x} or the end {Mark.EOF:#04x}"
                 )
             return sections
 
     def _read_sections(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> list[Section]:
         sections: dict[str, Section] = {}
-        while reader.peek() == _SECTION_FULL:
+        while reader.peek() == Mark.SECTION_FULL:
             section = self._read_section(reader, expected)
             if section.name in sections:
                 raise PeerError(f'section "{section.name}" came twice')
@@ -270,9 +263,10 @@ class IncomingStream:
             raise PeerError(f'section "{name}" came in version {version}, described was {self._described[name]}')
         state = load(description, version, reader, section=name)
         marker, footer_id = reader.unpack(_FOOTER)
-        if marker != _SECTION_FOOTER or footer_id != section_id:
+        if marker != Mark.SECTION_FOOTER or footer_id != section_id:
             raise PeerError(
-                f'section "{name}" ends with {marker:#04x} {footer_id}, expected {_SECTION_FOOTER:#04x} {section_id}'
+                f'section "{name}" ends with {marker:#04x} {footer_id}, '
+                f"expected {Mark.SECTION_FOOTER:#04x} {section_id}"
             )
         self._section_count += 1
         return Section(name=name, description=description, state=state)
@@ -295,12 +289,12 @@ def _reading(piece: str, data: bytes, fds: Iterable[tuple[int, OwnedFd]]) -> Ite
 
 def _read_start(reader: Reader) -> None:
     magic, version, marker = reader.unpack(_FILE_HEADER)
-    if magic != _MAGIC:
-        raise PeerError(f"starts with {magic:#010x}, expected {_MAGIC:#010x}")
-    if version != _VERSION:
-        raise PeerError(f"has version {version}, expected {_VERSION}")
-    if marker != _CONFIGURATION:
-        raise PeerError(f"goes on with {marker:#04x}, expected a configuration, {_CONFIGURATION:#04x}")
+    if magic != MAGIC:
+        raise PeerError(f"starts with {magic:#010x}, expected {MAGIC:#010x}")
+    if version != VERSION:
+        raise PeerError(f"has version {version}, expected {VERSION}")
+    if marker != Mark.CONFIGURATION:
+        raise PeerError(f"goes on with {marker:#04x}, expected a configuration, {Mark.CONFIGURATION:#04x}")
     machine = load(_CONFIGURATION_SECTION, _CONFIGURATION_SECTION.version, reader).machine
     if machine != MACHINE:
         raise PeerError(f'is of machine "{machine}", expected "{MACHINE}"')
@@ -309,8 +303,8 @@ def _read_start(reader: Reader) -> None:
 def _read_vmdesc(reader: Reader) -> dict[str, tuple[object, int]]:
     """The description's name and version of each section, by the section's name."""
     marker, size = reader.unpack(_VMDESC_HEADER)
-    if marker != _VMDESCRIPTION:
-        raise PeerError(f"starts with {marker:#04x}, expected a vmdesc, {_VMDESCRIPTION:#04x}")
+    if marker != Mark.VMDESCRIPTION:
+        raise PeerError(f"starts with {marker:#04x}, expected a vmdesc, {Mark.VMDESCRIPTION:#04x}")
     if size > VMDESC_SIZE_MAX:
         raise PeerError(f"has {size} bytes, limit is {VMDESC_SIZE_MAX}")
     encoded = reader.take(size)
