@@ -243,6 +243,18 @@ fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does
 }
 
 #[test]
+fn half_a_ring_is_room_enough_for_a_guest_that_fills_it_up_as_packets_come() {
+    let mut bench = Bench::new();
+    for head in 0..SIZE / 2 {
+        bench.offer_rx(head, 16);
+    }
+    bench.start();
+    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
+    assert_eq!(bench.rx.await_used(), (0, 16));
+    assert_eq!(bench.rx.await_used(), (1, 4));
+}
+
+#[test]
 fn more_buffers_than_one_read_takes_are_left_for_the_next() {
     let mut bench = Bench::new();
     // Sixteen chains of a hundred buffers each, by one indirect table that all of them share.
