@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from benchmarks import bare, handovers, machine, microbenchmarks, packet_rates, replacements, report
 from benchmarks.report import Findings
 from benchmarks.sizes import FULL, QUICK, SMOKE, Sizes
 from localmig.errors import LocalmigError
+from localmig.testing.children import end_children
 from localmig.testing.namespace import isolate
 
 INTERRUPTED: Final = 130
@@ -74,11 +77,26 @@ def measure(sizes: Sizes, names: Sequence[str]) -> tuple[list[Findings], bool]:
             section(findings)
         except KeyboardInterrupt:
             findings.failure = "interrupted"
-            return found, False
         except (LocalmigError, OSError, subprocess.SubprocessError) as error:
             findings.failure = str(error) or repr(error)
+        except Exception as error:  # noqa: BLE001 - a bug in one section must not cost what the others measured
+            traceback.print_exc()
+            findings.failure = f"internal error: {error!r}"
+        finally:
+            end_children()  # of a process that was just starting nobody may know yet
+        if _interrupts:  # what it was in the middle of may have made another error of it
+            return found, False
         sys.stderr.write(f"{name}: {findings.failure or 'done'}, {time.monotonic() - begun:.0f} s\n")
     return found, True
+
+
+_interrupts: list[int] = []
+"""Signals that told us to end."""
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 def _sections(text: str) -> list[str]:
@@ -104,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
     parser.set_defaults(sizes=FULL)
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         isolate()
     except LocalmigError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -34,6 +33,7 @@ from typing import Final, Self
 from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.testing import picture, qemu, uml
+from localmig.testing.children import adopt_orphans, end_children
 from localmig.testing.demo_report import (
     GuestCounters,
     Replacement,
@@ -82,8 +82,6 @@ RECOVERY_SECONDS_MAX: Final = 10.0
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
-
-_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 # -- the service ------------------------------------------------------------------------------------------------
@@ -405,20 +403,6 @@ def _progress(line: str) -> None:
     sys.stderr.flush()
 
 
-def _adopt_orphans() -> None:
-    """Daemons outlive the upgrade that starts them: lets them become our children then, so that none is lost."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _end_children() -> None:
-    """Kills what is left where the demonstration was broken off in the middle."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    while pids := children.read_text().split():
-        for pid in map(int, pids):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
 def run(boot: Boot, *, times: int) -> tuple[Round, Round, DemoGuest]:
     """Both rounds, each with a fresh guest; the last of them to tell what it was.
 
@@ -432,11 +416,11 @@ def run(boot: Boot, *, times: int) -> tuple[Round, Round, DemoGuest]:
     isolate()
     create_tap("tap0")  # persistent: a restart keeps the host's addresses, as a careful operator has it
     configure("tap0", address=HOST_ADDRESS)
-    _adopt_orphans()
+    adopt_orphans()
     rounds = []
     for play in (hand_over, restart):
         with ExitStack() as resources:
-            resources.callback(_end_children)
+            resources.callback(end_children)
             folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="localmig-demo-")))
             service = Service(folder)
             resources.callback(service.stop)
