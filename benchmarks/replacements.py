@@ -82,6 +82,10 @@ def run(findings: Findings, sizes: Sizes) -> None:
             "QEMU: as it tells, whole milliseconds. The guest of the first rows is the kit's own, a network "
             "namespace behind a driver; QEMU's is Linux. QEMU moves it to another TAP on the same bridge."
         )
+        findings.note(
+            "A frontend that loses its backend takes the guest's link down. Linux may believe in a link that is up "
+            "again only a second later, so the silence of a restart may be that much longer than its downtime."
+        )
 
 
 def _try(rows: list[Row], name: str, measure: Callable[[Row], None]) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
@@ -48,16 +48,19 @@ class Testpmd:
             raise ConfigError("no dpdk-testpmd: on Debian, apt-get install dpdk dpdk-dev librte-meta-all")
         prompt_cpu, forward_cpu = cpus
         argv = ["dpdk-testpmd", "--lcores", f"0@{prompt_cpu},1@{forward_cpu}", "--no-pci", "--no-huge", "-m", "256"]
-        argv += ["--no-telemetry", f"--file-prefix=localmig-bench-{os.getpid()}-{time.monotonic_ns()}"]
+        argv.append("--no-telemetry")
         for vdev in vdevs:
             argv += ["--vdev", vdev]
         argv += ["--", "-i", "--no-mlockall", "--total-num-mbufs=16384"]
         argv += [f"--txd={_RING_ENTRIES}", f"--rxd={_RING_ENTRIES}", f"--txq={queues}", f"--rxq={queues}"]
+        # It leaves files where it runs.
+        self._folder = tempfile.TemporaryDirectory(prefix="localmig-bench-")
+        environment = {**os.environ, "RUNTIME_DIRECTORY": self._folder.name}
         # Its output is a terminal: into a pipe it would write no answer before its buffer is full.
         self._terminal, terminal = (OwnedFd(fd) for fd in os.openpty())
         with terminal:
             self._process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=terminal.fileno(), stderr=subprocess.STDOUT
+                argv, stdin=subprocess.PIPE, stdout=terminal.fileno(), stderr=subprocess.STDOUT, env=environment
             )
         try:
             self._until_prompt(START_SECONDS_MAX)
@@ -98,6 +101,7 @@ class Testpmd:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._terminal.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self

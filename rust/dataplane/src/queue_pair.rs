@@ -21,7 +21,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
 use crate::pump::{Config, Positions, Pump, Side, BATCH_PACKETS, WATCHED};
@@ -124,7 +123,6 @@ impl QueuePair {
             // SAFETY: the descriptor was made just above and has no other owner.
             wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
         });
-        bell::prepare(); // a start rings on the thread of whoever starts, who is likely to be this one
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || worker.work())?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
@@ -355,7 +353,6 @@ impl Shared {
     fn work(&self) {
         let _ended = Ended(self);
         sys::block_signals();
-        bell::prepare();
         let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED + 1];
         let mut state = self.park(lock(&self.state));
         while !state.closing {
