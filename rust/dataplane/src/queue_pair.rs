@@ -17,7 +17,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -33,6 +33,10 @@ const RING_ERRORS_MAX: usize = 16;
 /// Packets that `start` moves in each direction before it returns: enough for what waited during a handover of a NIC
 /// that is not flooded, and some tens of microseconds for one that is.
 const START_PACKETS: usize = 16;
+
+/// Bits of `Shared::failed`.
+const RX_FAILED: u8 = 1;
+const TX_FAILED: u8 = 2;
 
 /// Why a call was refused; nothing was changed.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,6 +72,14 @@ struct State {
     starts: u64,
 }
 
+/// What the first half of a start tells the second.
+#[derive(Debug)]
+struct Started {
+    began_ns: u64,
+    /// The thread was parked when the rings were started: one that was not finds them running by itself, once it wakes.
+    parked: bool,
+}
+
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
@@ -80,6 +92,7 @@ struct Shared {
     /// Copies of `state`, for those who must not wait for the lock.
     running: AtomicBool,
     positions: AtomicU64,
+    failed: AtomicU8,
     counters: LiveCounters,
     errors: Mutex<Vec<(Side, String)>>,
     event_fd: RawFd,
@@ -117,6 +130,7 @@ impl QueuePair {
             stop_requested: AtomicBool::new(false),
             running: AtomicBool::new(false),
             positions: AtomicU64::new(pack(Positions::default())),
+            failed: AtomicU8::new(0),
             counters: LiveCounters::default(),
             errors: Mutex::default(),
             event_fd,
@@ -176,29 +190,30 @@ impl QueuePair {
     /// # Errors
     /// The pair runs already or is not configured. Nothing changed.
     pub fn start(&self) -> Result<u64, Error> {
-        let began_ns = self.scan()?;
-        self.wake();
-        Ok(began_ns)
+        let started = self.scan()?;
+        self.wake(&started);
+        Ok(started.began_ns)
     }
 
-    /// The first half of a start: this thread moves the first packets. Gives when it began.
-    fn scan(&self) -> Result<u64, Error> {
+    /// The first half of a start: this thread moves the first packets.
+    fn scan(&self) -> Result<Started, Error> {
         let shared = &self.shared;
         let mut state = self.idle()?;
+        let parked = state.parked;
         state.pump.as_mut().ok_or(Error::NotConfigured)?.begin();
         state.running = true;
         state.starts += 1;
         shared.running.store(true, Ordering::Release);
         let began_ns = sys::monotonic_ns();
         shared.turn(&mut state, START_PACKETS);
-        Ok(began_ns)
+        Ok(Started { began_ns, parked })
     }
 
     /// The second half, which comes after the first: a thread that wakes up takes the processor from the packets the
-    /// guest waits for.
-    fn wake(&self) {
+    /// guest waits for. Without the lock, which a thread that was awake already may hardly ever leave free.
+    fn wake(&self, started: &Started) {
         let shared = &self.shared;
-        if lock(&shared.state).parked {
+        if started.parked {
             shared.resumed.notify_one();
         } else {
             // It never noticed the last stop and sleeps on what mattered then.
@@ -243,9 +258,13 @@ impl QueuePair {
         }
     }
 
-    /// Whether each ring, rx first, failed since it was configured. Waits for a turn to end where the pair runs.
+    /// Whether each ring, rx first, failed since it was configured; exact while stopped, else a moment old.
     #[must_use]
     pub fn failed(&self) -> (bool, bool) {
+        if self.is_running() {
+            let failed = self.shared.failed.load(Ordering::Relaxed);
+            return (failed & RX_FAILED != 0, failed & TX_FAILED != 0);
+        }
         lock(&self.shared.state).pump.as_ref().map_or((false, false), Pump::failed)
     }
 
@@ -319,11 +338,13 @@ impl QueuePair {
 ///
 /// Gives for each pair the `CLOCK_MONOTONIC` nanoseconds at which its scan began, None where it was not started.
 pub fn start_all(pairs: &[&QueuePair]) -> Vec<Option<u64>> {
-    let began: Vec<_> = pairs.iter().map(|pair| pair.scan().ok()).collect();
-    for (pair, _) in pairs.iter().zip(&began).filter(|(_, began)| began.is_some()) {
-        pair.wake();
+    let started: Vec<_> = pairs.iter().map(|pair| pair.scan().ok()).collect();
+    for (pair, started) in pairs.iter().zip(&started) {
+        if let Some(started) = started {
+            pair.wake(started);
+        }
     }
-    began
+    started.into_iter().map(|started| Some(started?.began_ns)).collect()
 }
 
 /// Stops every pair: all threads are asked before the first one is waited for. Gives which of them ran.
@@ -378,7 +399,7 @@ impl Shared {
         let pump = state.pump.as_mut().expect("a pair that runs is configured");
         let more = pump.turn(packets, &self.stop_requested, &self.counters);
         self.positions.store(pack(pump.next_positions()), Ordering::Relaxed);
-        self.report(pump.take_failures());
+        self.report_failures(pump);
         more
     }
 
@@ -386,7 +407,7 @@ impl Shared {
     fn watch(&self, state: &mut State, watched: &mut [libc::pollfd]) -> bool {
         let pump = state.pump.as_mut().expect("a pair that runs is configured");
         let idle = pump.watch(watched);
-        self.report(pump.take_failures());
+        self.report_failures(pump);
         idle
     }
 
@@ -411,6 +432,13 @@ impl Shared {
         if let Some(pump) = state.pump.as_mut().filter(|_| state.running && state.starts == starts) {
             pump.woken(&fds[1..], &self.counters);
         }
+    }
+
+    fn report_failures(&self, pump: &mut Pump) {
+        let (rx, tx) = pump.failed();
+        let failed = if rx { RX_FAILED } else { 0 } | if tx { TX_FAILED } else { 0 };
+        self.failed.store(failed, Ordering::Relaxed);
+        self.report(pump.take_failures());
     }
 
     fn report(&self, failures: Vec<(Side, String)>) {

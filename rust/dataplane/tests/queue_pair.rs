@@ -692,3 +692,33 @@ fn buffers_that_the_kernel_cannot_read_stop_the_rings_and_count_as_no_drop() {
     assert_eq!((counters.tx_packets, tx_dropped(&counters)), (0, 0));
     assert_eq!(bench.pair.stop().tx, Some(0), "the packet was not taken");
 }
+
+#[test]
+fn whoever_asks_a_running_pair_waits_for_no_turn_of_it() {
+    let mut bench = Bench::new();
+    bench.start();
+    let tap = bench.tap.as_raw_fd();
+    // SAFETY: a plain call on a descriptor the bench owns.
+    let set_flags = |flags: libc::c_int| unsafe { libc::fcntl(tap, libc::F_SETFL, flags) };
+    // In the middle of a turn, for as long as no frame comes.
+    assert_eq!(set_flags(0), 0);
+    for head in 0..8 {
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    bench.rx.kick();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while bench.rx.queue.used_index() == 0 {
+        assert!(std::time::Instant::now() < deadline, "no frame was delivered");
+        std::thread::yield_now();
+    }
+    let pair = &bench.pair;
+    let (answer, answered) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || answer.send((pair.failed(), pair.positions(), pair.is_running())).unwrap());
+        let told = answered.recv_timeout(PATIENCE);
+        set_flags(libc::O_NONBLOCK);
+        assert!(send(&bench.wire, &with_header(b"frame")));
+        assert_eq!(told.map(|(failed, _, is_running)| (failed, is_running)), Ok(((false, false), true)));
+    });
+}

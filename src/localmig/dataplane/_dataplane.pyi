@@ -195,7 +195,7 @@ class QueuePair:
         """Where the rings would go on; exact while stopped."""
 
     def failed(self) -> tuple[bool, bool]:
-        """Whether each ring, rx first, stopped for good since it was configured. Quick while the pair is stopped."""
+        """Whether each ring, rx first, stopped for good since it was configured; exact while stopped."""
 
     def is_running(self) -> bool: ...
     def counters(self) -> tuple[int, ...]:

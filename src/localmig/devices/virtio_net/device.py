@@ -202,7 +202,7 @@ class VirtioNet(Part):
 
     def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
         for number, pair in enumerate(self._pairs):
-            # Not `pair.failed()`, which waits for a turn of the rings: the session has it once it was reported.
+            # Not `pair.failed()`: what it knows and nobody has reported yet has no reason to tell either.
             for index, position in zip((receive_queue(number), transmit_queue(number)), pair.positions(), strict=True):
                 vring = state.vrings[index]
                 yield VringInfo(
