@@ -83,10 +83,11 @@ def measure(sizes: Sizes, names: Sequence[str]) -> tuple[list[Findings], bool]:
             traceback.print_exc()
             findings.failure = f"internal error: {error!r}"
         finally:
+            findings.seconds = time.monotonic() - begun
             end_children()  # of a process that was just starting nobody may know yet
         if _interrupts:  # what it was in the middle of may have made another error of it
             return found, False
-        sys.stderr.write(f"{name}: {findings.failure or 'done'}, {time.monotonic() - begun:.0f} s\n")
+        sys.stderr.write(f"{name}: {findings.failure or 'done'}, {findings.seconds:.0f} s\n")
     return found, True
 
 

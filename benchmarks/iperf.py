@@ -13,14 +13,15 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from benchmarks.cpu import Rate, busy_seconds
 from benchmarks.lines import next_line, read_until
-from localmig.errors import ConfigError, PeerError
+from localmig.errors import ConfigError, PeerError, PeerLostError
 from localmig.testing.namespace import NetworkNamespace, ip
 
 START_SECONDS_MAX: Final = 20.0
@@ -153,26 +154,36 @@ def pasta() -> Iterator[tuple[int, NetworkNamespace, str]]:
     for port_list in ("--tcp-ports", "--udp-ports", "--tcp-ns", "--udp-ns"):
         argv += [port_list, "none"]
     argv.append("cat")  # it answers once all is set up; a command with options would lose them to pasta
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        bufsize=1,
-        start_new_session=True,
-    )
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        )
+        try:
+            _await_pasta(process, errors)
+            with NetworkNamespace.of_process(_child(process.pid)) as inside:
+                yield process.pid, inside, gateway
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=END_SECONDS_MAX)
+
+
+def _await_pasta(process: subprocess.Popen[str], errors: IO[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("ready\n")
     try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("ready\n")
         next_line(process.stdout, seconds=START_SECONDS_MAX, who="pasta")
-        with NetworkNamespace.of_process(_child(process.pid)) as inside:
-            yield process.pid, inside, gateway
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=END_SECONDS_MAX)
+    except PeerLostError as error:
+        errors.seek(0)
+        said = [line for line in errors.read().splitlines() if line and "syslog" not in line]
+        raise PeerError(f"pasta does not start: {said[-1] if said else error}") from error
 
 
 def _child(pid: int) -> int:

@@ -120,6 +120,7 @@ class Findings:
         tables: for people.
         notes: what must be known to read them.
         samples: everything measured, by a name with its unit at the end.
+        seconds: how long it took.
         failure: why the section could not run, or not to its end; None where it did.
     """
 
@@ -127,6 +128,7 @@ class Findings:
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     samples: dict[str, object] = field(default_factory=dict)
+    seconds: float = 0.0
     failure: str | None = None
 
     def note(self, text: str) -> None:
@@ -141,7 +143,7 @@ class Findings:
             parts.append("\n".join(f"- {note}" for note in self.notes))
         if self.failure is not None:
             parts.append(f"**Not measured**: {self.failure}")
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, f"This section took {self.seconds:.0f} s."])
 
 
 def write(
