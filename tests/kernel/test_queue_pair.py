@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide
 
+from localmig import dataplane
 from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
 from localmig.netdev import Tap
 from localmig.testing.frontend import DRIVER_FEATURES
@@ -282,6 +283,22 @@ def test_what_is_refused_changes_nothing(nic: Nic) -> None:
             call()
     nic.network.send(frame(0))
     assert number_of(nic.receive_in_guest()) == 0
+
+
+def test_a_position_outside_a_packed_ring_is_found_before_it_is_set(nic: Nic) -> None:
+    bare = QueuePair("bare", nic.event_fd)
+    pairs = [bare, nic.pair]
+    dataplane.check_positions(pairs, (0xFFFF, 0x80FF), (0xFFFF, 0x00FF))
+    if nic.is_packed:
+        for rx, tx, side in ((0x8100, 0x8000, "rx"), (0x8000, 0x7FFF, "tx")):
+            with pytest.raises(ValueError, match=f"queue pair 1: {side} ring: position .* is outside the ring's 256"):
+                dataplane.check_positions(pairs, (0, rx), (0, tx))
+    else:
+        dataplane.check_positions(pairs, (0, 0xFFFF), (0, 0x1234))
+    nic.pair.start()
+    with pytest.raises(RuntimeError, match="runs"):
+        dataplane.check_positions(pairs, (0, 0x8000), (0, 0x8000))
+    bare.close()
 
 
 def ring_at(address: int) -> Ring:

@@ -25,5 +25,6 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::check_positions, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)
 }

@@ -177,6 +177,18 @@ pub fn save_all(pairs: Vec<Py<QueuePair>>) -> Columns {
     )
 }
 
+/// Whether the rings of each pair can go on where the columns say.
+#[pyfunction]
+pub fn check_positions(pairs: Vec<Py<QueuePair>>, rx: Vec<u16>, tx: Vec<u16>) -> PyResult<()> {
+    for (index, (pair, (rx, tx))) in lent(&pairs).into_iter().zip(rx.into_iter().zip(tx)).enumerate() {
+        pair.check_positions(rx, tx).map_err(|error| match error {
+            Error::Invalid(reason) => PyValueError::new_err(format!("queue pair {index}: {reason}")),
+            error => refused(error),
+        })?;
+    }
+    Ok(())
+}
+
 /// The other way round, for pairs that stand still.
 #[pyfunction]
 pub fn load_all(pairs: Vec<Py<QueuePair>>, columns: Columns) -> PyResult<()> {

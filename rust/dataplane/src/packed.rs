@@ -202,6 +202,14 @@ impl PackedRing {
         Ok(())
     }
 
+    /// Whether a ring of this size can stand at `position`.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn check_position(&self, position: u16) -> Result<(), RingError> {
+        self.checked(Position::from_bits(position)).map(drop)
+    }
+
     fn checked(&self, position: Position) -> Result<Position, RingError> {
         if position.index >= self.size {
             return Err(RingError::Position { index: position.index, size: self.size });

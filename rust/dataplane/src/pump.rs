@@ -324,6 +324,15 @@ impl Pump {
         Positions { rx: self.rx.as_ref().map(RingEnd::position), tx: self.tx.as_ref().map(RingEnd::position) }
     }
 
+    /// Whether configured rings can begin there.
+    pub(crate) fn check_positions(&self, rx: u16, tx: u16) -> Result<(), String> {
+        for (end, position) in [(&self.rx, rx), (&self.tx, tx)] {
+            let Some(end) = end else { continue };
+            end.ring.check_position(position).map_err(|error| format!("{} ring: {error}", end.side))?;
+        }
+        Ok(())
+    }
+
     /// Sets where configured rings begin; None is where whoever ran them before was interrupted.
     pub(crate) fn set_positions(&mut self, rx: Option<u16>, tx: Option<u16>) {
         for (end, position) in [(&mut self.rx, rx), (&mut self.tx, tx)] {

@@ -170,6 +170,15 @@ impl QueuePair {
         Ok(())
     }
 
+    /// Whether the rings can go on there; those that are not configured can anywhere.
+    ///
+    /// # Errors
+    /// They cannot, or the pair runs.
+    pub fn check_positions(&self, rx: u16, tx: u16) -> Result<(), Error> {
+        let state = self.idle()?;
+        state.pump.as_ref().map_or(Ok(()), |pump| pump.check_positions(rx, tx).map_err(Error::Invalid))
+    }
+
     /// Sets where the rings go on; None is the used index in guest memory, or what the ledger of a packed ring says.
     /// Not for rings that are not configured. A ring whose ledger says what cannot be fails, as told by `take_ring_errors`.
     ///

@@ -55,6 +55,15 @@ impl Ring {
         }
     }
 
+    /// Whether the ring can stand at `position`.
+    pub(crate) fn check_position(&self, position: u16) -> Result<(), RingError> {
+        match self {
+            // Its indices count on beyond its size.
+            Self::Split(_) => Ok(()),
+            Self::Packed(ring) => ring.check_position(position),
+        }
+    }
+
     /// Where the ring goes on behind a process that died; what that was telling the guest is told to the end.
     pub(crate) fn recover(&self) -> Result<u16, RingError> {
         match self {

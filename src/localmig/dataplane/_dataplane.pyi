@@ -16,6 +16,7 @@ __all__ = [
     "Ledger",
     "QueuePair",
     "Ring",
+    "check_positions",
     "fail_rings",
     "failed_rings",
     "load_all",
@@ -227,6 +228,14 @@ def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[in
 
     A ring that is not configured has 0. Counters come in the order of `COUNTER_NAMES`. Exact once the
     pairs are stopped.
+    """
+
+def check_positions(pairs: list[QueuePair], rx: Sequence[int], tx: Sequence[int]) -> None:
+    """Whether the rings of each pair can go on there: a packed ring stands inside its entries. Changes nothing.
+
+    Raises:
+        ValueError: one cannot; the text names its place among the pairs.
+        RuntimeError: a pair runs.
     """
 
 def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]) -> None:

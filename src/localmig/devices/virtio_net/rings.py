@@ -190,8 +190,9 @@ class Rings(Part):
         """Nothing: devices make their queue pairs."""
 
     def check_switchover(self, state: RingsState) -> None:
-        """Whether each column has a place for each queue pair."""
-        count = len(self._pairs())
+        """Whether each column has a place for each queue pair, and each ring can stand where it is said to."""
+        pairs = self._pairs()
+        count = len(pairs)
         for name, column in zip(RingsState._fields, state, strict=True):
             if len(column) != count:
                 raise PeerError(f"column {name} of the rings has {len(column)} places, there are {count} queue pairs")
@@ -199,6 +200,11 @@ class Rings(Part):
             raise PeerError(
                 f"a queue pair has failed rings {max(state.failed):#x}, of which there are {_BOTH_FAILED:#x}"
             )
+
+        try:
+            dataplane.check_positions(pairs, state.rx_next_avail, state.tx_next_avail)
+        except ValueError as error:
+            raise PeerError(str(error)) from error
 
     def adopt_switchover(self, state: RingsState) -> None:
         """Sets where the rings go on and what was counted."""
