@@ -12,7 +12,7 @@ import pytest
 from tests.faults.test_handover_processes import assert_undisturbed, hand_over
 
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import Frontend
+from localmig.testing.frontend import Frontend, NetGuest
 from localmig.testing.namespace import ip, link
 from localmig.testing.traffic import StreamReceiver, StreamReport, StreamSender
 from localmig.vhost_user.message import ProtocolFeature
@@ -173,6 +173,31 @@ def test_a_destination_that_is_killed_leaves_the_queues_attached(site: Site) -> 
         assert site.ping().lost == 0
     serve_on(site, source)
     assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("fault", ["after-receive:READY=kill", "after-send:COMMIT=kill"])
+def test_a_source_that_is_killed_leaves_the_queues_attached(site: Site, fault: str) -> None:
+    source = site.source(*site.objects(netdev=",queues=3"), fault=fault)
+    destination = site.destination()
+    site.attach(queue_pairs=3)
+    source.execute("migrate", uri=site.address)
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert queues(site) == (3, 0)
+    assert_undisturbed(site)
+
+
+def test_queues_follow_the_pairs_that_are_enabled_before_and_after_a_handover(site: Site) -> None:
+    serving = site.source(*site.objects(netdev=",queues=3"))
+    with NetGuest(str(site.socket), queue_pairs=3) as guest:
+        guest.attach()
+        assert queues(site) == (3, 0)
+        for count in (1, 2):
+            guest.set_queue_pairs(count)
+            assert queues(site) == (count, 3 - count)
+            serving = serve_on(site, serving)
+            assert queues(site) == (count, 3 - count)
+        guest.set_queue_pairs(3)
+        assert queues(site) == (3, 0)
 
 
 def test_queues_of_a_session_that_ended_are_detached(site: Site) -> None:
