@@ -93,9 +93,13 @@ impl Mapping {
     fn new(spec: &RegionSpec) -> Result<Self, MemoryError> {
         let end = check(spec)?;
         let file = File::of(spec.fd).map_err(MemoryError::System)?;
-        if file.is_fuse {
-            // Its server may be the frontend's, and a fault that it never answers would hold a queue pair for ever.
-            return Err(invalid(spec, "is a file of a FUSE file system, which may never give a page"));
+        if file.is_foreign {
+            // A FUSE file system, for one, whose server may be the frontend's: a page that it never gives would hold a
+            // queue pair for ever.
+            return Err(invalid(
+                spec,
+                "its file is neither memory (memfd, tmpfs, hugetlbfs) nor on a block device",
+            ));
         }
         if file.size < end {
             let size = file.size;
@@ -248,28 +252,40 @@ fn map(spec: &RegionSpec, page_size: usize) -> Result<(*mut u8, usize), MemoryEr
     Ok((host.cast(), length))
 }
 
-/// What is to be known of a file before it is mapped.
+/// What is to be known of a file before it is mapped. Nobody outside the kernel is asked for it.
 struct File {
     size: u64,
     page_size: usize,
-    is_fuse: bool,
+    /// Its pages may come from somebody who need not give any.
+    is_foreign: bool,
 }
 
 impl File {
     fn of(fd: RawFd) -> io::Result<Self> {
-        // SAFETY: all-zero ones are valid to be filled in.
-        let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
-        // SAFETY: both are valid for writing.
-        if unsafe { libc::fstat(fd, &raw mut stat) != 0 || libc::fstatfs(fd, &raw mut statfs) != 0 } {
-            return Err(io::Error::last_os_error());
+        let checked = |result: libc::c_int| (result >= 0).then_some(()).ok_or_else(io::Error::last_os_error);
+        // SAFETY: an all-zero statx is a valid one to be filled in.
+        let mut status: libc::statx = unsafe { std::mem::zeroed() };
+        // What the kernel knows already: a FUSE file system's server may take its time to say more.
+        let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+        // SAFETY: the path is a C string, `status` is valid for writing.
+        checked(unsafe { libc::statx(fd, c"".as_ptr(), flags, libc::STATX_BASIC_STATS, &raw mut status) })?;
+        // Only memory has seals, whether they can be set or not.
+        // SAFETY: plain system call.
+        let is_memory = unsafe { libc::fcntl(fd, libc::F_GET_SEALS) } >= 0;
+        let is_device = u32::from(status.stx_mode) & libc::S_IFMT == libc::S_IFCHR;
+        let mut page_size = PAGE_SIZE;
+        if is_memory {
+            // SAFETY: an all-zero statfs is a valid one to be filled in.
+            let mut system: libc::statfs = unsafe { std::mem::zeroed() };
+            // SAFETY: `system` is valid for writing.
+            checked(unsafe { libc::fstatfs(fd, &raw mut system) })?;
+            // Only hugetlbfs has pages of its own size, which mappings are made and removed in.
+            if system.f_type == libc::HUGETLBFS_MAGIC {
+                page_size = usize::try_from(system.f_bsize).unwrap_or(PAGE_SIZE);
+            }
         }
-        // Only hugetlbfs has pages of its own size, which mappings are made and removed in.
-        let is_huge = statfs.f_type == libc::HUGETLBFS_MAGIC;
-        Ok(Self {
-            size: u64::try_from(stat.st_size).unwrap_or(0),
-            page_size: if is_huge { usize::try_from(statfs.f_bsize).unwrap_or(PAGE_SIZE) } else { PAGE_SIZE },
-            is_fuse: statfs.f_type == libc::FUSE_SUPER_MAGIC,
-        })
+        let is_foreign = !is_memory && !is_device && status.stx_dev_major == 0;
+        Ok(Self { size: status.stx_size, page_size, is_foreign })
     }
 }
 

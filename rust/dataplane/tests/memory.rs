@@ -170,3 +170,11 @@ fn huge_pages_that_ran_out_are_lost_memory_as_well() {
     // Where the machine has set some aside, nothing is lost.
     assert!(result == lost || result == Ok(()), "{result:?}");
 }
+
+#[test]
+fn a_file_whose_pages_may_come_from_anybody_is_refused() {
+    let file = OwnedFd::from(std::fs::File::open("/proc/self/maps").unwrap());
+    let reason = "memory region at 0x100000, 0x1000 bytes: its file is neither memory (memfd, tmpfs, hugetlbfs) nor on a \
+                  block device";
+    assert_eq!(refusal(&[region(&file, START, 0x1000, 0)]), reason);
+}
