@@ -57,6 +57,10 @@ class Announcement:
             yield min(self.initial_ms + number * self.step_ms, self.max_ms)
 
 
+_ANNOUNCEMENT: Final = Announcement()
+"""QEMU's defaults."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
     """The migration parameters.
@@ -72,10 +76,10 @@ class Parameters:
     local: bool = False
     downtime_limit_ms: int = 300
     record: str = ""
-    announce_initial_ms: int = 50
-    announce_max_ms: int = 550
-    announce_rounds: int = 5
-    announce_step_ms: int = 100
+    announce_initial_ms: int = _ANNOUNCEMENT.initial_ms
+    announce_max_ms: int = _ANNOUNCEMENT.max_ms
+    announce_rounds: int = _ANNOUNCEMENT.rounds
+    announce_step_ms: int = _ANNOUNCEMENT.step_ms
 
     @property
     def announcement(self) -> Announcement:
