@@ -179,7 +179,7 @@ class Outgoing:
             await self._prepare()
             downtime.enter_context(undisturbed(self._tracer))
             downtime.enter_context(urgent())
-            await self._switch_over()
+            phases = await self._switch_over()
         except asyncio.CancelledError:
             assert self._task is not None
             self._task.uncancel()
@@ -196,7 +196,11 @@ class Outgoing:
             self._abandon(SourceEvent.FAILED_HERE, f"internal error: {error!r}")
             raise
         else:
-            return await self._send_commit()
+            may_be_sent = await self._send_commit()
+            # Only now: until COMMIT was sent the guest waited.
+            for name, duration_ns in phases:
+                self._progress.add_phase(name, duration_ns)
+            return may_be_sent
         return False
 
     async def _send_commit(self) -> bool:
@@ -292,7 +296,8 @@ class Outgoing:
             case BaseException() as error if not isinstance(error, asyncio.CancelledError):
                 raise error
 
-    async def _switch_over(self) -> None:
+    async def _switch_over(self) -> tuple[tuple[str, int], ...]:
+        """Stops the rings and hands over where they stand; the destination has said READY then. Gives the phases."""
         channel = self._channel
         assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
@@ -312,12 +317,11 @@ class Outgoing:
         await self._expect(FrameKind.READY, left_s, "say READY within downtime-limit", eager=True)
         self._fire(SourceEvent.READY_RECEIVED)
         ready_ns = time.monotonic_ns()
-        for name, duration_ns in (
+        return (
             ("stop", saved_ns - stopped_ns),
             ("switchover", sent_ns - saved_ns),
             ("ready", ready_ns - sent_ns),
-        ):
-            self._progress.add_phase(name, duration_ns)
+        )
 
     async def _conclude(self, event: SourceEvent) -> None:
         """Past COMMIT: ends when the destination serves, or is known dead and the source serves again."""

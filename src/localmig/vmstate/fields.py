@@ -22,7 +22,7 @@ their number as `array_len`. What a descriptor is of stands at its field as `kin
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import struct as packing
 from abc import ABC, abstractmethod
@@ -222,6 +222,11 @@ class _Struct(Field):
         return self._layout.descriptors(value)
 
 
+@functools.lru_cache(maxsize=128)  # a daemon's arrays have some dozen lengths
+def _numbers(count: int, code: str) -> packing.Struct:
+    return packing.Struct(f">{count}{code}")
+
+
 class _Array(Field):
     """A count, then so many elements."""
 
@@ -242,8 +247,11 @@ class _Array(Field):
         into.shape.append(len(value))
         into.data += _U32.pack(len(value))
         if self._code is not None:
-            with contextlib.suppress(packing.error):
-                into.data += packing.pack(f">{len(value)}{self._code}", *value)
+            try:
+                into.data += _numbers(len(value), self._code).pack(*value)
+            except packing.error:
+                pass  # one of them does not fit: it is looked for below
+            else:
                 return
         for index, item in enumerate(value):
             try:
@@ -257,7 +265,7 @@ class _Array(Field):
         if count > self.count_max:
             raise MalformedError(f"has {count} elements, limit is {self.count_max}")
         if self._code is not None and reader.remaining >= count * self._code_size:
-            return reader.unpack(packing.Struct(f">{count}{self._code}"))
+            return reader.unpack(_numbers(count, self._code))
         values = []
         for index in range(count):
             try:
