@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.test_handover_processes import assert_undisturbed, hand_over
+from tests.faults.test_handover_processes import assert_handovers_lose_nothing, assert_undisturbed, hand_over
 
 from localmig.testing.traffic import Flood
 
@@ -45,17 +45,7 @@ def flooded(site: Site, guest: GuestProcess) -> Iterator[None]:
 def test_five_handovers_lose_no_packet(site: Site) -> None:
     serving = source_of(site)
     attach(site, serving)
-    pinger = site.pinger()
-    for _ in range(5):
-        destination = site.destination()
-        info = hand_over(site, serving, destination)
-        assert info["status"] == "completed", info
-        assert serving.quit() == 0
-        serving = destination
-        serving.execute("migrate-set-parameters", local=True)
-    report = pinger.stop()
-    assert (report.lost, report.duplicates) == (0, 0), report
-    assert_undisturbed(site)
+    assert_handovers_lose_nothing(site, serving, count=5)
 
 
 def test_the_source_keeps_no_ledger_after_a_handover(site: Site) -> None:

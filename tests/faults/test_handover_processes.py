@@ -37,11 +37,10 @@ def assert_undisturbed(site: Site) -> None:
     assert (report["reason"], report["carrier_changes"]) == (None, 0)
 
 
-def test_ten_handovers_lose_no_packet_and_the_guest_sees_no_link_change(site: Site) -> None:
-    serving = site.source()
-    site.attach()
+def assert_handovers_lose_nothing(site: Site, serving: DaemonProcess, *, count: int) -> None:
+    """Hands an attached guest over again and again while it is pinged."""
     pinger = site.pinger()
-    for _ in range(10):
+    for _ in range(count):
         destination = site.destination()
         info = hand_over(site, serving, destination)
         assert info["status"] == "completed", info
@@ -52,6 +51,12 @@ def test_ten_handovers_lose_no_packet_and_the_guest_sees_no_link_change(site: Si
     report = pinger.stop()
     assert (report.lost, report.duplicates) == (0, 0), report
     assert_undisturbed(site)
+
+
+def test_ten_handovers_lose_no_packet_and_the_guest_sees_no_link_change(site: Site) -> None:
+    serving = site.source()
+    site.attach()
+    assert_handovers_lose_nothing(site, serving, count=10)
 
 
 def test_an_idle_guest_moves_and_answers_afterwards(site: Site) -> None:

@@ -294,7 +294,9 @@ class Lab:
         argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
         return self.start(argv, name="pinger")
 
-    def boot_qemu(self, netdev: Sequence[str], *, packed: bool = False, queue_pairs: int = 1) -> Guest:
+    def boot_qemu(
+        self, netdev: Sequence[str], *, packed: bool = False, queue_pairs: int = 1, mergeable: bool = True
+    ) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
         with _lab_errors():
             argv = qemu.command(
@@ -304,6 +306,7 @@ class Lab:
                 kernel_package=UNPACKED_KERNEL,
                 packed=packed,
                 queue_pairs=queue_pairs,
+                mergeable=mergeable,
             )
         return self._booting(argv)
 

@@ -135,13 +135,22 @@ def boot_qemu(lab: Lab, service: Service) -> Guest:
     return lab.boot_qemu(vhost_user_netdev(service.socket))
 
 
+def boot_without_merging(lab: Lab, service: Service) -> Guest:
+    # Its driver offers buffers of 64 KiB then.
+    return lab.boot_qemu(vhost_user_netdev(service.socket), mergeable=False)
+
+
 def boot_uml(lab: Lab, service: Service) -> Guest:
     return lab.boot_uml(service.socket)
 
 
 @pytest.mark.parametrize(
     ("boot", "progress_bytes"),
-    [pytest.param(boot_qemu, 2_000_000, id="qemu"), pytest.param(boot_uml, 10_000_000, id="uml")],
+    [
+        pytest.param(boot_qemu, 2_000_000, id="qemu"),
+        pytest.param(boot_without_merging, 2_000_000, id="qemu-without-merging"),
+        pytest.param(boot_uml, 10_000_000, id="uml"),
+    ],
 )
 def test_a_guest_leaves_segmentation_to_the_host_and_the_host_to_the_guest(
     lab: Lab, boot: Callable[[Lab, Service], Guest], progress_bytes: int

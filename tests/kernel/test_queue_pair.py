@@ -217,8 +217,9 @@ def test_a_header_the_kernel_refuses_costs_that_packet_only(nic: Nic) -> None:
     nic.send_from_guest(frame(0), header=gso_type_unknown)
     nic.send_from_guest(frame(1))
     assert number_of(nic.network.recv(4096)) == 1
-    counters = nic.counters()
-    assert (counters.tx_packets, counters.tx_dropped_header) == (1, 1)
+    # A frame is counted once it is through, which may be a moment later.
+    counters = nic.await_counters(lambda counters: counters.tx_packets == 1)
+    assert counters.tx_dropped_header == 1
     assert sum(dropped(counters).values()) == 1
     assert nic.pair.take_ring_errors() == []
 
@@ -230,8 +231,8 @@ def test_a_frame_longer_than_was_agreed_is_dropped(nic: Nic) -> None:
     nic.network.send(frame(0, length=5000))
     nic.network.send(frame(1))
     assert number_of(nic.receive_in_guest()) == 1
-    counters = nic.counters()
-    assert (counters.rx_packets, counters.rx_dropped_length) == (1, 1)
+    counters = nic.await_counters(lambda counters: counters.rx_packets == 1)
+    assert counters.rx_dropped_length == 1
     assert sum(dropped(counters).values()) == 1
 
 

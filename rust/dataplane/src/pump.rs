@@ -14,6 +14,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
+use crate::bell::Bell;
 use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
 use crate::counters::{Counter, LiveCounters};
 use crate::ledger::Slot;
@@ -121,8 +122,8 @@ struct RingEnd {
     side: Side,
     ring: Ring,
     kick_fd: RawFd,
-    call_fd: Option<RawFd>,
-    error_fd: Option<RawFd>,
+    call: Option<Bell>,
+    error: Option<Bell>,
     /// Where `begin` starts it.
     start: Option<u16>,
     /// Whether `begin` calls the guest, for a call may have been lost.
@@ -135,12 +136,16 @@ impl RingEnd {
     fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, String> {
         let (layout, ledger) = (&spec.layout, spec.ledger.clone());
         let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
+        let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
+        let bell =
+            |what, fd| Bell::of(fd).map_err(|reason| format!("{side} ring: {what} descriptor {reason}"));
+        bell("kick", spec.kick_fd)?;
         Ok(Self {
             side,
-            ring: ring.map_err(|reason| format!("{side} ring: {reason}"))?,
+            ring,
             kick_fd: spec.kick_fd,
-            call_fd: spec.call_fd,
-            error_fd: spec.error_fd,
+            call: spec.call_fd.map(|fd| bell("call", fd)).transpose()?,
+            error: spec.error_fd.map(|fd| bell("error", fd)).transpose()?,
             start: spec.next_avail,
             call_at_start: true,
             failed: false,
@@ -164,8 +169,8 @@ impl RingEnd {
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
         if self.ring.call_due() {
-            if let Some(fd) = self.call_fd {
-                sys::signal(fd);
+            if let Some(call) = self.call {
+                call.ring();
                 self.side.calls(counters).add(1);
             }
         }
@@ -175,8 +180,8 @@ impl RingEnd {
     fn fail(&mut self, reason: &impl fmt::Display) -> (Side, String) {
         self.failed = true;
         self.wait = Wait::Forever;
-        if let Some(fd) = self.error_fd {
-            sys::signal(fd);
+        if let Some(error) = self.error {
+            error.ring();
         }
         (self.side, reason.to_string())
     }

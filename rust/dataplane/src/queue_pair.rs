@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
 use crate::pump::{Config, Positions, Pump, Side, BATCH_PACKETS, WATCHED};
@@ -137,6 +138,7 @@ impl QueuePair {
             // SAFETY: the descriptor was made just above and has no other owner.
             wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
         });
+        bell::prepare(); // a start rings on the thread of whoever starts, who is likely to be this one
         let worker = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || worker.work())?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
@@ -383,6 +385,7 @@ impl Shared {
     fn work(&self) {
         let _ended = Ended(self);
         sys::block_signals();
+        bell::prepare();
         let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED + 1];
         let mut state = self.park(lock(&self.state));
         while !state.closing {

@@ -10,18 +10,17 @@ mod common;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arbitrary::{
-    address, cases, descriptor_bytes, features, good_flags, holds, length, memory, Ends, Write, DEVICE_AREA,
-    DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING, TX_RING,
+    address, cases, descriptor_bytes, features, good_flags, holds, length, memory, scene, step,
+    told_failures, Ends, Step, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
+    TX_RING,
 };
-use common::{eventfd, readable, receive, send, INDIRECT, NEXT};
-use dataplane::chain::{Chain, Direction, Features, Layout, CHAIN_BUFFERS_MAX};
+use common::{eventfd, receive, INDIRECT, NEXT};
+use dataplane::chain::{Chain, Direction, Layout, CHAIN_BUFFERS_MAX};
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::split::SplitRing;
-use dataplane::sys::signal;
 use dataplane::{Config, Format, Positions};
 use proptest::prelude::*;
 
@@ -132,46 +131,13 @@ impl Guest {
     }
 }
 
-/// What happens to a ring next.
-#[derive(Clone, Debug)]
-enum Step {
-    Take,
-    /// The oldest chain that was taken.
-    Complete {
-        written: u32,
-    },
-    /// The newest ones that were taken.
-    Untake {
-        count: usize,
-    },
-    Publish,
-    Call,
-    Arm,
-    Disarm,
-    /// By the guest, meanwhile.
-    Write(Write),
-}
-
-fn step(ring: u64) -> impl Strategy<Value = Step> {
-    prop_oneof![
-        16 => Just(Step::Take),
-        4 => any::<u32>().prop_map(|written| Step::Complete { written }),
-        1 => (0..4usize).prop_map(|count| Step::Untake { count }),
-        2 => Just(Step::Publish),
-        1 => Just(Step::Call),
-        1 => Just(Step::Arm),
-        1 => Just(Step::Disarm),
-        1 => write(ring).prop_map(Step::Write),
-    ]
-}
-
 proptest! {
     #![proptest_config(cases(2000))]
 
     #[test]
     fn a_ring_gives_only_what_is_inside_memory_and_limits(
         (address, guest, steps) in prop::sample::select(vec![RX_RING, TX_RING])
-            .prop_flat_map(|ring| (Just(ring), guest(ring), prop::collection::vec(step(ring), 1..60))),
+            .prop_flat_map(|ring| (Just(ring), guest(ring), prop::collection::vec(step(write(ring)), 1..60))),
         features in features(),
     ) {
         let memory = memory();
@@ -222,44 +188,14 @@ proptest! {
     }
 }
 
-/// What a whole pair meets.
-#[derive(Clone, Debug)]
-struct Scene {
-    rx: Guest,
-    tx: Guest,
-    features: Features,
-    mergeable: bool,
-    /// Lengths of frames that wait in the TAP, with their headers, or without where they are shorter.
-    frames: Vec<usize>,
-    meanwhile: Vec<Write>,
-}
-
-fn scene() -> impl Strategy<Value = Scene> {
-    let frame = prop_oneof![4 => 60..600usize, 1 => 1..20usize, 1 => 0x4000..0x8000usize];
-    let meanwhile = prop_oneof![write(RX_RING), write(TX_RING)];
-    (
-        guest(RX_RING),
-        guest(TX_RING),
-        features(),
-        any::<bool>(),
-        prop::collection::vec(frame, 0..12),
-        prop::collection::vec(meanwhile, 0..12),
-    )
-        .prop_map(|(rx, tx, features, mergeable, frames, meanwhile)| Scene {
-            rx,
-            tx,
-            features,
-            mergeable,
-            frames,
-            meanwhile,
-        })
-}
-
 proptest! {
     #![proptest_config(cases(800))]
 
     #[test]
-    fn a_pair_stops_and_starts_whatever_its_guest_writes(scenes in prop::collection::vec(scene(), 1..3)) {
+    fn a_pair_stops_and_starts_whatever_its_guest_writes(scenes in prop::collection::vec(
+            scene((guest(RX_RING), guest(TX_RING)), prop_oneof![write(RX_RING), write(TX_RING)]),
+            1..3,
+        )) {
         let event = eventfd();
         let pair = QueuePair::new("arbitrary", event.as_raw_fd()).unwrap();
         let ends = Ends::new();
@@ -267,10 +203,7 @@ proptest! {
             let memory = memory();
             scene.rx.write_to(RX_RING, &memory);
             scene.tx.write_to(TX_RING, &memory);
-            for length in &scene.frames {
-                // Some may not fit any more, as with any TAP.
-                send(&ends.wire, &vec![0x5a; *length]);
-            }
+            scene.send_frames(&ends);
             let config = Config {
                 memory: Arc::clone(&memory),
                 tap_fd: ends.tap.as_raw_fd(),
@@ -285,21 +218,11 @@ proptest! {
             pair.configure(&config).unwrap();
             let before = pair.counters();
             pair.start().unwrap();
-            for write in &scene.meanwhile {
-                write.make(&memory);
-                ends.rings.iter().for_each(|[kick, ..]| signal(kick.as_raw_fd()));
-                while receive(&ends.wire).is_some() {}
-            }
+            scene.go_on(&ends, &memory);
             let positions = pair.stop();
             prop_assert_eq!(pair.stop(), positions);
             // A ring that failed was told of, and stays where it is.
-            let failed = pair.failed();
-            let errors = pair.take_ring_errors();
-            prop_assert_eq!(errors.len(), usize::from(failed.0) + usize::from(failed.1), "{:?}", errors);
-            for (has_failed, [_, _, error]) in [failed.0, failed.1].into_iter().zip(&ends.rings) {
-                prop_assert_eq!(readable(error.as_raw_fd(), Duration::ZERO), has_failed);
-                let _ = dataplane::sys::drain(error.as_raw_fd());
-            }
+            let failed = told_failures(&pair, &ends)?;
             let frames = pair.counters().rx_packets - before.rx_packets;
             prop_assert!(frames <= scene.frames.len() as u64 + 12, "{} frames", frames);
             pair.start().unwrap();

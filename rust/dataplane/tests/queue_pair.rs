@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, memfd, memory, memory_of, readable, receive, send, truncate, wire,
-    Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, memfd, memory, memory_of, pipe, readable, receive, send, truncate,
+    wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
@@ -240,6 +240,18 @@ fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does
     assert_eq!(bench.rx.await_used(), (0, 16));
     assert_eq!(bench.rx.await_used(), (1, 4));
     assert_eq!(bench.pair.counters().rx_dropped_length, 1);
+}
+
+#[test]
+fn half_a_ring_is_room_enough_for_a_guest_that_fills_it_up_as_packets_come() {
+    let mut bench = Bench::new();
+    for head in 0..SIZE / 2 {
+        bench.offer_rx(head, 16);
+    }
+    bench.start();
+    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
+    assert_eq!(bench.rx.await_used(), (0, 16));
+    assert_eq!(bench.rx.await_used(), (1, 4));
 }
 
 #[test]
@@ -547,12 +559,47 @@ fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
 }
 
 #[test]
-fn a_kick_descriptor_that_is_no_eventfd_stops_its_ring() {
+fn descriptors_that_are_neither_eventfd_nor_pipe_are_refused() {
     let bench = Bench::new();
-    let (mine, theirs) = wire();
-    drop(theirs); // end of file: readable for ever
-    bench.start_with(|config| config.tx.as_mut().unwrap().kick_fd = mine.as_raw_fd());
+    for name in ["kick", "call", "error"] {
+        let mut config = bench.config();
+        let (tx, fd) = (config.tx.as_mut().unwrap(), bench.tap.as_raw_fd());
+        match name {
+            "kick" => tx.kick_fd = fd,
+            "call" => tx.call_fd = Some(fd),
+            _ => tx.error_fd = Some(fd),
+        }
+        let Err(Error::Invalid(reason)) = bench.pair.configure(&config) else { panic!("{name} was taken") };
+        assert!(reason.starts_with(&format!("tx ring: {name} descriptor is socket:[")), "{reason}");
+        assert!(reason.ends_with("], must be an eventfd or a pipe"), "{reason}");
+    }
+}
+
+#[test]
+fn a_kick_pipe_that_nobody_writes_to_any_more_stops_its_ring() {
+    let bench = Bench::new();
+    let (reader, writer) = pipe();
+    drop(writer); // end of file: readable for ever
+    bench.start_with(|config| config.tx.as_mut().unwrap().kick_fd = reader.as_raw_fd());
     assert_eq!(bench.await_error(), [(Side::Tx, "kick eventfd: not an eventfd".to_string())]);
+}
+
+#[test]
+fn pipes_do_for_eventfds() {
+    let mut bench = Bench::new();
+    let [(kicked, kick), (called, call)] = [pipe(), pipe()];
+    bench.start_with(|config| {
+        let tx = config.tx.as_mut().unwrap();
+        (tx.kick_fd, tx.call_fd) = (kicked.as_raw_fd(), Some(call.as_raw_fd()));
+    });
+    bench.offer_tx(0, b"frame");
+    signal(kick.as_raw_fd());
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    // The start called, and so does the packet.
+    for _ in 0..2 {
+        assert!(readable(called.as_raw_fd(), PATIENCE));
+        assert_eq!(drain(called.as_raw_fd()).ok(), Some(true));
+    }
 }
 
 #[test]

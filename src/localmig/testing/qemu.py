@@ -64,6 +64,7 @@ def command(
     accelerator: str = "tcg",
     packed: bool = False,
     queue_pairs: int = 1,
+    mergeable: bool = True,
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -74,6 +75,7 @@ def command(
         kernel_package: where Debian's package of a cloud kernel was unpacked.
         accelerator: "tcg" (emulation, works everywhere) or "kvm".
         packed: whether its NIC offers packed rings; the guest then takes them.
+        mergeable: whether the guest may merge its receive buffers; without it each holds the longest packet there is.
         queue_pairs: how many the NIC has; with more than one the guest has two processors, and uses two by itself.
 
     Raises:
@@ -95,6 +97,7 @@ def command(
     argv += netdev
     # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
     wanted = (",packed=on" if packed else "") + (",mq=on" if queue_pairs > 1 else "")
+    wanted += "" if mergeable else ",mrg_rxbuf=off"
     return [*argv, "-device", f"virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={wanted}"]
 
 

@@ -2,15 +2,18 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::ledger::Slot;
 use dataplane::memory::GuestMemory;
+use dataplane::queue_pair::QueuePair;
+use dataplane::sys::{drain, signal};
 use dataplane::RingSpec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngSeed};
 
-use crate::common::{eventfd, memfd, region, wire, WRITE};
+use crate::common::{eventfd, memfd, readable, receive, region, send, wire, WRITE};
 
 /// Three regions: two that touch, and one behind a gap.
 pub const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
@@ -120,4 +123,97 @@ impl Ends {
         let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
         RingSpec { layout, kick_fd: kick, call_fd: Some(call), error_fd: Some(error), next_avail, ledger }
     }
+}
+
+/// What happens to a ring next.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Take,
+    /// The oldest chain that was taken.
+    Complete {
+        written: u32,
+    },
+    /// The newest ones that were taken.
+    Untake {
+        count: usize,
+    },
+    Publish,
+    Call,
+    Arm,
+    Disarm,
+    /// By the guest, meanwhile.
+    Write(Write),
+}
+
+pub fn step(write: impl Strategy<Value = Write>) -> impl Strategy<Value = Step> {
+    prop_oneof![
+        16 => Just(Step::Take),
+        4 => any::<u32>().prop_map(|written| Step::Complete { written }),
+        1 => (0..4usize).prop_map(|count| Step::Untake { count }),
+        2 => Just(Step::Publish),
+        1 => Just(Step::Call),
+        1 => Just(Step::Arm),
+        1 => Just(Step::Disarm),
+        1 => write.prop_map(Step::Write),
+    ]
+}
+
+/// What a whole pair meets.
+#[derive(Clone, Debug)]
+pub struct Scene<Guest> {
+    pub rx: Guest,
+    pub tx: Guest,
+    pub features: Features,
+    pub mergeable: bool,
+    /// Lengths of frames that wait in the TAP, with their headers, or without where they are shorter.
+    pub frames: Vec<usize>,
+    pub meanwhile: Vec<Write>,
+}
+
+pub fn scene<Guest: std::fmt::Debug>(
+    guests: impl Strategy<Value = (Guest, Guest)>,
+    meanwhile: impl Strategy<Value = Write>,
+) -> impl Strategy<Value = Scene<Guest>> {
+    let frame = prop_oneof![4 => 60..600usize, 1 => 1..20usize, 1 => 0x4000..0x8000usize];
+    let frames = prop::collection::vec(frame, 0..12);
+    (guests, features(), any::<bool>(), frames, prop::collection::vec(meanwhile, 0..12)).prop_map(
+        |((rx, tx), features, mergeable, frames, meanwhile)| Scene {
+            rx,
+            tx,
+            features,
+            mergeable,
+            frames,
+            meanwhile,
+        },
+    )
+}
+
+impl<Guest> Scene<Guest> {
+    /// Puts its frames on the wire. Some may not fit any more, as with any TAP.
+    pub fn send_frames(&self, ends: &Ends) {
+        for length in &self.frames {
+            send(&ends.wire, &vec![0x5a; *length]);
+        }
+    }
+
+    /// What the guest writes while the pair runs, each time with a kick.
+    pub fn go_on(&self, ends: &Ends, memory: &GuestMemory) {
+        for write in &self.meanwhile {
+            write.make(memory);
+            ends.rings.iter().for_each(|[kick, ..]| signal(kick.as_raw_fd()));
+            while receive(&ends.wire).is_some() {}
+        }
+    }
+}
+
+/// Which rings of a stopped pair failed: those and no others were told of, in both ways.
+pub fn told_failures(pair: &QueuePair, ends: &Ends) -> Result<(bool, bool), TestCaseError> {
+    let failed = pair.failed();
+    let errors = pair.take_ring_errors();
+    prop_assert_eq!(errors.len(), usize::from(failed.0) + usize::from(failed.1), "{:?}", errors);
+    for (has_failed, [_, _, error]) in [failed.0, failed.1].into_iter().zip(&ends.rings) {
+        prop_assert_eq!(readable(error.as_raw_fd(), Duration::ZERO), has_failed);
+        let _ = drain(error.as_raw_fd());
+    }
+    Ok(failed)
 }
