@@ -309,6 +309,7 @@ class World:
         self.running = running
         self.fired: dict[Fault, str] = {}
         self.two_owners: list[str] = []
+        self.announced: list[str] = []
         self.stuck = False
         self.wrong: str | None = None
         self.source, self.destination = Side(self, "source"), Side(self, "destination")
@@ -398,7 +399,7 @@ class World:
         incoming = Incoming(
             parameters=lambda: Parameters(local=True),
             build=build,
-            on_serving=lambda: None,
+            on_serving=lambda: self.announced.append("destination"),
             tracer=self.destination.tracer,
         )
         try:
@@ -435,6 +436,8 @@ class World:
             return f"{len(owners)} owners, {self.states}"
         if not owners[0].serves_whole:
             return f"{owners[0].name} {SERVES_IN_PART}"
+        if owners == [self.destination] and self.announced != ["destination"]:
+            return f"the destination serves and its daemon was told so {len(self.announced)} times"
         holds = any(part.file for part in self.source.parts)
         # A part that cannot let go holds on; but then the operator is told.
         if self.states.get("source") is SourceState.COMPLETED and holds and not self.outgoing.info().note:

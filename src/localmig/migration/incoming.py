@@ -85,6 +85,7 @@ class Incoming:
         self._hello: Hello | None = None
         self._is_sole_owner = False
         """Whether nobody else can serve the guest any more: DONE goes out, or the source is dead."""
+        self._has_told_serving = False
 
     # -- what others may ask ------------------------------------------------------------------------------------
 
@@ -135,6 +136,7 @@ class Incoming:
                 # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
                 _logger.exception("internal error after the takeover")
                 self._progress.note = f"internal error after the takeover: {error!r}"
+                self._tell_serving()
                 self._settle()
         finally:
             channel.close()
@@ -190,7 +192,7 @@ class Incoming:
         # Before it is sent: a source that has read it lets go.
         self._is_sole_owner = True
         channel.try_send(FrameKind.DONE, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
-        self._on_serving()
+        self._tell_serving()
         for name, duration_ns in own_phases:
             self._progress.add_phase(name, duration_ns)
 
@@ -289,8 +291,13 @@ class Incoming:
         self._progress.serving_ns = time.monotonic_ns()
         problems += for_all(self._parts, lambda part: part.thaw())
         self._progress.note = "; ".join([self._progress.note, *problems])
-        self._on_serving()
+        self._tell_serving()
         self._settle()
+
+    def _tell_serving(self) -> None:
+        if not self._has_told_serving:
+            self._has_told_serving = True
+            self._on_serving()
 
     def _settle(self) -> None:
         """The source holds nothing any more. Too late for a no: this process owns the guest, and the rest works."""
