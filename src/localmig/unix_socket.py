@@ -128,6 +128,11 @@ class ListeningSocket:
         """Whether it was bound beside its path and has not claimed it."""
         return self.bound_path != self.path
 
+    @property
+    def is_displaced(self) -> bool:
+        """Whether its path leads elsewhere, or nowhere: another process claimed or removed it."""
+        return not self.is_beside and _identity(self.path) != self.identity
+
     def claim(self) -> None:
         """Moves the socket to its path, over whatever is there, in one step. Does nothing where it is there already.
 

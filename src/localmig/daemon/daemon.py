@@ -26,6 +26,7 @@ from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Announcement, Capabilities, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
+from localmig.migration.undo import for_all
 from localmig.options import TapSpec, VirtioNetSpec
 from localmig.options.address import Address, Defer, IncomingSpec
 from localmig.trace import RunStateChanged, Tracer
@@ -169,8 +170,7 @@ class Daemon:
         if self._run_state is RunState.POSTMIGRATE:
             if self._outgoing is None or self._outgoing.state is not SourceState.IN_DOUBT:
                 raise StateError("the guest was handed over: another daemon serves it")
-            for part in self._parts:
-                part.recover()
+            for_all(self._parts, lambda part: part.recover())
         if self._run_state is not RunState.RUNNING:
             for part in self._parts:
                 part.resume()

@@ -123,7 +123,11 @@ class Part(Protocol):
 
     @abstractmethod
     def recover(self) -> None:
-        """Takes ring positions from guest memory or a ledger, for the process that knew them is dead."""
+        """Takes ring positions from guest memory or a ledger, for the process that knew them is dead.
+
+        What that process may have changed outside becomes what this one knows: a TAP's settings, a socket's path.
+        Called while frozen and stopped. Raises LocalmigError where that cannot be; the rest is served all the same.
+        """
 
     def source_released(self) -> None:
         """The source holds nothing any more: what could not be opened beside it can be now."""

@@ -320,6 +320,19 @@ class ListenAt:
         assert listener is not None, self.path
         return Listener.from_state(listener)
 
+    def recover(self, contact: Contact) -> Contact:
+        """`contact`, paused, or another listener at the path where a process that died had claimed that.
+
+        Raises:
+            ConfigError, KernelError: the path is a living process's, or cannot be bound. `contact` is as it was.
+        """
+        assert isinstance(contact, Listener), self.path
+        if not contact.listening.is_displaced:
+            return contact
+        fresh = self.open()
+        contact.release()
+        return fresh
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectTo:
@@ -347,6 +360,10 @@ class ConnectTo:
         """What goes on where the source's left off: trying, or not trying any more."""
         assert listener is None, self.path
         return Connector(self.path, reconnect_ms=self.reconnect_ms, is_due=self.reconnect_ms > 0)
+
+    def recover(self, contact: Contact) -> Contact:
+        """`contact`: its path is the VMM's, which nobody claims."""
+        return contact
 
 
 def _wrap(fd: OwnedFd) -> socket.socket:

@@ -295,7 +295,9 @@ class VirtioNet(Part):
                 self._memory.populate()
 
     def recover(self) -> None:
-        """Nothing: see `Rings`."""
+        """Sees to it that frontends find it: who died may have claimed the socket's path. For the rings see `Rings`."""
+        assert self._endpoint is not None, self.id
+        self._endpoint.contact = self._socket.recover(self._endpoint.contact)
 
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
