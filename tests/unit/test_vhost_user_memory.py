@@ -10,7 +10,7 @@ import pytest
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.vhost_user.memory import MemoryRegion, borrowed, check_regions, to_guest_address
+from localmig.vhost_user.memory import MEMORY_SIZE_MAX, MemoryRegion, borrowed, check_regions, to_guest_address
 
 MakeRegion = Callable[[int, int, int], MemoryRegion]
 
@@ -39,6 +39,13 @@ def test_the_same_memory_may_show_at_two_guest_addresses(region: MakeRegion) -> 
 def test_more_regions_than_the_limit_are_refused(region: MakeRegion) -> None:
     with pytest.raises(PeerError, match="2 regions, limit is 1"):
         check_regions([region(0x2000, 0x1000, 0), region(0x1000, 0x1000, 0x1000)], count_max=1)
+
+
+def test_more_memory_than_the_limit_is_refused_however_it_is_cut(region: MakeRegion) -> None:
+    half = MEMORY_SIZE_MAX // 2
+    check_regions([region(0, half, 0), region(half, half, half)], count_max=2)
+    with pytest.raises(PeerError, match="guest memory has 0x80000000001 bytes, limit is 0x80000000000"):
+        check_regions([region(0, half, 0), region(half, half + 1, half)], count_max=2)
 
 
 def test_a_region_may_end_where_addresses_end_and_not_behind(region: MakeRegion) -> None:

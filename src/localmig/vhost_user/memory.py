@@ -19,6 +19,10 @@ REGION_COUNT_MAX: Final = 509
 """Regions a frontend may add one by one. KVM on x86 had 509 memory slots to give for years and VMMs size themselves
 by it; each region holds a descriptor, and 509 leave room for the rest under the usual RLIMIT_NOFILE of 1024."""
 
+MEMORY_SIZE_MAX: Final = 1 << 43
+"""Bytes that all regions of a frontend have together, 8 TiB. A process has addresses for 128 TiB, and a file without
+pages costs a frontend nothing: one must not take the addresses from the others, nor from this process's own needs."""
+
 _ADDRESS_MAX: Final = (1 << 64) - 1
 _FILE_OFFSET_MAX: Final = (1 << 63) - 1  # off_t is signed
 
@@ -40,10 +44,12 @@ def check_regions(regions: Sequence[MemoryRegion], *, count_max: int) -> None:
     User addresses may overlap: a frontend may show the same memory at two guest addresses.
 
     Raises:
-        PeerError: too many regions, an empty one, one that wraps around, or two that share guest addresses.
+        PeerError: too many regions, too much memory, an empty region, one that wraps around, or two that share guest addresses.
     """
     if len(regions) > count_max:
         raise PeerError(f"guest memory has {len(regions)} regions, limit is {count_max}")
+    if (size := sum(region.size for region in regions)) > MEMORY_SIZE_MAX:
+        raise PeerError(f"guest memory has {size:#x} bytes, limit is {MEMORY_SIZE_MAX:#x}")
     for region in regions:
         if region.size == 0:
             raise PeerError(f"memory region at {region.guest_address:#x} is empty")
