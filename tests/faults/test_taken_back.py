@@ -24,3 +24,15 @@ def test_a_source_that_took_a_guest_back_is_found_by_the_next_frontend(site: Sit
     assert guest.stop()["reason"] is None
     site.attach()
     assert_undisturbed(site)
+
+
+def test_a_nic_that_stays_home_is_served_also_where_the_source_lets_go_late(site: Site) -> None:
+    objects = site.objects(device=",local-migration=off")
+    # The source has not heard whether the destination serves, and holds the TAP until it is sure.
+    source, destination = site.source(*objects), site.destination(fault="before-send:DONE=raise")
+    site.attach(reconnect_ms=100)
+    assert hand_over(site, source, destination)["status"] == "completed"
+    assert site.guest is not None
+    site.guest.wait_for("reconnected", 20)
+    site.address_tap()
+    assert site.ping().lost == 0

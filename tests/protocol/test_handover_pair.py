@@ -456,6 +456,7 @@ def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incoming_module, "COMMIT_TIMEOUT_S", 0.5)
     monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.5)
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
+    monkeypatch.setattr(incoming_module, "RELEASE_RETRY_S", 0.05)
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True, record: str = "") -> World:

@@ -130,7 +130,10 @@ class Part(Protocol):
         """
 
     def source_released(self) -> None:
-        """The source holds nothing any more: what could not be opened beside it can be now."""
+        """The source lets go, or is about to: what could not be opened beside it can be now.
+
+        Idempotent. Raises LocalmigError where something cannot be opened yet; for a while it is called again then.
+        """
         return
 
     @abstractmethod

@@ -45,6 +45,11 @@ _logger = logging.getLogger(__name__)
 DEATH_GRACE_S: Final = 1.0
 """How much later than its sockets' end a dead process may be seen as dead: in between the kernel frees its memory."""
 
+RELEASE_RETRY_S: Final = 1.0
+RELEASE_TRIES_MAX: Final = 6
+"""The end of the channel says that the source let go, but for two: one that was killed, of which the kernel closes one
+thing after the other, and one that did not get DONE. That one is in doubt for `DEATH_TIMEOUT_S` and lets go then."""
+
 
 class _SourceDiedError(PeerLostError):
     """The source is known dead."""
@@ -121,7 +126,7 @@ class Incoming:
             try:
                 await self._take_over(channel)
             except _SourceDiedError as error:
-                self._outlive_source(error)
+                await self._outlive_source(error)
         except asyncio.CancelledError:
             if not self._is_sole_owner:
                 self._give_up(None, "the destination was told to quit")
@@ -137,7 +142,9 @@ class Incoming:
                 _logger.exception("internal error after the takeover")
                 self._progress.note = f"internal error after the takeover: {error!r}"
                 self._tell_serving()
-                self._settle()
+                # A source that still waits for DONE would end this process for its silence.
+                channel.close()
+                await self._settle()
         finally:
             channel.close()
             if self._peer is not None:
@@ -169,7 +176,7 @@ class Incoming:
             await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
         except (OSError, PeerError) as error:
             self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
-        self._settle()
+        await self._settle()
 
     async def _switch_over(self, channel: Channel, frame: Frame) -> None:
         begun_ns = time.monotonic_ns()
@@ -281,7 +288,7 @@ class Incoming:
         for part in self._parts:
             part.thaw()
 
-    def _recover(self) -> None:
+    async def _recover(self) -> None:
         """The source is dead: serve from what arrived whole and from what stands in guest memory."""
         self._is_sole_owner = True
         self._progress.note = "the source died during the handover; this daemon took over from guest memory"
@@ -292,25 +299,37 @@ class Incoming:
         problems += for_all(self._parts, lambda part: part.thaw())
         self._progress.note = "; ".join([self._progress.note, *problems])
         self._tell_serving()
-        self._settle()
+        await self._settle()
 
     def _tell_serving(self) -> None:
         if not self._has_told_serving:
             self._has_told_serving = True
             self._on_serving()
 
-    def _settle(self) -> None:
-        """The source holds nothing any more. Too late for a no: this process owns the guest, and the rest works."""
-        problems = for_all(self._parts, lambda part: part.source_released())
+    async def _settle(self) -> None:
+        """The source lets go of the rest. Too late for a no: this process owns the guest, and what is here works."""
+        problems = self._take_the_rest()
+        for _ in range(RELEASE_TRIES_MAX):
+            if not problems:
+                break
+            is_dead = self._peer is not None and await self._peer.wait_dead(timeout_s=RELEASE_RETRY_S)
+            if self._peer is None:
+                await asyncio.sleep(RELEASE_RETRY_S)
+            problems = self._take_the_rest()
+            if is_dead:
+                break
         if problems:
             self._progress.note = "; ".join([*([self._progress.note] if self._progress.note else []), *problems])
         self._fire(DestinationEvent.SETTLED)
 
-    def _outlive_source(self, error: _SourceDiedError) -> None:
+    def _take_the_rest(self) -> list[str]:
+        return for_all(self._parts, lambda part: part.source_released())
+
+    async def _outlive_source(self, error: _SourceDiedError) -> None:
         if self._machine.allows(DestinationEvent.SOURCE_DIED):
             self._fire(DestinationEvent.SOURCE_DIED)
         if self.state is DestinationState.RECOVERING:
-            self._recover()
+            await self._recover()
         else:
             self._give_up(None, f"{error} before it had sent everything: nothing to recover")
 
