@@ -44,7 +44,8 @@ def check_regions(regions: Sequence[MemoryRegion], *, count_max: int) -> None:
     User addresses may overlap: a frontend may show the same memory at two guest addresses.
 
     Raises:
-        PeerError: too many regions, too much memory, an empty region, one that wraps around, or two that share guest addresses.
+        PeerError: too many regions or too much memory; a region that is empty or wraps around, or two that share guest
+            addresses.
     """
     if len(regions) > count_max:
         raise PeerError(f"guest memory has {len(regions)} regions, limit is {count_max}")
