@@ -30,7 +30,14 @@ from localmig.migration.handover import (
     destination_machine,
 )
 from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version
-from localmig.migration.outgoing import COMMIT_TIMEOUT_S, HELLO_TIMEOUT_S, SETUP_TIMEOUT_S, on_off, take_peer
+from localmig.migration.outgoing import (
+    COMMIT_TIMEOUT_S,
+    HELLO_TIMEOUT_S,
+    SETUP_TIMEOUT_S,
+    on_off,
+    send_hello,
+    take_peer,
+)
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, own_pidfd
 from localmig.migration.progress import Progress
@@ -235,13 +242,9 @@ class Incoming:
             setup={section_name(part.id, part.setup): part.setup for part in self._parts},
             switchover=self._switchover_descriptions(),
         )
-        answer = Hello(version=program_version(), local=local, running=hello.running).encode()
-        if channel.passes_descriptors:
-            with own_pidfd() as pidfd:
-                place = (len(answer), pidfd.fileno())
-                await channel.send(FrameKind.HELLO, answer + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
-        else:
-            await channel.send(FrameKind.HELLO, answer, timeout_s=HELLO_TIMEOUT_S)
+        answer = Hello(version=program_version(), local=local, running=hello.running)
+        with own_pidfd() as pidfd:
+            await send_hello(channel, answer, pidfd)
 
     def _adopt_setup(self, frame: Frame) -> None:
         self._progress.descriptors = len(frame.fds)

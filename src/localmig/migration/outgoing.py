@@ -256,13 +256,8 @@ class Outgoing:
             running=self._running,
             objects=self._objects,
         )
-        data = hello.encode()
-        if channel.passes_descriptors:
-            with own_pidfd() as pidfd:
-                place = (len(data), pidfd.fileno())
-                await channel.send(FrameKind.HELLO, data + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
-        else:
-            await channel.send(FrameKind.HELLO, data, timeout_s=HELLO_TIMEOUT_S)
+        with own_pidfd() as pidfd:
+            await send_hello(channel, hello, pidfd)
         answer = await self._expect(FrameKind.HELLO, HELLO_TIMEOUT_S, "answer HELLO")
         try:
             theirs = Hello.decode(answer.data)
@@ -469,6 +464,16 @@ class Outgoing:
         if self.state is SourceState.IN_DOUBT and self.has_ended:
             return "failed"
         return SOURCE_STATUS[self.state]
+
+
+async def send_hello(channel: Channel, hello: Hello, pidfd: OwnedFd) -> None:
+    """Sends HELLO, the pidfd at its last byte where the channel can carry one. Raises as `Channel.send`."""
+    data = hello.encode()
+    if channel.passes_descriptors:
+        place = (len(data), pidfd.fileno())
+        await channel.send(FrameKind.HELLO, data + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
+    else:
+        await channel.send(FrameKind.HELLO, data, timeout_s=HELLO_TIMEOUT_S)
 
 
 def take_peer(frame: Frame, *, required: bool) -> Peer | None:
