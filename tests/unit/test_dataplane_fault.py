@@ -49,7 +49,7 @@ def test_a_file_that_shrinks_is_an_error_of_the_access_and_no_crash(file: int) -
     assert caught.value.errno == errno.EFAULT
     with pytest.raises(OSError, match="is lost"):
         memory.write(0x1000, b"hello")
-    assert memory.populate() == 8192
+    assert memory.populate(10.0) == 8192
     os.close(file)
 
 

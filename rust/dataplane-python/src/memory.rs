@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use dataplane::memory::{AccessError, MemoryError, RegionSpec};
 use pyo3::exceptions::{PyOSError, PyValueError};
@@ -64,8 +65,10 @@ impl GuestMemory {
     }
 
     /// Maps the pages that already exist; gives the number of bytes.
-    fn populate(&self, py: Python<'_>) -> u64 {
-        py.detach(|| self.inner.populate())
+    fn populate(&self, py: Python<'_>, seconds_max: f64) -> PyResult<u64> {
+        let time = Duration::try_from_secs_f64(seconds_max)
+            .map_err(|error| PyValueError::new_err(format!("{seconds_max} seconds: {error}")))?;
+        Ok(py.detach(|| self.inner.populate(time)))
     }
 
     /// The guest address of `size` bytes at a frontend's user address.

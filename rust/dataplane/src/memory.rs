@@ -8,6 +8,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use crate::fault::Watch;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -162,11 +163,14 @@ impl Mapping {
         self.guest_address + self.size as u64
     }
 
-    /// Maps the resident pages of this region; gives the bytes mapped.
-    fn populate(&self) -> io::Result<u64> {
+    /// Maps the resident pages of this region, until `deadline`; gives the bytes mapped.
+    fn populate(&self, deadline: Instant) -> io::Result<u64> {
         let mut residence = vec![0u8; RESIDENCE_PAGES.min(self.size.div_ceil(PAGE_SIZE))];
         let mut populated = 0;
         for start in (0..self.size).step_by(RESIDENCE_PAGES * PAGE_SIZE) {
+            if Instant::now() >= deadline {
+                break;
+            }
             let length = (self.size - start).min(RESIDENCE_PAGES * PAGE_SIZE);
             let pages = &mut residence[..length.div_ceil(PAGE_SIZE)];
             // SAFETY: `start + length` stays inside the mapping, and `pages` has a byte for each of its pages.
@@ -350,13 +354,14 @@ impl GuestMemory {
         Ok(Self { memory, mappings })
     }
 
-    /// Maps the pages that exist already and creates none; gives the number of bytes mapped.
+    /// Maps the pages that exist already and creates none, for no longer than `time`; gives the number of bytes mapped.
     ///
     /// A kernel without MADV_POPULATE_READ (before 5.14) populates nothing; hugetlbfs tells of no page that this
     /// process has not touched, and needs few faults anyway.
     #[must_use]
-    pub fn populate(&self) -> u64 {
-        self.mappings.iter().map(|mapping| mapping.populate().unwrap_or(0)).sum()
+    pub fn populate(&self, time: Duration) -> u64 {
+        let deadline = Instant::now() + time;
+        self.mappings.iter().map(|mapping| mapping.populate(deadline).unwrap_or(0)).sum()
     }
 
     /// The guest address of `size` bytes at a frontend's user address, if one region holds all of them.

@@ -3,8 +3,9 @@
 mod common;
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
-use common::{memfd, region, truncate};
+use common::{memfd, region, truncate, PATIENCE};
 use dataplane::memory::{AccessError, GuestMemory, Lost, MemoryError, RegionSpec};
 
 const START: u64 = 0x10_0000;
@@ -72,7 +73,7 @@ fn what_cannot_be_is_refused_with_both_values() {
 #[test]
 fn no_memory_at_all_is_memory() {
     let memory = GuestMemory::new(&[]).unwrap();
-    assert_eq!(memory.populate(), 0);
+    assert_eq!(memory.populate(PATIENCE), 0);
     assert!(memory.host(0, 1).is_none());
 }
 
@@ -94,7 +95,8 @@ fn populating_maps_the_pages_that_exist_for_writing_and_creates_none() {
         other.write(page * 4096, &[1]).unwrap();
     }
     let memory = GuestMemory::new(&[region(&fd, 0, PAGES * 4096, 0)]).unwrap();
-    let populated = memory.populate();
+    assert_eq!(memory.populate(Duration::ZERO), 0, "it had no time");
+    let populated = memory.populate(PATIENCE);
     // SAFETY: an all-zero stat is a valid one to be filled in.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: `stat` is valid for writing.
@@ -131,7 +133,7 @@ fn memory_whose_file_shrinks_is_lost_and_other_memory_is_not() {
     other.read(2 * START, &mut found).unwrap();
     assert_eq!(&found, b"still there");
     assert_eq!(other.lost(), None);
-    assert_eq!(memory.populate(), 0x3000, "empty pages in the place of the lost ones");
+    assert_eq!(memory.populate(PATIENCE), 0x3000, "empty pages in the place of the lost ones");
 }
 
 #[test]

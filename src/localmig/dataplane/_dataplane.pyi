@@ -57,10 +57,10 @@ class GuestMemory:
             OSError: this process has no room.
         """
 
-    def populate(self) -> int:
+    def populate(self, seconds_max: float) -> int:
         """Maps the pages that already exist (it creates none), so that the first packets meet no page fault.
 
-        Returns the number of bytes populated. Releases the GIL.
+        Returns the number of bytes populated; what there was no time for comes by page faults. Releases the GIL.
         """
 
     def translate(self, user_address: int, size: int) -> int:

@@ -292,7 +292,7 @@ class VirtioNet(Part):
             except PeerError as error:
                 raise PeerError(f"device '{self.id}': {error}") from error
             if self._memory is not None:
-                self._memory.populate()
+                self._rings.populate(self._memory)
 
     def recover(self) -> None:
         """Sees to it that frontends find it: who died may have claimed the socket's path. For the rings see `Rings`."""

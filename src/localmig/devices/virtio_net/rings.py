@@ -10,12 +10,13 @@ would wait meanwhile. Together that is one call for each of these steps, and a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from localmig import dataplane
-from localmig.dataplane import Counters, QueuePair
+from localmig.dataplane import Counters, GuestMemory, QueuePair
 from localmig.device_api import Part
 from localmig.errors import PeerError
 from localmig.trace import RingsStarted, RingsStopped, Tracer
@@ -23,6 +24,10 @@ from localmig.vmstate import Description, array, text, u8, u16, u64
 
 QUEUE_PAIR_COUNT_MAX: Final = 65536
 """Queue pairs of one daemon: each has a thread, and the kernel's default gives a process 32768 of them or fewer."""
+
+POPULATE_SECONDS_MAX: Final = 15.0
+"""For the memory of all guests of a handover together, half of what the source waits for. A frontend may announce
+terabytes without a page, and looking for pages in them takes a second and a half for each."""
 
 _NAME_SIZE_MAX: Final = 80
 """A device's id has at most 63 letters, a slash and a queue pair's number follow."""
@@ -120,6 +125,7 @@ class Rings(Part):
     def __init__(self, tracer: Tracer) -> None:
         self.serving = False
         self._devices: list[Device] = []
+        self._populate_seconds_left = POPULATE_SECONDS_MAX
         self._tracer = tracer
 
     def join(self, device: Device) -> None:
@@ -185,6 +191,12 @@ class Rings(Part):
             raise PeerError(
                 f"the source has {len(state.queue_pairs)} queue pairs, this daemon has {len(names)}: {difference}"
             )
+
+    def populate(self, memory: GuestMemory) -> None:
+        """Maps existing pages of a guest that arrives, in what time all of them have."""
+        begun_s = time.monotonic()
+        memory.populate(self._populate_seconds_left)
+        self._populate_seconds_left = max(0.0, self._populate_seconds_left - (time.monotonic() - begun_s))
 
     def adopt_setup(self, state: RingsSetup) -> None:
         """Nothing: devices make their queue pairs."""
