@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from typing import NoReturn
@@ -40,9 +41,10 @@ def test_a_policy_that_somebody_chose_is_kept() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def test_without_the_right_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOSYS])
+def test_without_the_right_nothing_changes(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object) -> NoReturn:
-        raise PermissionError
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     with urgent():

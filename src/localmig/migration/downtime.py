@@ -69,7 +69,8 @@ def urgent() -> Iterator[None]:
     try:
         if is_ordinary:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
-    except PermissionError:
+    except OSError:
+        # EPERM for the most part; sandboxes have numbers of their own for a call that they do not know.
         is_ordinary = False
     try:
         yield
