@@ -415,6 +415,20 @@ def test_without_descriptors_a_tap_of_several_queues_is_opened_once_the_source_l
     destination.close()
 
 
+def test_a_tap_that_could_not_be_opened_yet_is_no_reason_that_nothing_moves_any_more() -> None:
+    with opened() as holder:
+        waiting, successor = Tap(id="net0"), Tap(id="net0")
+        waiting.adopt_setup(travel(holder.save_setup(with_descriptors=False)))
+        assert waiting.local_migration_blocker() == "its TAP is not open"
+        successor.adopt_setup(travel(waiting.save_setup(with_descriptors=False)))
+        waiting.release()
+        assert not successor.is_open
+    successor.source_released()
+    assert successor.ifname == "tap0"
+    assert len(receive_frame(successor)) == 12 + len(FRAME)
+    successor.close()
+
+
 @pytest.mark.parametrize(("sndbuf", "expected"), [(0, 2**31 - 1), (65536, 65536)])
 def test_the_send_buffer_is_that_of_every_queue(sndbuf: int, expected: int) -> None:
     tungetsndbuf = 0x800454D3

@@ -27,7 +27,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import partial
 from pathlib import Path
@@ -249,9 +249,8 @@ class Tap:
         self._sndbuf = sndbuf
         self._stays_home = stays_home
         self._open: _OpenTap | None = None
-        self._awaited_ifname: str | None = None
-        """The interface to open once the source has let go of it."""
-        self._awaited_has_uso = False
+        self._awaited: TapState | None = None
+        """What to open once the source has let go of it."""
 
     # -- for the device on the other side ------------------------------------------------------------------
 
@@ -290,7 +289,8 @@ class Tap:
     @property
     def has_uso(self) -> bool:
         """Whether UDP segmentation can be left to whoever is at its ends; the source's word while it is not open."""
-        return self._awaited_has_uso if self._open is None else self._open.has_uso
+        tap = self._open or self._awaited
+        return tap is not None and tap.has_uso
 
     @property
     def vnet_header_length(self) -> int:
@@ -420,7 +420,9 @@ class Tap:
         return self._stays_home or (None if self._open is not None else "its TAP is not open")
 
     def save_setup(self, *, with_descriptors: bool) -> TapState:
-        """The TAP as it is. StateError if it is not open."""
+        """The TAP as it is, or as it is awaited. StateError if it is not open, and not awaited."""
+        if self._awaited is not None:
+            return self._awaited
         tap = self._opened()
         descriptors = TapDescriptors(
             queues=tap.queues, attached=tuple(tap.attached), downscript=_absolute(tap.downscript)
@@ -440,7 +442,7 @@ class Tap:
 
     def release(self) -> None:
         """Closes this process's copy. The interface stays as long as another process has it open."""
-        self._awaited_ifname = None
+        self._awaited = None
         if self._open is not None:
             close_all(self._open.queues)
             self._open = None
@@ -499,8 +501,7 @@ class Tap:
         except KernelError as error:
             if error.errno != errno.EBUSY:
                 raise
-            self._awaited_ifname = ifname
-            self._awaited_has_uso = state.has_uso  # busy here, so it is the same machine's
+            self._awaited = replace(state, ifname=ifname)  # busy here, so it is the same machine's
 
     def check_switchover(self, state: Any) -> None:
         """Never called, as `save_switchover`."""
@@ -533,9 +534,9 @@ class Tap:
             ConfigError: the script failed; calling again tries again, as below.
             KernelError: it cannot be opened. EBUSY: the source has it open still; calling again tries again.
         """
-        if self._awaited_ifname is not None:
-            self._open = self._open_by_name(self._awaited_ifname)
-            self._awaited_ifname = None
+        if self._awaited is not None:
+            self._open = self._open_by_name(self._awaited.ifname)
+            self._awaited = None
 
     def discard(self) -> None:
         """Closes what arrived without a side effect; undoes what this process opened itself."""
