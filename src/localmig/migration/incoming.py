@@ -45,7 +45,7 @@ from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import IncomingStream, OutgoingStream, section_name
 from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
-from localmig.vmstate import Description, close_descriptors
+from localmig.vmstate import Description, check_descriptors, close_descriptors
 
 _logger = logging.getLogger(__name__)
 
@@ -252,6 +252,7 @@ class Incoming:
         pairs = [(part, states[section_name(part.id, part.setup)]) for part in self._parts]
         try:
             for part, state in pairs:
+                check_descriptors(part.setup, state, section=section_name(part.id, part.setup))
                 part.check_setup(state)
             for part, state in pairs:
                 part.adopt_setup(state)

@@ -24,7 +24,6 @@ import errno
 import fcntl
 import logging
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, StateError
+from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd, close_all
 from localmig.netdev.interface import (
     Interface,
@@ -139,7 +139,7 @@ TAP_DESCRIPTORS: Final = Description(
     oldest_version=1,
     state=TapDescriptors,
     fields=(
-        array("queues", partial(fd, kind="tap"), count_max=QUEUE_COUNT_MAX),
+        array("queues", partial(fd, kind=FdKind.TAP), count_max=QUEUE_COUNT_MAX),
         array("attached", boolean, count_max=QUEUE_COUNT_MAX),
         text("downscript", size_max=_PATH_BYTES_MAX),
     ),
@@ -563,10 +563,6 @@ class Tap:
                 raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
         if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
-        for queue in descriptors.queues:
-            # fstat reads the inode and touches nothing that the source shares. More cannot be found out here.
-            if not stat.S_ISCHR(os.fstat(queue.fileno()).st_mode):
-                raise PeerError(f"netdev '{self.id}': a descriptor that came for its TAP is no TAP")
 
     def _open_by_name(self, ifname: str) -> _OpenTap:
         """Opens the TAP, configures it and runs the script; an empty name lets the kernel choose one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from localmig.fd_kind import FdKind
 from localmig.unix_socket import PATH_BYTES_MAX
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
 from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
@@ -68,5 +69,5 @@ LISTENER: Final = Description(
     version=1,
     oldest_version=1,
     state=ListenerState,
-    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd", kind="listening-socket")),
+    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd", kind=FdKind.LISTENING_SOCKET)),
 )

@@ -46,6 +46,11 @@ class Blob:
             self.fds.pop()
 
 
+def joined(outer: str, inner: str) -> str:
+    """The path of a field, or an `[index]`, inside another."""
+    return f"{outer}{'.' if inner and not inner.startswith('[') else ''}{inner}"
+
+
 class LocatedError(Exception):
     """A fault that learns on its way up which field it happened in."""
 
@@ -56,7 +61,7 @@ class LocatedError(Exception):
 
     def add_outer(self, name: str) -> None:
         """Puts the field, or the `[index]`, around what is known so far."""
-        self.path = f"{name}{'.' if self.path and not self.path.startswith('[') else ''}{self.path}"
+        self.path = joined(name, self.path)
 
     def __str__(self) -> str:
         return f'field "{self.path}" {self.problem}' if self.path else self.problem

@@ -1,6 +1,6 @@
 """Descriptions: a dataclass's fields in the order they travel, with the versions that may arrive.
 
-Owns:        Description and Subsection; save, load, explain and close by them.
+Owns:        Description and Subsection; save, load, check, explain and close by them.
 Never sees:  the frame around a section.
 Read next:   fields.py for the encoding.
 
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
 from localmig.errors import PeerError
+from localmig.fd_kind import FdKind, describe_fd, is_of_kind
 from localmig.fds import close_all
 from localmig.vmstate.blob import Blob, MalformedError, Reader, UnfitError
-from localmig.vmstate.fields import Explained, Field, Layout
+from localmig.vmstate.fields import Explained, Field, Layout, Placed
 
 NAME_SIZE_MAX: Final = 127
 """Bytes of a section's or subsection's name. Its length is one byte: signed, says analyze-migration.py."""
@@ -227,8 +228,30 @@ def explain(description: Description[T], state: T) -> Explained:
     return explained
 
 
+def check_descriptors(description: Description[T], state: T, *, section: str | None = None) -> None:
+    """Looks at what each descriptor of a state that arrived is, where its kind can be told. Changes nothing.
+
+    Args:
+        description: what `state` is.
+        state: as loaded.
+        section: what errors call it; the description's name if None.
+
+    Raises:
+        PeerError: a descriptor is not of the kind that its field declares.
+    """
+    for placed in _descriptors(description, state):
+        if isinstance(placed.kind, FdKind) and not is_of_kind(placed.fd.fileno(), placed.kind):
+            raise PeerError(
+                f'section "{section or description.name}": field "{placed.path}" is a descriptor of kind '
+                f"'{placed.kind}', what came is '{describe_fd(placed.fd.fileno())}'"
+            )
+
+
 def close_descriptors(description: Description[T], state: T) -> None:
     """Closes every descriptor in `state`; those given away already are left alone."""
-    close_all(description.layout.descriptors(state))
-    for subsection in description.subsections:
-        close_all(subsection.layout.descriptors(state))
+    close_all(placed.fd for placed in _descriptors(description, state))
+
+
+def _descriptors(description: Description[T], state: T) -> Iterator[Placed]:
+    for layout in (description.layout, *(subsection.layout for subsection in description.subsections)):
+        yield from layout.descriptors(state)

@@ -28,10 +28,11 @@ import struct as packing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
-from localmig.vmstate.blob import Blob, MalformedError, Reader, UnfitError
+from localmig.vmstate.blob import Blob, MalformedError, Reader, UnfitError, joined
 
 if TYPE_CHECKING:
     from localmig.vmstate.description import Description
@@ -40,6 +41,24 @@ Explained = dict[str, Any]
 """One field, as the vmdesc has it: name, type, size; for some an index or array_len, or a struct."""
 
 _U32: Final = packing.Struct(">I")
+
+
+class Placed(NamedTuple):
+    """A descriptor in a state.
+
+    Attributes:
+        path: of its field, as errors name it.
+        kind: as declared.
+        fd: the descriptor.
+    """
+
+    path: str
+    kind: FdKind | str | None
+    fd: OwnedFd
+
+    def inside(self, name: str) -> Placed:
+        """The same, with the field or the `[index]` around it."""
+        return self._replace(path=joined(name, self.path))
 
 
 class Field(ABC):
@@ -76,8 +95,8 @@ class Field(ABC):
     def explain(self, value: Any) -> list[Explained]:
         """What `put` writes for `value`, field by field."""
 
-    def descriptors(self, value: Any) -> Iterator[OwnedFd]:
-        """Every descriptor in `value`."""
+    def descriptors(self, value: Any) -> Iterator[Placed]:
+        """Every descriptor in `value`, placed below this field."""
         return iter(())
 
 
@@ -172,7 +191,7 @@ class _Fd(Field):
 
     is_fixed = True
 
-    def __init__(self, name: str, since: int, kind: str | None) -> None:
+    def __init__(self, name: str, since: int, kind: FdKind | str | None) -> None:
         super().__init__(name, since)
         self.kind = kind
 
@@ -186,8 +205,8 @@ class _Fd(Field):
         line: Explained = {"name": self.name, "type": "fd", "size": 1}
         return [line if self.kind is None else {**line, "kind": self.kind}]
 
-    def descriptors(self, value: OwnedFd) -> Iterator[OwnedFd]:
-        yield value
+    def descriptors(self, value: OwnedFd) -> Iterator[Placed]:
+        yield Placed("", self.kind, value)
 
 
 class _Struct(Field):
@@ -218,7 +237,7 @@ class _Struct(Field):
         struct = {"vmsd_name": self.inner.name, "version": self.inner.version, "fields": fields}
         return [{"name": self.name, "type": "struct", "struct": struct, "size": total_size(fields)}]
 
-    def descriptors(self, value: Any) -> Iterator[OwnedFd]:
+    def descriptors(self, value: Any) -> Iterator[Placed]:
         return self._layout.descriptors(value)
 
 
@@ -284,9 +303,10 @@ class _Array(Field):
         indexed = [{**line, "index": index} for index, item in enumerate(value) for line in self.element.explain(item)]
         return count + indexed
 
-    def descriptors(self, value: Sequence[Any]) -> Iterator[OwnedFd]:
-        for item in value:
-            yield from self.element.descriptors(item)
+    def descriptors(self, value: Sequence[Any]) -> Iterator[Placed]:
+        for index, item in enumerate(value):
+            for placed in self.element.descriptors(item):
+                yield placed.inside(f"[{index}]")
 
 
 class _Optional(Field):
@@ -316,7 +336,7 @@ class _Optional(Field):
         presence: list[Explained] = [{"name": f"{self.name}.present", "type": "bool", "size": 1}]
         return presence if value is None else presence + self.field.explain(value)
 
-    def descriptors(self, value: Any) -> Iterator[OwnedFd]:
+    def descriptors(self, value: Any) -> Iterator[Placed]:
         return iter(()) if value is None else self.field.descriptors(value)
 
 
@@ -423,10 +443,11 @@ class Layout:
         """The vmdesc lines of what `put` writes for `state`."""
         return [line for field in self.fields for line in field.explain(getattr(state, field.name))]
 
-    def descriptors(self, state: object) -> Iterator[OwnedFd]:
+    def descriptors(self, state: object) -> Iterator[Placed]:
         """Every descriptor in `state`."""
         for field in self.fields:
-            yield from field.descriptors(getattr(state, field.name))
+            for placed in field.descriptors(getattr(state, field.name)):
+                yield placed.inside(field.name)
 
 
 def _check_each(scalars: Sequence[_Scalar], state: object) -> None:
@@ -489,12 +510,14 @@ def blob(name: str, *, size_max: int, since: int = 1) -> Field:
     return _Bytes(name, since, size_max)
 
 
-def fd(name: str, *, kind: str | None = None, since: int = 1) -> Field:
+def fd(name: str, *, kind: FdKind | str | None = None, since: int = 1) -> Field:
     """A descriptor, an `OwnedFd` in the state.
 
     Args:
         name: the attribute.
-        kind: what it is a descriptor of, for who reads the vmdesc; None where nobody can know. Nothing checks it.
+        kind: what it is a descriptor of, for who reads the vmdesc; None where nobody can know. An `FdKind` is looked
+            for by `check_descriptors`. A str is what a frontend should have given: if it gave something else, that is
+            its own rings' loss and no lie of the source's.
         since: the first version of the section that has it.
     """
     return _Fd(name, since, kind)

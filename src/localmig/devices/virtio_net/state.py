@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
 from localmig.vhost_user.description import LISTENER, SESSION
 from localmig.vhost_user.protocol import SessionState
@@ -61,7 +62,11 @@ CONNECTION: Final = Description(
     version=1,
     oldest_version=1,
     state=ConnectionState,
-    fields=(fd("connection", kind="socket"), struct("session", SESSION), optional(fd("ledger", kind="memory"))),
+    fields=(
+        fd("connection", kind=FdKind.SOCKET),
+        struct("session", SESSION),
+        optional(fd("ledger", kind=FdKind.MEMORY)),
+    ),
 )
 
 SOCKET: Final = Description(

@@ -1,0 +1,97 @@
+"""What a descriptor is, by what the kernel says of it.
+
+Owns:        the kinds that can be told apart, and how.
+Never sees:  who sent a descriptor, or what for.
+Read next:   vmstate/description.py, which looks at the descriptors of a state that arrived.
+
+Nothing here touches what the descriptor's file shares with other processes: no ioctl, no read, no flag.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, assert_never
+
+_TUN_DEVICE: Final = (10, 200)
+"""/dev/net/tun: MISC_MAJOR (linux/major.h) and TUN_MINOR (linux/miscdevice.h)."""
+
+_TAP_DRIVERS: Final = ("macvtap", "ipvtap")
+"""Whose devices are TAPs as well; their major numbers are given out by the kernel as it goes."""
+
+
+class FdKind(StrEnum):
+    """A kind that can be told; the value stands in the vmdesc."""
+
+    TAP = "tap"
+    SOCKET = "socket"
+    """A UNIX stream socket that does not listen."""
+    LISTENING_SOCKET = "listening-socket"
+    """A UNIX stream socket that listens."""
+    MEMORY = "memory"
+    """What memfd_create(2), tmpfs and hugetlbfs make: it alone has seals."""
+
+
+def is_of_kind(fd: int, kind: FdKind) -> bool:
+    """Whether a borrowed descriptor is of that kind."""
+    match kind:
+        case FdKind.TAP:
+            return _is_tap(os.fstat(fd))
+        case FdKind.SOCKET:
+            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, False)
+        case FdKind.LISTENING_SOCKET:
+            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, True)
+        case FdKind.MEMORY:
+            return _has_seals(fd)
+    assert_never(kind)
+
+
+def describe_fd(fd: int) -> str:
+    """What a borrowed descriptor is, for people: a kind, or the kernel's name for it."""
+    for kind in FdKind:
+        if is_of_kind(fd, kind):
+            return kind
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return f"of file type {stat.S_IFMT(os.fstat(fd).st_mode):#o}"
+
+
+def _is_tap(status: os.stat_result) -> bool:
+    if not stat.S_ISCHR(status.st_mode):
+        return False
+    device = os.major(status.st_rdev), os.minor(status.st_rdev)
+    return device == _TUN_DEVICE or _driver(device[0]) in _TAP_DRIVERS
+
+
+def _driver(major: int) -> str | None:
+    """Of a character device, None where nobody says."""
+    try:
+        lines = Path("/proc/devices").read_text(encoding="ascii").partition("Block devices:")[0].splitlines()
+    except OSError:
+        return None
+    names = dict(line.split(maxsplit=1) for line in lines if line.strip()[:1].isdigit())
+    return names.get(str(major))
+
+
+def _socket_facts(fd: int) -> tuple[int, int, bool] | None:
+    """Family, type and whether it listens; None of what is no socket."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock.family, sock.type, bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        sock.detach()
+
+
+def _has_seals(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
