@@ -8,6 +8,8 @@ CARGO ?= cargo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= vhost-user stream frames analysis qmp options config
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -37,7 +39,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench clean demo-packages guest-packages guest-kernel bench-packages
+.PHONY: help setup demo test check bench fuzz clean demo-packages guest-packages guest-kernel bench-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -63,8 +65,13 @@ check: setup ## formats, lints, types, import contracts
 bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+fuzz: setup $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS for each target
+	@for target in $(FUZZ_TARGETS); do \
+	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
+	done
+
 clean: ## remove everything the other targets made
-	rm -rf .venv .lab target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .lab .fuzz target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src -name '*.so' -delete
 
 define need_rust
@@ -94,6 +101,10 @@ $(VENV)/core.stamp: $(VENV)/tools.stamp $(RUST_SOURCES)
 $(VENV)/picture.stamp: $(VENV)/tools.stamp
 	@$(BIN)/python -m pip install --quiet --retries 1 --group demo && touch $@ || \
 	  echo "matplotlib could not be installed: the demonstration draws no picture"
+
+$(VENV)/fuzz.stamp: $(VENV)/tools.stamp
+	@$(BIN)/python -m pip install --quiet --group fuzz
+	@touch $@
 
 demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
