@@ -1,0 +1,450 @@
+"""Everything that takes bytes from outside, each as one function that any bytes may be given to.
+
+Owns:        the targets, their seeds, what must hold for every input.
+Never sees:  how inputs are found: __main__.py has a fuzzer, test_targets.py a fixed number of mutations.
+Read next:   capture.py, for the seeds that are a real session's bytes.
+
+A target names the errors that may come out by catching them. Anything else is a finding: another exception, an
+assertion, a descriptor that is open afterwards or was dropped without being closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.compat import nic, synthetic
+from tests.compat.nic import SAMPLES
+from tests.compat.synthetic import read_vector
+from tests.compat.vmdesc_reader import walk
+
+from localmig.cli.analyze import printable, show, to_json
+from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
+from localmig.devices.virtio_net.state import VIRTIO_NET
+from localmig.errors import ConfigError, PeerError
+from localmig.fds import OwnedFd
+from localmig.migration.analysis import analyze
+from localmig.migration.channel import FrameBuffer, FrameKind
+from localmig.migration.hello import Done, HandoverObject, Hello, decode_reason, encode_reason
+from localmig.migration.stream import IncomingStream, OutgoingStream, Section
+from localmig.monitor.commands import COMMANDS
+from localmig.monitor.protocol import Session
+from localmig.monitor.schema import Command
+from localmig.monitor.wire import Decoder, JsonSyntaxError
+from localmig.netdev.tap import TAP
+from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
+from localmig.options.specs import (
+    AnySpec,
+    Fit,
+    TapSpec,
+    VirtioNetSpec,
+    from_mapping,
+    help_for,
+    options_of,
+    to_mapping,
+)
+from localmig.vhost_user.description import SESSION
+from localmig.vhost_user.message import HEADER_SIZE, Header, decode_reply
+from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
+from localmig.virtio import Feature
+from localmig.vmstate import Blob, Description, Reader, close_descriptors, load, save
+
+SEEDS: Final = Path(__file__).parent / "seeds"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One door.
+
+    Attributes:
+        run: takes any bytes; whatever it raises is a finding.
+        seeds: inputs that get far inside.
+    """
+
+    run: Callable[[bytes], None]
+    seeds: tuple[bytes, ...]
+
+
+def open_descriptors() -> set[str]:
+    """The numbers that are open in this process, the one it looks with among them."""
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+def check(target: Target, data: bytes) -> None:
+    """Gives `data` to `target`. AssertionError where a descriptor stays open."""
+    before = open_descriptors()
+    target.run(data)
+    after = open_descriptors()
+    assert after == before, f"descriptors {sorted(after ^ before)} were leaked or lost"
+
+
+def _made_up(count: int) -> list[OwnedFd]:
+    return [OwnedFd(os.eventfd(0, os.EFD_CLOEXEC)) for _ in range(count)]
+
+
+def _files(folder: str) -> Iterator[bytes]:
+    return (path.read_bytes() for path in sorted((SEEDS / folder).iterdir()))
+
+
+def _lines(name: str) -> Iterator[bytes]:
+    return iter((SEEDS / name).read_bytes().splitlines())
+
+
+# -- vhost-user -----------------------------------------------------------------------------------------------------
+
+OFFER: Final = Offer(
+    features=Feature.VERSION_1 | Feature.RING_EVENT_IDX | Feature.RING_PACKED | 1 << 15,
+    vring_count=4,
+    queue_count=2,
+    vring_size_max=1024,
+    region_count_max=10,
+)
+"""The bit 15 is VIRTIO_NET_F_MRG_RXBUF, without which the kit's frontend does not go on."""
+
+CONFIG: Final = bytes(24)
+
+FD_COUNT_MASK: Final = 0x0F
+CUT: Final = 0x10
+REFUSE: Final = 0x20
+MOVE: Final = 0x40
+"""Bits of the byte before each message: how many descriptors come with it, whether it comes in two pieces, whether the
+device says no, whether the session moves to another process in its middle."""
+
+
+def vhost_user(data: bytes) -> None:
+    """A whole session: messages, each behind a byte that says how it comes."""
+    backend = Backend(OFFER, config=CONFIG)
+    try:
+        while data:
+            control, data = data[0], data[1:]
+            size = HEADER_SIZE
+            if len(data) >= HEADER_SIZE:
+                size += struct.unpack_from("=I", data, 8)[0]
+            message, data = data[:size], data[size:]
+            before = _plain(backend.state)
+            try:
+                backend = _receive(backend, message, control)
+            except PeerError:
+                assert _plain(backend.state) == before, "a refused message changed the session"
+                return
+            check_state(backend.state, OFFER)
+            assert all(vring.is_configured and vring.kick for vring in backend.state.vrings if vring.started)
+    finally:
+        backend.close()
+
+
+def _receive(backend: Backend, message: bytes, control: int) -> Backend:
+    fds = _made_up(control & FD_COUNT_MASK)
+    middle = len(message) // 2 if control & (CUT | MOVE) else 0
+    for piece in (message[:middle], message[middle:]):
+        while piece:
+            size = backend.bytes_wanted
+            event = backend.receive(piece[:size], fds)
+            piece, fds = piece[size:], []
+            if event is None:
+                continue
+            if control & REFUSE and event.refusable:
+                backend.refuse()
+            else:
+                backend.complete()
+        if control & MOVE:
+            backend = _moved(backend)
+    for fd in fds:
+        fd.close()
+    reply = backend.data_to_send()
+    if reply:
+        header = Header.decode(reply[:HEADER_SIZE])
+        decode_reply(header, reply[HEADER_SIZE:])
+        assert len(reply) == HEADER_SIZE + header.size
+    backend.data_sent(len(reply))
+    return backend
+
+
+def _plain(state: SessionState) -> tuple[object, ...]:
+    """All but the message that is under way."""
+    return (
+        state.features_acked,
+        state.protocol_features_acked,
+        state.device_status,
+        state.mtu,
+        tuple(state.regions),
+        tuple(repr(vring) for vring in state.vrings),
+        state.backend_request_fd,
+        state.unsent,
+    )
+
+
+def _moved(backend: Backend) -> Backend:
+    """The session after a handover: saved, loaded, the old one closed."""
+    saved = Blob()
+    save(SESSION, backend.state, saved)
+    fds = [(offset, OwnedFd(os.dup(fd))) for offset, fd in saved.fds]
+    state = load(SESSION, SESSION.version, Reader(saved.data, fds))
+    again = Blob()
+    save(SESSION, state, again)
+    assert again.data == saved.data
+    backend.close()
+    try:
+        return Backend.from_state(state, OFFER, config=CONFIG)
+    except PeerError as error:
+        state.close()
+        raise AssertionError(f"a session that was served cannot move: {error}") from error
+
+
+# -- the migration stream -------------------------------------------------------------------------------------------
+
+_STREAM_HEADER: Final = struct.Struct(">BBHH")
+_OFFSET: Final = struct.Struct(">H")
+
+_EXPECTED: Final[tuple[tuple[Mapping[str, Description[Any]], Mapping[str, Description[Any]]], ...]] = (
+    (
+        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
+        {nic.RINGS_NAME: RINGS},
+    ),
+    ({synthetic.SETUP_NAME: synthetic.NIC}, {synthetic.RINGS_NAME: synthetic.NIC_RINGS}),
+)
+
+
+def stream_input(which: int, pieces: synthetic.Pieces) -> bytes:
+    """A stream as `stream` takes it."""
+    offsets = walk(b"".join(pieces)).descriptors
+    header = _STREAM_HEADER.pack(which, len(offsets), len(pieces.setup), len(pieces.switchover))
+    return b"".join((header, *map(_OFFSET.pack, offsets), *pieces))
+
+
+def stream(data: bytes) -> None:
+    """A stream: which one is expected, where descriptors are, how long the pieces are, and the pieces."""
+    if len(data) < _STREAM_HEADER.size:
+        return
+    which, fd_count, setup_size, switchover_size = _STREAM_HEADER.unpack_from(data)
+    start = _STREAM_HEADER.size + fd_count * _OFFSET.size
+    if len(data) < start:
+        return
+    offsets = {offset for (offset,) in _OFFSET.iter_unpack(data[_STREAM_HEADER.size : start])}
+    setup, rest = data[start : start + setup_size], data[start + setup_size :]
+    switchover, description = rest[:switchover_size], rest[switchover_size:]
+    # The channel gives descriptors in ascending order, each at a byte 0x20.
+    places = [offset for offset in sorted(offsets) if setup[offset : offset + 1] == b"\x20"]
+    expected = _EXPECTED[which % len(_EXPECTED)]
+    sections: list[Section] = []
+    incoming = IncomingStream(setup=expected[0], switchover=expected[1])
+    try:
+        incoming.description(description)
+        sections = incoming.setup(setup, zip(places, _made_up(len(places)), strict=True))
+        rings = incoming.switchover(switchover)
+        _check_written_again(expected, sections, rings)
+    except PeerError:
+        pass
+    finally:
+        for section in sections:
+            close_descriptors(section.description, section.state)
+
+
+def _check_written_again(expected: Any, sections: list[Section], rings: list[Section]) -> None:
+    """What was read can be written, and that reads as the same."""
+    outgoing = OutgoingStream()
+    setup, description = outgoing.setup(sections), outgoing.describe(rings)
+    switchover = outgoing.switchover(rings)
+    incoming = IncomingStream(setup=expected[0], switchover=expected[1])
+    incoming.description(description)
+    copies = incoming.setup(bytes(setup.data), [(offset, OwnedFd(os.dup(fd))) for offset, fd in setup.fds])
+    try:
+        again = OutgoingStream()
+        assert again.setup(copies).data == setup.data
+        assert repr(incoming.switchover(bytes(switchover.data))) == repr(rings)
+    finally:
+        for section in copies:
+            close_descriptors(section.description, section.state)
+
+
+# -- frames of a handover -------------------------------------------------------------------------------------------
+
+
+def frames(data: bytes) -> None:
+    """What arrives on the channel: pieces, each behind its size and the number of its descriptors."""
+    buffer = FrameBuffer()
+    try:
+        while len(data) >= 2:
+            size, fd_count, data = data[0] + 1, data[1] % 4, data[2:]
+            # fds.receive never gives descriptors without a byte.
+            piece, data = data[:size], data[size:]
+            if not piece:
+                return
+            buffer.feed(piece, _made_up(fd_count if fd_count < 3 else 0))
+            while (frame := buffer.next_frame()) is not None:
+                try:
+                    _read_frame(frame.kind, frame.data)
+                finally:
+                    frame.close()
+    except PeerError:
+        pass
+    finally:
+        buffer.close()
+
+
+def _read_frame(kind: FrameKind, data: bytes) -> None:
+    match kind:
+        case FrameKind.HELLO:
+            hello = Hello.decode(data)
+            assert Hello.decode(hello.encode()) == hello
+            for each in hello.objects:
+                if each.kind in (TapSpec.kind, VirtioNetSpec.kind):
+                    _check_travels(from_mapping(each.kind, each.options))
+        case FrameKind.DONE:
+            done = Done.decode(data)
+            assert Done.decode(done.encode()) == done
+        case FrameKind.REFUSE | FrameKind.CANCEL:
+            reason = decode_reason(data)
+            assert reason.isprintable()
+            assert decode_reason(encode_reason(reason)) == reason
+        case _:
+            pass
+
+
+def _check_travels(spec: AnySpec) -> None:
+    there = from_mapping(spec.kind, json.loads(json.dumps(to_mapping(spec))))
+    for option in options_of(type(spec)):
+        if option.fit is not Fit.NEVER:
+            assert getattr(there, option.attribute) == getattr(spec, option.attribute), option.name
+
+
+def _frame_seeds() -> Iterator[bytes]:
+    options: dict[str, dict[str, object]] = {
+        "netdev": {"type": "tap", "id": "net0", "ifname": "tap0"},
+        "device": {"driver": "virtio-net", "id": "nic0", "netdev": "net0", "socket": "/run/vm1/nic0.sock"},
+    }
+    objects = tuple(HandoverObject(kind=kind, options=each) for kind, each in options.items())
+    hello = Hello(version="0.1.0", local=True, running=True, objects=objects).encode()
+    done = Done(serving_ns=1 << 40, phases=(("adopt", 1000), ("resume", 2000))).encode()
+    yield _cut(_frame(FrameKind.HELLO, hello)) + b"\x00\x01\x20" + _cut(_frame(FrameKind.DONE, done))
+    yield _cut(_frame(FrameKind.REFUSE, encode_reason("no such device ✓")) + _frame(FrameKind.READY, b""))
+    # A descriptor in its place: byte 0x20 alone, inside a frame.
+    yield _cut(_frame(FrameKind.SETUP, b"ab \n")[:-2]) + b"\x00\x01\x20" + b"\x00\x00\n"
+
+
+def _frame(kind: FrameKind, payload: bytes) -> bytes:
+    return struct.pack(">4sB3xI", b"LMIG", kind, len(payload)) + payload
+
+
+def _cut(data: bytes) -> bytes:
+    pieces = (data[start : start + 256] for start in range(0, len(data), 256))
+    return b"".join(bytes([len(piece) - 1, 0]) + piece for piece in pieces)
+
+
+# -- localmig analyze -----------------------------------------------------------------------------------------------
+
+
+def analysis(data: bytes) -> None:
+    """A file that `localmig analyze` is shown."""
+    try:
+        found = analyze(data)
+    except PeerError as error:
+        printable(str(error)).encode()
+        return
+    assert all(line.isprintable() for line in show(found).split("\n"))
+    json.dumps(to_json(found)).encode("ascii")
+    ends = [section.offset + section.size for section in found.sections]
+    assert all(start >= end for start, end in zip([s.offset for s in found.sections[1:]], ends, strict=False))
+
+
+# -- QMP ------------------------------------------------------------------------------------------------------------
+
+
+def qmp(data: bytes) -> None:
+    """What a QMP client sends: the first byte says where it is cut and how many descriptors come."""
+    if not data:
+        return
+    control, data = data[0], data[1:]
+    whole = _answers((data,), fd_count=control & 0x03)
+    size = (control >> 2) + 1
+    cut = _answers((data[at : at + size] for at in range(0, len(data), size)), fd_count=0)
+    if not control & 0x03:
+        assert whole == cut, "answers depend on where the kernel cuts what a client sends"
+
+
+def _answers(pieces: Iterable[bytes], *, fd_count: int) -> list[bytes]:
+    session = Session(COMMANDS, _execute)
+    answers: list[bytes] = []
+    try:
+        for piece in pieces:
+            answers += session.receive(piece, _made_up(fd_count))
+    except PeerError as error:
+        answers.append(str(error).encode())
+    finally:
+        session.close()
+    for answer in answers[:-1]:
+        assert answer.endswith(b"\r\n")
+        reader = Decoder()
+        reader.feed(answer)
+        (value,) = reader.values()
+        assert not isinstance(value, JsonSyntaxError), answer
+    return answers
+
+
+def _execute(command: Command, values: Mapping[str, object]) -> object:
+    for value in values.values():
+        if isinstance(value, OwnedFd):
+            value.close()
+    return {}
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def options(data: bytes) -> None:
+    """What stands on a command line: the option, a blank, its text as Python gives what is not UTF-8."""
+    name, _, text = os.fsdecode(data).partition(" ")
+    try:
+        match name:
+            case "--netdev":
+                help_for("netdev", text)
+                _check_travels(parse_netdev(text))
+            case "--device":
+                help_for("device", text)
+                _check_travels(parse_device(text))
+            case "--qmp":
+                parse_monitor(text)
+            case "--incoming":
+                address = parse_incoming(text)
+                assert parse_incoming(str(address)) == address
+    except ConfigError as error:
+        os.fsencode(str(error))
+
+
+def config(data: bytes) -> None:
+    """A file that describes a daemon."""
+    try:
+        read = parse_config(data.decode())
+    except (ConfigError, UnicodeDecodeError):
+        return
+    specs: list[AnySpec] = [*read.netdevs, *read.devices]
+    for spec in specs:
+        _check_travels(spec)
+
+
+# -- all of them ----------------------------------------------------------------------------------------------------
+
+_VECTORS: Final = tuple(sample.path for sample in SAMPLES)
+
+TARGETS: Final[Mapping[str, Target]] = {
+    "vhost-user": Target(run=vhost_user, seeds=tuple(_files("vhost-user"))),
+    "stream": Target(
+        run=stream,
+        seeds=(
+            *(stream_input(0, read_vector(path)) for path in _VECTORS),
+            stream_input(1, read_vector(synthetic.VECTOR)),
+        ),
+    ),
+    "frames": Target(run=frames, seeds=tuple(_frame_seeds())),
+    "analysis": Target(
+        run=analysis, seeds=tuple(b"".join(read_vector(path)) for path in (*_VECTORS, synthetic.VECTOR))
+    ),
+    "qmp": Target(run=qmp, seeds=tuple(b"\x50" + line for line in _lines("qmp"))),
+    "options": Target(run=options, seeds=tuple(_lines("options"))),
+    "config": Target(run=config, seeds=tuple(_files("config"))),
+}
