@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -35,7 +36,7 @@ from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Capabilities, Parameters
-from localmig.migration.peer import Peer
+from localmig.migration.peer import Peer, Revocation
 from localmig.migration.progress import Progress
 from localmig.migration.recording import write_recording
 from localmig.trace import Event, MigrationStatusChanged, Tracer
@@ -371,6 +372,8 @@ class World:
         if not self.source.lives and self.outgoing is not None and self.outgoing._peer is not None:
             # A process that is killed closes everything; here it only unwound.
             self.outgoing._peer.close()
+        if not self.source.lives and self.outgoing is not None and self.outgoing._revocation is not None:
+            self.outgoing._revocation.close()
 
     async def _source(self, sock: socket.socket) -> None:
         async def connect() -> Channel:
@@ -378,7 +381,7 @@ class World:
 
         self.outgoing = outgoing = Outgoing(
             connect=connect,
-            parameters=Parameters(local=True, record=self.record),
+            parameters=Parameters(local=True, commit_timeout_ms=500, record=self.record),
             capabilities=Capabilities(),
             parts=self.source.parts,
             objects=(),
@@ -452,8 +455,7 @@ class World:
 @pytest.fixture(autouse=True)
 def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for a process in this process; each side is known by a child of its own."""
-    monkeypatch.setattr(outgoing_module, "COMMIT_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(incoming_module, "COMMIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(incoming_module, "RELEASE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.5)
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
     monkeypatch.setattr(incoming_module, "RELEASE_RETRY_S", 0.05)
@@ -462,11 +464,17 @@ def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True, record: str = "") -> World:
     before = set(Path("/proc/self/fd").iterdir())
     world = World(*faults, running=running, record=record)
-    kill = Peer.kill
+    kill, tell = Peer.kill, Revocation.tell
+
+    def tell_alive(revocation: Revocation) -> None:
+        # A process that is killed says nothing; here it unwinds.
+        if world.source.lives:
+            tell(revocation)
 
     def kill_destination(peer: Peer) -> bool:
         taken = kill(peer)
-        world.destination.die()
+        if taken:
+            world.destination.die()
         return taken
 
     with ExitStack() as stack, monkeypatch.context() as patch:
@@ -474,6 +482,7 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = T
         for module, side in ((outgoing_module, world.source), (incoming_module, world.destination)):
             patch.setattr(module, "own_pidfd", lambda pid=side.child.pid: OwnedFd(os.pidfd_open(pid)))
         patch.setattr(Peer, "kill", kill_destination)
+        patch.setattr(Revocation, "tell", tell_alive)
         asyncio.run(world.run())
         world.wrong = world.judge()
     if lost := set(Path("/proc/self/fd").iterdir()) - before:
@@ -537,6 +546,37 @@ def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
     wrong = wrong_runs(monkeypatch, "source", what, trouble)
     # What does not start does not run: but it alone, and everybody is told.
     assert [run for run in wrong if not run.endswith(SERVES_IN_PART)] == []
+
+
+# -- a destination that can be neither told nor killed ----------------------------------------------------------------
+
+
+def test_a_destination_that_was_not_told_does_not_take_over_from_a_source_that_took_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WatchedChannel, "try_send", lambda *_: False)
+    # It is cancelled, serves on, and dies.
+    source_dies = at("source", "after b.thaw", What.DIES)
+    world = hand_over(monkeypatch, at("source", "after send SWITCHOVER", What.IS_CANCELLED), source_dies)
+    assert source_dies in world.fired
+    assert world.states == {"destination": DestinationState.FAILED}
+    assert not world.destination.serves
+
+
+def test_a_destination_that_cannot_be_killed_past_commit_is_not_joined_by_the_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(WatchedChannel, "try_send", lambda *_: True)  # DONE gets lost
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    note = note_of(world)
+    assert note is not None
+    assert note.endswith("cannot be killed: look whether it serves")
 
 
 # -- recording --------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_a_daemon_may_be_started_with_migration_parameters(launcher: Launcher) -
         async with connected(str(launcher.qmp)) as client:
             return await client.execute("query-migrate-parameters")
 
-    assert asyncio.run(ask()) == ANNOUNCE | {"downtime-limit": 300, "local": True, "record": ""}
+    assert asyncio.run(ask()) == ANNOUNCE | {"commit-timeout": 5000, "downtime-limit": 300, "local": True, "record": ""}
 
 
 def test_the_log_goes_to_its_file(launcher: Launcher, tmp_path: Path) -> None:

@@ -179,12 +179,21 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
     async def scenario(it: Rig) -> None:
         client = await it.client()
         before = await client.execute("query-migrate-parameters")
-        assert before == ANNOUNCE | {"downtime-limit": 300, "local": False, "record": ""}
+        assert before == ANNOUNCE | {"commit-timeout": 5000, "downtime-limit": 300, "local": False, "record": ""}
         for limit in (-1, 2_000_001):
             assert await refused(client, "migrate-set-parameters", {"local": True, "downtime-limit": limit}) == (
                 "GenericError",
                 "Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms",
             )
+        for timeout in (-1, 0, 99, 2_000_001):
+            assert await refused(client, "migrate-set-parameters", {"local": True, "commit-timeout": timeout}) == (
+                "GenericError",
+                "Option commit-timeout expects an integer in the range of 100 to (2000 * 1000) ms",
+            )
+        assert await refused(client, "migrate-set-parameters", {"commit-timeout": "5"}) == (
+            "GenericError",
+            "Parameter 'commit-timeout' expects uint64",
+        )
         assert await refused(client, "migrate-set-parameters", {"local": True, "mode": "x"}) == (
             "GenericError",
             "Parameter 'mode' is unexpected",
@@ -195,9 +204,11 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
         )
         assert await client.execute("query-migrate-parameters") == before
         assert await client.execute("migrate-set-parameters", {"local": True, "downtime-limit": 2_000_000}) == {}
+        assert await client.execute("migrate-set-parameters", {"commit-timeout": 100}) == {}
         assert await client.execute("migrate-set-parameters", {}) == {}
         assert await client.execute("migrate-set-parameters", {"record": "/tmp/stream"}) == {}
         assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
+            "commit-timeout": 100,
             "downtime-limit": 2_000_000,
             "local": True,
             "record": "/tmp/stream",
@@ -222,6 +233,7 @@ def test_an_announcement_has_qemus_bounds_and_qemus_words(run: Run, name: str, w
         text = f"Option {name} expects a value between 0 and {highest}"
         assert await refused(client, "migrate-set-parameters", {"local": True, name: wrong}) == ("GenericError", text)
         assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
+            "commit-timeout": 5000,
             "downtime-limit": 300,
             "local": False,
             "record": "",

@@ -111,6 +111,7 @@ def test_what_cannot_be_done_is_an_error_in_one_line(
         ("[[netdev]]", [], "netdev[0]: Parameter 'type' is missing, one of: tap"),
         ("[migration-parameters]\nlocal='on'", ["--incoming", "defer"], "migration-parameters: Invalid parameter type"),
         ("[migration-parameters]\ndowntime-limit=-1", ["--incoming", "defer"], "migration-parameters: Option"),
+        ("[migration-parameters]\ncommit-timeout=99", ["--incoming", "defer"], "migration-parameters: Option"),
         (
             "qmp='unix:/a'",
             ["--qmp", "unix:/b"],

@@ -15,7 +15,13 @@ from localmig.daemon import Daemon, RunState
 from localmig.daemon.objects import Objects
 from localmig.device_api import Part
 from localmig.errors import ConfigError, KernelError, StateError
-from localmig.migration.parameters import DOWNTIME_LIMIT_MS_MAX, Capabilities, Parameters
+from localmig.migration.parameters import (
+    COMMIT_TIMEOUT_MS_MAX,
+    COMMIT_TIMEOUT_MS_MIN,
+    DOWNTIME_LIMIT_MS_MAX,
+    Capabilities,
+    Parameters,
+)
 from localmig.migration.status import LocalMigrationReport
 from localmig.options import TapSpec, VirtioNetSpec
 from localmig.options.address import Defer, TcpAddress, UnixAddress
@@ -300,10 +306,15 @@ def test_parameters_are_set_as_a_whole_or_not_at_all(calls: list[str]) -> None:
         assert daemon.parameters == Parameters(local=False, downtime_limit_ms=300)
         for limit_ms in (0, DOWNTIME_LIMIT_MS_MAX):
             daemon.set_parameters(Parameters(downtime_limit_ms=limit_ms))
+        for timeout_ms in (COMMIT_TIMEOUT_MS_MIN, COMMIT_TIMEOUT_MS_MAX):
+            daemon.set_parameters(Parameters(commit_timeout_ms=timeout_ms))
         before = daemon.parameters
         for limit_ms in (-1, DOWNTIME_LIMIT_MS_MAX + 1):
             with pytest.raises(ConfigError, match="Option downtime-limit expects an integer in the range of 0 to"):
                 daemon.set_parameters(Parameters(local=True, downtime_limit_ms=limit_ms))
+        for timeout_ms in (COMMIT_TIMEOUT_MS_MIN - 1, COMMIT_TIMEOUT_MS_MAX + 1):
+            with pytest.raises(ConfigError, match="Option commit-timeout expects an integer in the range of 100 to"):
+                daemon.set_parameters(Parameters(local=True, commit_timeout_ms=timeout_ms))
         assert daemon.parameters is before
 
     run(set_them)

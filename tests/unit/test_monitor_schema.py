@@ -132,7 +132,12 @@ def test_every_parameter_and_capability_has_a_name_in_qmp() -> None:
 def test_parameters_come_back_under_qmps_names_as_they_were_set() -> None:
     changed = parameters_changed(Parameters(), PARAMETERS.read({"local": True, "downtime-limit": 7}))
     assert changed == Parameters(local=True, downtime_limit_ms=7)
-    assert parameters_to_qmp(changed) == ANNOUNCE | {"downtime-limit": 7, "local": True, "record": ""}
+    assert parameters_to_qmp(changed) == ANNOUNCE | {
+        "commit-timeout": 5000,
+        "downtime-limit": 7,
+        "local": True,
+        "record": "",
+    }
     assert capabilities_to_qmp(Capabilities(events=True)) == [
         {"capability": "events", "state": True},
         {"capability": "pause-before-switchover", "state": False},

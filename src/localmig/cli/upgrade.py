@@ -275,8 +275,9 @@ def _start(arguments: argparse.Namespace, path: str, address: str, settings: Set
     """Starts the new daemon, which outlives this program and its terminal."""
     command = [*_program(arguments.program), "run", "--qmp", f"unix:{path}", "--incoming", f"unix:{address}"]
     command += ["--migration-parameter", "local=on"]
-    if "downtime-limit" in settings.parameters:
-        command += ["--migration-parameter", f"downtime-limit={settings.parameters['downtime-limit']}"]
+    for name in ("downtime-limit", "commit-timeout"):
+        if name in settings.parameters:
+            command += ["--migration-parameter", f"{name}={settings.parameters[name]}"]
     log = str(Path(arguments.log or f"{path}.log").absolute())
     ready, ready_there = os.pipe()
     try:

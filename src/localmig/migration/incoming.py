@@ -31,15 +31,14 @@ from localmig.migration.handover import (
 )
 from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version
 from localmig.migration.outgoing import (
-    COMMIT_TIMEOUT_S,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
+    hello_descriptors,
     on_off,
     send_hello,
-    take_peer,
 )
 from localmig.migration.parameters import Parameters
-from localmig.migration.peer import Peer, own_pidfd
+from localmig.migration.peer import Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import IncomingStream, OutgoingStream, section_name
@@ -51,6 +50,9 @@ _logger = logging.getLogger(__name__)
 
 DEATH_GRACE_S: Final = 1.0
 """How much later than its sockets' end a dead process may be seen as dead: in between the kernel frees its memory."""
+
+RELEASE_TIMEOUT_S: Final = 5.0
+"""How long a source that was told DONE may take to let go: it closes descriptors and joins threads, in milliseconds."""
 
 RELEASE_RETRY_S: Final = 1.0
 RELEASE_TRIES_MAX: Final = 6
@@ -93,6 +95,7 @@ class Incoming:
         self._machine = destination_machine()
         self._parts: Sequence[Part] = ()
         self._peer: Peer | None = None
+        self._revocation: Revocation | None = None
         self._stream = IncomingStream(setup={}, switchover={})
         self._hello: Hello | None = None
         self._is_sole_owner = False
@@ -154,8 +157,9 @@ class Incoming:
                 await self._settle()
         finally:
             channel.close()
-            if self._peer is not None:
-                self._peer.close()
+            for held in (self._peer, self._revocation):
+                if held is not None:
+                    held.close()
             self._progress.end()
         return self.state
 
@@ -180,7 +184,7 @@ class Incoming:
             with undisturbed(self._tracer):
                 await self._switch_over(channel, frame)
         try:
-            await channel.receive_end(timeout_s=COMMIT_TIMEOUT_S)
+            await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
         except (OSError, PeerError) as error:
             self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
         await self._settle()
@@ -233,7 +237,10 @@ class Incoming:
                 raise PeerError(
                     f"parameter 'local' is {on_off(hello.local)} in the source and {on_off(local)} in the destination"
                 )
-            self._peer = take_peer(frame, required=local)
+            if descriptors := hello_descriptors(frame, 2, required=local):
+                pidfd, revocation = descriptors
+                self._peer = Peer.from_descriptor(pidfd.take())
+                self._revocation = Revocation.from_descriptor(revocation.take())
         finally:
             frame.close()
         self._hello = hello
@@ -244,7 +251,7 @@ class Incoming:
         )
         answer = Hello(version=program_version(), local=local, running=hello.running)
         with own_pidfd() as pidfd:
-            await send_hello(channel, answer, pidfd)
+            await send_hello(channel, answer, [pidfd.fileno()])
 
     def _adopt_setup(self, frame: Frame) -> None:
         self._progress.descriptors = len(frame.fds)
@@ -375,6 +382,9 @@ class Incoming:
         except PeerLostError as error:
             # What the source said is read to the end now. Sockets end a little before their process counts as dead.
             if self._peer is not None and await self._peer.wait_dead(timeout_s=DEATH_GRACE_S):
+                # Dead first, then this: it says nothing more now. CANCEL need not have got through.
+                if self._revocation is not None and self._revocation.is_told:
+                    raise _CancelledError("the source took the handover back and is gone since") from error
                 raise _SourceDiedError(f"the source died while '{self.state}'") from error
             raise
         if frame.kind is FrameKind.CANCEL:

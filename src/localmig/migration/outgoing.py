@@ -39,7 +39,7 @@ from localmig.migration.hello import (
     program_version,
 )
 from localmig.migration.parameters import Capabilities, Parameters
-from localmig.migration.peer import Peer, own_pidfd
+from localmig.migration.peer import Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.recording import write_recording
 from localmig.migration.status import MigrationInfo
@@ -55,10 +55,6 @@ HELLO_TIMEOUT_S: Final = 10.0
 SETUP_TIMEOUT_S: Final = 30.0
 """The destination maps and populates guest memory: about a second per hundred gigabytes. Meanwhile a guest that resets
 its driver waits for us, so it cannot be much longer."""
-
-COMMIT_TIMEOUT_S: Final = 5.0
-"""How long DONE may take: starting rings takes microseconds, so a destination silent for this long hangs, and by then
-a guest's TCP has barely begun to retransmit slowly."""
 
 DEATH_TIMEOUT_S: Final = 5.0
 """How long a killed process may take to be gone: the kernel first frees what it holds, guest memory above all."""
@@ -104,6 +100,7 @@ class Outgoing:
         self._machine = source_machine()
         self._channel: Channel | None = None
         self._peer: Peer | None = None
+        self._revocation: Revocation | None = None
         self._stream = OutgoingStream()
         self._frozen: list[Part] = []
         self._stopped: list[Part] = []
@@ -208,8 +205,9 @@ class Outgoing:
         assert self._channel is not None
         assert self._progress.stopped_ns is not None
         commit = self._progress.stopped_ns.to_bytes(8, "big")
+        timeout_s = self._parameters.commit_timeout_ms / 1000
         try:
-            await self._channel.send(FrameKind.COMMIT, commit, timeout_s=COMMIT_TIMEOUT_S)
+            await self._channel.send(FrameKind.COMMIT, commit, timeout_s=timeout_s)
         except (PeerLostError, TimeoutError) as error:
             # It is so short that the socket takes it whole or not at all.
             self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost before COMMIT: {error}")
@@ -256,8 +254,9 @@ class Outgoing:
             running=self._running,
             objects=self._objects,
         )
+        self._revocation = Revocation.create()
         with own_pidfd() as pidfd:
-            await send_hello(channel, hello, pidfd)
+            await send_hello(channel, hello, [pidfd.fileno(), self._revocation.fileno()])
         answer = await self._expect(FrameKind.HELLO, HELLO_TIMEOUT_S, "answer HELLO")
         try:
             theirs = Hello.decode(answer.data)
@@ -265,7 +264,8 @@ class Outgoing:
                 raise PeerError(
                     f"parameter 'local' is {on_off(self._parameters.local)} here and {on_off(theirs.local)} there"
                 )
-            self._peer = take_peer(answer, required=self._parameters.local)
+            for pidfd in hello_descriptors(answer, 1, required=self._parameters.local):
+                self._peer = Peer.from_descriptor(pidfd.take())
         finally:
             answer.close()
 
@@ -357,9 +357,10 @@ class Outgoing:
 
     async def _await_done(self) -> SourceEvent:
         assert self._channel is not None
+        timeout_s = self._parameters.commit_timeout_ms / 1000
         begun_ns = time.monotonic_ns()
         try:
-            frame = await self._channel.receive(timeout_s=COMMIT_TIMEOUT_S, eager=True)
+            frame = await self._channel.receive(timeout_s=timeout_s, eager=True)
             frame.close()
             if frame.kind is not FrameKind.DONE:
                 return SourceEvent.REFUSED
@@ -381,13 +382,19 @@ class Outgoing:
         return SourceEvent.DONE_RECEIVED
 
     async def _fence(self) -> SourceEvent:
-        dead = self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S)
-        return SourceEvent.PEER_DIED if dead else SourceEvent.TIMED_OUT
+        if self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
+            return SourceEvent.PEER_DIED
+        self._progress.note = (
+            "the destination has the guest, said nothing for commit-timeout and cannot be killed: "
+            "look whether it serves"
+        )
+        return SourceEvent.TIMED_OUT
 
     async def _await_death(self, peer: Peer) -> SourceEvent:
         if await peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
             return SourceEvent.PEER_DIED
-        self._progress.note = "the channel broke after COMMIT; the destination lives and serves"
+        if self._progress.note is None:
+            self._progress.note = "the channel broke after COMMIT; the destination lives and serves"
         return SourceEvent.TIMED_OUT
 
     # -- going back ---------------------------------------------------------------------------------------------
@@ -397,10 +404,11 @@ class Outgoing:
         self._machine.fire(event if self._machine.allows(event) else SourceEvent.FAILED_HERE)
         problems = for_all(reversed(self._stopped), lambda part: part.resume())
         # Told before control planes thaw: whoever took over from here later would hold old control state.
-        told = self._channel is None or self._channel.try_send(FrameKind.CANCEL, encode_reason(reason))
-        if not told and self._peer is not None:
-            # It owns nothing and cannot even be told; it must not take over when this process ends one day.
-            self._peer.kill()
+        if self._revocation is not None:
+            # Also where CANCEL does not get through: it must not take over when this process ends one day.
+            self._revocation.tell()
+        if self._channel is not None:
+            self._channel.try_send(FrameKind.CANCEL, encode_reason(reason))
         problems += for_all(reversed(self._frozen), lambda part: part.thaw())
         if event is not SourceEvent.CANCEL or problems:
             self._progress.error = "; ".join([reason, *problems])
@@ -420,8 +428,9 @@ class Outgoing:
         self._progress.end()
         self._pieces = []
         self._close_channel()
-        if self._peer is not None:
-            self._peer.close()
+        for held in (self._peer, self._revocation):
+            if held is not None:
+                held.close()
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -466,21 +475,21 @@ class Outgoing:
         return SOURCE_STATUS[self.state]
 
 
-async def send_hello(channel: Channel, hello: Hello, pidfd: OwnedFd) -> None:
-    """Sends HELLO, the pidfd at its last byte where the channel can carry one. Raises as `Channel.send`."""
+async def send_hello(channel: Channel, hello: Hello, descriptors: Sequence[int]) -> None:
+    """Sends HELLO, lent descriptors at its last bytes where the channel can carry them. Raises as `Channel.send`."""
     data = hello.encode()
-    if channel.passes_descriptors:
-        place = (len(data), pidfd.fileno())
-        await channel.send(FrameKind.HELLO, data + b" ", [place], timeout_s=HELLO_TIMEOUT_S)
-    else:
-        await channel.send(FrameKind.HELLO, data, timeout_s=HELLO_TIMEOUT_S)
+    if not channel.passes_descriptors:
+        descriptors = ()
+    places = list(enumerate(descriptors, len(data)))
+    await channel.send(FrameKind.HELLO, data + b" " * len(places), places, timeout_s=HELLO_TIMEOUT_S)
 
 
-def take_peer(frame: Frame, *, required: bool) -> Peer | None:
-    """The sender of HELLO, by the pidfd at the payload's last byte.
+def hello_descriptors(frame: Frame, count: int, *, required: bool) -> list[OwnedFd]:
+    """The `count` descriptors at the last bytes of HELLO, to be taken; none where the channel carries none.
 
     Raises:
-        PeerError: `required`, and no descriptor arrived with a HELLO that came over a channel meant to carry them.
+        PeerError: `required`, and no descriptor arrived with a HELLO that came over a channel meant to carry them; or
+            another number, or elsewhere.
     """
     if not frame.fds:
         if required:
@@ -488,11 +497,11 @@ def take_peer(frame: Frame, *, required: bool) -> Peer | None:
                 "parameter 'local' is on, but the descriptor sent with HELLO did not arrive: something between source "
                 "and destination (a proxy?) does not pass descriptors; connect them directly, or set local to false"
             )
-        return None
-    if len(frame.fds) > 1 or frame.fds[0][0] != len(frame.data) - 1:
-        raise PeerError(f"HELLO came with {len(frame.fds)} descriptors, expected one at its end")
-    _, fd = frame.fds[0]
-    return Peer.from_descriptor(OwnedFd(fd.release()))
+        return []
+    size = len(frame.data)
+    if [offset for offset, _ in frame.fds] != list(range(size - count, size)):
+        raise PeerError(f"HELLO came with {len(frame.fds)} descriptors, expected {count} at its end")
+    return [fd for _, fd in frame.fds]
 
 
 def _unexpected(frame: Frame, expected: str) -> PeerError:

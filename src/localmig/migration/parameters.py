@@ -17,6 +17,12 @@ from localmig.migration.recording import check_path
 DOWNTIME_LIMIT_MS_MAX: Final = 2000 * 1000
 """QEMU's own bound."""
 
+COMMIT_TIMEOUT_MS_MIN: Final = 100
+"""A loaded machine keeps a process waiting for tens of milliseconds; whoever is killed for that dies for nothing."""
+
+COMMIT_TIMEOUT_MS_MAX: Final = DOWNTIME_LIMIT_MS_MAX
+"""As long as a guest may be made to wait before COMMIT."""
+
 ANNOUNCE_MS_MAX: Final = 100_000
 ANNOUNCE_ROUNDS_MAX: Final = 1000
 ANNOUNCE_STEP_MS_MAX: Final = 10_000
@@ -69,12 +75,16 @@ class Parameters:
         local: the operator's promise that source and destination share a machine, so that descriptors move.
         downtime_limit_ms: how long the source waits inside the downtime for READY before it resumes, milliseconds.
             QEMU's default, 300: hundreds of times what a switchover takes, yet short of a guest's TCP timeouts.
+        commit_timeout_ms: how long the source waits past COMMIT for the destination's word that it serves, before it
+            kills it and serves again, milliseconds. Starting rings takes microseconds, so a destination silent for the
+            default of five seconds hangs, and by then a guest's TCP has barely begun to retransmit slowly.
         record: the file that the source writes the migration stream to once the guest is served again; "" for none.
         announce_initial_ms, announce_max_ms, announce_rounds, announce_step_ms: of `announcement`.
     """
 
     local: bool = False
     downtime_limit_ms: int = 300
+    commit_timeout_ms: int = 5000
     record: str = ""
     announce_initial_ms: int = _ANNOUNCEMENT.initial_ms
     announce_max_ms: int = _ANNOUNCEMENT.max_ms
@@ -95,6 +105,8 @@ class Parameters:
         """Raises ConfigError where a value is out of range."""
         if not 0 <= self.downtime_limit_ms <= DOWNTIME_LIMIT_MS_MAX:
             raise ConfigError("Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms")
+        if not COMMIT_TIMEOUT_MS_MIN <= self.commit_timeout_ms <= COMMIT_TIMEOUT_MS_MAX:
+            raise ConfigError("Option commit-timeout expects an integer in the range of 100 to (2000 * 1000) ms")
         self.announcement.check()
         check_path(self.record)
 

@@ -1,6 +1,6 @@
-"""The process at the other end of a handover, known by its pidfd: whether it lives, and its end.
+"""The process at the other end of a handover: whether it lives, its end, and whether it took its offer back.
 
-Owns:        one pidfd.
+Owns:        a pidfd; the eventfd of a revocation.
 Never sees:  the channel, the tables.
 Read next:   outgoing.py (fencing) and incoming.py (taking over).
 """
@@ -31,11 +31,7 @@ class Peer:
         Raises:
             PeerError: it is no pidfd, or it is our own. The descriptor is closed.
         """
-        try:
-            with open(f"/proc/self/fdinfo/{fd.fileno()}", encoding="ascii") as info:
-                pids = [int(line.split()[1]) for line in info if line.startswith("Pid:")]
-        except OSError:
-            pids = []
+        pids = [int(pid) for pid in _fdinfo(fd, "Pid:")]
         if not pids or pids[0] == os.getpid():
             fd.close()
             raise PeerError(
@@ -47,9 +43,7 @@ class Peer:
     @property
     def is_dead(self) -> bool:
         """Whether the process ended: every descriptor and thread of it is gone."""
-        poll = select.poll()
-        poll.register(self._pidfd.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return _is_readable(self._pidfd)
 
     async def wait_dead(self, *, timeout_s: float) -> bool:
         """Waits for the process to end; whether it did. Cancelling is safe."""
@@ -84,6 +78,66 @@ class Peer:
         self._pidfd.close()
 
 
+class Revocation:
+    """By which a source says that it took its offer back: to a destination that does not read, or cannot be reached.
+
+    An eventfd, which both sides hold. What is said by it is there also when the source is dead and the channel ended in
+    the middle of a frame, so a destination looks here before it takes over from a dead source.
+    """
+
+    def __init__(self, fd: OwnedFd) -> None:
+        self._fd = fd
+
+    @classmethod
+    def create(cls) -> Self:
+        """One that says nothing yet. Raises OSError."""
+        return cls(OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
+
+    @classmethod
+    def from_descriptor(cls, fd: OwnedFd) -> Self:
+        """Takes the descriptor a source sent as its revocation.
+
+        Raises:
+            PeerError: it is no eventfd. The descriptor is closed.
+        """
+        if not _fdinfo(fd, "eventfd-count:"):
+            fd.close()
+            raise PeerError("the descriptor behind the pidfd in HELLO is no eventfd")
+        return cls(fd)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the source took its offer back."""
+        return _is_readable(self._fd)
+
+    def tell(self) -> None:
+        """Takes the offer back. It cannot fail: an eventfd is not full after one writing."""
+        os.eventfd_write(self._fd.fileno(), 1)
+
+    def fileno(self) -> int:
+        """The descriptor, lent."""
+        return self._fd.fileno()
+
+    def close(self) -> None:
+        """Forgets it; what was told stays so for the other side. Idempotent."""
+        self._fd.close()
+
+
 def own_pidfd() -> OwnedFd:
     """A pidfd of this process, to be sent in HELLO."""
     return OwnedFd(os.pidfd_open(os.getpid()))
+
+
+def _is_readable(fd: OwnedFd) -> bool:
+    poll = select.poll()
+    poll.register(fd.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _fdinfo(fd: OwnedFd, name: str) -> list[str]:
+    """What the kernel tells of a descriptor under `name`, nothing for one of another kind."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd.fileno()}", encoding="ascii") as lines:
+            return [line.split()[1] for line in lines if line.startswith(name)]
+    except OSError:
+        return []

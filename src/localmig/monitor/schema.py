@@ -257,6 +257,7 @@ PARAMETERS: Final = Struct(
         Member(name="announce-max", attribute="announce_max_ms", type=Uint64(), required=False),
         Member(name="announce-rounds", attribute="announce_rounds", type=Uint64(), required=False),
         Member(name="announce-step", attribute="announce_step_ms", type=Uint64(), required=False),
+        Member(name="commit-timeout", attribute="commit_timeout_ms", type=Uint64(), required=False),
         Member(name="downtime-limit", attribute="downtime_limit_ms", type=Uint64(), required=False),
         Member(name="local", attribute="local", type=Boolean(), required=False),
         Member(name="record", attribute="record", type=String(), required=False),
