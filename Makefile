@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= vhost-user stream frames analysis qmp options config
+FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
+# libFuzzer is C++.
+FUZZ_PACKAGES := g++
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
   $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
@@ -29,7 +31,7 @@ IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localm
 
 APT_GET := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
-RUST_SOURCES := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.toml $(wildcard Cargo.lock)
+RUST_SOURCES := $(shell find rust -path rust/dataplane/fuzz -prune -o -type f \( -name '*.rs' -o -name Cargo.toml \) -print) Cargo.toml $(wildcard Cargo.lock)
 
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
@@ -39,7 +41,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz clean demo-packages guest-packages guest-kernel bench-packages
+.PHONY: help setup demo test check bench fuzz clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -60,12 +62,13 @@ check: setup ## formats, lints, types, import contracts
 	$(BIN)/python -m mypy.stubtest localmig.dataplane._dataplane
 	$(BIN)/lint-imports
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path rust/dataplane/fuzz/Cargo.toml --check
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
 
 bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-fuzz: setup $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS for each target
+fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS for each target
 	@for target in $(FUZZ_TARGETS); do \
 	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
 	done
@@ -109,7 +112,8 @@ $(VENV)/fuzz.stamp: $(VENV)/tools.stamp
 demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
-demo-packages guest-packages bench-packages:
+fuzz-packages: PACKAGES := $(FUZZ_PACKAGES)
+demo-packages guest-packages bench-packages fuzz-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \

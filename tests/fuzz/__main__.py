@@ -2,9 +2,9 @@
 
     python -m tests.fuzz TARGET SECONDS
 
-Owns:        the fuzzer (atheris, which is libFuzzer for Python), its corpus in .fuzz/TARGET.
+Owns:        the fuzzer (libFuzzer: atheris for Python, rust/dataplane/fuzz for rings), its corpus in .fuzz/TARGET.
 Never sees:  what a target does.
-Read next:   targets.py.
+Read next:   targets.py; rust/dataplane/tests/common/bytes.rs for rings.
 
 An input that broke a target is left in .fuzz/TARGET-crash-…, the process ends with an error. To see it again:
 
@@ -15,17 +15,27 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import atheris
 
 with atheris.instrument_imports(include=["localmig", "tomllib"]):
-    from tests.fuzz.targets import TARGETS, check
+    from tests.fuzz.targets import SEEDS, TARGETS, check
 
-CORPUS: Final = Path(__file__).parents[2] / ".fuzz"
+ROOT: Final = Path(__file__).parents[2]
+
+CORPUS: Final = ROOT / ".fuzz"
+
+RINGS: Final = ("split", "packed")
+"""Targets of the packet path, which is Rust."""
+
+RING_BYTES_MAX: Final = 4096
+"""Of an input: a ring of 64 entries and its indirect tables, written a few times over."""
 
 MEMORY_MIB_MAX: Final = 1024
 """A sixteenth is what the longest input needs; libFuzzer's own memory grows with its corpus."""
@@ -37,6 +47,8 @@ INPUT_SECONDS_MAX: Final = 10
 def main() -> None:
     """Fuzzes one target, or shows it one input."""
     name, what = sys.argv[1:]
+    if name in RINGS:
+        sys.exit(fuzz_ring(name, what))
     target = TARGETS[name]
     dropped: list[object] = []
     # A descriptor that is dropped without being closed warns where an exception goes nowhere.
@@ -51,21 +63,40 @@ def main() -> None:
     if not what.isdecimal():
         run(Path(what).read_bytes())
         return
+    options = options_for(name, what, target.seeds, length_max=4 * max(map(len, target.seeds)))
+    gc.collect()
+    atheris.Setup([sys.argv[0], *options], run)
+    atheris.Fuzz()
+
+
+def fuzz_ring(name: str, what: str) -> int:
+    """Builds and runs a target that is Rust; its exit status."""
+    seeds = tuple(path.read_bytes() for path in (SEEDS / name).iterdir())
+    options = (
+        options_for(name, what, seeds, length_max=RING_BYTES_MAX) if what.isdecimal() else (str(Path(what).resolve()),)
+    )
+    folder = ROOT / "rust/dataplane/fuzz"
+    # With a target named, the flags that count what is reached are not for build scripts, which nobody counts.
+    host = subprocess.run(["rustc", "--print", "host-tuple"], check=True, capture_output=True, text=True).stdout.strip()
+    command = ["cargo", "run", "--quiet", "--release", "--target", host, "--bin", name, "--", *options]
+    return subprocess.run(command, cwd=folder, check=False).returncode
+
+
+def options_for(name: str, seconds: str, seeds: Iterable[bytes], *, length_max: int) -> tuple[str, ...]:
+    """What libFuzzer is told; the corpus is there then, with the seeds in it."""
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in target.seeds:
+    for seed in seeds:
         (folder / hashlib.sha1(seed, usedforsecurity=False).hexdigest()).write_bytes(seed)
-    gc.collect()
-    limits = (
-        f"-max_total_time={what}",
-        f"-max_len={4 * max(map(len, target.seeds))}",
+    return (
+        f"-max_total_time={seconds}",
+        f"-max_len={length_max}",
         f"-rss_limit_mb={MEMORY_MIB_MAX}",
         f"-timeout={INPUT_SECONDS_MAX}",
         f"-artifact_prefix={folder}-",
         "-print_final_stats=1",
+        str(folder),
     )
-    atheris.Setup([sys.argv[0], *limits, str(folder)], run)
-    atheris.Fuzz()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from localmig.cli.analyze import printable, show, to_json
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
-from localmig.fds import OwnedFd
+from localmig.fd_kind import FdKind
+from localmig.fds import OwnedFd, close_all
 from localmig.migration.analysis import analyze
 from localmig.migration.channel import FrameBuffer, FrameKind
 from localmig.migration.hello import Done, HandoverObject, Hello, decode_reason, encode_reason
@@ -52,7 +54,7 @@ from localmig.vhost_user.description import SESSION
 from localmig.vhost_user.message import HEADER_SIZE, Header, decode_reply
 from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
 from localmig.virtio import Feature
-from localmig.vmstate import Blob, Description, Reader, close_descriptors, load, save
+from localmig.vmstate import Blob, Description, Reader, check_descriptors, close_descriptors, load, save
 
 SEEDS: Final = Path(__file__).parent / "seeds"
 
@@ -336,6 +338,136 @@ def _cut(data: bytes) -> bytes:
     return b"".join(bytes([len(piece) - 1, 0]) + piece for piece in pieces)
 
 
+# -- descriptors that arrive ----------------------------------------------------------------------------------------
+
+KIND_MASK: Final = 0x0F
+MISSING: Final = 0x10
+DOUBLED: Final = 0x20
+ELSEWHERE: Final = 0x40
+"""Bits of the byte for each place: what comes there (0 is what belongs there), and how."""
+
+
+def _listening_socket() -> OwnedFd:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("")  # the kernel chooses an abstract name
+        sock.listen()
+        return OwnedFd(sock.detach())
+
+
+def _pipe() -> OwnedFd:
+    reader, writer = os.pipe()
+    os.close(writer)
+    return OwnedFd(reader)
+
+
+def _null() -> OwnedFd:
+    return OwnedFd(os.open(os.devnull, os.O_RDWR))
+
+
+_MAKERS: Final[Mapping[str, Callable[[], OwnedFd]]] = {
+    FdKind.TAP: lambda: OwnedFd(os.open("/dev/net/tun", os.O_RDWR)),  # which no interface belongs to yet
+    FdKind.SOCKET: lambda: OwnedFd(socket.socket(socket.AF_UNIX).detach()),
+    FdKind.LISTENING_SOCKET: _listening_socket,
+    FdKind.MEMORY: lambda: OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)),
+    "eventfd": lambda: OwnedFd(os.eventfd(0)),
+    "pidfd": lambda: OwnedFd(os.pidfd_open(os.getpid())),
+    "pipe": _pipe,
+    "directory": lambda: OwnedFd(os.open("/", os.O_RDONLY)),
+    "datagrams": lambda: OwnedFd(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()),
+    "internet": lambda: OwnedFd(socket.socket(socket.AF_INET).detach()),
+    "null": _null,
+}
+
+_CAN_BE_MADE: Final = {name: name != FdKind.TAP or os.access("/dev/net/tun", os.R_OK | os.W_OK) for name in _MAKERS}
+
+_KINDS: Final = tuple(_MAKERS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Places:
+    """A setup piece, and what each of its descriptors is declared as, by offset."""
+
+    data: bytes
+    declared: Mapping[int, FdKind | str | None]
+
+
+def _places_of(sample: nic.Sample) -> _Places:
+    with synthetic.open_descriptors(sample.descriptor_count) as fds:
+        sections = sample.daemon(fds).setup
+        piece = OutgoingStream().setup(sections)
+        kinds = {
+            placed.fd.fileno(): placed.kind
+            for section in sections
+            for layout in (section.description.layout, *(each.layout for each in section.description.subsections))
+            for placed in layout.descriptors(section.state)
+        }
+        return _Places(data=bytes(piece.data), declared={offset: kinds[number] for offset, number in piece.fds})
+
+
+_PLACES: Final = tuple(_places_of(sample) for sample in SAMPLES)
+
+
+def descriptors(data: bytes) -> None:
+    """The descriptors of a setup: the first byte says of which, then a byte for each place what comes there."""
+    if not data:
+        return
+    places = _PLACES[data[0] % len(_PLACES)]
+    arriving: dict[int, list[OwnedFd]] = {}
+    is_right = True
+    try:
+        for (offset, declared), order in zip(
+            places.declared.items(), data[1:].ljust(len(places.declared), b"\0"), strict=False
+        ):
+            belongs = declared if declared in _MAKERS else "null"
+            name = _KINDS[order % len(_KINDS)] if order & KIND_MASK else belongs
+            make = _MAKERS[name] if name and _CAN_BE_MADE[name] else _null
+            at = places.data.find(b"\x20", offset + 1) if order & ELSEWHERE else offset
+            if at < 0 or order & MISSING:
+                at, count = offset, 0
+            else:
+                count = 2 if order & DOUBLED else 1
+            arriving.setdefault(at, []).extend(make() for _ in range(count))
+            is_right &= at == offset and count == 1
+            is_right &= not isinstance(declared, FdKind) or (name == declared and _CAN_BE_MADE[declared])
+        assert _arrives(places.data, arriving) == is_right, (is_right, data)
+    finally:
+        close_all(fd for fds in arriving.values() for fd in fds)
+
+
+def _arrives(piece: bytes, arriving: Mapping[int, list[OwnedFd]]) -> bool:
+    """Whether a setup frame is taken, when it comes in the pieces in which a channel sends it."""
+    buffer = FrameBuffer()
+    sections: list[Section] = []
+    try:
+        buffer.feed(_frame(FrameKind.SETUP, piece)[: -len(piece)])
+        position = 0
+        for at, fds in sorted(arriving.items()):
+            buffer.feed(piece[position:at])
+            buffer.feed(piece[at : at + 1], fds)
+            position = at + 1
+        buffer.feed(piece[position:])
+        frame = buffer.next_frame()
+        assert frame is not None
+        sections = IncomingStream(setup=_EXPECTED[0][0], switchover={}).setup(frame.data, frame.fds)
+        for section in sections:
+            check_descriptors(section.description, section.state, section=section.name)
+    except PeerError:
+        return False
+    finally:
+        for section in sections:
+            close_descriptors(section.description, section.state)
+        buffer.close()
+    return True
+
+
+def _descriptor_seeds() -> Iterator[bytes]:
+    for index, places in enumerate(_PLACES):
+        count = len(places.declared)
+        yield bytes([index, *bytes(count)])
+        for order in (MISSING, DOUBLED, ELSEWHERE, 4):
+            yield bytes([index, *bytes(count // 2), order, *bytes(count - count // 2)])
+
+
 # -- localmig analyze -----------------------------------------------------------------------------------------------
 
 
@@ -441,6 +573,7 @@ TARGETS: Final[Mapping[str, Target]] = {
         ),
     ),
     "frames": Target(run=frames, seeds=tuple(_frame_seeds())),
+    "descriptors": Target(run=descriptors, seeds=tuple(_descriptor_seeds())),
     "analysis": Target(
         run=analysis, seeds=tuple(b"".join(read_vector(path)) for path in (*_VECTORS, synthetic.VECTOR))
     ),

@@ -38,6 +38,8 @@ class GuestSide:
         rx: a ring as the device gets to know it; so is `tx`.
         event_fd: for the queue pair to tell of ring errors.
         is_packed: the rings' format, as `features` has it.
+        ledger_fd: the file behind the ledger of both rings.
+        tx_kick_fd: an eventfd that is rung when the driver has sent.
     """
 
     def __init__(self, undo: ExitStack, *, queue_size: int = 256, features: int = DRIVER_FEATURES) -> None:
@@ -46,6 +48,7 @@ class GuestSide:
         for fd in eventfds:
             undo.callback(os.close, fd)
         rx_kick, rx_call, tx_kick, tx_call, self.event_fd = eventfds
+        self.tx_kick_fd = tx_kick
         self.memory = SharedMemory(DriverPair.layout_size(queue_size))
         undo.callback(self.memory.close)
         self.driver = DriverPair(
@@ -62,9 +65,9 @@ class GuestSide:
         )
         undo.callback(self.driver.stop)
         self.is_packed = bool(features & Feature.RING_PACKED)
-        ledger_fd = Ledger.create(2)
-        undo.callback(os.close, ledger_fd)
-        self.ledger = Ledger(ledger_fd, 2)
+        self.ledger_fd = Ledger.create(2)
+        undo.callback(os.close, self.ledger_fd)
+        self.ledger = Ledger(self.ledger_fd, 2)
         for index in range(2):
             self.ledger.settle(index, packed_ring.START)
         self.rx, self.tx = (

@@ -6,23 +6,27 @@
 #[path = "common/arbitrary.rs"]
 mod arbitrary;
 mod common;
+#[path = "common/walk.rs"]
+mod walk;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use arbitrary::{
-    address, cases, descriptor_bytes, features, good_flags, holds, length, memory, scene, step,
-    told_failures, Ends, Step, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
-    TX_RING,
+    address, cases, descriptor_bytes, features, good_flags, length, scene, step, told_failures, Ends,
 };
 use common::{eventfd, AVAIL, INDIRECT, NEXT, USED};
-use dataplane::chain::{Chain, Direction, Features, Layout, CHAIN_BUFFERS_MAX};
+use dataplane::chain::{Features, Layout};
 use dataplane::ledger::{Ledger, Slot};
 use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::{Config, Format, Positions};
 use proptest::prelude::*;
+use walk::{
+    direction, memory, walk_packed, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
+    TX_RING,
+};
 
 /// A descriptor of the ring: what its flags say beside whose turn it is, and whether that is the driver's word or
 /// arbitrary.
@@ -154,54 +158,12 @@ proptest! {
     ) {
         let memory = memory();
         guest.write_to(address, &memory);
-        let direction = if address == RX_RING { Direction::ToGuest } else { Direction::FromGuest };
         let (_file, slot) = slot();
         let new = || PackedRing::new(&guest.layout(address), features, &memory, Some(slot.clone())).unwrap();
         let mut ring = new();
         ring.begin(Some(guest.start.bits()), true).unwrap();
-        let mut taken: Vec<Chain> = Vec::new();
-        let mut buffers = Vec::new();
-        let held = |taken: &[Chain]| taken.iter().map(|chain| chain.slots).sum::<u16>();
-        for step in steps {
-            match step {
-                Step::Take => {
-                    buffers.clear();
-                    let position = ring.position_before(0);
-                    match ring.take(&memory, direction, HEADER, &mut buffers) {
-                        Ok(Some(chain)) => {
-                            prop_assert_eq!(chain.buffers, buffers.len());
-                            prop_assert!(chain.buffers <= CHAIN_BUFFERS_MAX);
-                            let length: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
-                            prop_assert_eq!(chain.length, length as u64);
-                            prop_assert!(length >= HEADER);
-                            prop_assert_eq!(ring.position_before(chain.slots), position);
-                            taken.push(chain);
-                            prop_assert!(held(&taken) <= guest.size, "never more than a lap");
-                        }
-                        _ => prop_assert_eq!(ring.position_before(0), position),
-                    }
-                    // Also those of a chain that turned out wrong further on.
-                    prop_assert!(buffers.iter().all(|buffer| buffer.iov_len > 0 && holds(&memory, buffer)));
-                }
-                Step::Complete { written } => {
-                    if !taken.is_empty() {
-                        ring.complete(&taken.remove(0), written);
-                    }
-                }
-                Step::Untake { count } => {
-                    let given_back = taken.split_off(taken.len() - count.min(taken.len()));
-                    ring.untake(held(&given_back));
-                }
-                Step::Publish => ring.publish(),
-                Step::Call => drop(ring.call_due()),
-                Step::Arm => drop(ring.arm()),
-                Step::Disarm => ring.disarm(),
-                Step::Write(write) => write.make(&memory),
-            }
-        }
         // A successor goes on there, whatever the guest wrote meanwhile.
-        ring.publish();
-        let position = ring.position_before(held(&taken));
+        let position = walk_packed(&mut ring, &memory, direction(address), &steps);
         prop_assert_eq!(new().recover(), Ok(Position::from_bits(position)));
     }
 

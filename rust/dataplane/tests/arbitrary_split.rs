@@ -7,22 +7,26 @@
 #[path = "common/arbitrary.rs"]
 mod arbitrary;
 mod common;
+#[path = "common/walk.rs"]
+mod walk;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use arbitrary::{
-    address, cases, descriptor_bytes, features, good_flags, holds, length, memory, scene, step,
-    told_failures, Ends, Step, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
-    TX_RING,
+    address, cases, descriptor_bytes, features, good_flags, length, scene, step, told_failures, Ends,
 };
 use common::{eventfd, receive, INDIRECT, NEXT};
-use dataplane::chain::{Chain, Direction, Layout, CHAIN_BUFFERS_MAX};
+use dataplane::chain::Layout;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::split::SplitRing;
 use dataplane::{Config, Format, Positions};
 use proptest::prelude::*;
+use walk::{
+    direction, memory, walk_split, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
+    TX_RING,
+};
 
 /// Indirect tables, one behind the other in the last region.
 const TABLES: u64 = 4;
@@ -142,49 +146,9 @@ proptest! {
     ) {
         let memory = memory();
         guest.write_to(address, &memory);
-        let direction = if address == RX_RING { Direction::ToGuest } else { Direction::FromGuest };
         let mut ring = SplitRing::new(&guest.layout(address), features, &memory).unwrap();
         ring.begin(guest.start, true);
-        let mut taken: Vec<Chain> = Vec::new();
-        let mut buffers = Vec::new();
-        for step in steps {
-            match step {
-                Step::Take => {
-                    buffers.clear();
-                    let position = ring.next_avail();
-                    match ring.take(&memory, direction, HEADER, &mut buffers) {
-                        Ok(Some(chain)) => {
-                            prop_assert_eq!(chain.buffers, buffers.len());
-                            prop_assert!(chain.buffers <= CHAIN_BUFFERS_MAX);
-                            prop_assert!(chain.slots <= guest.size);
-                            let length: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
-                            prop_assert_eq!(chain.length, length as u64);
-                            prop_assert!(length >= HEADER);
-                            prop_assert_eq!(ring.next_avail(), position.wrapping_add(1));
-                            taken.push(chain);
-                        }
-                        _ => prop_assert_eq!(ring.next_avail(), position),
-                    }
-                    // Also those of a chain that turned out wrong further on.
-                    prop_assert!(buffers.iter().all(|buffer| buffer.iov_len > 0 && holds(&memory, buffer)));
-                }
-                Step::Complete { written } => {
-                    if !taken.is_empty() {
-                        ring.complete(&taken.remove(0), written);
-                    }
-                }
-                Step::Untake { count } => {
-                    let count = count.min(taken.len());
-                    taken.truncate(taken.len() - count);
-                    ring.untake(count as u16);
-                }
-                Step::Publish => ring.publish(),
-                Step::Call => drop(ring.call_due()),
-                Step::Arm => drop(ring.arm()),
-                Step::Disarm => ring.disarm(),
-                Step::Write(write) => write.make(&memory),
-            }
-        }
+        walk_split(&mut ring, &memory, direction(address), &steps);
     }
 }
 

@@ -1,7 +1,6 @@
 //! What the tests of rings in arbitrary memory draw from, whatever the rings' format.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use dataplane::chain::{Features, Layout};
@@ -13,40 +12,12 @@ use dataplane::RingSpec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngSeed};
 
-use crate::common::{eventfd, memfd, readable, receive, region, send, wire, WRITE};
-
-/// Three regions: two that touch, and one behind a gap.
-pub const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
-
-/// The two rings lie in the regions that touch, at distances that leave room for more entries than there are.
-pub const RX_RING: u64 = 0x1_0000;
-pub const TX_RING: u64 = 0x1_4000;
-pub const DRIVER_AREA: u64 = 0x1000;
-pub const DEVICE_AREA: u64 = 0x2000;
-pub const ENTRIES_MAX: u16 = 64;
-pub const HEADER: usize = 12;
+use crate::common::{eventfd, readable, receive, send, wire, WRITE};
+use crate::walk::{Step, Write, REGIONS, RX_RING};
 
 /// Always the same draws, so that a test that fails fails again.
 pub fn cases(cases: u32) -> Cases {
     Cases { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..Cases::default() }
-}
-
-pub fn memory() -> Arc<GuestMemory> {
-    let fd = memfd(REGIONS.iter().map(|(_, size)| size).sum());
-    let mut offset = 0;
-    let specs = REGIONS.map(|(start, size)| {
-        offset += size;
-        region(&fd, start, size, offset - size)
-    });
-    Arc::new(GuestMemory::new(&specs).unwrap())
-}
-
-pub fn holds(memory: &GuestMemory, buffer: &libc::iovec) -> bool {
-    let start = buffer.iov_base.addr();
-    REGIONS.iter().any(|&(address, size)| {
-        let host = memory.host_exact(address, size as usize).unwrap().addr();
-        (host..host + size as usize).contains(&start) && buffer.iov_len <= host + size as usize - start
-    })
 }
 
 /// An address that is inside memory, near its border, or anywhere.
@@ -67,19 +38,6 @@ pub fn length() -> impl Strategy<Value = u32> {
         1 => any::<u32>(),
         1 => Just(0x4000),
     ]
-}
-
-/// Something a guest writes: where, and what.
-#[derive(Clone, Debug)]
-pub struct Write {
-    pub address: u64,
-    pub data: Vec<u8>,
-}
-
-impl Write {
-    pub fn make(&self, memory: &GuestMemory) {
-        let _ = memory.write(self.address, &self.data);
-    }
 }
 
 pub fn descriptor_bytes(address: u64, length: u32, flags: u16, next: u16) -> Vec<u8> {
@@ -123,26 +81,6 @@ impl Ends {
         let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
         RingSpec { layout, kick_fd: kick, call_fd: Some(call), error_fd: Some(error), next_avail, ledger }
     }
-}
-
-/// What happens to a ring next.
-#[derive(Clone, Debug)]
-pub enum Step {
-    Take,
-    /// The oldest chain that was taken.
-    Complete {
-        written: u32,
-    },
-    /// The newest ones that were taken.
-    Untake {
-        count: usize,
-    },
-    Publish,
-    Call,
-    Arm,
-    Disarm,
-    /// By the guest, meanwhile.
-    Write(Write),
 }
 
 pub fn step(write: impl Strategy<Value = Write>) -> impl Strategy<Value = Step> {

@@ -1,0 +1,204 @@
+//! Bytes as a guest with one ring: how the ring is announced, then what the guest writes and the device does, in turn.
+//!
+//! ```text
+//! flags, size, start (2 bytes), ledger length, ledger words (8 bytes each), then steps, each behind its kind
+//! ```
+//!
+//! `tests/mutated.rs` gives it mutations of real rings, `fuzz/` whatever a fuzzer finds.
+#![allow(dead_code)] // each fuzz target is one of the two
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::LazyLock;
+
+use dataplane::chain::{Features, Layout};
+use dataplane::ledger::{Ledger, Slot};
+use dataplane::memory::GuestMemory;
+use dataplane::packed::{PackedRing, Position};
+use dataplane::split::SplitRing;
+
+use crate::walk::{
+    direction, memory, walk_packed, walk_split, Step, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, REGIONS,
+    RX_RING, TX_RING,
+};
+
+/// Bits of the first byte.
+const EVENT_INDEX: u8 = 1;
+const INDIRECT: u8 = 2;
+const FROM_GUEST: u8 = 4;
+/// The ring begins where memory or the ledger says, not where the input does.
+const RECOVERS: u8 = 8;
+
+/// Words of the ledger an input may set: the intent, and as many completions as a small batch has.
+const LEDGER_WORDS_MAX: usize = 9;
+
+/// Steps, by their kind; what is above repeats.
+const KINDS: u8 = 16;
+const COMPLETE: u8 = 6;
+const UNTAKE: u8 = 7;
+const PUBLISH: u8 = 8;
+const CALL: u8 = 9;
+const ARM: u8 = 10;
+const DISARM: u8 = 11;
+const WRITE: u8 = 12;
+
+/// Guest memory has two parts, told apart by the highest bit of a place.
+const PARTS: [u64; 2] = [0x1_0000, 0x2_0000];
+const PLACE_UPPER: u16 = 1 << 15;
+
+/// An input as it was read.
+#[derive(Debug)]
+struct Guest {
+    ring: u64,
+    features: Features,
+    size: u8,
+    start: u16,
+    recovers: bool,
+    ledger: Vec<u64>,
+    steps: Vec<Step>,
+}
+
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(count)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.take(N)?.try_into().ok()
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.array().map(|[byte]| byte)
+    }
+
+    fn step(&mut self) -> Option<Step> {
+        Some(match self.byte()? % KINDS {
+            COMPLETE => Step::Complete { written: u32::from_le_bytes(self.array()?) },
+            UNTAKE => Step::Untake { count: usize::from(self.byte()? % 4) },
+            PUBLISH => Step::Publish,
+            CALL => Step::Call,
+            ARM => Step::Arm,
+            DISARM => Step::Disarm,
+            WRITE.. => {
+                let place = u16::from_le_bytes(self.array()?);
+                let length = self.byte()?;
+                let part = PARTS[usize::from(place & PLACE_UPPER != 0)];
+                let address = part + u64::from(place & !PLACE_UPPER);
+                Step::Write(Write { address, data: self.take(length.into())?.to_vec() })
+            }
+            _ => Step::Take,
+        })
+    }
+}
+
+impl Guest {
+    /// All bytes are a guest, but for those that are too few.
+    fn read(data: &[u8]) -> Option<Self> {
+        let mut bytes = Bytes(data);
+        let [flags, size] = bytes.array()?;
+        let start = u16::from_le_bytes(bytes.array()?);
+        let words = usize::from(bytes.byte()?) % (LEDGER_WORDS_MAX + 1);
+        let ledger = (0..words).map(|_| bytes.array().map(u64::from_le_bytes)).collect::<Option<_>>()?;
+        Some(Self {
+            ring: if flags & FROM_GUEST == 0 { RX_RING } else { TX_RING },
+            features: Features { event_index: flags & EVENT_INDEX != 0, indirect: flags & INDIRECT != 0 },
+            size,
+            start,
+            recovers: flags & RECOVERS != 0,
+            ledger,
+            steps: std::iter::from_fn(|| bytes.step()).collect(),
+        })
+    }
+
+    /// Where a ring of `size` entries is.
+    fn layout(&self, size: u16) -> Layout {
+        assert!(size <= ENTRIES_MAX);
+        Layout {
+            size: size.into(),
+            descriptor_area: self.ring,
+            driver_area: self.ring + DRIVER_AREA,
+            device_area: self.ring + DEVICE_AREA,
+        }
+    }
+}
+
+/// A split ring whose guest writes what it likes.
+pub fn split(data: &[u8]) {
+    let Some(guest) = Guest::read(data) else { return };
+    let memory = memory();
+    let size = 1 << (u32::from(guest.size) % (ENTRIES_MAX.ilog2() + 1));
+    let mut ring = SplitRing::new(&guest.layout(size), guest.features, &memory).expect("the layout is right");
+    ring.begin((!guest.recovers).then_some(guest.start), true);
+    walk_split(&mut ring, &memory, direction(guest.ring), &guest.steps);
+}
+
+/// A packed ring whose guest writes what it likes, and whose ledger says what it likes.
+pub fn packed(data: &[u8]) {
+    let Some(guest) = Guest::read(data) else { return };
+    let memory = memory();
+    let size = 1 + u16::from(guest.size) % ENTRIES_MAX;
+    let ledger = ledger_of(&guest.ledger);
+    let new = || {
+        PackedRing::new(&guest.layout(size), guest.features, &memory, Some(ledger.clone()))
+            .expect("the layout is right")
+    };
+    let mut ring = new();
+    // A guest has written before anybody recovers.
+    let (before, after) = guest.steps.split_at(if guest.recovers { guest.steps.len() / 2 } else { 0 });
+    for step in before {
+        if let Step::Write(write) = step {
+            write.make(&memory);
+        }
+    }
+    let was = guest.recovers.then(|| all_but_ring(&memory, guest.ring, size));
+    let start = Position::from_bits(guest.start);
+    let start = Position { index: start.index % size, wrap: start.wrap };
+    let begun = ring.begin((!guest.recovers).then_some(start.bits()), true);
+    if let Some(was) = was {
+        assert_eq!(
+            all_but_ring(&memory, guest.ring, size),
+            was,
+            "a recovery tells of used descriptors, no more"
+        );
+    }
+    if begun.is_err() {
+        assert!(guest.recovers);
+        return;
+    }
+    assert!(Position::from_bits(ring.position_before(0)).index < size);
+    let position = walk_packed(&mut ring, &memory, direction(guest.ring), after);
+    // A successor goes on there, whatever the guest wrote meanwhile.
+    assert_eq!(new().recover(), Ok(Position::from_bits(position)));
+}
+
+/// The ledger of this process, which says what the input wants it to.
+fn ledger_of(words: &[u64]) -> Slot {
+    static LEDGER: LazyLock<(OwnedFd, Slot)> = LazyLock::new(|| {
+        let file = Ledger::create(1).expect("a memfd");
+        let slot = Ledger::map(file.as_raw_fd(), 1).expect("it is a ledger").slot(0).expect("it has a slot");
+        (file, slot)
+    });
+    let mut bytes = [0; 8 * LEDGER_WORDS_MAX];
+    for (place, word) in bytes.chunks_mut(8).zip(words) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    // SAFETY: the buffer is as long as we say.
+    let put = unsafe { libc::pwrite(LEDGER.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    assert_eq!(put, bytes.len() as isize);
+    LEDGER.1.clone()
+}
+
+/// What stands in memory beside the ring of descriptors.
+fn all_but_ring(memory: &GuestMemory, ring: u64, size: u16) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (start, length) in REGIONS {
+        let from = if start == ring { 16 * u64::from(size) } else { 0 };
+        let mut data = vec![0; (length - from) as usize];
+        memory.read(start + from, &mut data).expect("it is memory");
+        all.extend(data);
+    }
+    all
+}
