@@ -1,7 +1,7 @@
-"""Listening UNIX sockets: whose path it is, how it changes hands, when it goes; and who is at the other end.
+"""Listening UNIX sockets: whose path it is, how it changes hands, when it goes.
 
-Owns:        ListeningSocket; taking a path from the dead; rename(2) over a living one; a peer's credentials.
-Never sees:  what is said on a connection.
+Owns:        ListeningSocket; taking a path from the dead; rename(2) over a living one.
+Never sees:  what is said on a connection, who is at the other end.
 Read next:   its users: vhost_user/session.py, monitor/server.py, migration/transport.py.
 
 A path is only ever taken from a dead process, or by rename from the process this one succeeds, so that at every
@@ -12,14 +12,14 @@ successor took over is left alone.
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import socket
 import stat
-import struct
+import time
 from pathlib import Path
 from typing import Final, Self
 
+from localmig.access import PRIVATE_MODE, group_id
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
 
@@ -29,17 +29,15 @@ PATH_BYTES_MAX: Final = 107
 INCOMING_SUFFIX: Final = ".incoming"
 """What a process that may succeed another one appends to the paths that the other one still has."""
 
-PRIVATE_MODE: Final = 0o600
-"""The mode of a path that only its user may connect to."""
-
-GROUP_ID_MAX: Final = 2**32 - 2
-"""Group ids have 32 bits; all of them set means none (chown(2))."""
-
 _BACKLOG: Final = 16
 """Connections that may wait while the process is busy: more than come at once to one VM's sockets."""
 
-_CREDENTIALS: Final = struct.Struct("3i")
-"""`struct ucred`: pid, uid, gid (unix(7))."""
+ACCEPT_BURST: Final = 64
+"""Connections of one socket that are accepted as they come: more than a management layer's clients at once."""
+
+ACCEPT_INTERVAL_S: Final = 0.01
+"""From one to the next of a flood of connections: it costs a hundredth of a processor, and whoever waits in the backlog
+behind it a fraction of a second."""
 
 
 def check_path(path: str) -> None:
@@ -51,6 +49,22 @@ def check_path(path: str) -> None:
         raise ConfigError(
             f"UNIX socket path '{path}' is too long: {size} bytes, limit is {PATH_BYTES_MAX}; use a shorter directory"
         )
+
+
+class AcceptPace:
+    """How soon a socket's next connection may be accepted: at once, until too many came in a moment."""
+
+    def __init__(self) -> None:
+        self._due_s = 0.0
+        """When the last one was due, had they all come at their interval."""
+
+    def note(self) -> None:
+        """One was accepted."""
+        self._due_s = max(self._due_s, time.monotonic()) + ACCEPT_INTERVAL_S
+
+    def delay_s(self) -> float:
+        """How long to wait with the next one, 0 for not at all."""
+        return max(0.0, self._due_s - time.monotonic() - ACCEPT_BURST * ACCEPT_INTERVAL_S)
 
 
 class ListeningSocket:
@@ -98,7 +112,7 @@ class ListeningSocket:
     @classmethod
     def _bind(cls, path: str, bound_path: str, mode: int, group: str | None) -> Self:
         check_path(bound_path)
-        group_id = None if group is None else _group_id(group)
+        gid = None if group is None else group_id(group)
         if is_listening(bound_path):
             raise ConfigError(f"socket '{bound_path}' is in use by a living process: end it, or choose another path")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -107,8 +121,8 @@ class ListeningSocket:
             os.fchmod(listening.fileno(), PRIVATE_MODE)
             Path(bound_path).unlink(missing_ok=True)  # dead, or there would be a holder
             listening.bind(bound_path)
-            if group_id is not None:
-                os.chown(bound_path, -1, group_id, follow_symlinks=False)
+            if gid is not None:
+                os.chown(bound_path, -1, gid, follow_symlinks=False)
             Path(bound_path).chmod(mode)
             # Before this nobody can connect, so at no moment may anyone but the mode and the group say.
             listening.listen(_BACKLOG)
@@ -159,23 +173,6 @@ class ListeningSocket:
             self.release()
             if _identity(self.bound_path) == self.identity:
                 Path(self.bound_path).unlink()
-
-
-def _group_id(group: str) -> int:
-    """The number of a group. Raises ConfigError where there is none."""
-    if group.isascii() and group.isdigit():
-        return int(group)
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"there is no group '{group}' on this machine") from None
-
-
-def peer_credentials(connection: socket.socket) -> tuple[int, int]:
-    """Process id and user id of whoever connected a UNIX socket."""
-    size = _CREDENTIALS.size
-    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return pid, uid
 
 
 def is_listening(path: str) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from localmig.access import peer_credentials
 from localmig.errors import ConfigError, KernelError
-from localmig.unix_socket import INCOMING_SUFFIX, PATH_BYTES_MAX, ListeningSocket, is_listening, peer_credentials
+from localmig.unix_socket import INCOMING_SUFFIX, PATH_BYTES_MAX, ListeningSocket, is_listening
 
 
 @pytest.fixture

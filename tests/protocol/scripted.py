@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from localmig.access import Access
 from localmig.cli.handover import Settings
 from localmig.daemon import RunState
 from localmig.migration.parameters import Capabilities, Parameters
@@ -34,6 +35,7 @@ class ScriptedDaemon:
     """Has the face of a daemon, and does nothing by itself."""
 
     def __init__(self, run_state: RunState) -> None:
+        self.access = Access()
         self.tracer = Tracer()
         self.run_state = run_state
         self.parameters = Parameters(downtime_limit_ms=123)

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import socket
+import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient, Runstate
 
+from localmig.access import Access
 from localmig.daemon import Daemon, RunState
 from localmig.daemon.descriptors import COUNT_MAX as NAMED_COUNT_MAX
 from localmig.fds import OwnedFd
@@ -24,7 +27,7 @@ from localmig.monitor.schema import Command
 from localmig.monitor.server import CLIENT_COUNT_MAX
 from localmig.options import Defer
 from localmig.trace import MigrationStatusChanged, RunStateChanged
-from localmig.unix_socket import INCOMING_SUFFIX
+from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, INCOMING_SUFFIX
 
 PATIENCE_S = 20.0
 
@@ -50,6 +53,7 @@ COMMANDS = [
     "query-migrate-parameters",
     "query-netdevs",
     "query-qmp-schema",
+    "query-security",
     "query-status",
     "query-version",
     "quit",
@@ -572,20 +576,59 @@ def test_another_user_is_turned_away(run: Run, monkeypatch: pytest.MonkeyPatch) 
         reader, _ = await it.raw()
         assert await reader.read() == b""
 
-    monkeypatch.setattr("localmig.monitor.server.peer_credentials", lambda _: (4711, os.geteuid() + 1))
+    monkeypatch.setattr("localmig.access.peer_credentials", lambda _: (4711, os.geteuid() + 1))
     run(scenario)
 
 
 def test_root_and_the_same_user_are_let_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def scenario_for(uid: int) -> Callable[[Rig], Awaitable[None]]:
         async def scenario(it: Rig) -> None:
-            monkeypatch.setattr("localmig.monitor.server.peer_credentials", lambda _: (4711, uid))
+            monkeypatch.setattr("localmig.access.peer_credentials", lambda _: (4711, uid))
             await it.client()
 
         return scenario
 
     for uid in (0, os.geteuid()):
         run(scenario_for(uid))
+
+
+def test_users_listed_are_let_in_and_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(it: Rig) -> None:
+        it.daemon.access = Access(users=frozenset({4712, 4711}), mode=0o660, group="7")
+        client = await it.client()
+        assert await client.execute("query-security") == {
+            "user-id": os.geteuid(),
+            "group-id": os.getegid(),
+            "allowed-users": [4711, 4712],
+            "socket-mode": "0660",
+            "socket-group": "7",
+        }
+
+    monkeypatch.setattr("localmig.access.peer_credentials", lambda _: (1, 4711))
+    run(scenario)
+
+
+def test_the_socket_has_the_mode_of_the_operators_choice(tmp_path: Path) -> None:
+    path = tmp_path / "qmp.sock"
+
+    async def play() -> None:
+        server = QmpServer(Daemon(incoming=Defer(), access=Access(mode=0o666)), str(path), succeeds=False)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666
+        await server.close(reason="host-signal")
+
+    asyncio.run(play())
+
+
+def test_a_flood_of_connections_is_accepted_slowly(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        began_s = time.monotonic()
+        for _ in range(ACCEPT_BURST + 2):
+            reader, writer = await asyncio.open_unix_connection(it.path)
+            assert await reader.readline()
+            writer.close()
+        assert time.monotonic() - began_s >= ACCEPT_INTERVAL_S
+
+    run(scenario)
 
 
 def test_clients_that_come_before_the_start_are_answered_after_it(tmp_path: Path) -> None:

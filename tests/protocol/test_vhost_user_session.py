@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
-from localmig.unix_socket import ListeningSocket
+from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, ListeningSocket
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     U64,
@@ -142,6 +143,21 @@ def path(tmp_path: Path) -> str:
 
 def new_endpoint(path: str, device: Device) -> Endpoint:
     return Endpoint(Listener(ListeningSocket.bind(path)), device, OFFER)
+
+
+def test_a_flood_of_frontends_is_accepted_slowly(path: str) -> None:
+    async def scenario() -> None:
+        endpoint = new_endpoint(path, Device())
+        endpoint.thaw()
+        began_s = time.monotonic()
+        for _ in range(ACCEPT_BURST + 2):
+            with Frontend.to(path) as frontend:
+                frontend.send(bytes(12))
+                assert await frontend.sees_the_end()
+        assert time.monotonic() - began_s >= ACCEPT_INTERVAL_S
+        endpoint.close()
+
+    run(scenario())
 
 
 def null_fd() -> OwnedFd:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from localmig.access import Access, nameless_user_id
 from localmig.cli import main
 from localmig.cli.qmp import read_arguments
-from localmig.cli.run import read_parameters
+from localmig.cli.run import read_parameters, resolve_access
 from localmig.cli.status import show_migration
 from localmig.cli.text import table
 from localmig.errors import ConfigError
 from localmig.migration.parameters import Parameters
-from localmig.options import CONFIG_BYTES_MAX
+from localmig.options import CONFIG_BYTES_MAX, AccessSpec
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,16 @@ def _log_as_before() -> Iterator[None]:
 )
 def test_migration_parameters_are_written_under_qmps_names(words: list[str], parameters: Parameters) -> None:
     assert read_parameters(words, Parameters()) == parameters
+
+
+def test_users_are_looked_up_and_the_one_that_stands_for_all_the_nameless_is_refused() -> None:
+    spec = AccessSpec(users=("root", "1234"), mode="0660", group="kvm")
+    assert resolve_access(spec) == Access(users=frozenset({0, 1234}), mode=0o660, group="kvm")
+    assert resolve_access(AccessSpec()) == Access()
+    with pytest.raises(ConfigError, match="there is no user 'nobody-at-all' on this machine"):
+        resolve_access(AccessSpec(users=("nobody-at-all",)))
+    with pytest.raises(ConfigError, match="stands for every user of a container"):
+        resolve_access(AccessSpec(users=(str(nameless_user_id()),)))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from localmig import access
+from localmig.access import Access, pid_of
 from localmig.errors import ConfigError, KernelError, PeerError
-from localmig.migration import transport
 from localmig.migration.channel import Channel, FrameKind
 from localmig.migration.transport import Listener, check_local, connect
 from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
+from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S
 
 PATIENCE_S = 10.0
 
@@ -43,10 +45,10 @@ async def exchange(source: Channel, destination: Channel) -> None:
     assert (await destination.receive(timeout_s=PATIENCE_S)).kind is FrameKind.READY
 
 
-async def meet(listener: Listener, address: Address) -> None:
+async def meet(listener: Listener, address: Address, rule: Access | None = None) -> None:
     """A source connects to the listener, and they can talk."""
     with ExitStack() as ends:
-        source, destination = await asyncio.gather(connect(address), listener.accept())
+        source, destination = await asyncio.gather(connect(address, access=rule), listener.accept())
         ends.callback(source.close)
         ends.callback(destination.close)
         await exchange(source, destination)
@@ -95,25 +97,99 @@ def test_a_path_that_is_no_socket_is_not_taken(path: Path) -> None:
     assert path.read_text() == "keep"
 
 
-@pytest.mark.parametrize("uid", [12345])
-def test_a_process_of_another_user_is_turned_away(path: Path, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
-    monkeypatch.setattr(transport, "peer_credentials", lambda sock: (1, uid))
+STRANGER = 12345
+
+
+def test_a_process_of_another_user_is_turned_away_and_the_next_one_may_come(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = UnixAddress(path=str(path))
+    uids = iter((STRANGER, STRANGER, os.geteuid()))
 
     async def try_it() -> None:
-        with closing(await connect(address)), pytest.raises(PeerError, match=f"a process of uid {uid} connected"):
-            await listener.accept()
+        with ExitStack() as ends:
+            strangers = [ends.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+            for stranger in strangers:
+                stranger.connect(str(path))
+            source = socket.socket(socket.AF_UNIX)
+            source.connect(str(path))
+            source.setblocking(False)
+            destination = await listener.accept()
+            ends.callback(destination.close)
+            assert [stranger.recv(1) for stranger in strangers] == [b"", b""]
+            await exchange(ends.enter_context(closing(Channel(source))), destination)
 
     with closing(Listener(address)) as listener:
+        monkeypatch.setattr(access, "peer_credentials", lambda sock: (1, next(uids)))
         asyncio.run(try_it())
 
 
-@pytest.mark.parametrize("uid", [0, os.geteuid()])
-def test_root_and_the_same_user_are_let_in(path: Path, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
-    monkeypatch.setattr(transport, "peer_credentials", lambda sock: (1, uid))
+def test_a_flood_of_strangers_is_accepted_slowly_and_does_not_end_the_wait(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = UnixAddress(path=str(path))
+    uids = iter([STRANGER] * (ACCEPT_BURST + 2) + [os.geteuid()] * 2)
+
+    async def try_it() -> None:
+        loop = asyncio.get_running_loop()
+        accepting = asyncio.ensure_future(listener.accept())
+        began = loop.time()
+        for _ in range(ACCEPT_BURST + 2):
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.setblocking(False)
+                await loop.sock_connect(stranger, str(path))
+                assert await loop.sock_recv(stranger, 1) == b""
+        assert loop.time() - began >= ACCEPT_INTERVAL_S
+        with closing(await connect(address)) as source, closing(await accepting) as destination:
+            await exchange(source, destination)
+
     with closing(Listener(address)) as listener:
-        asyncio.run(meet(listener, address))
+        monkeypatch.setattr(access, "peer_credentials", lambda sock: (1, next(uids)))
+        asyncio.run(try_it())
+
+
+def test_a_source_tells_nothing_to_a_listener_of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = UnixAddress(path=str(path))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        monkeypatch.setattr(access, "peer_credentials", lambda sock: (1, STRANGER))
+        with pytest.raises(PeerError, match=f"'unix:{path}' is not answered by .*: process 1 has user id {STRANGER}"):
+            asyncio.run(connect(address))
+        with listening.accept()[0] as accepted:
+            assert accepted.recv(1) == b""
+
+
+@pytest.mark.parametrize("uid", [0, os.geteuid(), STRANGER])
+def test_root_the_same_user_and_those_listed_are_let_in_on_both_sides(
+    path: Path, monkeypatch: pytest.MonkeyPatch, uid: int
+) -> None:
+    monkeypatch.setattr(access, "peer_credentials", lambda sock: (1, uid))
+    address = UnixAddress(path=str(path))
+    rule = Access(users=frozenset({STRANGER}))
+    with closing(Listener(address, access=rule)) as listener:
+        asyncio.run(meet(listener, address, rule))
+
+
+def test_a_channel_knows_the_process_at_its_other_end(path: Path) -> None:
+    address = UnixAddress(path=str(path))
+
+    async def look() -> None:
+        source, destination = await asyncio.gather(connect(address), listener.accept())
+        with closing(source), closing(destination):
+            for channel in (source, destination):
+                assert channel.process is not None
+                assert pid_of(channel.process.fileno()) == os.getpid()
+
+    with closing(Listener(address)) as listener:
+        asyncio.run(look())
+
+
+def test_a_migration_socket_gets_the_mode_and_the_group_of_the_operators_choice(path: Path) -> None:
+    group = os.getgroups()[-1] if os.geteuid() else 12345
+    with closing(Listener(UnixAddress(path=str(path)), access=Access(mode=0o660, group=str(group)))):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert path.stat().st_gid == group
 
 
 def test_nobody_at_the_path_is_an_error_that_says_what_to_look_at(path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any, Final
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
+from localmig.access import peer_credentials
 from localmig.errors import ConfigError, KernelError, PeerError, PeerLostError
-from localmig.unix_socket import check_path, peer_credentials
+from localmig.unix_socket import check_path
 
 ANSWER_TIMEOUT_S: Final = 10.0
 """For connecting, and for one answer. No command of localmig waits for anything; a loaded machine may."""

@@ -18,8 +18,10 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 
+from localmig.access import Access, nameless_user_id, user_id
 from localmig.daemon import Daemon
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
@@ -28,6 +30,7 @@ from localmig.monitor import QmpServer
 from localmig.monitor.schema import PARAMETERS, parameters_changed
 from localmig.options import (
     CONFIG_BYTES_MAX,
+    AccessSpec,
     Config,
     check_together,
     help_for,
@@ -36,6 +39,7 @@ from localmig.options import (
     parse_incoming,
     parse_monitor,
     parse_netdev,
+    parse_users,
 )
 from localmig.trace import Event, Tracer, to_json
 
@@ -92,7 +96,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="a device for a guest, or JSON; 'help' lists the types, 'TYPE,help' its options",
     )
-    parser.add_argument("--qmp", metavar="unix:PATH", help="answer QMP at this UNIX socket, mode 0600")
+    parser.add_argument("--qmp", metavar="unix:PATH", help="answer QMP at this UNIX socket")
     parser.add_argument(
         "--incoming",
         metavar="ADDRESS|defer",
@@ -106,6 +110,18 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="a migration parameter from the start, as QMP's migrate-set-parameters sets it: local=on",
     )
+    parser.add_argument(
+        "--allow-user",
+        metavar="USER[,USER...]",
+        action="append",
+        default=[],
+        help="who may use QMP and migration sockets, and be the other side of a migration, besides root and this "
+        "process's user; --socket-mode or an ACL must let them in as well",
+    )
+    parser.add_argument(
+        "--socket-mode", metavar="MODE", help="permissions of QMP and migration sockets, in octal (default: 0600)"
+    )
+    parser.add_argument("--socket-group", metavar="GROUP", help="the group of QMP and migration sockets")
     parser.add_argument("--log", metavar="FILE", help="append the log to FILE instead of writing it to stderr")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more: every traced fact")
     parser.add_argument("--trace", metavar="FILE", help="append every traced fact to FILE, one JSON object a line")
@@ -182,7 +198,8 @@ def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpSe
     _check_one("incoming", incoming, config.incoming, arguments.config)
     monitor, incoming = monitor or config.monitor, incoming or config.incoming
     check_together(netdevs, devices, monitor=monitor, incoming=incoming)
-    daemon = Daemon(netdevs=netdevs, devices=devices, incoming=incoming, tracer=tracer)
+    access = resolve_access(_read_access(arguments, config.access))
+    daemon = Daemon(netdevs=netdevs, devices=devices, incoming=incoming, access=access, tracer=tracer)
     try:
         parameters = parameters_changed(daemon.parameters, PARAMETERS.read(config.migration_parameters))
         daemon.set_parameters(parameters)
@@ -206,6 +223,34 @@ def _read_config(path: str) -> Config:
         return parse_config(data.decode())
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
+
+
+def _read_access(arguments: argparse.Namespace, files: AccessSpec) -> AccessSpec:
+    """Who may use control sockets by command line and file. ConfigError where they disagree."""
+    _check_one("socket-mode", arguments.socket_mode, files.mode, arguments.config)
+    _check_one("socket-group", arguments.socket_group, files.group, arguments.config)
+    users = [user for text in arguments.allow_user for user in parse_users(text)]
+    return AccessSpec(
+        users=(*files.users, *users),
+        mode=arguments.socket_mode or files.mode,
+        group=arguments.socket_group or files.group,
+    )
+
+
+def resolve_access(spec: AccessSpec) -> Access:
+    """The same in this machine's numbers.
+
+    Raises:
+        ConfigError: there is no such user, or it is the one that stands for all who have no number here.
+    """
+    users = frozenset(map(user_id, spec.users))
+    if nameless_user_id() in users:
+        raise ConfigError(
+            f"--allow-user {','.join(spec.users)}: {nameless_user_id()} stands for every user of a container who has "
+            "no number here; map the one you mean to a number of its own"
+        )
+    access = Access(users=users, group=spec.group)
+    return access if spec.mode is None else replace(access, mode=int(spec.mode, base=8))
 
 
 def _check_one(name: str, ours: object | None, files: object | None, path: str) -> None:

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +138,9 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         old_process = _process_of(old)
         resources.callback(old_process.close)
         settings = await _check_old(old)
+        security = await old.execute("query-security")
         address = resources.enter_context(_handover_socket(path))
-        successor = _start(arguments, path, address, settings, old)
+        successor = _start(arguments, path, address, settings, security, old)
         try:
             say(f"daemon {successor.process.pid} starts, its log is {successor.log}")
             await successor.wait_ready(arguments.timeout)
@@ -271,13 +272,31 @@ class Successor:
         return ", its log ends with:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
 
 
-def _start(arguments: argparse.Namespace, path: str, address: str, settings: Settings, old: Client) -> Successor:
+def options_of(security: Mapping[str, Any]) -> list[str]:
+    """The options of `run` that make a daemon let in whom the one lets in that answered `security`."""
+    options = ["--socket-mode", security["socket-mode"]]
+    if users := security["allowed-users"]:
+        options += ["--allow-user", ",".join(map(str, users))]
+    if "socket-group" in security:
+        options += ["--socket-group", security["socket-group"]]
+    return options
+
+
+def _start(
+    arguments: argparse.Namespace,
+    path: str,
+    address: str,
+    settings: Settings,
+    security: Mapping[str, Any],
+    old: Client,
+) -> Successor:
     """Starts the new daemon, which outlives this program and its terminal."""
     command = [*_program(arguments.program), "run", "--qmp", f"unix:{path}", "--incoming", f"unix:{address}"]
     command += ["--migration-parameter", "local=on"]
     for name in ("downtime-limit", "commit-timeout"):
         if name in settings.parameters:
             command += ["--migration-parameter", f"{name}={settings.parameters[name]}"]
+    command += options_of(security)
     log = str(Path(arguments.log or f"{path}.log").absolute())
     ready, ready_there = os.pipe()
     try:

@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
+from localmig.access import Access
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Objects
@@ -52,6 +53,7 @@ class Daemon:
         devices: the guest sides to build.
         incoming: where a source will connect; None for a daemon that begins by itself. With none of `netdevs` and
             `devices` given, an incoming daemon builds what the source has.
+        access: who may use QMP and migration sockets; None: root and this process's user.
         tracer: where facts go.
 
     Raises:
@@ -64,8 +66,10 @@ class Daemon:
         netdevs: Sequence[TapSpec] = (),
         devices: Sequence[VirtioNetSpec] = (),
         incoming: IncomingSpec | None = None,
+        access: Access | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self.access = access or Access()
         self.tracer = tracer or Tracer()
         self.parameters = Parameters()
         self.capabilities = Capabilities()
@@ -232,7 +236,7 @@ class Daemon:
         self.descriptors.give_away(given)
         self._incoming = None
         self._outgoing = Outgoing(
-            connect=lambda: transport.connect(address, given),
+            connect=lambda: transport.connect(address, given, access=self.access),
             parameters=self.parameters,
             capabilities=self.capabilities,
             parts=self._parts,
@@ -254,7 +258,7 @@ class Daemon:
         if self._listener is not None or self._run_state is not RunState.INMIGRATE:
             raise StateError("The incoming migration has already been started")
         given = self.descriptors.lent_for(address)
-        self._listener = transport.Listener(address, given)
+        self._listener = transport.Listener(address, given, access=self.access)
         self.descriptors.give_away(given)
         self._incoming = Incoming(
             parameters=lambda: self.parameters,

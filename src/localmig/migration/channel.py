@@ -158,8 +158,16 @@ class Channel:
     cancelled `send` may have left half a frame behind.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, process: OwnedFd | None = None) -> None:
+        """Takes over both.
+
+        Args:
+            sock: the socket.
+            process: a pidfd of the process at the other end, where the kernel vouches for it.
+        """
         self._sock = sock
+        self.process: Final = process
+        """The pidfd, the channel's own; closed with it."""
         self._buffer = FrameBuffer()
         self.passes_descriptors: Final = sock.family == socket.AF_UNIX
         """Whether the kind of socket can carry descriptors; whether they arrive is seen only on the way."""
@@ -266,6 +274,7 @@ class Channel:
         """Closes the channel; what was sent before still arrives. Idempotent."""
         self._buffer.close()
         self._sock.close()
+        close_all((self.process,))
 
     def _poll_briefly(self, timeout_s: float | None) -> None:
         """Waits for something to read without the event loop, first awake and then asleep."""

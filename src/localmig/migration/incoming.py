@@ -239,7 +239,7 @@ class Incoming:
                 )
             if descriptors := hello_descriptors(frame, 2, required=local):
                 pidfd, revocation = descriptors
-                self._peer = Peer.from_descriptor(pidfd.take())
+                self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
                 self._revocation = Revocation.from_descriptor(revocation.take())
         finally:
             frame.close()

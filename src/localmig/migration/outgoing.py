@@ -265,7 +265,7 @@ class Outgoing:
                     f"parameter 'local' is {on_off(self._parameters.local)} here and {on_off(theirs.local)} there"
                 )
             for pidfd in hello_descriptors(answer, 1, required=self._parameters.local):
-                self._peer = Peer.from_descriptor(pidfd.take())
+                self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
         finally:
             answer.close()
 

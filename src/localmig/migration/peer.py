@@ -13,6 +13,7 @@ import select
 import signal
 from typing import Self
 
+from localmig.access import is_same_process, pid_of
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import resolve
@@ -25,19 +26,29 @@ class Peer:
         self._pidfd = pidfd
 
     @classmethod
-    def from_descriptor(cls, fd: OwnedFd) -> Self:
+    def from_descriptor(cls, fd: OwnedFd, *, known: OwnedFd | None = None) -> Self:
         """Takes the descriptor a peer sent as its pidfd.
 
+        Args:
+            fd: the descriptor.
+            known: a pidfd of the peer that the kernel gave us, lent; None where it gave none.
+
         Raises:
-            PeerError: it is no pidfd, or it is our own. The descriptor is closed.
+            PeerError: it is no pidfd, it is our own, or it is of another process than the kernel's: who is killed by it
+                must be the peer. The descriptor is closed.
         """
-        pids = [int(pid) for pid in _fdinfo(fd, "Pid:")]
-        if not pids or pids[0] == os.getpid():
-            fd.close()
-            raise PeerError(
-                "the descriptor in HELLO is no pidfd of another process: "
-                + ("it is no pidfd" if not pids else "it names this process")
+        pid = pid_of(fd.fileno())
+        wrong = None
+        if pid is None or pid == os.getpid():
+            wrong = "is no pidfd of another process: " + ("it is no pidfd" if pid is None else "it names this process")
+        elif known is not None and not is_same_process(fd.fileno(), known.fileno()):
+            wrong = (
+                f"names process {pid}, but process {pid_of(known.fileno())} is at the other end of the socket: "
+                "connect source and destination directly"
             )
+        if wrong is not None:
+            fd.close()
+            raise PeerError(f"the descriptor in HELLO {wrong}")
         return cls(fd)
 
     @property

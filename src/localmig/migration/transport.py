@@ -1,6 +1,6 @@
 """From a migration address to a channel.
 
-Owns:        connecting, listening for the one source, the path it listens on; who may connect.
+Owns:        connecting, listening for the one source, the path it listens on; who may be at the other end.
 Never sees:  frames.
 Read next:   channel.py for what travels then.
 """
@@ -8,20 +8,27 @@ Read next:   channel.py for what travels then.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import stat
 from errno import EIO, ETIMEDOUT
 from typing import Any, Final
 
+from localmig.access import Access, peer_process
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.migration.channel import Channel
 from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
-from localmig.unix_socket import ListeningSocket, peer_credentials
+from localmig.unix_socket import AcceptPace, ListeningSocket
+
+_logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 10.0
 """A destination on this machine accepts at once; over TCP this covers three lost SYNs."""
+
+ACCEPT_RETRY_S: Final = 1.0
+"""Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
 
 
 def check_local(address: Address, given: OwnedFd | None = None, *, local: bool) -> None:
@@ -47,16 +54,18 @@ def check_local(address: Address, given: OwnedFd | None = None, *, local: bool) 
                 )
 
 
-async def connect(address: Address, given: OwnedFd | None = None) -> Channel:
+async def connect(address: Address, given: OwnedFd | None = None, *, access: Access | None = None) -> Channel:
     """Connects to a destination.
 
     Args:
         address: where it is.
         given: the descriptor that `fd:NAME` means; it is this function's from now on.
+        access: whose process may listen at a UNIX path; None: root's and our own.
 
     Raises:
         ConfigError: `fd:` names no connected stream socket.
         KernelError: the connection failed; the text says what to look at.
+        PeerError: the process that listens there is another user's. It was told nothing.
     """
     if isinstance(address, FdAddress):
         return Channel(_take(address, given))
@@ -88,18 +97,26 @@ async def connect(address: Address, given: OwnedFd | None = None) -> Channel:
             f"cannot connect to '{address}': {error.strerror}; is a daemon with --incoming {address} running?",
             errno=error.errno or EIO,
         ) from error
-    return Channel(sock)
+    if isinstance(address, TcpAddress):
+        return Channel(sock)
+    try:
+        (access or Access()).check(sock)
+    except PeerError as error:
+        sock.close()
+        raise PeerError(f"'{address}' is not answered by whom it should be: {error}") from error
+    return Channel(sock, process=peer_process(sock))
 
 
 class Listener:
-    """Waits for one source. A UNIX path is made with mode 0600 and removed by `close`, if it is still ours."""
+    """Waits for one source. A UNIX path is removed by `close`, if it is still ours."""
 
-    def __init__(self, address: Address, given: OwnedFd | None = None) -> None:
+    def __init__(self, address: Address, given: OwnedFd | None = None, *, access: Access | None = None) -> None:
         """Listens at once.
 
         Args:
             address: where.
             given: the descriptor that `fd:NAME` means; it is this object's from now on, if nothing is raised.
+            access: who may connect to a UNIX path, and its mode and group; None: root and our own user, 0600.
 
         Raises:
             ConfigError: the path is in use by a living process, or `fd:` names no socket.
@@ -107,13 +124,14 @@ class Listener:
         """
         self._address = address
         self._given = given
+        self._access = access or Access()
         self._unix: ListeningSocket | None = None
         self._sock: socket.socket | None = None
         match address:
             case FdAddress():
                 _borrow(address, given).close()
             case UnixAddress():
-                self._unix = ListeningSocket.bind(address.path)
+                self._unix = ListeningSocket.bind(address.path, mode=self._access.mode, group=self._access.group)
                 self._sock = socket.socket(fileno=os.dup(self._unix.fd.fileno()))
                 self._sock.setblocking(False)
             case TcpAddress():
@@ -124,25 +142,30 @@ class Listener:
                 self._sock.setblocking(False)
 
     async def accept(self) -> Channel:
-        """The channel to the first source that may connect. Waits as long as the operator does.
-
-        Raises:
-            PeerError: a process of another user connected; it was turned away.
-        """
+        """The channel to the first source that may connect; others are turned away. Waits as long as the operator."""
         if self._sock is None:
             assert isinstance(self._address, FdAddress)
             return Channel(_take(self._address, self._given))
-        sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
-        if sock.family == socket.AF_UNIX:
-            _, uid = peer_credentials(sock)
-            if uid not in (0, os.geteuid()):
+        pace = AcceptPace()
+        while True:
+            await asyncio.sleep(pace.delay_s())
+            try:
+                sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+            except OSError as error:
+                _logger.warning("no source can be accepted at '%s': %s", self._address, error)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            pace.note()
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return Channel(sock)
+            try:
+                self._access.check(sock)
+            except PeerError as error:
                 sock.close()
-                raise PeerError(
-                    f"a process of uid {uid} connected, this daemon serves uid {os.geteuid()} and root only"
-                )
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Channel(sock)
+                _logger.warning("turned away at '%s': %s", self._address, error)
+            else:
+                return Channel(sock, process=peer_process(sock))
 
     def close(self) -> None:
         """Stops listening. Idempotent."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from localmig import trace
+from localmig.access import peer_credentials
 from localmig.daemon import Daemon, RunState
 from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.migration.hello import program_version
@@ -25,7 +26,7 @@ from localmig.monitor.connection import Connection
 from localmig.monitor.events import EventSource
 from localmig.monitor.protocol import Event, Session, greeting
 from localmig.monitor.schema import Command
-from localmig.unix_socket import ListeningSocket, is_listening, peer_credentials
+from localmig.unix_socket import AcceptPace, ListeningSocket, is_listening
 
 __all__ = ["QmpServer"]
 
@@ -69,7 +70,8 @@ class QmpServer:
     def __init__(self, daemon: Daemon, path: str, *, succeeds: bool) -> None:
         self._daemon = daemon
         is_successor = succeeds and is_listening(path)
-        self._listening = (ListeningSocket.bind_beside if is_successor else ListeningSocket.bind)(path)
+        bind = ListeningSocket.bind_beside if is_successor else ListeningSocket.bind
+        self._listening = bind(path, mode=daemon.access.mode, group=daemon.access.group)
         self._event_source = EventSource(daemon.run_state)
         self._events: list[Event] = []
         self._clients: dict[Connection, Session] = {}
@@ -113,13 +115,16 @@ class QmpServer:
     async def _accept(self) -> None:
         """Every client that comes is served by a task of its own."""
         with socket.socket(fileno=os.dup(self._listening.fd.fileno())) as sock:
+            pace = AcceptPace()
             while True:
+                await asyncio.sleep(pace.delay_s())
                 try:
                     client, _ = await asyncio.get_running_loop().sock_accept(sock)
                 except OSError as error:
                     _log.warning("no QMP client can be accepted: %s", error)
                     await asyncio.sleep(ACCEPT_RETRY_S)
                     continue
+                pace.note()
                 task = asyncio.create_task(self._serve(Connection(client)))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -142,11 +147,9 @@ class QmpServer:
 
     def _admit(self, connection: Connection) -> None:
         """Raises PeerError where this client may not, or one more may not, be served."""
-        pid, uid = peer_credentials(connection.socket)
-        # The mode of the socket file says the same, but a directory or a container may lend it to others.
-        if uid not in (0, os.geteuid()):
-            raise PeerError(f"process {pid} has user id {uid}, only 0 and {os.geteuid()} may ask")
+        self._daemon.access.check(connection.socket)
         if len(self._clients) >= CLIENT_COUNT_MAX:
+            pid, _ = peer_credentials(connection.socket)
             raise PeerError(f"process {pid} is one too many, limit is {CLIENT_COUNT_MAX} clients")
 
     async def _converse(self, connection: Connection) -> None:

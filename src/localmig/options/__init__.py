@@ -1,6 +1,6 @@
 """Options: command line text, a file's text and mappings from another daemon become frozen specs.
 
-Owns:        what can be asked for: objects with their options, addresses.
+Owns:        what can be asked for: objects with their options, addresses, who may ask.
 Never sees:  the machine: no file is opened, no name looked up, nothing is tried.
 Read next:   specs.py for the tables, address.py for where migrations go.
 """
@@ -16,6 +16,7 @@ from localmig.options.address import (
     parse_incoming,
 )
 from localmig.options.config import CONFIG_BYTES_MAX, Config, parse_config
+from localmig.options.process import AccessSpec, parse_users
 from localmig.options.specs import (
     AnySpec,
     DeviceSpec,
@@ -35,6 +36,7 @@ from localmig.options.specs import (
 
 __all__ = [
     "CONFIG_BYTES_MAX",
+    "AccessSpec",
     "Address",
     "AnySpec",
     "Config",
@@ -58,5 +60,6 @@ __all__ = [
     "parse_incoming",
     "parse_monitor",
     "parse_netdev",
+    "parse_users",
     "to_mapping",
 ]

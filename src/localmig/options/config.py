@@ -6,6 +6,7 @@ Read next:   specs.py, whose tables say what each object may have.
 
     qmp = "unix:/run/vm1/qmp.sock"          # as --qmp
     incoming = "defer"                      # as --incoming
+    allow-user = "vmm,1001"                 # as --allow-user; likewise socket-mode, socket-group
 
     [migration-parameters]                  # as --migration-parameter
     downtime-limit = 250
@@ -24,12 +25,22 @@ from typing import Final, TypeVar
 
 from localmig.errors import ConfigError
 from localmig.options.address import IncomingSpec, parse_incoming
+from localmig.options.process import AccessSpec, parse_users
 from localmig.options.specs import DeviceSpec, MonitorSpec, NetdevSpec, read_device, read_monitor, read_netdev
 
 CONFIG_BYTES_MAX: Final = 16 << 20
 """Longest file: ten thousand NICs with every option given have less than a kilobyte each."""
 
-_KEYS: Final = ("qmp", "incoming", "migration-parameters", "netdev", "device")
+_KEYS: Final = (
+    "qmp",
+    "incoming",
+    "allow-user",
+    "socket-mode",
+    "socket-group",
+    "migration-parameters",
+    "netdev",
+    "device",
+)
 
 Read = TypeVar("Read")
 
@@ -46,6 +57,7 @@ class Config:
     devices: tuple[DeviceSpec, ...] = ()
     monitor: MonitorSpec | None = None
     incoming: IncomingSpec | None = None
+    access: AccessSpec = field(default_factory=AccessSpec)
     migration_parameters: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -70,6 +82,11 @@ def parse_config(text: str) -> Config:
         devices=_objects(values, "device", read_device),
         monitor=_string(values, "qmp", read_monitor),
         incoming=_string(values, "incoming", parse_incoming),
+        access=AccessSpec(
+            users=_string(values, "allow-user", parse_users) or (),
+            mode=_string(values, "socket-mode", str),
+            group=_string(values, "socket-group", str),
+        ),
         migration_parameters=parameters,
     )
 

@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
+from localmig.access import ACCOUNT_ID_MAX
 from localmig.errors import ConfigError
-from localmig.unix_socket import GROUP_ID_MAX, check_path
+from localmig.unix_socket import check_path
 
 ID_LENGTH_MAX: Final = 63
 """An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
@@ -252,5 +253,12 @@ class GroupName(_Text):
         """Not empty, no number that the kernel has not."""
         if not 0 < len(text) <= GROUP_NAME_LENGTH_MAX:
             raise ConfigError(f"Parameter '{name}' expects 1 to {GROUP_NAME_LENGTH_MAX} letters, not {len(text)}")
-        if text.isascii() and text.isdigit() and int(text) > GROUP_ID_MAX:
-            raise ConfigError(f"Parameter '{name}' expects a group up to {GROUP_ID_MAX}, not {text}")
+        if text.isascii() and text.isdigit() and int(text) > ACCOUNT_ID_MAX:
+            raise ConfigError(f"Parameter '{name}' expects a {self.word[1:-1]} up to {ACCOUNT_ID_MAX}, not {text}")
+
+
+class UserName(GroupName):
+    """A user: the name, or the number. Names and numbers are bounded as a group's."""
+
+    __slots__ = ()
+    word: ClassVar[str] = "<user>"

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 from localmig import fds
+from localmig.access import PRIVATE_MODE
 from localmig.errors import KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.unix_socket import PRIVATE_MODE, ListeningSocket
+from localmig.unix_socket import AcceptPace, ListeningSocket
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
 
 _logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Listener(Contact):
         self._on_connection: Callable[[OwnedFd], None] | None = None
         self._accepting = False
         self._retry: asyncio.TimerHandle | None = None
+        self._pace = AcceptPace()
 
     @classmethod
     def from_state(cls, state: ListenerState) -> Self:
@@ -126,8 +128,14 @@ class Listener(Contact):
     def accept_connections(self, on_connection: Callable[[OwnedFd], None]) -> None:
         """Hands each connection (non-blocking) to `on_connection`, until `pause`."""
         self._on_connection = on_connection
-        if not self._accepting:
-            asyncio.get_running_loop().add_reader(self.listening.fd.fileno(), self._accept)
+        if self._accepting:
+            return
+        self.pause()
+        loop = asyncio.get_running_loop()
+        if delay_s := self._pace.delay_s():
+            self._retry = loop.call_later(delay_s, self.accept_connections, on_connection)
+        else:
+            loop.add_reader(self.listening.fd.fileno(), self._accept)
             self._accepting = True
 
     def pause(self) -> None:
@@ -173,6 +181,7 @@ class Listener(Contact):
             )
             return
         connection.setblocking(False)
+        self._pace.note()
         self._on_connection(OwnedFd(connection.detach()))
 
 

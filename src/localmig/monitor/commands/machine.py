@@ -1,12 +1,13 @@
 """Commands about the daemon as a whole.
 
-Owns:        query-version, query-status, stop, cont, getfd, closefd, quit.
+Owns:        query-version, query-status, query-security, stop, cont, getfd, closefd, quit.
 Never sees:  clients, JSON text, migrations.
 Read next:   migration.py.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from localmig.daemon import Daemon, RunState
@@ -14,7 +15,7 @@ from localmig.errors import ConfigError
 from localmig.fds import OwnedFd
 from localmig.migration.hello import program_version
 from localmig.monitor.protocol import version_info
-from localmig.monitor.schema import Boolean, Command, Enumeration, Member, String, Struct, Uint64, returned
+from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, returned
 
 
 def query_version(daemon: Daemon) -> dict[str, object]:
@@ -26,6 +27,17 @@ def query_version(daemon: Daemon) -> dict[str, object]:
 def query_status(daemon: Daemon) -> dict[str, object]:
     """The run state."""
     return {"running": daemon.run_state is RunState.RUNNING, "status": daemon.run_state.value}
+
+
+def query_security(daemon: Daemon) -> dict[str, object]:
+    """As whom the daemon runs, and who else may talk to it. QEMU has no such command."""
+    access = daemon.access
+    return {
+        "user-id": os.geteuid(),
+        "group-id": os.getegid(),
+        "allowed-users": sorted(access.users),
+        "socket-mode": f"{access.mode:04o}",
+    } | ({} if access.group is None else {"socket-group": access.group})
 
 
 def stop(daemon: Daemon) -> dict[str, object]:
@@ -64,11 +76,22 @@ _NUMBERS: Final = Struct(tuple(returned(name, Uint64()) for name in ("major", "m
 _VERSION: Final = Struct((returned("qemu", _NUMBERS), returned("package", String())))
 _STATUS: Final = Struct((returned("running", Boolean()), returned("status", Enumeration(tuple(RunState)))))
 
+_SECURITY: Final = Struct(
+    (
+        returned("user-id", Uint64()),
+        returned("group-id", Uint64()),
+        returned("allowed-users", Array(Uint64())),
+        returned("socket-mode", String()),
+        returned("socket-group", String(), required=False),
+    )
+)
+
 _FDNAME: Final = Struct((Member(name="fdname", attribute="fdname", type=String()),))
 
 COMMANDS: Final = (
     Command(name="query-version", run=query_version, returns=_VERSION),
     Command(name="query-status", run=query_status, returns=_STATUS),
+    Command(name="query-security", run=query_security, returns=_SECURITY),
     Command(name="stop", run=stop),
     Command(name="cont", run=cont),
     Command(name="getfd", run=getfd, arguments=_FDNAME, descriptor="fd"),
