@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,12 @@ class Site:
         return self._logs[daemon.pid].read_text()
 
     def descriptors(self, daemon: DaemonProcess) -> list[str]:
-        """What a daemon has open."""
-        return [str(link.readlink()) for link in Path(f"/proc/{daemon.pid}/fd").iterdir()]
+        """What a daemon has open. It may close one meanwhile: the conversation that has just ended."""
+        targets = []
+        for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                targets.append(str(link.readlink()))
+        return targets
 
     def address_tap(self, ifname: str = "tap0") -> None:
         """Gives a TAP the host's address: one that was made anew has none."""

@@ -33,6 +33,12 @@ PROGRESS = 4_000_000
 LONGEST_UNSEGMENTED = 1514
 """Bytes of a frame at MTU 1500."""
 
+ETH_P_TEST = 0x88B5
+"""IEEE 802's for local experiments: nobody else sends it."""
+
+FRAME = b"\xff" * 6 + bytes.fromhex("525400123456") + ETH_P_TEST.to_bytes(2, "big") + bytes(46)
+
+VNET_HEADER_LENGTH = 12
 
 MAC = "52:54:00:12:34:56"
 
@@ -196,6 +202,36 @@ def test_queues_follow_the_pairs_that_are_enabled_before_and_after_a_handover(si
             assert queues(site) == (count, 3 - count)
             serving = serve_on(site, serving)
             assert queues(site) == (count, 3 - count)
+        guest.set_queue_pairs(3)
+        assert queues(site) == (3, 0)
+
+
+def test_what_a_guest_leaves_in_rings_it_uses_no_more_is_sent_before_and_after_a_handover(site: Site) -> None:
+    serving = site.source(*site.objects(netdev=",queues=3"))
+    with ExitStack() as ends:
+        # The kernel's end of the guest's NIC: a socket takes what a TAP queue would.
+        kernel, queue_ends = zip(
+            *(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) for _ in range(3)),
+            strict=True,
+        )
+        for end in (*kernel, *queue_ends):
+            ends.enter_context(end)
+        fds = [end.fileno() for end in queue_ends]
+        guest = ends.enter_context(NetGuest(str(site.socket), tap_fds=fds, queue_pairs=3))
+        guest.attach()
+        with site.namespace.entered():
+            network = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_TEST)))
+        network.bind(("tap0", ETH_P_TEST))
+        network.settimeout(PATIENCE_SECONDS)
+        guest.set_queue_pairs(1)
+        assert queues(site) == (1, 2)
+        for generation in range(2):
+            for pair in range(3):
+                frame = FRAME + bytes([generation, pair])
+                kernel[pair].send(bytes(VNET_HEADER_LENGTH) + frame)
+                assert network.recv(2048) == frame
+            serving = serve_on(site, serving)
+            assert queues(site) == (1, 2)
         guest.set_queue_pairs(3)
         assert queues(site) == (3, 0)
 

@@ -62,11 +62,6 @@ def use_pairs(guest: Guest, count: int) -> None:
     assert re.findall(r"Combined:\s+(\d+)", said) == [str(QUEUE_PAIRS), str(count)], said
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="one run in four stalls at the change to fewer pairs: packets stay in a transmit ring that was disabled, "
-    'where vhost-user, "Ring states", wants them processed and discarded',
-)
 def test_queue_pairs_come_and_go_while_traffic_flows_and_daemons_change(lab: Lab) -> None:
     service, guest = start(lab)
     carrier_changes = guest.carrier_changes()

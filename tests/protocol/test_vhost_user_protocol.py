@@ -168,7 +168,7 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
     (region,) = served.state.regions
     assert (region.guest_address, region.size, region.user_address) == (0, 0x10000, 0x7F0000000000)
     vring, other = served.state.vrings
-    assert vring.is_running
+    assert OFFER.serves(0, vring)
     assert (vring.size, vring.next_avail, vring.device_area) == (256, 7, ADDRESS.device_area)
     assert None not in (vring.kick, vring.call, vring.error)
     assert other == VringState()
@@ -229,7 +229,7 @@ def test_get_vring_base_stops_the_ring_and_answers_where_the_device_left_it(serv
     vring = served.state.vrings[0]
     data, fds = encode((Request.GET_VRING_BASE, VringNumber(index=0), 0))
     assert deliver(served, data, fds) == VringChanged(index=0)
-    assert not vring.is_running
+    assert not OFFER.serves(0, vring)
     vring.next_avail = 4711
     served.complete()
     assert take_reply(served) == VringNumber(index=0, number=4711)
@@ -247,7 +247,7 @@ def test_get_vring_base_of_a_stopped_ring_answers_without_an_event(served: Backe
 def test_a_ring_that_stopped_starts_again_by_its_kick(served: Backend) -> None:
     converse(served, Request.GET_VRING_BASE, VringNumber(index=0))
     assert converse(served, Request.SET_VRING_KICK, VringFile(index=0), fd_count=1) == VringChanged(index=0)
-    assert served.state.vrings[0].is_running
+    assert OFFER.serves(0, served.state.vrings[0])
 
 
 def test_without_the_bit_for_protocol_features_rings_start_enabled(backend: Backend) -> None:
@@ -256,7 +256,7 @@ def test_without_the_bit_for_protocol_features_rings_start_enabled(backend: Back
             payload = U64(value=1)
         event = converse(backend, request, payload, fd_count=fd_count)
     assert event == VringChanged(index=0)
-    assert backend.state.vrings[0].is_running
+    assert OFFER.serves(0, backend.state.vrings[0])
 
 
 def test_an_enable_that_says_nothing_new_is_no_event(served: Backend) -> None:
@@ -284,7 +284,7 @@ def test_a_region_said_again_for_another_queue_pair_changes_nothing() -> None:
 def test_enabling_a_ring_is_an_event_also_before_it_starts() -> None:
     backend = Backend(OFFER)
     assert converse(backend, Request.SET_VRING_ENABLE, VringNumber(index=0, number=1)) == VringChanged(index=0)
-    assert not backend.state.vrings[0].is_running
+    assert not OFFER.serves(0, backend.state.vrings[0])
 
 
 def test_a_disabled_ring_may_be_set_up_anew_while_started(served: Backend) -> None:
@@ -294,6 +294,35 @@ def test_a_disabled_ring_may_be_set_up_anew_while_started(served: Backend) -> No
         assert converse(served, request, payload, fd_count=count) is None
     assert converse(served, Request.SET_VRING_ENABLE, VringNumber(index=0, number=1)) == VringChanged(index=0)
     assert served.state.vrings[0].next_avail == 7
+
+
+def test_a_ring_that_is_drained_counts_as_disabled_only_when_it_is_stopped() -> None:
+    offer = replace(OFFER, drained_vrings=frozenset({0}))
+    backend = Backend(offer)
+    try:
+        for request, payload, count in SETUP:
+            converse(backend, request, payload, fd_count=count)
+        vring = backend.state.vrings[0]
+        assert converse(backend, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0)) == VringChanged(index=0)
+        assert offer.serves(0, vring)
+        assert converse(backend, Request.SET_VRING_CALL, VringFile(index=0), fd_count=1) == VringChanged(index=0)
+        data, fds = encode((Request.GET_VRING_BASE, VringNumber(index=0), 0))
+        assert deliver(backend, data, fds) == VringChanged(index=0)
+        assert not offer.serves(0, vring)
+    finally:
+        backend.close()
+
+
+def test_a_ring_that_is_drained_is_not_set_up_anew_before_it_is_stopped() -> None:
+    backend = Backend(replace(OFFER, drained_vrings=frozenset({0})))
+    try:
+        for request, payload, count in SETUP:
+            converse(backend, request, payload, fd_count=count)
+        converse(backend, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0))
+        with pytest.raises(PeerError, match="SET_VRING_BASE for vring 0, which is running"):
+            converse(backend, Request.SET_VRING_BASE, VringNumber(index=0, number=9))
+    finally:
+        backend.close()
 
 
 def test_addresses_may_change_while_the_ring_runs(served: Backend) -> None:
@@ -348,7 +377,7 @@ def test_reset_owner_is_ignored(served: Backend) -> None:
 def test_status_0_leaves_rings_alone(served: Backend) -> None:
     # QEMU sends it before GET_VRING_BASE.
     assert converse(served, Request.SET_STATUS, U64(value=0)) is None
-    assert served.state.vrings[0].is_running
+    assert OFFER.serves(0, served.state.vrings[0])
 
 
 def test_an_mtu_counts_only_when_the_device_takes_it(served: Backend) -> None:

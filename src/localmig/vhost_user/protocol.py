@@ -76,6 +76,7 @@ class Offer:
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
         vring_size_max: entries a ring may have.
         region_count_max: memory regions a frontend may share.
+        drained_vrings: rings that the device goes on serving while they are disabled, until they are stopped.
     """
 
     features: int
@@ -84,6 +85,11 @@ class Offer:
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
+    drained_vrings: frozenset[int] = frozenset()
+
+    def serves(self, index: int, vring: VringState) -> bool:
+        """Whether a ring in this state is the device's to serve."""
+        return vring.started and (vring.enabled or index in self.drained_vrings)
 
     @property
     def all_features(self) -> int:
@@ -121,11 +127,6 @@ class VringState:
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the frontend wants the ring served: it is started and enabled."""
-        return self.started and self.enabled
 
     @property
     def is_configured(self) -> bool:
@@ -295,7 +296,7 @@ class MemoryChanged(Event):
 class VringChanged(Event):
     """A ring looks different: it started, stopped, moved, has other descriptors, is enabled or not.
 
-    The device stops it, writes `next_avail`, and where it `is_running` lets it go on from there.
+    The device stops it, writes `next_avail`, and where the offer says that it `serves` it lets it go on from there.
     """
 
     index: int
@@ -484,15 +485,15 @@ class Backend:
         if index >= len(self.state.vrings):
             raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
         vring = self.state.vrings[index]
-        was_running = vring.is_running
+        was_served = self.offer.serves(index, vring)
         match request, payload:
             case Request.SET_VRING_NUM, VringNumber(number=size):
                 _check_vring_size(index, size, self.offer, is_packed=self.state.is_packed)
-                self._check_not_running(request, index)
+                self._check_not_served(request, index)
                 vring.size = size
             case Request.SET_VRING_BASE, VringNumber(number=base):
                 position = self._position_of(index, base)
-                self._check_not_running(request, index)
+                self._check_not_served(request, index)
                 vring.next_avail = position
             case Request.SET_VRING_ENABLE, VringNumber(number=number):
                 _check_range(f"enable of vring {index}", number, 1)
@@ -518,7 +519,7 @@ class Backend:
                 vring.call = self._replace(vring.call)
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
-        return VringChanged(index=index) if was_running or vring.is_running else None
+        return VringChanged(index=index) if was_served or self.offer.serves(index, vring) else None
 
     def _set_features(self, features: int) -> Event:
         _check_acked(features, self.offer.all_features, "features")
@@ -558,8 +559,8 @@ class Backend:
         vring.driver_area = address.driver_area
         vring.device_area = address.device_area
 
-    def _check_not_running(self, request: Request, index: int) -> None:
-        if self.state.vrings[index].is_running:
+    def _check_not_served(self, request: Request, index: int) -> None:
+        if self.offer.serves(index, self.state.vrings[index]):
             raise PeerError(f"{request.name} for vring {index}, which is running")
 
     def _regions_of(self, descriptions: Iterable[RegionDescription]) -> list[MemoryRegion]:

@@ -4,9 +4,15 @@ Owns:        the features on offer, guest memory, the queue pairs; when they run
 Never sees:  vhost-user bytes, packets, the migration stream.
 Read next:   vhost_user/protocol.py for the events, dataplane/ for the queue pairs, state.py for what travels.
 
-A queue pair runs while three things hold: the frontend started and enabled one of its rings, guest memory holds
-that ring, and this process serves. The first two are decided in `_apply` alone; the third belongs to all devices
-together, see rings.py.
+A queue pair runs while three things hold: the frontend wants one of its rings served, guest memory holds that ring,
+and this process serves. The first two are decided in `_apply` alone; the third belongs to all devices together, see
+rings.py.
+
+A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
+started: a guest that goes to fewer queue pairs leaves packets in rings that its VMM then disables, and its TCP repeats
+nothing that it believes to be in the device, so those connections would stand for good. vhost-user ("Ring states") has
+such packets thrown away; they are sent, as the kernel's vhost does. A frontend that disables the first pair as well
+pauses or leaves, and its packets wait.
 """
 
 from __future__ import annotations
@@ -398,12 +404,16 @@ class VirtioNet(Part):
         """
         if index == 0 or not self._netdev.is_open:
             return
-        state = self._session_state()
-        vring = state.vrings[receive_queue(index)] if state is not None else VringState()
-        if vring.enabled and vring.is_configured:
+        if self._receives(index):
             self._netdev.attach(index)
         else:
             self._netdev.detach(index)
+
+    def _receives(self, index: int) -> bool:
+        """Whether the pair's TAP queue is attached: the first one always is."""
+        state = self._session_state()
+        vring = state.vrings[receive_queue(index)] if state is not None else VringState()
+        return index == 0 or (vring.enabled and vring.is_configured)
 
     def _change_memory(self) -> None:
         for index, pair in enumerate(self._pairs):
@@ -476,7 +486,8 @@ class VirtioNet(Part):
         try:
             pair.configure(
                 memory=self._memory,
-                tap_fd=self._netdev.fileno(index),
+                # A detached queue sends nothing; all of them send into the same interface.
+                tap_fd=self._netdev.fileno(index if self._receives(index) else 0),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
                 event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
@@ -491,7 +502,8 @@ class VirtioNet(Part):
 
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
-        if not vring.is_running or vring.failed:
+        assert self._endpoint is not None, self.id
+        if not self._endpoint.offer.serves(index, vring) or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -590,7 +602,8 @@ class VirtioNet(Part):
             features |= NetFeature.MAC
         if self._packed:
             features |= Feature.RING_PACKED
-        return Offer(features=features, vring_count=2 * count, queue_count=count)
+        drained = frozenset(transmit_queue(index) for index in range(1, count))
+        return Offer(features=features, vring_count=2 * count, queue_count=count, drained_vrings=drained)
 
     def _make_endpoint(self, contact: Contact) -> Endpoint:
         return Endpoint(contact, self, self._offer(has_uso=self._netdev.has_uso), config=self._config())
