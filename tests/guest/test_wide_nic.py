@@ -56,6 +56,25 @@ def attached_queues(lab: Lab) -> int:
     return attached
 
 
+async def wait_attached(lab: Lab, daemon: QMPClient, count: int) -> None:
+    """The VMM tells how many pairs the guest uses and awaits no answer. Its words and ours are read by one event loop."""
+    async with asyncio.timeout(CHANGE_SECONDS_MAX):
+        while attached_queues(lab) != count:
+            await daemon.execute("query-status")
+
+
+def wait_attached_by(lab: Lab, service: Service, count: int) -> None:
+    async def conversation() -> None:
+        daemon = QMPClient("daemon")
+        await daemon.connect(str(service.qmp))
+        try:
+            await wait_attached(lab, daemon, count)
+        finally:
+            await daemon.disconnect()
+
+    converse(conversation())
+
+
 def use_pairs(guest: Guest, count: int) -> None:
     """The guest's administrator changes how many queue pairs it uses."""
     said = guest.run(f"ethtool -L eth0 combined {count} 2>&1; echo {CHANGED} >/dev/console; ethtool -l eth0")
@@ -69,7 +88,7 @@ def test_queue_pairs_come_and_go_while_traffic_flows_and_daemons_change(lab: Lab
     with EchoTransfer(guest) as transfer:
         for count in (4, 1, 3):
             use_pairs(guest, count)
-            assert attached_queues(lab) == count
+            wait_attached_by(lab, service, count)
             transfer.wait_progress(500_000)
             discarded = guest.discarded_replies()
             pinger = lab.start_pinger()
@@ -116,10 +135,7 @@ def test_a_change_of_queue_pairs_in_the_middle_of_a_handover_is_the_destinations
             info = await source.execute("query-migrate")
             assert info["status"] == "completed", info  # type: ignore[index]
             await changing
-            # An answer comes after what was in the device's socket before: both are read by one event loop.
-            async with asyncio.timeout(CHANGE_SECONDS_MAX):
-                while attached_queues(lab) != count:
-                    await destination.execute("query-status")
+            await wait_attached(lab, destination, count)
         finally:
             await source.disconnect()
             await destination.disconnect()
