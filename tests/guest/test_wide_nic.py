@@ -57,7 +57,7 @@ def attached_queues(lab: Lab) -> int:
 
 
 async def wait_attached(lab: Lab, daemon: QMPClient, count: int) -> None:
-    """The VMM tells how many pairs the guest uses and awaits no answer. Its words and ours are read by one event loop."""
+    """The VMM tells how many pairs the guest uses and awaits no answer; one event loop reads its words and ours."""
     async with asyncio.timeout(CHANGE_SECONDS_MAX):
         while attached_queues(lab) != count:
             await daemon.execute("query-status")
