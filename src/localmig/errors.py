@@ -31,7 +31,7 @@ class PeerError(LocalmigError):
 
 
 class PeerLostError(PeerError):
-    """The other side closed the channel, or died, or the channel stopped carrying descriptors."""
+    """The other side closed the channel, or died."""
 
 
 class KernelError(LocalmigError):

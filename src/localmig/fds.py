@@ -8,13 +8,15 @@ Read next:   migration/channel.py and vhost_user/session.py, the two places desc
 from __future__ import annotations
 
 import array
+import errno
 import os
+import resource
 import socket
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Final, Self
 
-from localmig.errors import PeerLostError, StateError
+from localmig.errors import KernelError, StateError
 
 FD_COUNT_MAX: Final = 253
 """Descriptors one message may carry: the kernel's SCM_MAX_FD; one more is EINVAL."""
@@ -113,7 +115,7 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
 
     Raises:
         BlockingIOError: the socket is non-blocking and nothing is there.
-        PeerLostError: the kernel had to drop descriptors (MSG_CTRUNC); those that came are closed.
+        KernelError: the kernel had to drop descriptors (MSG_CTRUNC); those that came are closed.
         OSError: as `recvmsg`.
     """
     data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
@@ -125,5 +127,11 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
             fds += [OwnedFd(number) for number in numbers]
     if flags & socket.MSG_CTRUNC:
         close_all(fds)
-        raise PeerLostError("descriptors were lost on the way: this process has no room for them (RLIMIT_NOFILE)")
+        # As for who expects none: what is sent has room in `_ANCILLARY_SIZE`, so it was this process that had none.
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise KernelError(
+            f"descriptors were lost on the way: process {os.getpid()} has no room for them, it may have {limit} open; "
+            "raise its RLIMIT_NOFILE",
+            errno=errno.EMFILE,
+        )
     return data, fds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,9 @@ class Site:
             return Pinger(GUEST).start()
 
 
-@pytest.fixture
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@contextmanager
+def new_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site of its own, for as long as the block lasts."""
     reason = unavailable_reason()
     if reason is not None:
         pytest.skip(f"needs network namespaces: {reason}")
@@ -134,3 +135,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with ExitStack() as ends:
         namespace = ends.enter_context(NetworkNamespace.create())
         yield Site(folder, namespace, ends)
+
+
+@pytest.fixture
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with new_site(tmp_path_factory) as made:
+        yield made

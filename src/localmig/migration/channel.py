@@ -24,7 +24,7 @@ from enum import IntEnum
 from typing import Final
 
 from localmig import fds as fds_module
-from localmig.errors import PeerError, PeerLostError
+from localmig.errors import KernelError, PeerError, PeerLostError
 from localmig.fds import OwnedFd, close_all
 
 _HEADER: Final = struct.Struct(">4sB3xI")
@@ -46,6 +46,20 @@ machine, as the whole answer takes to come."""
 
 _GONE: Final = (errno.EPIPE, errno.ECONNRESET)
 """What the kernel says where the other side closed its end; any other error leaves it there."""
+
+_SHORT: Final = {
+    errno.ETOOMANYREFS: "the other side does not take the descriptors in flight; raise RLIMIT_NOFILE of this process",
+    errno.ENOBUFS: "free memory of this machine, or of this process's control group",
+    errno.ENOMEM: "free memory of this machine, or of this process's control group",
+}
+"""What runs out and comes back: descriptors in flight count against the sender until they are received, memory is
+freed by others. And what to do where it does not."""
+
+SHORTAGE_SECONDS_MAX: Final = 1.0
+"""How long a receiver bears such an error: whatever passes passes in milliseconds, and a guest may be waiting."""
+
+_SHORTAGE_RETRY_S: Final = 0.001
+"""The kernel tells nobody when it passes."""
 
 
 class FrameKind(IntEnum):
@@ -185,6 +199,7 @@ class Channel:
 
         Raises:
             PeerLostError: the other side is gone. Nothing of a frame that fits the socket's buffer was delivered.
+            KernelError: this process cannot send, and the other side is still there; likewise.
             TimeoutError: the other side does not read.
         """
         assert len(data) <= LENGTH_MAX[kind], (kind, len(data))
@@ -222,13 +237,10 @@ class Channel:
             except BlockingIOError:
                 await self._wait(select.POLLOUT, deadline)
             except OSError as error:
-                if error.errno == errno.ETOOMANYREFS:
-                    # Descriptors in flight count against the sender until they are received.
-                    await self._wait_drained(deadline)
-                    continue
                 if error.errno in _GONE:
                     self._is_mid_frame = False  # nobody is left to take it for the middle of one
-                raise PeerLostError(f"the other side is gone: {error.strerror}") from error
+                    raise PeerLostError(f"the other side is gone: {error.strerror}") from error
+                await _bear(error, deadline, "send to")
 
     async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:
         """The next frame. `timeout_s` None waits as long as the channel lives.
@@ -237,11 +249,13 @@ class Channel:
         loop costs more than the answer.
 
         Raises:
-            PeerLostError: the other side closed the channel before the frame was whole, or descriptors were lost.
+            PeerLostError: the other side closed the channel before the frame was whole.
+            KernelError: this process cannot receive, or had no room for descriptors.
             PeerError: what came is no frame.
             TimeoutError: nothing whole came in time.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        shortage_ends: float | None = None
         while True:
             frame = self._buffer.next_frame()
             if frame is not None:
@@ -256,7 +270,11 @@ class Channel:
                     await self._wait(select.POLLIN, deadline)
                 continue
             except OSError as error:
-                raise PeerLostError(f"the other side is gone: {error.strerror}") from error
+                if error.errno in _GONE:
+                    raise PeerLostError(f"the other side is gone: {error.strerror}") from error
+                shortage_ends = shortage_ends or time.monotonic() + SHORTAGE_SECONDS_MAX
+                await _bear(error, shortage_ends, "receive from")
+                continue
             if not data:
                 raise PeerLostError("the other side closed the channel")
             self._buffer.feed(data, fds)
@@ -312,11 +330,14 @@ class Channel:
         poll.register(self._sock, mask)
         return bool(poll.poll(0))
 
-    async def _wait_drained(self, deadline: float) -> None:
-        """Waits for the other side to receive some of the descriptors in flight; the kernel tells nobody when."""
-        if time.monotonic() >= deadline:
-            raise TimeoutError("the other side does not receive the descriptors in flight")
-        await asyncio.sleep(0.001)
+
+async def _bear(error: OSError, deadline: float, what: str) -> None:
+    """Waits a little, for what passes by itself until `deadline`. Raises KernelError for all else."""
+    advice = _SHORT.get(error.errno or 0)
+    if advice is None or time.monotonic() >= deadline:
+        reason = f"{error.strerror}; {advice}" if advice else f"{error.strerror}"
+        raise KernelError(f"cannot {what} the other side: {reason}", errno=error.errno or errno.EIO) from error
+    await asyncio.sleep(_SHORTAGE_RETRY_S)
 
 
 def resolve(future: asyncio.Future[None]) -> None:

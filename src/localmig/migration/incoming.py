@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from localmig.device_api import Part
-from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -185,7 +185,7 @@ class Incoming:
                 await self._switch_over(channel, frame)
         try:
             await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
-        except (OSError, PeerError) as error:
+        except (OSError, PeerError, KernelError) as error:
             self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
         await self._settle()
 

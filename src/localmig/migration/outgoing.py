@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from localmig.device_api import Part
-from localmig.errors import LocalmigError, PeerError, PeerLostError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -106,6 +106,8 @@ class Outgoing:
         self._stopped: list[Part] = []
         self._pieces: list[bytes | bytearray] = []
         """The stream as far as there is one, in its own order: the description, which travels first, stands last."""
+        self._last_heard: str | None = None
+        """Why a destination that has the guest is not trusted with it any more."""
         self._continued = asyncio.Event()
         if not capabilities.pause_before_switchover:
             self._continued.set()
@@ -212,6 +214,10 @@ class Outgoing:
             # It is so short that the socket takes it whole or not at all.
             self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost before COMMIT: {error}")
             return False
+        except KernelError as error:
+            # As above.
+            self._abandon(SourceEvent.FAILED_HERE, f"COMMIT was not sent: {error}")
+            return False
         except Exception:
             # Sent or not? Only the destination's answer, or its death, can tell now.
             _logger.exception("internal error while COMMIT was sent")
@@ -236,9 +242,9 @@ class Outgoing:
             self._progress.descriptors = len(blob.fds)
             description = self._stream.describe(switchover_sections(self._parts))
             self._pieces = [blob.data, description]
-            await channel.send(FrameKind.DESCRIPTION, description, timeout_s=SETUP_TIMEOUT_S)
+            await self._say(FrameKind.DESCRIPTION, description, timeout_s=SETUP_TIMEOUT_S)
             # Last, because a destination that has it can do without us.
-            await channel.send(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
+            await self._say(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
         with self._progress.phase("setup-ack"):
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
         self._progress.prepared_ns = time.monotonic_ns()
@@ -293,8 +299,6 @@ class Outgoing:
 
     async def _switch_over(self) -> tuple[tuple[str, int], ...]:
         """Stops the rings and hands over where they stand; the destination has said READY then. Gives the phases."""
-        channel = self._channel
-        assert channel is not None
         limit_s = self._parameters.downtime_limit_ms / 1000
         # Right before, not in setup: what is warmed up here cools down in milliseconds.
         await rehearse_exchange(self._stream.switchover(switchover_sections(self._parts)).data)
@@ -306,7 +310,7 @@ class Outgoing:
         saved_ns = time.monotonic_ns()
         blob = self._stream.switchover(switchover_sections(self._parts))
         self._pieces.insert(1, blob.data)
-        await channel.send(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
+        await self._say(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
         sent_ns = time.monotonic_ns()
         left_s = limit_s - (sent_ns - stopped_ns) / 1e9
         await self._expect(FrameKind.READY, left_s, "say READY within downtime-limit", eager=True)
@@ -336,7 +340,10 @@ class Outgoing:
         # Told only when it is true: who reads "completed" finds nothing here any more.
         if self.state is SourceState.TAKEN_BACK:
             problems = self._take_back()
-            self._progress.error = "; ".join(["the destination died after COMMIT: this daemon serves again", *problems])
+            text = "the destination died after COMMIT: this daemon serves again"
+            if self._last_heard is not None:
+                text = f"the destination was killed after COMMIT, for {self._last_heard}: this daemon serves again"
+            self._progress.error = "; ".join([text, *problems])
         else:
             problems = for_all(self._parts, lambda part: part.release())
             if problems:
@@ -362,16 +369,20 @@ class Outgoing:
         try:
             frame = await self._channel.receive(timeout_s=timeout_s, eager=True)
             frame.close()
-            if frame.kind is not FrameKind.DONE:
-                return SourceEvent.REFUSED
+            _require(FrameKind.DONE, frame)
             done = Done.decode(frame.data)
         except TimeoutError:
+            self._last_heard = f"it said nothing for {timeout_s * 1000:.0f} ms (commit-timeout)"
             return SourceEvent.TIMED_OUT
         except PeerLostError:
             died = self._peer is not None and self._peer.is_dead
             return SourceEvent.PEER_DIED if died else SourceEvent.CHANNEL_LOST
-        except PeerError:
+        except PeerError as error:
+            self._last_heard = str(error)
             return SourceEvent.REFUSED
+        except KernelError as error:
+            _logger.warning("DONE cannot be heard: %s", error)
+            return SourceEvent.CHANNEL_LOST
         except Exception:
             # A bug here says nothing about the destination: its life or death does.
             _logger.exception("internal error while DONE was awaited")
@@ -385,8 +396,7 @@ class Outgoing:
         if self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
             return SourceEvent.PEER_DIED
         self._progress.note = (
-            "the destination has the guest, said nothing for commit-timeout and cannot be killed: "
-            "look whether it serves"
+            f"the destination has the guest, but {self._last_heard}, and it cannot be killed: look whether it serves"
         )
         return SourceEvent.TIMED_OUT
 
@@ -439,6 +449,18 @@ class Outgoing:
         state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
 
+    async def _say(
+        self, kind: FrameKind, data: bytes | bytearray, fds: Sequence[tuple[int, int]] = (), *, timeout_s: float
+    ) -> None:
+        """Sends a frame. Where the destination is gone, why it refused is heard first."""
+        assert self._channel is not None
+        try:
+            await self._channel.send(kind, data, fds, timeout_s=timeout_s)
+        except PeerLostError:
+            frame = await self._channel.receive(timeout_s=timeout_s)
+            frame.close()
+            raise _unexpected(frame, "nothing") from None
+
     async def _expect(self, kind: FrameKind, timeout_s: float, what: str, *, eager: bool = False) -> Frame:
         """The next frame, which must be a `kind`; PeerError with the destination's reason if it refuses."""
         assert self._channel is not None
@@ -446,12 +468,7 @@ class Outgoing:
             frame = await self._channel.receive(timeout_s=timeout_s, eager=eager)
         except TimeoutError:
             raise TimeoutError(f"the destination did not {what} ({max(0.0, timeout_s * 1000):.0f} ms)") from None
-        if frame.kind is FrameKind.REFUSE:
-            frame.close()
-            raise PeerError(f"the destination refused: {decode_reason(frame.data)}")
-        if frame.kind is not kind:
-            frame.close()
-            raise _unexpected(frame, kind.name)
+        _require(kind, frame)
         return frame
 
     def _fire(self, event: SourceEvent) -> None:
@@ -504,7 +521,16 @@ def hello_descriptors(frame: Frame, count: int, *, required: bool) -> list[Owned
     return [fd for _, fd in frame.fds]
 
 
+def _require(kind: FrameKind, frame: Frame) -> None:
+    """Raises PeerError where `frame` is of another kind, and closes it; with the destination's reason if it refuses."""
+    if frame.kind is not kind:
+        frame.close()
+        raise _unexpected(frame, kind.name)
+
+
 def _unexpected(frame: Frame, expected: str) -> PeerError:
+    if frame.kind is FrameKind.REFUSE:
+        return PeerError(f"the destination refused: {decode_reason(frame.data)}")
     if frame.kind is FrameKind.CANCEL:
         return PeerError(f"the other side took the handover back: {decode_reason(frame.data)}")
     return PeerError(f"{frame.kind.name} came where {expected} was expected")

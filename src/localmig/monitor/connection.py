@@ -51,7 +51,8 @@ class Connection:
         """The next bytes, with the descriptors that came with them; no bytes at the end.
 
         Raises:
-            PeerLostError: the connection broke, or descriptors were lost.
+            PeerLostError: the connection broke.
+            KernelError: this process has no room for a descriptor that came.
         """
         while not self._closing:
             try:

@@ -1,0 +1,529 @@
+"""Every lie one side of a handover can be told about the other: found, said why, and paid for by nobody's guest.
+
+Two real daemons hand two NICs over, one with a guest that is pinged all the while, through somebody who lies about one
+frame. Afterwards the source serves, what it holds is what it held, and both sides say what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from tests.faults.conftest import new_site
+from tests.faults.liar import (
+    Hangup,
+    Liar,
+    Piece,
+    Raw,
+    Said,
+    Sections,
+    Tell,
+    bytes_of,
+    header,
+    json_of,
+    sections_of,
+    state_of,
+    vmdesc_of,
+)
+from tests.faults.test_handover_processes import give
+
+from localmig.fds import OwnedFd
+from localmig.migration.channel import LENGTH_MAX, FrameKind
+from localmig.testing.frontend import NetGuest
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Site
+
+SOURCE: Final = "source"
+DESTINATION: Final = "destination"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lie:
+    """One line of the table.
+
+    Attributes:
+        name: what is not so.
+        teller: of whom it is said.
+        kind: the frame that lies.
+        tell: what is said in its place.
+        reason: what both sides say, a regular expression.
+        stops: whether it is found once rings stand still; else they never do. None: that depends on who is quicker.
+        past_commit: whether the destination has the guest by then. It is killed for it, and need not have said why.
+    """
+
+    name: str
+    teller: str
+    kind: FrameKind
+    tell: Tell
+    reason: str
+    stops: bool | None = False
+    past_commit: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.teller}-{self.kind.name}-{self.name}".replace(" ", "-")
+
+
+def told_by_source(kind: FrameKind, *rows: tuple[str, Tell, str]) -> list[Lie]:
+    return [
+        Lie(
+            name=name,
+            teller=SOURCE,
+            kind=kind,
+            tell=tell,
+            reason=why,
+            stops=_stops(kind, tell),
+            past_commit=kind is FrameKind.SWITCHOVER and tell is twice,
+        )
+        for name, tell, why in rows
+    ]
+
+
+def _stops(kind: FrameKind, tell: Tell) -> bool | None:
+    if kind is FrameKind.SETUP and tell is twice:
+        return None  # the first one is acknowledged before the second one is looked at
+    return kind >= FrameKind.SWITCHOVER
+
+
+def told_by_destination(kind: FrameKind, *rows: tuple[str, Tell, str]) -> list[Lie]:
+    return [
+        Lie(
+            name=name,
+            teller=DESTINATION,
+            kind=kind,
+            tell=tell,
+            reason=why,
+            stops=kind >= FrameKind.READY,
+            past_commit=kind is FrameKind.DONE,
+        )
+        for name, tell, why in rows
+    ]
+
+
+# -- what can be said -------------------------------------------------------------------------------------------
+
+
+def instead(*pieces: Piece) -> Tell:
+    def tell(said: Said) -> Iterable[Piece]:
+        for _, fd in said.fds:
+            fd.close()
+        return pieces
+
+    return tell
+
+
+def besides(*pieces: Piece) -> Tell:
+    return lambda said: (said, *pieces)
+
+
+def first(*pieces: Piece) -> Tell:
+    return lambda said: (*pieces, said)
+
+
+def without_descriptors(said: Said) -> Iterable[Piece]:
+    for _, fd in said.fds:
+        fd.close()
+    said.fds = []
+    yield said
+
+
+def with_descriptor(number: int, make: Callable[[], OwnedFd]) -> Tell:
+    """One descriptor of a frame is another one."""
+
+    def tell(said: Said) -> Iterable[Piece]:
+        place, fd = said.fds[number]
+        fd.close()
+        said.fds[number] = place, make()
+        yield said
+
+    return tell
+
+
+def without_one(number: int) -> Tell:
+    def tell(said: Said) -> Iterable[Piece]:
+        said.fds.pop(number)[1].close()
+        yield said
+
+    return tell
+
+
+def twice(said: Said) -> Iterable[Piece]:
+    yield Said(kind=said.kind, data=said.data, fds=[(place, fd.duplicate()) for place, fd in said.fds])
+    yield said
+
+
+def spoilt(kind: FrameKind, magic: bytes) -> Tell:
+    return instead(Raw(header(kind, 0, magic=magic)))
+
+
+def too_long(kind: FrameKind) -> Tell:
+    return instead(Raw(header(kind, LENGTH_MAX[kind] + 1)))
+
+
+def byte_at(offset: int, value: int) -> Tell:
+    def change(data: bytearray) -> None:
+        data[offset] = value
+
+    return bytes_of(change)
+
+
+def cut_by(count: int) -> Tell:
+    def change(data: bytearray) -> None:
+        del data[-count:]
+
+    return bytes_of(change)
+
+
+def longer(said: Said) -> Iterable[Piece]:
+    said.data += b"\0"
+    yield said
+
+
+def setting(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
+    """A change of JSON: the value at `path`."""
+
+    def change(fields: dict[str, Any]) -> None:
+        at: Any = fields
+        for name in path[:-1]:
+            at = at[name]
+        at[path[-1]] = to
+
+    return change
+
+
+def eventfd() -> OwnedFd:
+    return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC))
+
+
+def null() -> OwnedFd:
+    return OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+def small_file() -> OwnedFd:
+    return OwnedFd(os.memfd_create("small", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+
+
+def connection() -> OwnedFd:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return OwnedFd(ours.detach())
+
+
+def made(make: Callable[[], OwnedFd]) -> Callable[[OwnedFd, object], OwnedFd]:
+    """Another descriptor in place of the one that is there."""
+
+    def replace(fd: OwnedFd, _: object) -> OwnedFd:
+        with make() as other:
+            os.dup2(other.fileno(), fd.fileno(), inheritable=False)
+        return fd
+
+    return replace
+
+
+def that_of(name: str, *path: str | int) -> Callable[[OwnedFd, dict[str, Any]], OwnedFd]:
+    """The descriptor that is at another place already, in place of the one that is there."""
+
+    def replace(fd: OwnedFd, states: dict[str, Any]) -> OwnedFd:
+        at: Any = states[name]
+        for step in path:
+            at = at[step] if isinstance(step, int) else getattr(at, step)
+        os.dup2(at.fileno(), fd.fileno(), inheritable=False)
+        return fd
+
+    return replace
+
+
+def section_twice(sections: Sections) -> None:
+    sections.append((len(sections), sections[0][1]))
+
+
+def section_missing(sections: Sections) -> None:
+    sections.pop()
+
+
+def sections_reversed(sections: Sections) -> None:
+    sections.reverse()
+
+
+def section_renamed(sections: Sections) -> None:
+    number, section = sections[0]
+    sections[0] = number, dataclasses.replace(section, name="net7/tap")
+
+
+NIC: Final = "nic0/virtio-net"
+OTHER_NIC: Final = "nic1/virtio-net"
+NET: Final = "net0/tap"
+RINGS: Final = "*/virtio-net-rings"
+SESSION: Final = "socket.connection.session"
+
+# -- the table --------------------------------------------------------------------------------------------------
+
+LIES: Final = [
+    *told_by_source(
+        FrameKind.HELLO,
+        ("another protocol", json_of(setting("protocol", to=2)), "handover protocol is 2 there and 1 here"),
+        ("local off", json_of(setting("local", to=False)), "'local' is off in the source and on in the destination"),
+        ("no JSON", instead(Said(kind=FrameKind.HELLO, data=b"{ ")), "HELLO is no JSON"),
+        ("no objects", json_of(setting("objects", to=None)), "HELLO lacks .* or 'objects'"),
+        ("unknown kind", json_of(setting("objects", 0, "kind", to="chardev")), "kind 'chardev'"),
+        ("unknown option", json_of(setting("objects", 0, "options", "color", to="red")), "color"),
+        ("bad value", json_of(setting("objects", 0, "options", "queues", to=-1)), "queues"),
+        ("a device without netdev", json_of(setting("objects", 2, "options", "netdev", to="net7")), "net7"),
+        ("no pidfd", without_descriptors, "does not pass descriptors"),
+        ("an eventfd for a pidfd", with_descriptor(0, eventfd), "is no pidfd of another process: it is no pidfd"),
+        ("a file for a revocation", with_descriptor(1, null), "behind the pidfd in HELLO is no eventfd"),
+        ("a descriptor less", without_one(1), "HELLO came with 1 descriptors, expected 2 at its end"),
+        ("bad magic", spoilt(FrameKind.HELLO, b"QEVM"), "starts with 5145564d, expected 4c4d4947"),
+        ("too long", too_long(FrameKind.HELLO), "HELLO frame has 4194305 bytes, limit is 4194304"),
+        ("twice", twice, "HELLO came where DESCRIPTION was expected"),
+    ),
+    *told_by_source(
+        FrameKind.DESCRIPTION,
+        ("no JSON", byte_at(5, ord("[")), "description piece of the migration stream: is no JSON"),
+        ("too short", cut_by(1), "description piece"),
+        ("too long", longer, "description piece of the migration stream: 1 bytes are left over"),
+        (
+            "another version",
+            vmdesc_of(setting("devices", 0, "version", to=9)),
+            r'version 9 of section "net0/tap".*1\.\.1',
+        ),
+        (
+            "a section missing",
+            vmdesc_of(lambda v: v["devices"].pop()),
+            'does not tell of section "\\*/virtio-net-rings"',
+        ),
+        ("a section twice", vmdesc_of(lambda v: v["devices"].append(v["devices"][0])), "tells of a section twice"),
+        (
+            "another section",
+            vmdesc_of(setting("devices", 0, "name", to="net7/tap")),
+            'does not tell of section "net0/tap"',
+        ),
+        ("one section more", vmdesc_of(lambda v: v["devices"].append({**v["devices"][0], "name": "x/tap"})), "x/tap"),
+        ("left out", instead(), "SETUP came where DESCRIPTION was expected"),
+        ("twice", twice, "DESCRIPTION came where SETUP was expected"),
+        ("COMMIT", first(Said(kind=FrameKind.COMMIT, data=bytes(8))), "COMMIT came where DESCRIPTION was expected"),
+        ("unknown frame", instead(Raw(header(77, 0))), "frame kind 77 is unknown, the last one known is 10"),
+    ),
+    *told_by_source(
+        FrameKind.SETUP,
+        (
+            "bad magic",
+            byte_at(0, 0),
+            "setup piece of the migration stream: starts with 0x0045564d, expected 0x5145564d",
+        ),
+        ("another stream version", byte_at(7, 4), "has version 4, expected 3"),
+        ("too short", cut_by(1), "setup piece"),
+        ("too long", longer, "setup piece of the migration stream: 1 bytes are left over"),
+        ("a section twice", sections_of(section_twice), 'section "net0/tap" came twice'),
+        ("a section missing", sections_of(section_missing), 'section "\\*/virtio-net-queue-pairs" is missing'),
+        ("sections out of order", sections_of(sections_reversed), "is number 4 instance 0, expected number 0"),
+        ("an unknown section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
+        ("no descriptors", without_descriptors, "has no descriptor at offset"),
+        ("one descriptor missing", without_one(3), "has no descriptor at offset"),
+        ("twice", twice, "SETUP came where SWITCHOVER was expected"),
+        ("SWITCHOVER", first(Said(kind=FrameKind.SWITCHOVER)), "SWITCHOVER came where SETUP was expected"),
+        # What the descriptors are.
+        (
+            "no TAP",
+            state_of(NET, "descriptors.queues[0]", made(null)),
+            r"queues\[0\].* kind 'tap', what came is '/dev/null'",
+        ),
+        (
+            "no listener",
+            state_of(NIC, "socket.listener.fd", made(connection)),
+            "kind 'listening-socket', what came is 'socket'",
+        ),
+        (
+            "a listener for a connection",
+            state_of(NIC, "socket.connection.connection", that_of(NIC, "socket", "listener", "fd")),
+            "kind 'socket', what came is 'listening-socket'",
+        ),
+        (
+            "no ledger",
+            state_of(NIC, "socket.connection.ledger", made(eventfd)),
+            "kind 'memory', what came is 'anon_inode:\\[eventfd\\]'",
+        ),
+        ("a small ledger", state_of(NIC, "socket.connection.ledger", made(small_file)), "ledger"),
+        # What they are told to be.
+        (
+            "features that nobody offered",
+            state_of(NIC, "features_acked", 1 << 40),
+            "features 0x10000000000, of which 0x10000000000 are not offered",
+        ),
+        (
+            "features of the session",
+            state_of(NIC, f"{SESSION}.features_acked", 1 << 40),
+            "0x10000000000 are not among the offered",
+        ),
+        ("a short address", state_of(NIC, "mac", b"\1\2\3"), "Ethernet address of 3 bytes, must be 6"),
+        (
+            "fewer vrings",
+            state_of(NIC, f"{SESSION}.vrings", lambda v, _: v[:2]),
+            "session has 2 vrings, the device has 4",
+        ),
+        ("a vring of no size", state_of(NIC, f"{SESSION}.vrings[0].size", 40000), "40000"),
+        ("a ring without ledger", state_of(NIC, "socket.connection.ledger", None), "no ledger came"),
+        ("a queue less", state_of(NET, "descriptors.queues", lambda q, _: q[:1]), "has queues=2 here and 1 there"),
+        (
+            "no queue attached",
+            state_of(NET, "descriptors.attached", (False, True)),
+            "its 2 queues cannot be attached as told",
+        ),
+        ("another interface", state_of(NET, "ifname", "tap7"), "has ifname=tap0 here and tap7 there"),
+        ("a vnet header of 11 bytes", state_of(NET, "vnet_header_length", 11), "11"),
+        (
+            "a relative downscript",
+            state_of(NET, "descriptors.downscript", "./down"),
+            "downscript './down' is no absolute path",
+        ),
+        (
+            "fewer queue pairs",
+            state_of("*/virtio-net-queue-pairs", "queue_pairs", ("nic0/0",)),
+            "the source has 1 queue pairs, this daemon has 3",
+        ),
+        ("memory that overlaps", state_of(NIC, f"{SESSION}.regions", lambda r, _: (*r, r[0])), "overlap|memory"),
+    ),
+    *told_by_source(
+        FrameKind.SWITCHOVER,
+        ("too short", cut_by(1), "switchover piece"),
+        ("too long", longer, "switchover piece of the migration stream: 1 bytes are left over"),
+        ("nothing", instead(Said(kind=FrameKind.SWITCHOVER)), "switchover piece"),
+        (
+            "a column too short",
+            state_of(RINGS, "rx_packets", (1,)),
+            "column rx_packets of the rings has 1 places, there are 3 queue pairs",
+        ),
+        ("a position outside", state_of(RINGS, "rx_next_avail", (0x7FFF, 0, 0)), "0x7fff|32767"),
+        ("rings that cannot fail", state_of(RINGS, "failed", (8, 0, 0)), "failed rings 0x8, of which there are 0x3"),
+        ("the end mark missing", byte_at(-1, 7), "goes on with 0x7|unknown|0x07"),
+        ("left out", instead(Said(kind=FrameKind.COMMIT, data=bytes(8))), "COMMIT came where SWITCHOVER was expected"),
+        ("twice", twice, "SWITCHOVER came where COMMIT was expected"),
+        ("another section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
+    ),
+    *told_by_destination(
+        FrameKind.HELLO,
+        ("another protocol", json_of(setting("protocol", to=2)), "handover protocol is 2 there and 1 here"),
+        ("local off", json_of(setting("local", to=False)), "'local' is on here and off there"),
+        ("no pidfd", without_descriptors, "does not pass descriptors"),
+        ("an eventfd for a pidfd", with_descriptor(0, eventfd), "is no pidfd of another process: it is no pidfd"),
+        ("no JSON", instead(Said(kind=FrameKind.HELLO, data=b"[ ")), "HELLO is no JSON"),
+        ("READY", instead(Said(kind=FrameKind.READY)), "READY came where HELLO was expected"),
+        ("DONE", instead(Said(kind=FrameKind.DONE, data=b"{}")), "DONE came where HELLO was expected"),
+        ("unknown frame", instead(Raw(header(0, 0))), "frame kind 0 is unknown"),
+        ("twice", twice, "HELLO came where SETUP_ACK was expected"),
+        (
+            "a refusal",
+            instead(Said(kind=FrameKind.REFUSE, data=b"I \033[31m will not")),
+            "the destination refused: I  .31m will not",
+        ),
+    ),
+    *told_by_destination(
+        FrameKind.SETUP_ACK,
+        ("READY", instead(Said(kind=FrameKind.READY)), "READY came where SETUP_ACK was expected"),
+        ("too long", too_long(FrameKind.SETUP_ACK), "SETUP_ACK frame has 1 bytes, limit is 0"),
+        ("COMMIT", instead(Said(kind=FrameKind.COMMIT, data=bytes(8))), "COMMIT came where SETUP_ACK was expected"),
+        ("a channel that ends", instead(Hangup()), "channel"),
+    ),
+    *told_by_destination(
+        FrameKind.READY,
+        ("DONE", instead(Said(kind=FrameKind.DONE, data=b"{}")), "DONE came where READY was expected"),
+        ("HELLO", instead(Said(kind=FrameKind.HELLO, data=b"{}")), "HELLO came where READY was expected"),
+        ("bad magic", spoilt(FrameKind.READY, b"LMIH"), "channel starts with 4c4d4948, expected 4c4d4947"),
+        ("too long", too_long(FrameKind.READY), "READY frame has 1 bytes, limit is 0"),
+        ("nothing", instead(), "did not say READY within downtime-limit"),
+    ),
+    *told_by_destination(
+        FrameKind.DONE,
+        ("no JSON", instead(Said(kind=FrameKind.DONE, data=b"{")), "killed after COMMIT, for DONE is no JSON"),
+        ("no times", instead(Said(kind=FrameKind.DONE, data=b"{}")), "for DONE lacks 'serving-ns' or 'phases'"),
+        ("READY", first(Said(kind=FrameKind.READY)), "for READY came where DONE was expected"),
+        ("a refusal", instead(Said(kind=FrameKind.REFUSE, data=b"no")), "for the destination refused: no"),
+        ("unknown frame", instead(Raw(header(99, 0))), "for frame kind 99 is unknown"),
+    ),
+]
+
+
+# -- who hears it -----------------------------------------------------------------------------------------------
+
+
+class Honest:
+    """A daemon with two NICs that stays the source of every handover, and a guest that stays its guest."""
+
+    def __init__(self, site: Site, ends: ExitStack) -> None:
+        self.site = site
+        self.objects = [
+            *("--netdev", "tap,id=net0,ifname=tap0,queues=2"),
+            *("--netdev", "tap,id=net1,ifname=tap1"),
+            *("--device", f"virtio-net,id=nic0,netdev=net0,socket={site.socket},packed=on"),
+            *("--device", f"virtio-net,id=nic1,netdev=net1,socket={site.folder}/nic1.sock"),
+        ]
+        self.source = site.source(*self.objects)
+        site.attach(queue_pairs=2, packed=True)
+        ends.enter_context(NetGuest(f"{site.folder}/nic1.sock")).attach()
+        self.sockets_before = self.sockets()
+
+    def hear(self, lie: Lie) -> None:
+        site, source = self.site, self.source
+        held = self.held()
+        begun_ns = time.monotonic_ns()
+        pinger = site.pinger()
+        with Liar(lie.teller, lie.kind, lie.tell) as liar:
+            number = liar.ours[DESTINATION].fileno()
+            destination = site.daemon(
+                *("--incoming", f"fd:{number}", "--migration-parameter", "local=on"), inherited=[number]
+            )
+            liar.ours[DESTINATION].close()
+            asyncio.run(give(source, liar.ours[SOURCE]))
+            liar.ours[SOURCE].close()
+            source.execute("migrate", uri="fd:channel")
+            info = source.wait_migration()
+            assert info["status"] == "failed", f"{lie} was believed: {info}"
+            assert destination.wait() in ((1, -signal.SIGKILL) if lie.past_commit else (1,)), site.log_of(destination)
+        assert liar.has_lied
+        report = pinger.stop()
+        assert report.lost == 0, report
+        assert report.received > 0
+        reasons = {SOURCE: str(info.get("error-desc")), DESTINATION: last_line(site.log_of(destination))}
+        assert (info["status"], source.execute("query-status")["status"]) == ("failed", "running"), reasons
+        for side in (SOURCE,) if lie.past_commit else (SOURCE, DESTINATION):
+            assert re.search(lie.reason, reasons[side]), reasons
+        stopped = [fact for fact in source.facts if fact["event"] == "RingsStopped" and fact["at_ns"] > begun_ns]
+        assert lie.stops is None or bool(stopped) == lie.stops
+        assert self.held() == held
+
+    def held(self) -> list[str]:
+        """What the source has open, without its sockets: QMP clients come and go."""
+        return sorted(target for target in self.site.descriptors(self.source) if not target.startswith("socket:"))
+
+    def sockets(self) -> int:
+        return sum(target.startswith("socket:") for target in self.site.descriptors(self.source))
+
+
+def last_line(log: str) -> str:
+    return log.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Honest]:
+    with new_site(tmp_path_factory) as site, ExitStack() as ends:
+        yield Honest(site, ends)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_a_lie_is_found_and_named_and_the_guest_never_hears_of_it(honest: Honest, lie: Lie) -> None:
+    honest.hear(lie)
+
+
+def test_no_lie_left_a_socket_behind(honest: Honest) -> None:
+    """Behind all of them: they share a source."""
+    assert honest.sockets() <= honest.sockets_before + 2
