@@ -41,7 +41,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test check bench fuzz docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -72,6 +72,9 @@ fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what 
 	@for target in $(FUZZ_TARGETS); do \
 	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
 	done
+
+docs: setup ## draw the diagrams of docs/handover.md from the tables of the handover
+	@$(BIN)/python -m tests.unit.diagrams
 
 clean: ## remove everything the other targets made
 	rm -rf .venv .lab .fuzz target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.unit.diagrams import drawn
 
 from localmig.migration import incoming, outgoing, transport
 from localmig.migration.handover import (
@@ -75,6 +76,26 @@ def test_the_handover_page_tells_status_and_owner_of_every_state(
 ) -> None:
     told = [tuple(row[:3]) for row in rows(HANDOVER, heads)]
     assert told == [(str(state), status[state], "yes" if state in serving else "no") for state in states]
+
+
+def test_the_diagrams_of_the_handover_page_are_drawn_from_the_tables() -> None:
+    assert drawn(HANDOVER) == HANDOVER, "make docs draws them anew"
+
+
+def test_the_ways_that_failures_take_are_those_of_the_tables() -> None:
+    _, rest = HANDOVER.split("## When something fails\n")
+    section, _ = rest.split("\n## ", 1)
+    ways = re.findall(r"^    (source|destination) +(.+)$", section, re.MULTILINE)
+    assert {side for side, _ in ways} == {"source", "destination"}
+    for side, way in ways:
+        state, *moves = way.split(" ─ ")
+        table, machine = (SOURCE, SourceState) if side == "source" else (DESTINATION, DestinationState)
+        present: StrEnum = machine(state)
+        for move in moves:
+            event, target = move.split(" ─▶ ")
+            following: Mapping[tuple[str, str], StrEnum] = table  # type: ignore[assignment]  # members are their texts
+            present = following[present, event]
+            assert present == target, way
 
 
 def test_the_waits_of_the_handover_page_are_those_of_the_code() -> None:

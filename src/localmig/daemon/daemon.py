@@ -330,12 +330,13 @@ class Daemon:
                 self._set_run_state(RunState.POSTMIGRATE)
         info = outgoing.info()
         if state is SourceState.COMPLETED:
-            _logger.info("handed over: downtime %s us, %s descriptors", info.downtime_us, info.descriptors)
+            _log_success("handed over", info)
             self._parts = []
         elif state is SourceState.IN_DOUBT:
             _logger.error("%s", info.error_desc)
         else:
-            _logger.warning("handover %s, this daemon serves on: %s", info.status, info.error_desc)
+            reasons = [text for text in (info.error_desc, info.note) if text]
+            _logger.warning("handover %s, this daemon serves on%s", info.status, ": ".join(["", *reasons]))
 
     async def _accept(self, listener: transport.Listener, incoming: Incoming) -> None:
         try:
@@ -347,6 +348,7 @@ class Daemon:
             listener.close()
         state = await incoming.run(channel)
         if state is DestinationState.COMPLETED:
+            _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
         else:
             self._fail_incoming(incoming.info().error_desc)
@@ -413,3 +415,11 @@ class Daemon:
             else:
                 part.close()
         self._parts = []
+
+
+def _log_success(what: str, info: MigrationInfo) -> None:
+    """The guest has a daemon; where that came about in another way than usual, the log says so too."""
+    if info.note:
+        _logger.warning("%s: %s", what, info.note)
+    else:
+        _logger.info("%s: downtime %s us, %s descriptors", what, info.downtime_us, info.descriptors)
