@@ -55,7 +55,10 @@ def migration_shown(daemon: DaemonProcess) -> str:
         ("before-send:READY=kill", "destination lost while 'switching'"),
         ("after-receive:SWITCHOVER=stop", "the destination did not say READY within downtime-limit"),
         ("after-receive:COMMIT=kill", "the destination died after COMMIT: this daemon serves again"),
-        ("before-send:DONE=stop", f"killed after COMMIT, for it said nothing for {COMMIT_TIMEOUT_MS} ms (commit-timeout)"),
+        (
+            "before-send:DONE=stop",
+            f"killed after COMMIT, for it said nothing for {COMMIT_TIMEOUT_MS} ms (commit-timeout)",
+        ),
     ],
 )
 def test_a_handover_that_failed_has_one_reason_everywhere(site: Site, fault: str, reason: str) -> None:
