@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 60
+SOAK_HANDOVERS ?= 20000
+SOAK_FAILURES ?= 20000
 FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
 
 VENV := $(CURDIR)/.venv
@@ -41,7 +43,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test check bench fuzz soak docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -72,6 +74,9 @@ fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what 
 	@for target in $(FUZZ_TARGETS); do \
 	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
 	done
+
+soak: setup ## hand over SOAK_HANDOVERS times in a row, and fail to SOAK_FAILURES times: half an hour, nothing may be lost or grow
+	@$(IN_NAMESPACES) $(BIN)/python -m tests.soak --handovers $(SOAK_HANDOVERS) --failures $(SOAK_FAILURES)
 
 docs: setup ## draw the diagrams of docs/handover.md from the tables of the handover
 	@$(BIN)/python -m tests.unit.diagrams

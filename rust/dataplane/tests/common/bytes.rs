@@ -31,7 +31,7 @@ const RECOVERS: u8 = 8;
 /// Words of the ledger an input may set: the intent, and as many completions as a small batch has.
 const LEDGER_WORDS_MAX: usize = 9;
 
-/// Steps, by their kind; what is above repeats.
+/// Steps, by their kind; the lowest ones take a chain.
 const KINDS: u8 = 16;
 const COMPLETE: u8 = 6;
 const UNTAKE: u8 = 7;
@@ -40,6 +40,10 @@ const CALL: u8 = 9;
 const ARM: u8 = 10;
 const DISARM: u8 = 11;
 const WRITE: u8 = 12;
+/// What guests write most, in fewer bytes: a descriptor of the ring, one of a table, a word beside the descriptors.
+const RING_DESCRIPTOR: u8 = 13;
+const TABLE_DESCRIPTOR: u8 = 14;
+const WORD: u8 = 15;
 
 /// Guest memory has two parts, told apart by the highest bit of a place.
 const PARTS: [u64; 2] = [0x1_0000, 0x2_0000];
@@ -74,7 +78,7 @@ impl<'a> Bytes<'a> {
         self.array().map(|[byte]| byte)
     }
 
-    fn step(&mut self) -> Option<Step> {
+    fn step(&mut self, ring: u64) -> Option<Step> {
         Some(match self.byte()? % KINDS {
             COMPLETE => Step::Complete { written: u32::from_le_bytes(self.array()?) },
             UNTAKE => Step::Untake { count: usize::from(self.byte()? % 4) },
@@ -82,15 +86,36 @@ impl<'a> Bytes<'a> {
             CALL => Step::Call,
             ARM => Step::Arm,
             DISARM => Step::Disarm,
-            WRITE.. => {
-                let place = u16::from_le_bytes(self.array()?);
+            WRITE => {
+                let address = self.place()?;
                 let length = self.byte()?;
-                let part = PARTS[usize::from(place & PLACE_UPPER != 0)];
-                let address = part + u64::from(place & !PLACE_UPPER);
                 Step::Write(Write { address, data: self.take(length.into())?.to_vec() })
+            }
+            RING_DESCRIPTOR => self.descriptor(ring)?,
+            TABLE_DESCRIPTOR => self.descriptor(PARTS[1])?,
+            WORD => {
+                let field = self.byte()?;
+                let area = if field & 0x80 == 0 { DRIVER_AREA } else { DEVICE_AREA };
+                let address = ring + area + 2 * u64::from(field & 0x7f);
+                Step::Write(Write { address, data: self.take(2)?.to_vec() })
             }
             _ => Step::Take,
         })
+    }
+
+    fn place(&mut self) -> Option<u64> {
+        let place = u16::from_le_bytes(self.array()?);
+        let part = PARTS[usize::from(place & PLACE_UPPER != 0)];
+        Some(part + u64::from(place & !PLACE_UPPER))
+    }
+
+    /// A descriptor of one of the first entries behind `start`: its number, a place, a length, its last two words.
+    fn descriptor(&mut self, start: u64) -> Option<Step> {
+        let index = u64::from(self.byte()? % ENTRIES_MAX as u8);
+        let mut data = self.place()?.to_le_bytes().to_vec();
+        data.extend(u32::from(u16::from_le_bytes(self.array()?)).to_le_bytes());
+        data.extend(self.take(4)?);
+        Some(Step::Write(Write { address: start + 16 * index, data }))
     }
 }
 
@@ -102,14 +127,15 @@ impl Guest {
         let start = u16::from_le_bytes(bytes.array()?);
         let words = usize::from(bytes.byte()?) % (LEDGER_WORDS_MAX + 1);
         let ledger = (0..words).map(|_| bytes.array().map(u64::from_le_bytes)).collect::<Option<_>>()?;
+        let ring = if flags & FROM_GUEST == 0 { RX_RING } else { TX_RING };
         Some(Self {
-            ring: if flags & FROM_GUEST == 0 { RX_RING } else { TX_RING },
+            ring,
             features: Features { event_index: flags & EVENT_INDEX != 0, indirect: flags & INDIRECT != 0 },
             size,
             start,
             recovers: flags & RECOVERS != 0,
             ledger,
-            steps: std::iter::from_fn(|| bytes.step()).collect(),
+            steps: std::iter::from_fn(|| bytes.step(ring)).collect(),
         })
     }
 
