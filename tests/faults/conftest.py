@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +19,11 @@ from localmig.testing.traffic import Pinger, PingReport
 
 HOST = "10.9.0.1"
 GUEST = "10.9.0.2"
+
+
+def as_user(user: int) -> list[str]:
+    """What a command is to follow that is to run as that user, 0 for root, where others can run it as well."""
+    return [sys.executable, str(Path(__file__).with_name("as_user.py")), str(user)]
 
 
 class Site:
@@ -51,8 +57,14 @@ class Site:
             *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.socket}{device}"),
         ]
 
-    def daemon(self, *arguments: str, fault: str | None = None, inherited: Sequence[int] = ()) -> DaemonProcess:
-        """A daemon with a QMP socket of its own."""
+    def daemon(
+        self,
+        *arguments: str,
+        fault: str | None = None,
+        inherited: Sequence[int] = (),
+        user: int | None = None,
+    ) -> DaemonProcess:
+        """A daemon with a QMP socket of its own, as `user` where one is given."""
         self._count += 1
         name = f"d{self._count}"
         with self.namespace.entered():
@@ -62,6 +74,7 @@ class Site:
                 fault=Fault.parse(fault) if fault else None,
                 log=self.folder / f"{name}.log",
                 inherited=inherited,
+                launcher=as_user(user) if user is not None else (),
             )
         self._logs[daemon.pid] = self.folder / f"{name}.log"
         return self._ends.enter_context(daemon)
@@ -83,20 +96,25 @@ class Site:
         with self.namespace.entered():
             ip("addr", "replace", f"{HOST}/24", "dev", ifname)
 
-    def source(self, *arguments: str, local: bool = True, fault: str | None = None) -> DaemonProcess:
+    def source(
+        self, *arguments: str, local: bool = True, fault: str | None = None, user: int | None = None
+    ) -> DaemonProcess:
         """A daemon that serves the NIC."""
-        daemon = self.daemon(*(arguments or self.objects()), fault=fault)
+        daemon = self.daemon(*(arguments or self.objects()), fault=fault, user=user)
         daemon.execute("migrate-set-parameters", local=local)
         self.address_tap()
         return daemon
 
-    def destination(self, *arguments: str, local: bool = True, fault: str | None = None) -> DaemonProcess:
+    def destination(
+        self, *arguments: str, local: bool = True, fault: str | None = None, user: int | None = None
+    ) -> DaemonProcess:
         """A daemon that waits for a source at `address_of` it."""
         self._count += 1
         path = self.folder / f"m{self._count}"
         daemon = self.daemon(
             *(*arguments, "--incoming", f"unix:{path}", "--migration-parameter", f"local={'on' if local else 'off'}"),
             fault=fault,
+            user=user,
         )
         self.address = f"unix:{path}"
         return daemon

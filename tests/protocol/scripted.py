@@ -13,6 +13,7 @@ from typing import Final
 
 from localmig.access import Access
 from localmig.cli.handover import Settings
+from localmig.confinement import SandboxState
 from localmig.daemon import RunState
 from localmig.migration.parameters import Capabilities, Parameters
 from localmig.migration.status import MigrationInfo
@@ -36,6 +37,7 @@ class ScriptedDaemon:
 
     def __init__(self, run_state: RunState) -> None:
         self.access = Access()
+        self.sandbox = SandboxState(option="on", enabled=True, spawn=False)
         self.tracer = Tracer()
         self.run_state = run_state
         self.parameters = Parameters(downtime_limit_ms=123)

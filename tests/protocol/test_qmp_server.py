@@ -599,6 +599,7 @@ def test_users_listed_are_let_in_and_shown(run: Run, monkeypatch: pytest.MonkeyP
         assert await client.execute("query-security") == {
             "user-id": os.geteuid(),
             "group-id": os.getegid(),
+            "sandbox": {"option": "off", "enabled": False, "spawn": True, "reason": "switched off by --sandbox"},
             "allowed-users": [4711, 4712],
             "socket-mode": "0660",
             "socket-group": "7",

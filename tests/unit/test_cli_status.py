@@ -73,6 +73,13 @@ def facts(*devices: dict[str, Any]) -> dict[str, Any]:
     return {
         "pid": 5,
         "version": "localmig 1.2.3",
+        "security": {
+            "user-id": 7,
+            "group-id": 7,
+            "sandbox": {"option": "on", "enabled": True, "spawn": False},
+            "allowed-users": [],
+            "socket-mode": "0600",
+        },
         "status": "running",
         "migration": {},
         "objects": objects,
@@ -81,12 +88,22 @@ def facts(*devices: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_a_daemon_that_serves_nothing_has_three_lines() -> None:
+def test_a_daemon_that_serves_nothing_has_four_lines() -> None:
     assert show(facts()).splitlines() == [
         "daemon     process 5, localmig 1.2.3",
+        "confined   user 7; sandbox on; runs no programs",
         "run state  running",
         "migration  none yet",
     ]
+
+
+def test_what_is_open_in_the_sandbox_is_told() -> None:
+    told = facts()
+    told["security"] |= {"sandbox": {"option": "on", "enabled": True, "spawn": True}, "allowed-users": [8, 9]}
+    expected = "confined   user 7; sandbox on; may run programs; listens to users 8, 9 as well"
+    assert show(told).splitlines()[1] == expected
+    told["security"] |= {"sandbox": {"enabled": False, "spawn": True, "reason": "this kernel …"}, "allowed-users": []}
+    assert show(told).splitlines()[1] == "confined   user 7; no sandbox; this kernel …"
 
 
 def test_each_device_has_a_line() -> None:
@@ -94,7 +111,7 @@ def test_each_device_has_a_line() -> None:
     two = device(1)
     del two["session"]
     two["vrings"] = []
-    assert show(facts(one, two)).splitlines()[3:] == [
+    assert show(facts(one, two)).splitlines()[4:] == [
         "devices    2, 1 connected; 2 rings run, 0 failed",
         "",
         "device  netdev       frontend   rings  to guest                 from guest        dropped",
@@ -108,11 +125,11 @@ def test_what_wants_a_look_stands_first_and_says_why() -> None:
     told["devices"][1]["vrings"][1] |= {"failed": True, "running": False, "failure": "next points nowhere"}
     told["objects"][2] |= {"transfers": False, "reason": "device 'nic2' has local-migration=off"}
     lines = show(told).splitlines()
-    assert lines[3] == "devices    3, 3 connected; 5 rings run, 1 failed"
-    assert [line.split()[0] for line in lines[6:]] == ["nic1", "nic2", "nic0"]
-    assert "1 of 2 run" in lines[6]
-    assert lines[6].endswith("vring 1 failed")
-    assert lines[7].endswith("net2 stays home: device 'nic2' has local-migration=off")
+    assert lines[4] == "devices    3, 3 connected; 5 rings run, 1 failed"
+    assert [line.split()[0] for line in lines[7:]] == ["nic1", "nic2", "nic0"]
+    assert "1 of 2 run" in lines[7]
+    assert lines[7].endswith("vring 1 failed")
+    assert lines[8].endswith("net2 stays home: device 'nic2' has local-migration=off")
 
 
 def test_a_daemon_that_took_over_from_a_dead_one_says_so() -> None:
@@ -129,8 +146,8 @@ def test_hundreds_of_devices_fit_a_terminal() -> None:
     told["devices"][400]["vrings"][0] |= {"failed": True, "running": False}
     lines = show(told).splitlines()
     assert len(lines) <= 30
-    assert lines[3] == "devices    512, 512 connected; 1023 rings run, 1 failed"
-    assert lines[6].startswith("nic400 ")
+    assert lines[4] == "devices    512, 512 connected; 1023 rings run, 1 failed"
+    assert lines[7].startswith("nic400 ")
     assert lines[-1] == "… and 492 more: --device ID shows one, --json all"
 
 
@@ -141,7 +158,7 @@ def test_rates_are_what_was_counted_in_a_second() -> None:
     assert moved.keys() == {"nic0"}
     assert moved["nic0"] == {**dict.fromkeys(COUNTERS, 0.0), "rx-packets": 250.0, "rx-bytes": 500_000.0}
     told = facts(device(0)) | {"rates": moved}
-    assert show(told).splitlines()[5:] == [
+    assert show(told).splitlines()[6:] == [
         "device  netdev       frontend   rings  to guest a second         from guest a second  dropped",
         "nic0    net0 (tap0)  connected  2 run  250 packets, 4.00 Mbit/s  0 packets, 0 bit/s   0",
     ]
@@ -152,6 +169,7 @@ def test_one_device_is_shown_with_all_there_is() -> None:
     told["devices"][0]["vrings"][1] |= {"failed": True, "running": False, "failure": "next points nowhere"}
     assert show_device(told, "nic0").splitlines() == [
         "daemon     process 5, localmig 1.2.3",
+        "confined   user 7; sandbox on; runs no programs",
         "run state  running",
         "migration  none yet",
         "device     nic0, virtio-net, 52:54:00:12:34:56",

@@ -9,7 +9,17 @@ from typing import Final
 import pytest
 
 from localmig.errors import ConfigError
-from localmig.options import AccessSpec, Config, Defer, MonitorSpec, TapSpec, VirtioNetSpec, parse_config
+from localmig.options import (
+    AccessSpec,
+    Config,
+    Defer,
+    MonitorSpec,
+    RunAsSpec,
+    SandboxSpec,
+    TapSpec,
+    VirtioNetSpec,
+    parse_config,
+)
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/operating.md"
 
@@ -35,6 +45,15 @@ def test_an_empty_file_asks_for_nothing() -> None:
     assert parse_config("incoming = 'defer'") == Config(incoming=Defer())
 
 
+def test_a_file_says_what_the_process_gives_up() -> None:
+    assert parse_config("runas = 'vm1'\nsandbox = 'off'") == Config(
+        runas=RunAsSpec(user="vm1"), sandbox=SandboxSpec(enabled=False)
+    )
+    assert parse_config("runas = '1001:7'\nsandbox = 'on,spawn=deny'") == Config(
+        runas=RunAsSpec(user="1001", group_id=7), sandbox=SandboxSpec(spawn=False)
+    )
+
+
 def test_a_file_says_who_may_use_control_sockets() -> None:
     text = "allow-user = 'vmm,1001'\nsocket-mode = '0660'\nsocket-group = 'kvm'"
     assert parse_config(text) == Config(access=AccessSpec(users=("vmm", "1001"), mode="0660", group="kvm"))
@@ -44,7 +63,7 @@ NETDEV: Final = "[[netdev]]\ntype='tap'\nid='net0'\n"
 
 ERRORS: Final = {
     "netdevs=[]": "Parameter 'netdevs' is unexpected, a file has: qmp, incoming, allow-user, socket-mode, "
-    "socket-group, migration-parameters, netdev, device",
+    "socket-group, runas, sandbox, migration-parameters, netdev, device",
     "qmp=5": "Invalid parameter type for 'qmp', expected: string",
     "qmp='tcp:x'": "qmp: 'tcp:x' is no UNIX socket, expected unix:PATH",
     "incoming='x'": "incoming: unknown migration protocol: x",
@@ -52,6 +71,12 @@ ERRORS: Final = {
     "allow-user='a,,b'": "Parameter 'allow-user' expects 1 to 255 letters, not 0",
     "allow-user='4294967295'": "Parameter 'allow-user' expects a user up to 4294967294, not 4294967295",
     "socket-mode='660'": "Parameter 'socket-mode' expects an octal mode between 0600 and 0777, not '660'",
+    "runas='a:b'": "runas: Parameter 'runas' expects USER or UID:GID, not 'a:b'",
+    "runas='1:4294967295'": "runas: Parameter 'runas' expects numbers up to 4294967294, not 4294967295",
+    "runas=''": "runas: Parameter 'runas' expects 1 to 255 letters, not 0",
+    "sandbox='maybe'": "sandbox: Parameter 'sandbox' expects 'on' or 'off', not 'maybe'",
+    "sandbox='on,spawn=no'": "sandbox: Parameter 'spawn' expects allow or deny, not 'no'",
+    "sandbox='on,mode=5'": "sandbox: Parameter 'mode' is unexpected, the sandbox has: spawn",
     "migration-parameters=5": "Invalid parameter type for 'migration-parameters', expected: table",
     "[netdev]\nid='a'": "Invalid parameter type for 'netdev', expected: array of tables, [[netdev]]",
     "device=['virtio-net']": "Invalid parameter type for 'device', expected: array of tables, [[device]]",

@@ -10,6 +10,7 @@ mod driver;
 mod ledger;
 mod memory;
 mod queue_pair;
+mod sandbox;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -26,5 +27,9 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::check_positions, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)
+    module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)?;
+    module.add_function(wrap_pyfunction!(sandbox::forbid_programs, module)?)?;
+    module.add_function(wrap_pyfunction!(sandbox::forbid_unneeded, module)?)?;
+    module.add_function(wrap_pyfunction!(sandbox::keep_capabilities, module)?)?;
+    module.add_function(wrap_pyfunction!(sandbox::set_dumpable, module)?)
 }

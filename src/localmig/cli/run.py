@@ -22,16 +22,19 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 from localmig.access import Access, nameless_user_id, user_id
+from localmig.confinement import Privileges, RunAs, Sandbox
 from localmig.daemon import Daemon
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
 from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
 from localmig.monitor.schema import PARAMETERS, parameters_changed
+from localmig.netdev.script import NO_SCRIPT
 from localmig.options import (
     CONFIG_BYTES_MAX,
     AccessSpec,
     Config,
+    SandboxSpec,
     check_together,
     help_for,
     parse_config,
@@ -40,7 +43,10 @@ from localmig.options import (
     parse_monitor,
     parse_netdev,
     parse_users,
+    read_runas,
+    read_sandbox,
 )
+from localmig.options.specs import NetdevSpec
 from localmig.trace import Event, Tracer, to_json
 
 _EXAMPLES: Final = """\
@@ -122,6 +128,17 @@ def add_parser(commands: Any) -> None:
         "--socket-mode", metavar="MODE", help="permissions of QMP and migration sockets, in octal (default: 0600)"
     )
     parser.add_argument("--socket-group", metavar="GROUP", help="the group of QMP and migration sockets")
+    parser.add_argument(
+        "--runas",
+        metavar="USER|UID:GID",
+        help="started as root: open TAPs and files, become this user for good, then make sockets and serve",
+    )
+    parser.add_argument(
+        "--sandbox",
+        metavar="on|off[,spawn=allow|deny]",
+        help="give up capabilities and system calls that no daemon needs; to run programs, too, unless a TAP has a "
+        "script to run or spawn=allow says so (default: on, where the kernel has it)",
+    )
     parser.add_argument("--log", metavar="FILE", help="append the log to FILE instead of writing it to stderr")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more: every traced fact")
     parser.add_argument("--trace", metavar="FILE", help="append every traced fact to FILE, one JSON object a line")
@@ -198,16 +215,25 @@ def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpSe
     _check_one("incoming", incoming, config.incoming, arguments.config)
     monitor, incoming = monitor or config.monitor, incoming or config.incoming
     check_together(netdevs, devices, monitor=monitor, incoming=incoming)
-    access = resolve_access(_read_access(arguments, config.access))
-    daemon = Daemon(netdevs=netdevs, devices=devices, incoming=incoming, access=access, tracer=tracer)
+    privileges = _read_privileges(arguments, config, netdevs)
+    daemon = Daemon(
+        netdevs=netdevs,
+        devices=devices,
+        incoming=incoming,
+        access=resolve_access(_read_access(arguments, config.access)),
+        privileges=privileges,
+        tracer=tracer,
+    )
     try:
         parameters = parameters_changed(daemon.parameters, PARAMETERS.read(config.migration_parameters))
         daemon.set_parameters(parameters)
     except ConfigError as error:
         raise ConfigError(f"--config {arguments.config}: migration-parameters: {error}") from error
     daemon.set_parameters(read_parameters(arguments.migration_parameter, daemon.parameters))
-    server = QmpServer(daemon, monitor.path, succeeds=incoming is not None) if monitor else None
-    return daemon, server
+    if monitor is None:
+        return daemon, None
+    with privileges.as_user():
+        return daemon, QmpServer(daemon, monitor.path, succeeds=incoming is not None)
 
 
 def _read_config(path: str) -> Config:
@@ -235,6 +261,22 @@ def _read_access(arguments: argparse.Namespace, files: AccessSpec) -> AccessSpec
         mode=arguments.socket_mode or files.mode,
         group=arguments.socket_group or files.group,
     )
+
+
+def _read_privileges(arguments: argparse.Namespace, config: Config, netdevs: Sequence[NetdevSpec]) -> Privileges:
+    """What to give up by command line and file. ConfigError where they disagree, or with what is to be served."""
+    runas = read_runas(arguments.runas) if arguments.runas else None
+    sandbox = read_sandbox(arguments.sandbox) if arguments.sandbox else None
+    _check_one("runas", runas, config.runas, arguments.config)
+    _check_one("sandbox", sandbox, config.sandbox, arguments.config)
+    runas, sandbox = runas or config.runas, sandbox or config.sandbox or SandboxSpec()
+    for netdev in netdevs:
+        if sandbox.enabled and sandbox.spawn is False and netdev.downscript != NO_SCRIPT:
+            raise ConfigError(
+                f"--sandbox {sandbox}: netdev '{netdev.id}' has downscript={netdev.downscript}, which could not be "
+                "run: leave out one of them"
+            )
+    return Privileges(run_as=RunAs.resolve(runas) if runas else None, sandbox=Sandbox(sandbox))
 
 
 def resolve_access(spec: AccessSpec) -> Access:

@@ -85,6 +85,7 @@ async def _ask(path: str, rate_s: float | None) -> dict[str, Any]:
         facts = {
             "pid": client.pid,
             "version": (await client.execute("query-version"))["package"],
+            "security": await client.execute("query-security"),
             "status": (await client.execute("query-status"))["status"],
             "migration": await client.execute("query-migrate"),
             "objects": await client.execute("query-local-migration"),
@@ -154,6 +155,7 @@ def show(facts: Facts) -> str:
 def _head(facts: Facts) -> list[str]:
     return [
         f"daemon     process {facts['pid']}, {facts['version']}",
+        f"confined   {show_security(facts['security'])}",
         f"run state  {facts['status']}",
         f"migration  {show_migration(facts['migration'])}",
     ]
@@ -224,6 +226,22 @@ def _notes(facts: Facts, device: Facts) -> Iterator[str]:
     for each in facts["objects"]:
         if each["id"] in (device["id"], device["netdev"]) and not each["transfers"]:
             yield f"{each['id']} stays home: {each['reason']}"
+
+
+def show_security(security: Facts) -> str:
+    """What query-security returned, in one line."""
+    sandbox = security["sandbox"]
+    said = [f"user {security['user-id']}"]
+    if sandbox["enabled"]:
+        said.append("sandbox on")
+        said.append("may run programs" if sandbox["spawn"] else "runs no programs")
+    else:
+        said.append("no sandbox")
+    if "reason" in sandbox:
+        said.append(sandbox["reason"])
+    if users := security["allowed-users"]:
+        said.append(f"listens to users {', '.join(map(str, users))} as well")
+    return "; ".join(said)
 
 
 def show_migration(migration: Facts) -> str:

@@ -273,8 +273,8 @@ class Successor:
 
 
 def options_of(security: Mapping[str, Any]) -> list[str]:
-    """The options of `run` that make a daemon let in whom the one lets in that answered `security`."""
-    options = ["--socket-mode", security["socket-mode"]]
+    """The options of `run` that give a daemon the sandbox, and let in those, of the one that answered `security`."""
+    options = ["--socket-mode", security["socket-mode"], "--sandbox", security["sandbox"]["option"]]
     if users := security["allowed-users"]:
         options += ["--allow-user", ",".join(map(str, users))]
     if "socket-group" in security:

@@ -14,10 +14,11 @@ from dataclasses import replace
 from enum import StrEnum
 
 from localmig.access import Access
+from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Objects
-from localmig.device_api import Announces, Part
+from localmig.device_api import Announces, Part, RunsPrograms
 from localmig.errors import ConfigError, LocalmigError, StateError
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
@@ -28,7 +29,7 @@ from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Announcement, Capabilities, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
-from localmig.options import TapSpec, VirtioNetSpec
+from localmig.options import SandboxSpec, TapSpec, VirtioNetSpec
 from localmig.options.address import Address, Defer, IncomingSpec
 from localmig.trace import RunStateChanged, Tracer
 
@@ -54,6 +55,7 @@ class Daemon:
         incoming: where a source will connect; None for a daemon that begins by itself. With none of `netdevs` and
             `devices` given, an incoming daemon builds what the source has.
         access: who may use QMP and migration sockets; None: root and this process's user.
+        privileges: what the process gives up before it serves; None: nothing.
         tracer: where facts go.
 
     Raises:
@@ -67,8 +69,10 @@ class Daemon:
         devices: Sequence[VirtioNetSpec] = (),
         incoming: IncomingSpec | None = None,
         access: Access | None = None,
+        privileges: Privileges | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._privileges = privileges or Privileges(run_as=None, sandbox=Sandbox(SandboxSpec(enabled=False)))
         self.access = access or Access()
         self.tracer = tracer or Tracer()
         self.parameters = Parameters()
@@ -99,28 +103,38 @@ class Daemon:
         return self._run_state
 
     async def start(self) -> None:
-        """Opens everything and serves, or waits for a source.
+        """Opens everything and serves, or waits for a source. Privileges are given up once TAPs are open.
 
         Raises:
             ConfigError, KernelError: something cannot be opened. What was opened is closed again.
         """
         if self._incoming_address is not None:
+            self._privileges.give_up()
             self._set_run_state(RunState.INMIGRATE)
             if not isinstance(self._incoming_address, Defer):
                 self.migrate_incoming(self._incoming_address)
             return
         try:
-            for part in self._objects.build(self.tracer):
-                self._parts.append(part)
-                part.open()
+            built = self._objects.build(self.tracer)
+            netdev_count = len(self._objects.netdevs)
+            self._open(built[:netdev_count])
+            # Before there are sockets, which are to be the user's, and threads, which would be left outside.
+            self._privileges.give_up()
+            self._open(built[netdev_count:])
         except BaseException:
             self._close_parts()
             raise
+        self._give_up_programs()
         for part in self._parts:
             part.resume()
         for part in self._parts:
             part.thaw()
         self._set_run_state(RunState.RUNNING)
+
+    def _open(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._parts.append(part)
+            part.open()
 
     def quit(self) -> None:
         """Begins an orderly end; `wait_quit` returns after it."""
@@ -313,6 +327,11 @@ class Daemon:
             )
         return reports
 
+    @property
+    def sandbox(self) -> SandboxState:
+        """What this process may not do any more."""
+        return self._privileges.sandbox.state
+
     def infos(self) -> list[object]:
         """What there is to see of each part, a dataclass of its own for each type. Reads only."""
         return [info for part in self._parts if (info := part.info()) is not None]
@@ -350,6 +369,7 @@ class Daemon:
         if state is DestinationState.COMPLETED:
             _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
+            self._give_up_programs()
         else:
             self._fail_incoming(incoming.info().error_desc)
 
@@ -363,6 +383,11 @@ class Daemon:
         self._objects = self._objects.fit(hello)
         self._parts = self._objects.build(self.tracer)
         return self._parts
+
+    def _give_up_programs(self) -> None:
+        """Past this no program can be run, unless a TAP has a script to run still."""
+        if not any(part.has_program_to_run for part in self._parts if isinstance(part, RunsPrograms)):
+            self._privileges.sandbox.forbid_programs()
 
     def _serve_incoming(self) -> None:
         assert self._incoming is not None

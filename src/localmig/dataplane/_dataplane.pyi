@@ -19,8 +19,12 @@ __all__ = [
     "check_positions",
     "fail_rings",
     "failed_rings",
+    "forbid_programs",
+    "forbid_unneeded",
+    "keep_capabilities",
     "load_all",
     "save_all",
+    "set_dumpable",
     "start_all",
     "stop_all",
 ]
@@ -308,3 +312,25 @@ class DriverPair:
         Raises:
             RuntimeError: the driver gave up, because the device broke a ring or the TAP is gone.
         """
+
+def forbid_unneeded() -> None:
+    """Forbids the system calls that no daemon needs, to all threads and to all programs they run, for good.
+
+    They fail with EPERM from then on. Privileges that a program's file grants are not granted any more.
+
+    Raises:
+        OSError: the kernel knows no filters. Nothing is forbidden.
+    """
+
+def forbid_programs() -> None:
+    """Forbids to run programs and to fork, likewise; threads may be made. Raises as `forbid_unneeded`."""
+
+def keep_capabilities(names: Sequence[str]) -> None:
+    """Drops all capabilities but `names` ("CAP_…") from this thread, and from threads that it makes later, for good.
+
+    Raises:
+        OSError: there is none of such a name, or the kernel refuses.
+    """
+
+def set_dumpable() -> None:
+    """Lets processes of the same user look into this one, which the kernel forbids once it changed its user."""

@@ -1,6 +1,7 @@
 """What a device author imports: the contract between a device (or netdev) and the daemon that hands it over.
 
-Owns:        Part, the life of a part across a handover, in words and types; Announces, which a NIC is besides.
+Owns:        Part, the life of a part across a handover, in words and types; Announces, which a NIC is besides, and
+             RunsPrograms, which a netdev is.
 Never sees:  a particular device, a socket, the stream.
 Read next:   devices/virtio_net/ for a whole example; migration/outgoing.py and incoming.py for who calls what, when.
 
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from localmig.vmstate import Description
 
-__all__ = ["Announces", "Part"]
+__all__ = ["Announces", "Part", "RunsPrograms"]
 
 
 class Part(Protocol):
@@ -139,6 +140,15 @@ class Part(Protocol):
     @abstractmethod
     def discard(self) -> None:
         """Drops all that was adopted without a side effect: the source goes on serving."""
+
+
+@runtime_checkable
+class RunsPrograms(Protocol):
+    """A part that runs programs of the operator's: the sandbox leaves that open while there is one to run."""
+
+    @property
+    def has_program_to_run(self) -> bool:
+        """Whether one is still to come."""
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ Read next:   tap.py.
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,8 @@ def run_script(path: str, ifname: str) -> None:
         text = f"network script {path} did not end within {SCRIPT_SECONDS_MAX} s for '{ifname}'"
         raise ConfigError(text) from error
     except OSError as error:
-        text = f"could not launch network script {path}: {error.strerror}"
+        hint = "; the sandbox forbids it: --sandbox on,spawn=allow" if error.errno == errno.EPERM else ""
+        text = f"could not launch network script {path}: {error.strerror}{hint}"
         raise KernelError(text, errno=error.errno or 0) from error
     if result.returncode != 0:
         raise ConfigError(f"network script {path} failed with status {result.returncode} for '{ifname}'")

@@ -264,6 +264,11 @@ class Tap:
         """Whether it is open and came by a handover: the network knows already where the guest is."""
         return self._open is not None and self._open.arrived
 
+    @property
+    def has_program_to_run(self) -> bool:
+        """Whether a script is still to come: the one for its opening, or the one for its end."""
+        return (self._script if self._open is None else self._open.downscript) != NO_SCRIPT
+
     def fileno(self, queue: int = 0) -> int:
         """The descriptor of a queue, lent. StateError if the TAP is not open, as for all that follows."""
         return self._opened().queues[queue].fileno()

@@ -16,7 +16,14 @@ from localmig.options.address import (
     parse_incoming,
 )
 from localmig.options.config import CONFIG_BYTES_MAX, Config, parse_config
-from localmig.options.process import AccessSpec, parse_users
+from localmig.options.process import (
+    AccessSpec,
+    RunAsSpec,
+    SandboxSpec,
+    parse_users,
+    read_runas,
+    read_sandbox,
+)
 from localmig.options.specs import (
     AnySpec,
     DeviceSpec,
@@ -46,6 +53,8 @@ __all__ = [
     "IncomingSpec",
     "MonitorSpec",
     "NetdevSpec",
+    "RunAsSpec",
+    "SandboxSpec",
     "TapSpec",
     "TcpAddress",
     "UnixAddress",
@@ -61,5 +70,7 @@ __all__ = [
     "parse_monitor",
     "parse_netdev",
     "parse_users",
+    "read_runas",
+    "read_sandbox",
     "to_mapping",
 ]

@@ -7,6 +7,7 @@ Read next:   specs.py, whose tables say what each object may have.
     qmp = "unix:/run/vm1/qmp.sock"          # as --qmp
     incoming = "defer"                      # as --incoming
     allow-user = "vmm,1001"                 # as --allow-user; likewise socket-mode, socket-group
+    runas = "vm1"                           # as --runas; likewise sandbox
 
     [migration-parameters]                  # as --migration-parameter
     downtime-limit = 250
@@ -25,7 +26,7 @@ from typing import Final, TypeVar
 
 from localmig.errors import ConfigError
 from localmig.options.address import IncomingSpec, parse_incoming
-from localmig.options.process import AccessSpec, parse_users
+from localmig.options.process import AccessSpec, RunAsSpec, SandboxSpec, parse_users, read_runas, read_sandbox
 from localmig.options.specs import DeviceSpec, MonitorSpec, NetdevSpec, read_device, read_monitor, read_netdev
 
 CONFIG_BYTES_MAX: Final = 16 << 20
@@ -37,6 +38,8 @@ _KEYS: Final = (
     "allow-user",
     "socket-mode",
     "socket-group",
+    "runas",
+    "sandbox",
     "migration-parameters",
     "netdev",
     "device",
@@ -58,6 +61,8 @@ class Config:
     monitor: MonitorSpec | None = None
     incoming: IncomingSpec | None = None
     access: AccessSpec = field(default_factory=AccessSpec)
+    runas: RunAsSpec | None = None
+    sandbox: SandboxSpec | None = None
     migration_parameters: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -87,6 +92,8 @@ def parse_config(text: str) -> Config:
             mode=_string(values, "socket-mode", str),
             group=_string(values, "socket-group", str),
         ),
+        runas=_string(values, "runas", read_runas),
+        sandbox=_string(values, "sandbox", read_sandbox),
         migration_parameters=parameters,
     )
 

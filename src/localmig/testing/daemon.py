@@ -49,6 +49,7 @@ class DaemonProcess:
         fault: what shall happen to it, see faults.py.
         log: where its stderr goes; None: to ours.
         inherited: descriptors of ours it shall have too, under the same numbers.
+        launcher: a command that does something first and then becomes the one that follows it.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class DaemonProcess:
         fault: Fault | None = None,
         log: Path | None = None,
         inherited: Sequence[int] = (),
+        launcher: Sequence[str] = (),
     ) -> None:
         self.qmp = qmp
         self._facts: list[Fact] = []
@@ -73,7 +75,7 @@ class DaemonProcess:
         with trace_writer, ready_reader, ready_writer, open(log, "ab") if log else _nothing() as stderr:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, *command, "run", *arguments),
+                    *(*launcher, sys.executable, *command, "run", *arguments),
                     *("--trace", f"/dev/fd/{trace_writer.fileno()}", "--ready-fd", str(ready_writer.fileno())),
                 ],
                 pass_fds=(trace_writer.fileno(), ready_writer.fileno(), *inherited),

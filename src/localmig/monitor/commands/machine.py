@@ -30,11 +30,13 @@ def query_status(daemon: Daemon) -> dict[str, object]:
 
 
 def query_security(daemon: Daemon) -> dict[str, object]:
-    """As whom the daemon runs, and who else may talk to it. QEMU has no such command."""
-    access = daemon.access
+    """As whom the daemon runs, what it may not do, and who else may talk to it. QEMU has no such command."""
+    access, sandbox = daemon.access, daemon.sandbox
     return {
         "user-id": os.geteuid(),
         "group-id": os.getegid(),
+        "sandbox": {"option": sandbox.option, "enabled": sandbox.enabled, "spawn": sandbox.spawn}
+        | ({} if sandbox.reason is None else {"reason": sandbox.reason}),
         "allowed-users": sorted(access.users),
         "socket-mode": f"{access.mode:04o}",
     } | ({} if access.group is None else {"socket-group": access.group})
@@ -80,6 +82,17 @@ _SECURITY: Final = Struct(
     (
         returned("user-id", Uint64()),
         returned("group-id", Uint64()),
+        returned(
+            "sandbox",
+            Struct(
+                (
+                    returned("option", String()),
+                    returned("enabled", Boolean()),
+                    returned("spawn", Boolean()),
+                    returned("reason", String(), required=False),
+                )
+            ),
+        ),
         returned("allowed-users", Array(Uint64())),
         returned("socket-mode", String()),
         returned("socket-group", String(), required=False),

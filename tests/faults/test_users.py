@@ -1,0 +1,240 @@
+"""Users: a daemon that was root, one that never was, strangers, and what all of them gave up. Real users, real TAPs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tests.faults.conftest import Site, as_user
+
+from localmig.fds import OwnedFd
+from localmig.testing.daemon import DaemonProcess
+from localmig.testing.namespace import NetworkNamespace, unavailable_reason
+
+USER = 4242
+OTHER = 4243
+"""Users without an entry anywhere, which the kernel does not mind."""
+
+CAP_SYS_RESOURCE = 1 << 24
+KEPT = 1 << 12 | 1 << 5 | 1 << 3 | 1 << 1 | 1 << 0
+"""NET_ADMIN, KILL, FOWNER, DAC_OVERRIDE, CHOWN (linux/capability.h)."""
+
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A site whose folder belongs to USER, and which others may look into."""
+    if reason := unavailable_reason():
+        pytest.skip(f"needs network namespaces: {reason}")
+    if os.geteuid() != 0 or Path("/proc/self/uid_map").read_text().split()[2] == "1":
+        pytest.skip("needs root, and other users to become")
+    with ExitStack() as ends:
+        folder = Path(tempfile.mkdtemp(prefix="u"))
+        ends.callback(shutil.rmtree, folder)
+        os.chown(folder, USER, USER)
+        folder.chmod(0o755)
+        namespace = ends.enter_context(NetworkNamespace.create())
+        yield Site(folder, namespace, ends)
+
+
+def status(daemon: DaemonProcess) -> list[dict[str, str]]:
+    """What the kernel tells of each thread of a daemon."""
+    return [status_of(f"{daemon.pid}/task/{task.name}") for task in Path(f"/proc/{daemon.pid}/task").iterdir()]
+
+
+def status_of(process: str) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+
+
+def localmig(user: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """The program, as that user."""
+    return subprocess.run(
+        [*as_user(user), sys.executable, "-P", "-m", "localmig.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def wait_successor(done: subprocess.CompletedProcess[str]) -> None:
+    """Waits for the end of the daemon that an upgrade started, which is nobody's child here."""
+    with (
+        contextlib.suppress(ProcessLookupError),
+        OwnedFd(os.pidfd_open(int(done.stdout.partition("daemon ")[2].split()[0]))) as pidfd,
+    ):
+        poll = select.poll()
+        poll.register(pidfd.fileno(), select.POLLIN)
+        assert poll.poll(PATIENCE_S * 1000)
+
+
+def hand_over(site: Site, source: DaemonProcess, destination: DaemonProcess) -> None:
+    source.execute("migrate", uri=site.address)
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_event("RunStateChanged", state="running")
+    assert source.quit() == 0
+
+
+def test_a_tap_that_root_opened_goes_from_user_to_user_and_through_an_upgrade(site: Site) -> None:
+    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    for thread in status(first):
+        assert thread["Uid"].split() == thread["Gid"].split() == [str(USER)] * 4
+        assert thread["Groups"].split() == []
+        assert {int(thread[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {0}
+    if int(status_of("self")["CapEff"], 16) & CAP_SYS_RESOURCE:
+        assert "Max realtime priority     1 " in Path(f"/proc/{first.pid}/limits").read_text()
+    assert {path.stat().st_uid for path in site.folder.iterdir() if path.is_socket()} == {USER}
+    site.attach()
+    pinger = site.pinger()
+    second = site.destination(user=USER)
+    hand_over(site, first, second)
+    third = site.destination(user=USER)
+    hand_over(site, second, third)
+    assert third.qmp is not None
+    done = localmig(USER, "upgrade", str(third.qmp))
+    assert done.returncode == 0, done.stderr
+    report = pinger.stop()
+    assert (report.lost, report.sent > 0) == (0, True)
+    assert site.ping().lost == 0
+    third.execute("quit")
+    wait_successor(done)
+    assert [path.name for path in site.folder.iterdir() if path.is_socket()] == []
+
+
+def test_a_daemon_that_changed_its_user_upgrades_as_that_user(site: Site) -> None:
+    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    site.attach()
+    assert first.qmp is not None
+    done = localmig(USER, "upgrade", str(first.qmp))
+    assert done.returncode == 0, done.stderr
+    assert first.wait() == 0
+    assert site.ping().lost == 0
+    first.execute("quit")
+    wait_successor(done)
+
+
+def connected_as(user: int, path: Path) -> socket.socket:
+    """A connection of a process of that user."""
+    ours, theirs = socket.socketpair()
+    code = (
+        "import socket, sys; c = socket.socket(socket.AF_UNIX); c.connect(sys.argv[1]);"
+        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b' '], [c.fileno()])"
+    )
+    with ours, theirs:
+        subprocess.run(
+            [*as_user(user), sys.executable, "-c", code, str(path), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            timeout=PATIENCE_S,
+            check=True,
+        )
+        _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+    connection = socket.socket(fileno=fd)
+    connection.settimeout(PATIENCE_S)
+    return connection
+
+
+def test_a_stranger_is_turned_away_at_both_sockets_and_the_daemon_waits_on(site: Site) -> None:
+    source = site.source(*site.objects())
+    site.attach()
+    destination = site.destination("--socket-mode", "0666")
+    assert destination.qmp is not None
+    for path in (destination.qmp, Path(site.address.removeprefix("unix:"))):
+        with connected_as(OTHER, path) as stranger:
+            assert stranger.recv(1) == b""
+    hand_over(site, source, destination)
+    assert site.ping().lost == 0
+
+
+def test_users_who_list_each_other_hand_over_and_others_do_not(site: Site) -> None:
+    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), user=0)
+    site.attach()
+    site.folder.chmod(0o777)
+    stranger = site.destination("--socket-mode", "0666", user=OTHER)
+    source.execute("migrate", uri=site.address)
+    # It lets nobody in but root and its own user, so the channel ends before it says anything.
+    assert source.wait_migration()["status"] == "failed"
+    assert stranger.is_alive
+    listed = site.destination("--socket-mode", "0666", "--allow-user", str(USER), user=OTHER)
+    hand_over(site, source, listed)
+    assert site.ping().lost == 0
+
+
+def test_a_source_hands_over_to_no_listener_of_a_user_it_does_not_list(site: Site) -> None:
+    source = site.source(*site.objects())
+    site.attach()
+    site.folder.chmod(0o777)
+    destination = site.destination("--socket-mode", "0666", user=OTHER)
+    source.execute("migrate", uri=site.address)
+    info = source.wait_migration()
+    assert info["status"] == "failed"
+    assert f"has user id {OTHER}, here only 0 may: --allow-user lists others" in info["error-desc"]
+    assert destination.is_alive
+    assert site.ping().lost == 0
+
+
+def test_a_daemon_of_a_user_says_what_it_cannot_open(site: Site) -> None:
+    with site.namespace.entered():
+        done = localmig(USER, "run", *site.objects())
+    assert done.returncode == 1
+    assert "Operation not permitted; run with CAP_NET_ADMIN, or have it made beforehand" in done.stderr
+    assert list(site.folder.iterdir()) == []
+
+
+def test_a_user_whom_nobody_can_become_is_refused(site: Site) -> None:
+    done = localmig(OTHER, "run", "--runas", f"{USER}:{USER}", *site.objects())
+    assert done.returncode == 1
+    assert f"this process has user id {OTHER} and cannot become {USER}: start it as root" in done.stderr
+
+
+def test_all_threads_of_a_daemon_are_in_the_sandbox_which_the_operator_can_see(site: Site) -> None:
+    source = site.source(*site.objects())
+    site.attach()
+    threads = status(source)
+    assert len(threads) > 1
+    for thread in threads:
+        assert (thread["NoNewPrivs"].strip(), thread["Seccomp"].strip()) == ("1", "2")
+        assert capabilities(thread) & ~KEPT == 0
+    assert source.execute("query-security")["sandbox"] == {"option": "on", "enabled": True, "spawn": False}
+    destination = site.destination()
+    assert source.execute("query-security") | {"sandbox": None} == destination.execute("query-security") | {
+        "sandbox": None
+    }
+    assert destination.execute("query-security")["sandbox"]["spawn"]
+    hand_over(site, source, destination)
+    # Which scripts came with the TAP was not known before; its own end of the migration it tells a moment later.
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert not destination.execute("query-security")["sandbox"]["spawn"]
+    assert {thread["Seccomp"].strip() for thread in status(destination)} == {"2"}
+
+
+def test_a_downscript_is_run_in_the_sandbox_by_whoever_serves_last(site: Site) -> None:
+    script, told = site.folder / "down", site.folder / "told"
+    script.write_text(f"#!/bin/sh\ngrep -E 'NoNewPrivs|Seccomp:' /proc/self/status > {told}; ip link set $1 down\n")
+    script.chmod(0o755)
+    source = site.source(*site.objects(netdev=f",downscript={script}"))
+    destination = site.destination()
+    hand_over(site, source, destination)
+    assert destination.execute("query-security")["sandbox"] == {"option": "on", "enabled": True, "spawn": True}
+    assert destination.quit() == 0
+    assert told.read_text().split() == ["NoNewPrivs:", "1", "Seccomp:", "2"]
+
+
+def test_a_sandbox_that_is_off_leaves_everything(site: Site) -> None:
+    (thread, *_) = status(site.source(*site.objects(), "--sandbox", "off"))
+    assert (thread["NoNewPrivs"].strip(), thread["Seccomp"].strip()) == ("0", "0")
+    assert capabilities(thread) == capabilities(status_of("self"))
+
+
+def capabilities(thread: dict[str, str]) -> int:
+    return int(thread["CapEff"], 16)
