@@ -429,7 +429,8 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _logger.critical("internal error in the %s migration", task.get_name(), exc_info=task.exception())
-            if task.get_name() == "incoming":
+            # Who has the guest keeps it: whatever this is, nobody else can serve it.
+            if task.get_name() == "incoming" and not (self._incoming is not None and self._incoming.is_sole_owner):
                 self._fail_incoming(f"internal error: {task.exception()!r}")
 
     def _close_parts(self) -> None:

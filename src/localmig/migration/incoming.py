@@ -115,6 +115,11 @@ class Incoming:
         return self._progress.has_ended
 
     @property
+    def is_sole_owner(self) -> bool:
+        """Whether nobody else can serve the guest any more."""
+        return self._is_sole_owner
+
+    @property
     def source_was_running(self) -> bool:
         """Whether the guest's rings ran in the source."""
         return self._hello is not None and self._hello.running
@@ -151,16 +156,18 @@ class Incoming:
                 # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
                 _logger.exception("internal error after the takeover")
                 self._progress.note = f"internal error after the takeover: {error!r}"
-                self._tell_serving()
+                try:
+                    self._tell_serving()
+                except Exception:
+                    _logger.exception("internal error while this daemon was told that it serves")
                 # A source that still waits for DONE would end this process for its silence.
                 channel.close()
                 await self._settle()
         finally:
-            channel.close()
-            for held in (self._peer, self._revocation):
+            self._progress.end()
+            for held in (self._peer, self._revocation, channel):
                 if held is not None:
                     held.close()
-            self._progress.end()
         return self.state
 
     async def _take_over(self, channel: Channel) -> None:
@@ -314,8 +321,8 @@ class Incoming:
 
     def _tell_serving(self) -> None:
         if not self._has_told_serving:
-            self._has_told_serving = True
             self._on_serving()
+            self._has_told_serving = True
 
     async def _settle(self) -> None:
         """The source lets go of the rest. Too late for a no: this process owns the guest, and what is here works."""
