@@ -6,12 +6,13 @@ import pytest
 
 from localmig.errors import ConfigError
 from localmig.migration.channel import FrameKind
-from localmig.testing.faults import Action, Fault, Place, main
+from localmig.testing.faults import Action, Fault, Place, Point, main
 
 
 def test_a_fault_is_read_as_it_is_written() -> None:
     fault = Fault.parse("after-receive:SETUP_ACK=stop")
-    assert fault == Fault(place=Place.AFTER_RECEIVE, kind=FrameKind.SETUP_ACK, action=Action.STOP)
+    point = Point(place=Place.AFTER_RECEIVE, subject="SETUP_ACK")
+    assert fault == Fault(point=point, action=Action.STOP)
     assert Fault.parse(str(fault)) == fault
 
 
@@ -41,7 +42,7 @@ def test_misuse_is_answered_with_the_usage_and_starts_nothing(
     assert ended.value.code == 2
     out, said = capsys.readouterr()
     assert out == ""
-    assert said.startswith("usage: python -m localmig.testing.faults PLACE:KIND=ACTION -- ")
+    assert said.startswith("usage: python -m localmig.testing.faults PLACE:SUBJECT=ACTION|@FILE [--journal FOLDER] -- ")
     assert ("'oops' is none of" in said) is ("oops" in argv)
 
 

@@ -46,7 +46,8 @@ class DaemonProcess:
     Args:
         arguments: what follows `localmig run`; the trace is added.
         qmp: the path of its QMP socket, where it is to have one.
-        fault: what shall happen to it, see faults.py.
+        fault: what shall happen to it, see faults.py; or the file that will say so when a handover begins.
+        journal: the folder for the points that it passes, where they are to be written down.
         log: where its stderr goes; None: to ours.
         inherited: descriptors of ours it shall have too, under the same numbers.
         launcher: a command that does something first and then becomes the one that follows it.
@@ -57,7 +58,8 @@ class DaemonProcess:
         arguments: Sequence[str],
         *,
         qmp: Path | None = None,
-        fault: Fault | None = None,
+        fault: Fault | Path | None = None,
+        journal: Path | None = None,
         log: Path | None = None,
         inherited: Sequence[int] = (),
         launcher: Sequence[str] = (),
@@ -67,7 +69,11 @@ class DaemonProcess:
         self._changed = threading.Condition()
         self._trace_ended = False
         self._migration_began = 0
-        command = ["-m", "localmig.cli"] if fault is None else ["-m", "localmig.testing.faults", str(fault), "--"]
+        command = ["-m", "localmig.cli"]
+        if fault is not None:
+            written = ["--journal", str(journal)] if journal is not None else []
+            named = f"@{fault}" if isinstance(fault, Path) else str(fault)
+            command = ["-m", "localmig.testing.faults", named, *written, "--"]
         if qmp is not None:
             arguments = [*arguments, "--qmp", f"unix:{qmp}"]
         trace_reader, trace_writer = (OwnedFd(fd) for fd in os.pipe())

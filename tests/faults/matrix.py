@@ -1,0 +1,228 @@
+"""The kill matrix's machine: one NIC, one guest, a chain of daemons: each cell leaves the next one its survivor.
+
+Owns:        the daemons and their journal, the guest's frames, the account of what the survivor holds.
+Never sees:  which outcome is right.
+Read next:   test_kill_matrix.py, which has the points and judges.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from localmig.errors import PeerError
+from localmig.testing.daemon import DaemonProcess
+from localmig.testing.faults import Entry, Fault, read_journal
+from localmig.testing.frames import FrameStream
+from localmig.testing.frontend import NetGuest
+from localmig.testing.namespace import NetworkNamespace
+
+FLOW_SECONDS_MAX: Final = 20.0
+"""For traffic to go on: milliseconds, and a machine under load gets much more."""
+
+CENSUS_TRIES_MAX: Final = 50
+"""A daemon closes a conversation's socket some turns of its event loop after its client has left."""
+
+
+class Daemon:
+    """A daemon of the chain, and the file that names its fault."""
+
+    def __init__(self, process: DaemonProcess, fault: Path, address: str) -> None:
+        self.process = process
+        self.fault = fault
+        self.address = address
+
+    def arm(self, fault: Fault | None) -> None:
+        """What shall happen to it in the next handover."""
+        self.fault.write_text(str(fault or ""))
+
+    @property
+    def owns(self) -> bool:
+        """Whether it says that it serves the guest."""
+        if not self.process.is_alive:
+            return False
+        try:
+            return bool(self.process.execute("query-status")["running"])
+        except (PeerError, OSError, EOFError):
+            return False
+
+
+class Chain:
+    """Daemons that hand one NIC on, in a namespace of their own.
+
+    Attributes:
+        serving: who serves.
+        guest: the frontend.
+        frames: what flows.
+    """
+
+    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001) -> None:
+        self.folder = folder
+        self._options = options
+        self._interval_s = interval_s
+        self._ends = ExitStack()
+        self._count = 0
+        self._processes: list[DaemonProcess] = []
+        self._workers = ThreadPoolExecutor(1)
+        self._ends.callback(self._workers.shutdown)
+        self.namespace = self._ends.enter_context(NetworkNamespace.create())
+        with self.namespace.entered():
+            ipv6 = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+            if ipv6.exists():
+                ipv6.write_text("1")  # a new interface speaks IPv6 by itself; here every frame is ours
+        self._life = ExitStack()
+        self._ends.callback(self._end_life)
+        self._next: Future[Daemon] | None = None
+        self._begin_life()
+
+    # -- a life: from a fresh daemon until nobody has the guest any more --
+
+    def _begin_life(self) -> None:
+        self.serving = self._start(
+            *("--netdev", f"tap,id=net0,ifname=tap0{self._netdev}"),
+            *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.folder}/n{self._options}"),
+        )
+        near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._life.callback(near.close)
+        self._life.callback(tap.close)
+        tap.setblocking(False)
+        self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()]))
+        self.guest.attach()
+        self._near = near
+        self._stream()
+        assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
+        self.prepare()
+
+    @property
+    def _netdev(self) -> str:
+        return ""
+
+    def _stream(self) -> None:
+        with self.namespace.entered():
+            self.frames = FrameStream("tap0", self._near, interval_s=self._interval_s).start()
+        self._life.callback(self.frames.stop)
+
+    def renew(self) -> None:
+        """The guest was lost with its daemons: a fresh daemon, to which the same frontend reconnects."""
+        self.serving.process.kill()
+        self.frames.stop()
+        self.serving = self._start(
+            *("--netdev", f"tap,id=net0,ifname=tap0{self._netdev}"),
+            *("--device", f"virtio-net,id=nic0,netdev=net0,socket={self.folder}/n{self._options}"),
+        )
+        self.guest.reconnect()
+        self._stream()
+        assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX), "the frontend reconnected and is not served"
+
+    def begin_again(self) -> None:
+        """Something went wrong: nothing of it may reach the next cell."""
+        self._end_life()
+        self._life = ExitStack()
+        self._begin_life()
+
+    def _end_life(self) -> None:
+        if self._next is not None:
+            self._next.result()
+            self._next = None
+        for process in self._processes:
+            process.kill()
+        self._processes.clear()
+        self._life.close()
+
+    def prepare(self) -> None:
+        """Begins to start the next destination, in the background."""
+        if self._next is None:
+            self._next = self._workers.submit(self._start_destination)
+
+    def destination(self) -> Daemon:
+        """A daemon that waits for a source at its `address`."""
+        self.prepare()
+        assert self._next is not None
+        daemon, self._next = self._next.result(), None
+        return daemon
+
+    def _start_destination(self) -> Daemon:
+        address = f"unix:{self.folder}/m{self._count}"
+        return self._start("--incoming", address, address=address)
+
+    def _start(self, *arguments: str, address: str = "") -> Daemon:
+        self._count += 1
+        fault = self.folder / f"f{self._count}"
+        with self.namespace.entered():
+            process = DaemonProcess(
+                [*arguments, "--migration-parameter", "local=on"],
+                qmp=self.folder / f"q{self._count}",
+                fault=fault,
+                journal=self.folder,
+                log=self.folder / f"log{self._count}",
+            )
+        self._processes = [each for each in self._processes if each.is_alive]
+        self._processes.append(process)
+        return Daemon(process, fault, address)
+
+    # -- what there is to see --
+
+    def journal(self, since: int = 0) -> list[Entry]:
+        """What the daemons wrote, without the first `since` lines."""
+        return read_journal(self.folder)[since:]
+
+    def has_tap(self) -> bool:
+        """Whether the TAP is there."""
+        with self.namespace.entered():
+            return "tap0" in [name for _, name in socket.if_nameindex()]
+
+    def log_of(self, daemon: Daemon) -> str:
+        """What a daemon logged."""
+        number = daemon.fault.name.removeprefix("f")
+        return (self.folder / f"log{number}").read_text()
+
+    def close(self) -> None:
+        """Ends everything."""
+        self._ends.close()
+
+
+def census(daemon: Daemon) -> Counter[str]:
+    """What a daemon holds: its descriptors by kind, its threads by name."""
+    process = Path(f"/proc/{daemon.process.pid}")
+    held: Counter[str] = Counter()
+    for link in (process / "fd").iterdir():
+        try:
+            held[re.sub(r":?\[?\d+\]?$", "", str(link.readlink()))] += 1
+        except FileNotFoundError:
+            continue
+    for task in (process / "task").iterdir():
+        held[f"thread {(task / 'comm').read_text().strip()}"] += 1
+    return Counter({kind.removesuffix(" (deleted)"): count for kind, count in held.items()})
+
+
+def census_like(daemon: Daemon, expected: Counter[str]) -> Counter[str]:
+    """What it holds once that is `expected`, or at the last of some looks."""
+    held = census(daemon)
+    for _ in range(CENSUS_TRIES_MAX):
+        if held == expected:
+            break
+        daemon.process.execute("query-status")  # a turn of its loop, at which it may close something
+        held = census(daemon)
+    return held
+
+
+def end_of(daemon: Daemon, seconds: float = 20.0) -> int:
+    """Waits for its end."""
+    return daemon.process.wait(seconds=seconds)
+
+
+def wait_stopped(daemon: Daemon, seconds: float = 20.0) -> None:
+    """Waits until SIGSTOP has stopped it, or it is dead. TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the daemon {daemon.process.pid} neither stopped nor ended")
+        signal.sigtimedwait([signal.SIGCHLD], 0.005)
