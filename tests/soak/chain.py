@@ -127,7 +127,7 @@ class Soak:
         footprints = []
         self._impostors += 1
         path = self._folder / f"i{self._impostors}"
-        with Impostor(path) as impostor:
+        with Impostor(path, self._incubator) as impostor:
             for failures in range(1, count + 1):
                 failure = FAILURES[failures % len(FAILURES)]
                 self.monitor.migrate(f"unix:{path}")

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
@@ -96,8 +97,17 @@ class Incubator:
         """A daemon, `localmig run` with these arguments, that starts now."""
         return _Forked(arguments, self)
 
+    def listen(self, sock: socket.socket) -> int:
+        """The process id of a process that does nothing but listen on a bound socket, which is lent."""
+        return self.ask("listen", [sock.fileno()])
+
+    def end(self, pid: int) -> None:
+        """Kills a process that `listen` gave, and waits until it is gone."""
+        os.kill(pid, signal.SIGKILL)
+        self.ask(pid)
+
     def ask(self, request: object, fds: Sequence[int] = ()) -> int:
-        """Sends arguments of a daemon, for its process id, or a process id, for its exit status."""
+        """Sends arguments of a daemon or "listen", for a process id; or a process id, for its exit status."""
         socket.send_fds(self._socket, [json.dumps(request).encode()], list(fds))
         return int(self._socket.recv(_REQUEST_BYTES_MAX))
 
@@ -144,24 +154,37 @@ def _serve(control: socket.socket) -> None:
             children.discard(asked)
             control.send(str(os.waitstatus_to_exitcode(status)).encode())
             continue
-        (ready,) = fds
+        (fd,) = fds
         pid = os.fork()
         if pid == 0:
-            control.close()
             status = 1
             try:
-                status = main(["run", *asked, "--ready-fd", str(ready)])
+                if asked == "listen":
+                    _listen(fd, control)
+                control.close()
+                status = main(["run", *asked, "--ready-fd", str(fd)])
             except BaseException:  # noqa: BLE001 - this process must not go on as the incubator
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)
-        os.close(ready)
+        os.close(fd)
         children.add(pid)
-        control.send(str(pid).encode())
+        if asked != "listen":  # which answers itself, once it does
+            control.send(str(pid).encode())
     for pid in children:
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _listen(fd: int, control: socket.socket) -> NoReturn:
+    """Listens until it is killed."""
+    with socket.socket(fileno=fd) as sock:
+        sock.listen(1)
+        control.send(str(os.getpid()).encode())
+        control.close()
+        while True:
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Self
+
+from tests.soak.incubator import Incubator
 
 from localmig.fds import OwnedFd, receive, send
 from localmig.migration.channel import FrameBuffer, FrameKind
@@ -71,14 +72,15 @@ _ANSWERS: Final = {FrameKind.SETUP: FrameKind.SETUP_ACK, FrameKind.SWITCHOVER: F
 
 
 class Impostor:
-    """Listens where a destination would. A context manager."""
+    """Is called where a destination would be. A context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, incubator: Incubator) -> None:
+        self._incubator = incubator
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(PATIENCE_S)
         self._listener.bind(str(path))
-        self._listener.listen(1)
-        self._process = _process()
+        # The kernel tells a source who listens, and the source believes in no other process.
+        self._process = incubator.listen(self._listener)
 
     def fail(self, failure: Failure, cancel: Callable[[], object]) -> None:
         """Takes a source's call and fails it. `cancel` is what the operator does."""
@@ -97,8 +99,8 @@ class Impostor:
                         cancel()
                         assert _hear(connection, buffer) is FrameKind.CANCEL
                     case How.DIES:
-                        self._end_process()
-                        self._process = _process()
+                        self._incubator.end(self._process)
+                        self._process = self._incubator.listen(self._listener)
         finally:
             buffer.close()
 
@@ -107,28 +109,17 @@ class Impostor:
 
     def __exit__(self, *exc: object) -> None:
         self._listener.close()
-        self._end_process()
+        self._incubator.end(self._process)
 
     def _speak(self, connection: socket.socket, buffer: FrameBuffer, last: FrameKind) -> None:
         """Answers as a destination does, up to the frame that it does not answer any more."""
         while (kind := _hear(connection, buffer)) is not last:
             if kind is FrameKind.HELLO:
                 data = Hello(version=program_version(), local=True, running=True).encode() + b" "
-                with OwnedFd(os.pidfd_open(self._process.pid)) as pidfd:
+                with OwnedFd(os.pidfd_open(self._process)) as pidfd:
                     _say(connection, FrameKind.HELLO, data[:-1], rest=b" ", fd=pidfd)
             elif kind in _ANSWERS:
                 _say(connection, _ANSWERS[kind])
-
-    def _end_process(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-
-def _process() -> subprocess.Popen[bytes]:
-    """What lives and dies in a destination's place."""
-    return subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 
 
 def _hear(connection: socket.socket, buffer: FrameBuffer) -> FrameKind:

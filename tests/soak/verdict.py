@@ -24,7 +24,7 @@ DRIFT_BYTES_MAX: Final = 128 * 1024
 does differently in time, can add up. Medians differ by a few pages; a hundred bytes kept from each of a thousand
 predecessors would be as much as this."""
 
-WARM_UP: Final = 1000
+WARM_UP: Final = 3000
 """Failed handovers until one process has its size: Python's collector looks at old objects ever more rarely, and an
 allocator keeps the most that it ever had."""
 
