@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from localmig import dataplane
+from localmig.access import nameless_user_id
 from localmig.errors import ConfigError, KernelError
 from localmig.options import RunAsSpec, SandboxSpec
 
@@ -34,6 +35,9 @@ CAPABILITIES_KEPT: Final = (
     "CAP_KILL",  # to fence a destination of another user
 )
 """What the sandbox leaves to a daemon that has it: root's. One that runs as another user has none of them as a rule."""
+
+_CAP_SYS_NICE: Final = "CAP_SYS_NICE"
+"""Kept as well where a limit cannot take its place: without CAP_SYS_RESOURCE, as in many a container."""
 
 _REALTIME_PRIORITY: Final = 1
 """The one that a thread takes while a guest waits for it (migration/downtime.py)."""
@@ -70,6 +74,11 @@ class RunAs:
             found = cls(name=spec.user, user_id=entry.pw_uid, group_id=entry.pw_gid, group_ids=tuple(groups))
         if found.user_id == 0:
             raise ConfigError(f"--runas {spec.user}: this is root; name another user, or leave --runas out")
+        if found.user_id == nameless_user_id():
+            raise ConfigError(
+                f"--runas {spec.user}: {found.user_id} stands for every user of a container without a number here, and "
+                "all of them would pass for this daemon's; name a user of its own"
+            )
         if os.geteuid() not in (0, found.user_id):
             raise ConfigError(
                 f"--runas {spec.user}: this process has user id {os.geteuid()} and cannot become {found.user_id}: "
@@ -195,8 +204,8 @@ class Sandbox:
         if not self._spec.enabled:
             return
         try:
-            _allow_realtime_priority()
-            dataplane.keep_capabilities(CAPABILITIES_KEPT)
+            may_be_urgent = _allow_realtime_priority()
+            dataplane.keep_capabilities((*CAPABILITIES_KEPT, *(() if may_be_urgent else (_CAP_SYS_NICE,))))
             dataplane.forbid_unneeded()
         except OSError as error:
             self._fail(error)
@@ -222,8 +231,8 @@ class Sandbox:
         _logger.warning("--sandbox %s: %s", self._spec, reason)
 
 
-def _allow_realtime_priority() -> None:
-    """As a limit, which lasts when the capability goes. Where it cannot be had, handovers do without."""
+def _allow_realtime_priority() -> bool:
+    """Allows it by a limit, which lasts when the capability goes; whether that could be done."""
     wanted = [
         limit if limit == resource.RLIM_INFINITY else max(limit, _REALTIME_PRIORITY)
         for limit in resource.getrlimit(resource.RLIMIT_RTPRIO)
@@ -231,4 +240,6 @@ def _allow_realtime_priority() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_RTPRIO, (wanted[0], wanted[1]))
     except (ValueError, OSError) as error:
-        _logger.debug("no real-time priority: %s", error)
+        _logger.debug("the limit of real-time priorities stays: %s", error)
+        return False
+    return True

@@ -26,8 +26,9 @@ OTHER = 4243
 """Users without an entry anywhere, which the kernel does not mind."""
 
 CAP_SYS_RESOURCE = 1 << 24
-KEPT = 1 << 12 | 1 << 5 | 1 << 3 | 1 << 1 | 1 << 0
-"""NET_ADMIN, KILL, FOWNER, DAC_OVERRIDE, CHOWN (linux/capability.h)."""
+KEPT = 1 << 23 | 1 << 12 | 1 << 5 | 1 << 3 | 1 << 1 | 1 << 0
+"""SYS_NICE, where the limit of real-time priorities cannot be raised; NET_ADMIN, KILL, FOWNER, DAC_OVERRIDE and CHOWN
+(linux/capability.h)."""
 
 PATIENCE_S = 60
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 
 import pytest
 
 from localmig.errors import ConfigError, PeerError
-from localmig.monitor.protocol import Event, Session, greeting, version_info
+from localmig.fds import OwnedFd
+from localmig.monitor.protocol import HELD_DESCRIPTOR_COUNT_MAX, Event, Session, greeting, version_info
 from localmig.monitor.schema import Boolean, Command, Member, Struct
 from localmig.monitor.wire import VALUE_BYTES_MAX
 
@@ -124,3 +126,12 @@ def test_the_greeting_tells_the_version_in_qemus_shape() -> None:
     assert version_info("1.2.3") == version
     assert json.loads(greeting("1.2.3")) == {"QMP": {"version": version, "capabilities": []}}
     assert greeting("1.2.3").endswith(b"\r\n")
+
+
+def test_no_more_descriptors_are_held_than_some_commands_could_take() -> None:
+    client = session()
+    many = [OwnedFd(os.open("/dev/null", os.O_RDONLY)) for _ in range(HELD_DESCRIPTOR_COUNT_MAX + 5)]
+    assert list(client.receive(b" ", many)) == []
+    assert [fd.is_open for fd in many] == [True] * HELD_DESCRIPTOR_COUNT_MAX + [False] * 5
+    client.close()
+    assert not any(fd.is_open for fd in many)

@@ -175,7 +175,7 @@ def test_a_kernel_without_filters_is_told_of_and_costs_nothing(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("localmig.dataplane.keep_capabilities", refuse)
-    monkeypatch.setattr("localmig.confinement._allow_realtime_priority", lambda: None)
+    monkeypatch.setattr("localmig.confinement._allow_realtime_priority", lambda: True)
     sandbox = Sandbox(SandboxSpec())
     sandbox.close()
     sandbox.forbid_programs()
@@ -191,6 +191,7 @@ def test_a_kernel_without_filters_is_told_of_and_costs_nothing(
         (RunAsSpec(user="nobody-at-all"), "there is no such user on this machine; UID:GID needs no entry"),
         (RunAsSpec(user="root"), "this is root; name another user"),
         (RunAsSpec(user="0", group_id=7), "this is root; name another user"),
+        (RunAsSpec(user="65534", group_id=7), "65534 stands for every user of a container"),
     ],
 )
 def test_a_user_who_cannot_be_is_refused(spec: RunAsSpec, error: str) -> None:

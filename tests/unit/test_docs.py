@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ import pytest
 from tests.unit.diagrams import drawn
 
 from localmig.migration import incoming, outgoing, transport
+from localmig.migration.channel import FrameKind
 from localmig.migration.handover import (
     DESTINATION,
     DESTINATION_SERVES,
@@ -26,6 +28,7 @@ from localmig.migration.handover import (
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))
+SECURITY: Final = (ROOT / "docs/security.md").read_text()
 HANDOVER: Final = (ROOT / "docs/handover.md").read_text()
 
 
@@ -107,6 +110,34 @@ def test_the_waits_of_the_handover_page_are_those_of_the_code() -> None:
         if name.isupper() and name.endswith("_S") and not (module == "incoming" and hasattr(outgoing, name))
     }
     assert {wait: duration for wait, duration, _ in rows(HANDOVER, "| wait |")} == waits
+
+
+def test_each_promise_of_the_security_page_names_tests_that_there_are() -> None:
+    promises = list(rows(SECURITY, "| who | cannot |"))
+    assert promises
+    for *_, shown in promises:
+        for part in shown.split("; "):
+            file, *names = re.findall(r"`(.+?)`", part)
+            source = (ROOT / file).read_text()
+            assert names, part
+            assert [name for name in names if f"def {name}(" not in source] == [], file
+
+
+def bound(where: str) -> str:
+    """A number of the code as the page writes it, by what its first cell says of it."""
+    place, *names = re.findall(r"`(.+?)`", where)
+    if names:  # of Rust
+        found = re.search(rf"const {names[0]}: \w+ = ([0-9_]+);", (ROOT / place).read_text())
+        assert found is not None, where
+        return f"{int(found[1]):,}"
+    module, name, kind = re.fullmatch(r"([a-z_.]+)\.([A-Z_]+)(?:\[([A-Z]+)\])?", place).groups()  # type: ignore[union-attr]
+    value = getattr(import_module(f"localmig.{module}"), name)
+    return f"{value[FrameKind[kind]] if kind else value:,}".removesuffix(".0")
+
+
+def test_the_bounds_of_the_security_page_are_those_of_the_code() -> None:
+    told = {where: number for where, number, _ in rows(SECURITY, "| bound | is |")}
+    assert told == {where: bound(where) for where in told}
 
 
 def test_the_changelog_begins_with_the_present_version() -> None:

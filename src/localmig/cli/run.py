@@ -1,8 +1,8 @@
 """`localmig run`: one daemon, from its command line to its end.
 
-Owns:        the process: logs, signals, the trace file, the order of starting and ending.
+Owns:        the process: signals, the trace file, the order of starting and ending.
 Never sees:  devices, migrations, QMP's text.
-Read next:   daemon/ and monitor/server.py, which it puts together.
+Read next:   daemon/ and monitor/server.py, which it puts together; log.py for what it logs to.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 from localmig.access import Access, nameless_user_id, user_id
+from localmig.cli.log import set_up_log
 from localmig.confinement import Privileges, RunAs, Sandbox
 from localmig.daemon import Daemon
 from localmig.errors import ConfigError, KernelError
@@ -158,7 +159,7 @@ def execute(arguments: argparse.Namespace) -> int:
             if (help_text := help_for(kind, text)) is not None:
                 print(help_text)
                 return 0
-    _set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
+    set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
     _raise_descriptor_limit()
     with contextlib.ExitStack() as resources:
         tracer = Tracer()
@@ -376,15 +377,6 @@ class Readiness:
     def __exit__(self, *exc: object) -> None:
         if self._fd is not None:
             self._fd.close()
-
-
-def _set_up_log(path: str | None, level: int) -> None:
-    try:
-        handler = logging.FileHandler(path) if path else logging.StreamHandler()
-    except OSError as error:
-        raise _kernel_error(f"--log {path}", error) from error
-    logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _log.setLevel(level)
 
 
 def _raise_descriptor_limit() -> None:

@@ -24,6 +24,9 @@ NEGOTIATE: Final = "qmp_capabilities"
 NEGOTIATION: Final = Struct((Member(name="enable", attribute="enable", type=Array(String()), required=False),))
 """Its arguments."""
 
+HELD_DESCRIPTOR_COUNT_MAX: Final = 16
+"""Of one client's, until a command takes them: one message may bring 253, and the daemon's are for guests."""
+
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
@@ -86,12 +89,14 @@ class Session:
         Args:
             data: what the client sent.
             fds: descriptors that came with it; this session owns them. A command that wants one takes the oldest. As in
-                QEMU, what nobody took goes when others come.
+                QEMU, what nobody took goes when others come; those beyond HELD_DESCRIPTOR_COUNT_MAX go at once.
 
         Raises:
             PeerError: the client sent what cannot be read on from: close the connection.
         """
         self._fds += fds
+        close_all(self._fds[HELD_DESCRIPTOR_COUNT_MAX:])
+        del self._fds[HELD_DESCRIPTOR_COUNT_MAX:]
         self._decoder.feed(data)
         for value in self._decoder.values():
             yield encode(self._answer(value))
