@@ -100,21 +100,24 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int]:
 
 
 def peer_process(connection: socket.socket) -> OwnedFd | None:
-    """A pidfd of the process that `peer_credentials` is about, None where the kernel does not give it away.
+    """A pidfd of the process that `peer_credentials` is about, None where only a kernel from 6.5 on would give one.
 
-    That is a process that is gone, or one of another PID namespace on kernels before 6.5.
+    That is for a process of a PID namespace that ours does not see.
+
+    Raises:
+        PeerError: there is none, because the process is gone: whoever speaks in its place has its socket and no name.
     """
     try:
-        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _DESCRIPTOR.size)
-        return OwnedFd(_DESCRIPTOR.unpack(data)[0])
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            return None
-    pid, _ = peer_credentials(connection)
-    try:
+        try:
+            data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _DESCRIPTOR.size)
+            return OwnedFd(_DESCRIPTOR.unpack(data)[0])
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+        pid, _ = peer_credentials(connection)
         return OwnedFd(os.pidfd_open(pid)) if pid > 0 else None
-    except OSError:
-        return None
+    except OSError as error:
+        raise PeerError(f"the process at the other end of the socket cannot be seen: {error.strerror}") from error
 
 
 def pid_of(pidfd: int) -> int | None:

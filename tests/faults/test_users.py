@@ -100,8 +100,9 @@ def test_a_tap_that_root_opened_goes_from_user_to_user_and_through_an_upgrade(si
     pinger = site.pinger()
     second = site.destination(user=USER)
     hand_over(site, first, second)
-    third = site.destination(user=USER)
+    third = site.destination("--runas", f"{USER}:{USER}", user=0)
     hand_over(site, second, third)
+    assert {thread["Uid"] for thread in status(third)} == {"\t".join(["", *[str(USER)] * 4])}
     assert third.qmp is not None
     done = localmig(USER, "upgrade", str(third.qmp))
     assert done.returncode == 0, done.stderr

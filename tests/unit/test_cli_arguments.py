@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from localmig.cli.qmp import read_arguments
 from localmig.cli.run import read_parameters, resolve_access
 from localmig.cli.status import show_migration
 from localmig.cli.text import table
+from localmig.cli.upgrade import options_of
 from localmig.errors import ConfigError
 from localmig.migration.parameters import Parameters
 from localmig.options import CONFIG_BYTES_MAX, AccessSpec
@@ -40,6 +42,20 @@ def _log_as_before() -> Iterator[None]:
 )
 def test_migration_parameters_are_written_under_qmps_names(words: list[str], parameters: Parameters) -> None:
     assert read_parameters(words, Parameters()) == parameters
+
+
+def test_a_successor_gets_the_sandbox_and_the_users_of_its_daemon_and_no_default() -> None:
+    security: dict[str, Any] = {"socket-mode": "0600", "allowed-users": [], "sandbox": {"option": "on"}}
+    assert options_of(security) == []
+    security = {
+        "socket-mode": "0660",
+        "socket-group": "kvm",
+        "allowed-users": [1, 2],
+        "sandbox": {"option": "on,spawn=deny"},
+    }
+    assert " ".join(options_of(security)) == (
+        "--socket-mode 0660 --sandbox on,spawn=deny --allow-user 1,2 --socket-group kvm"
+    )
 
 
 def test_users_are_looked_up_and_the_one_that_stands_for_all_the_nameless_is_refused() -> None:

@@ -57,6 +57,41 @@ def test_what_is_no_pidfd_of_another_process_is_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("option", [77, 9999], ids=["SO_PEERPIDFD", "before Linux 6.5"])
+def test_whoever_speaks_in_the_place_of_a_process_that_is_gone_is_not_believed(
+    option: int, children: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localmig.access._SO_PEERPIDFD", option)
+    code = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b' '], [s.fileno()])"
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")
+        listening.listen()
+        name = listening.getsockname()
+        code = code.replace("sys.argv[1]", repr(name))
+        subprocess.run([sys.executable, "-c", code, "-", str(theirs.fileno())], pass_fds=[theirs.fileno()], check=True)
+        _, (kept,), _, _ = socket.recv_fds(ours, 1, 1)
+        # The one that connected ended; its socket lives on here. Newer kernels still know which process it was.
+        with (
+            listening.accept()[0] as accepted,
+            socket.socket(fileno=kept),
+            pytest.raises(PeerError, match="at the other end of the socket"),
+        ):
+            believe(accepted, children[1])
+
+
+def believe(accepted: socket.socket, pid: int) -> None:
+    """Takes the pidfd of a process as one that came from the other end."""
+    with ExitStack() as ends:
+        known = peer_process(accepted)
+        assert known is not None
+        ends.enter_context(known)
+        ends.enter_context(closing(Peer.from_descriptor(pidfd_of(pid), known=known)))
+
+
+@pytest.mark.parametrize("option", [77, 9999], ids=["SO_PEERPIDFD", "before Linux 6.5"])
 def test_the_kernel_tells_which_process_is_at_the_other_end(option: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmig.access._SO_PEERPIDFD", option)
     left, right = socket.socketpair()

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from localmig.access import PRIVATE_MODE
 from localmig.cli.client import Client, connect
 from localmig.cli.handover import (
     SERVING,
@@ -51,6 +52,7 @@ from localmig.cli.text import seconds
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
+from localmig.options import SandboxSpec
 from localmig.unix_socket import INCOMING_SUFFIX, check_path, is_listening
 
 _EXAMPLES: Final = """\
@@ -273,8 +275,15 @@ class Successor:
 
 
 def options_of(security: Mapping[str, Any]) -> list[str]:
-    """The options of `run` that give a daemon the sandbox, and let in those, of the one that answered `security`."""
-    options = ["--socket-mode", security["socket-mode"], "--sandbox", security["sandbox"]["option"]]
+    """The options of `run` that give a daemon the sandbox, and let in those, of the one that answered `security`.
+
+    What stands at its default is left out: there a file of the new daemon's may say otherwise.
+    """
+    options = []
+    if (mode := security["socket-mode"]) != f"{PRIVATE_MODE:04o}":
+        options += ["--socket-mode", mode]
+    if (sandbox := security["sandbox"]["option"]) != str(SandboxSpec()):
+        options += ["--sandbox", sandbox]
     if users := security["allowed-users"]:
         options += ["--allow-user", ",".join(map(str, users))]
     if "socket-group" in security:

@@ -100,11 +100,9 @@ async def connect(address: Address, given: OwnedFd | None = None, *, access: Acc
     if isinstance(address, TcpAddress):
         return Channel(sock)
     try:
-        (access or Access()).check(sock)
+        return _checked(sock, access or Access())
     except PeerError as error:
-        sock.close()
         raise PeerError(f"'{address}' is not answered by whom it should be: {error}") from error
-    return Channel(sock, process=peer_process(sock))
 
 
 class Listener:
@@ -160,12 +158,9 @@ class Listener:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return Channel(sock)
             try:
-                self._access.check(sock)
+                return _checked(sock, self._access)
             except PeerError as error:
-                sock.close()
                 _logger.warning("turned away at '%s': %s", self._address, error)
-            else:
-                return Channel(sock, process=peer_process(sock))
 
     def close(self) -> None:
         """Stops listening. Idempotent."""
@@ -174,6 +169,16 @@ class Listener:
         if self._unix is not None:
             self._unix.close()
         close_all((self._given,))
+
+
+def _checked(sock: socket.socket, access: Access) -> Channel:
+    """The channel over a UNIX socket. PeerError where another user's process is at its other end; it is closed then."""
+    try:
+        access.check(sock)
+        return Channel(sock, process=peer_process(sock))
+    except PeerError:
+        sock.close()
+        raise
 
 
 def _borrow(address: FdAddress, given: OwnedFd | None) -> socket.socket:
