@@ -410,3 +410,20 @@ def test_a_device_with_local_migration_off_keeps_its_descriptors_home(site: Site
     guest.wait_for("reconnected", 20)
     site.address_tap()
     assert site.ping().received > 0
+
+
+def test_who_took_over_hands_over_again_only_once_its_source_has_let_go(site: Site) -> None:
+    """Else its end would bring a source back that is in doubt, beside the third daemon."""
+    source, destination = site.source(fault="after-send:COMMIT=stop"), site.destination()
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    # The source stands still between COMMIT and its answer, and is waited for no longer.
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    third = site.destination()
+    with pytest.raises(PeerError, match="the daemon that had the guest before has not let go of it"):
+        destination.execute("migrate", uri=site.address)
+    assert site.ping().lost == 0
+    source.send_signal(signal.SIGCONT)
+    assert source.wait_migration()["status"] == "completed"
+    assert hand_over(site, destination, third)["status"] == "completed"
+    assert_undisturbed(site)

@@ -2,7 +2,8 @@
 
 A fault waits at the n-th point a side passes, for n = 1, 2, 3 … until a run has no n-th point. A point is the
 beginning or the end of a call of a part, or of a frame's sending or receiving. After each run exactly one side serves,
-whole, and no descriptor is lost; on the way there were never two.
+whole, and no descriptor is lost; on the way there were never two. And no side took a step that handover_model.py has
+not: what is found there by walking everything holds for these two as well.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,15 +25,26 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.protocol.handover_model import ALL_RULES, Input, explore
 
 from localmig.device_api import Part
-from localmig.errors import KernelError, PeerError
+from localmig.errors import KernelError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration import incoming as incoming_module
 from localmig.migration import outgoing as outgoing_module
 from localmig.migration.analysis import analyze
 from localmig.migration.channel import Channel, Frame, FrameKind
-from localmig.migration.handover import DestinationState, SourceState
+from localmig.migration.handover import (
+    DESTINATION,
+    SOURCE,
+    DestinationEvent,
+    DestinationState,
+    Machine,
+    SourceEvent,
+    SourceState,
+    destination_machine,
+    source_machine,
+)
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
@@ -205,6 +218,8 @@ class Side:
         self.sock: socket.socket | None = None
         self.task: asyncio.Task[None] | None = None
         self.passed: list[str] = []
+        self.input: str = Input.HERE
+        """What it has heard since its last step."""
         self.error: BaseException | None = None
         self.statuses: list[str] = []
         self.tracer = Tracer()
@@ -266,7 +281,8 @@ class WatchedChannel(Channel):
 
     async def send(self, kind: FrameKind, *arguments: Any, **options: Any) -> None:
         self._side.pass_by(f"before send {kind.name}", in_part=False)
-        await super().send(kind, *arguments, **options)
+        with self._noting_troubles():
+            await super().send(kind, *arguments, **options)
         self._side.pass_by(f"after send {kind.name}", in_part=False)
 
     def try_send(self, kind: FrameKind, data: bytes = b"") -> bool:
@@ -278,13 +294,57 @@ class WatchedChannel(Channel):
     async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:
         self._side.pass_by("before receive", in_part=False)
         # The two share a thread: whoever waits must let the other one run.
-        frame = await super().receive(timeout_s=timeout_s)
+        with self._noting_troubles():
+            frame = await super().receive(timeout_s=timeout_s)
+        self._side.input = frame.kind.name
         try:
             self._side.pass_by(f"after receive {frame.kind.name}", in_part=False)
         except BaseException:
             frame.close()
             raise
         return frame
+
+    @contextmanager
+    def _noting_troubles(self) -> Iterator[None]:
+        try:
+            yield
+        except PeerLostError:
+            self._side.input = Input.END
+            raise
+        except TimeoutError:
+            self._side.input = Input.TIME
+            raise
+
+
+class WatchedMachine(Machine[Any, Any]):
+    """A side's state, whose every step must be one of the model's."""
+
+    def __init__(self, machine: Machine[Any, Any], table: Mapping[tuple[Any, Any], Any], side: Side) -> None:
+        super().__init__(machine.state, table)
+        self._side = side
+
+    def fire(self, event: Any) -> Any:
+        before, heard = self.state, self._side.input
+        after = super().fire(event)
+        self._side.input = Input.HERE
+        if before in (SourceState.FENCING, SourceState.IN_DOUBT):
+            heard = Input.DEATH if event is SourceEvent.PEER_DIED else Input.TIME
+        elif event in OWN_STEPS:
+            heard = Input.HERE
+        elif event is SourceEvent.CANCEL:
+            heard = Input.OPERATOR
+        step = (self._side.name, before, heard, event)
+        # The model has the two connected in one step. A process that is dead steps no more, here it unwinds.
+        if self._side.lives and event is not DestinationEvent.CONNECTED and step not in MODEL:
+            self._side.world.not_in_model.append(" ".join(map(str, step)))
+        return after
+
+
+OWN_STEPS: Final = (SourceEvent.START, SourceEvent.CONNECTED, SourceEvent.CONTINUED, SourceEvent.COMMIT_SENT)
+
+MODEL: Final = frozenset[tuple[str, StrEnum | None, str, StrEnum]]().union(
+    *(explore(rules).fired for rules in ALL_RULES)
+)
 
 
 Fault = Callable[[Side, str], What | None]
@@ -310,12 +370,16 @@ class World:
         self.running = running
         self.fired: dict[Fault, str] = {}
         self.two_owners: list[str] = []
+        self.not_in_model: list[str] = []
         self.announced: list[str] = []
         self.stuck = False
         self.wrong: str | None = None
         self.source, self.destination = Side(self, "source"), Side(self, "destination")
         self.states: dict[str, StrEnum] = {}
         self.outgoing: Outgoing | None = None
+        self.incoming: Incoming | None = None
+        self.source_may_return: list[bool] = []
+        """As the destination sees it: once its own part ended, and in the end."""
 
     def act(self, side: Side, point: str, *, in_part: bool) -> None:
         """The faults that wait here happen, each once."""
@@ -324,6 +388,8 @@ class World:
             if what is None or (what in (What.FAILS, What.BLAMES) and not in_part):
                 continue
             self.fired[fault] = f"{side.name} {what} {point}"
+            if what in (What.FAILS, What.BLAMES, What.HAS_A_BUG):
+                side.input = Input.HERE
             match what:
                 case What.FAILS:
                     raise KernelError(self.fired[fault], errno=errno.EIO)
@@ -399,7 +465,7 @@ class World:
         def build(hello: Hello) -> list[FakePart]:
             return [FakePart(self.destination, name) for name in ("a", "b")]
 
-        incoming = Incoming(
+        self.incoming = incoming = Incoming(
             parameters=lambda: Parameters(local=True),
             build=build,
             on_serving=lambda: self.announced.append("destination"),
@@ -408,6 +474,7 @@ class World:
         try:
             state = await incoming.run(WatchedChannel(sock, self.destination))
             self.states["destination"] = state
+            self.source_may_return.append(incoming.source_may_return)
             if state is DestinationState.FAILED:
                 self.destination.die()
         except DiedError:
@@ -426,8 +493,8 @@ class World:
     def judge(self) -> str | None:
         """What is wrong in the end, None if nothing is."""
         assert self.outgoing is not None
-        if self.two_owners:
-            return "; ".join(self.two_owners)
+        if self.two_owners or self.not_in_model:
+            return "; ".join([*self.two_owners, *self.not_in_model])
         if self.stuck:
             return "stuck"
         if self.source.lives and not self.outgoing.has_ended:
@@ -464,12 +531,16 @@ def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True, record: str = "") -> World:
     before = set(Path("/proc/self/fd").iterdir())
     world = World(*faults, running=running, record=record)
-    kill, tell = Peer.kill, Revocation.tell
+    kill, tell, let_go = Peer.kill, Revocation.tell, Revocation.let_go
 
     def tell_alive(revocation: Revocation) -> None:
         # A process that is killed says nothing; here it unwinds.
         if world.source.lives:
             tell(revocation)
+
+    def let_go_alive(revocation: Revocation) -> None:
+        if world.source.lives:
+            let_go(revocation)
 
     def kill_destination(peer: Peer) -> bool:
         taken = kill(peer)
@@ -481,10 +552,18 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = T
         stack.callback(world.close)
         for module, side in ((outgoing_module, world.source), (incoming_module, world.destination)):
             patch.setattr(module, "own_pidfd", lambda pid=side.child.pid: OwnedFd(os.pidfd_open(pid)))
+        machines = {"source": WatchedMachine(source_machine(), SOURCE, world.source)}
+        machines["destination"] = WatchedMachine(destination_machine(), DESTINATION, world.destination)
+        patch.setattr(outgoing_module, "source_machine", lambda: machines["source"])
+        patch.setattr(incoming_module, "destination_machine", lambda: machines["destination"])
         patch.setattr(Peer, "kill", kill_destination)
         patch.setattr(Revocation, "tell", tell_alive)
+        patch.setattr(Revocation, "let_go", let_go_alive)
         asyncio.run(world.run())
         world.wrong = world.judge()
+        if world.incoming is not None:
+            world.source_may_return.append(world.incoming.source_may_return)
+            world.incoming.close()  # as its daemon does when it ends
     if lost := set(Path("/proc/self/fd").iterdir()) - before:
         world.wrong = f"{world.wrong or 'fine'}, but {len(lost)} descriptors are lost"
     if world.outgoing is not None and world.outgoing._peer is not None:
@@ -530,6 +609,22 @@ def test_parts_that_stood_still_stand_still_afterwards(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_whatever_happens_once_one_side_serves(monkeypatch: pytest.MonkeyPatch, side: str, what: What) -> None:
     assert wrong_runs(monkeypatch, side, what) == []
+
+
+def test_a_destination_knows_whether_its_source_may_still_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = hand_over(monkeypatch, at("destination", "before send DONE", What.CHANNEL_BREAKS))
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    # Where DONE is lost the source is in doubt, and the destination has ended its own part long before it is no more.
+    assert world.source_may_return == [True, False]
+    assert hand_over(monkeypatch).source_may_return == [False, False]
+
+
+def test_a_step_that_the_model_has_not_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = ("destination", DestinationState.READY, "COMMIT", DestinationEvent.COMMIT_RECEIVED)
+    assert step in MODEL
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", MODEL - {step})
+    assert hand_over(monkeypatch).wrong == "destination ready COMMIT commit-received"
 
 
 # -- a fault on the way back ----------------------------------------------------------------------------------

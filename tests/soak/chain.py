@@ -40,6 +40,11 @@ RECORD_EVERY: Final = 100
 """Handovers of which one is recorded, for its size."""
 
 
+DOWNTIME_LIMIT_MS: Final = 10_000
+"""A soak is about what is left behind. On a machine that has much else to do one of thousands of handovers would take
+longer than the usual 300 ms, and be taken back."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """What one daemon took once it served alone, and what its arrival cost.
@@ -150,7 +155,8 @@ class Soak:
     # -- small things -------------------------------------------------------------------------------------------
 
     def _common(self, number: int) -> list[str]:
-        return [*LOCAL, "--qmp", f"unix:{self._qmp(number)}", "--log", str(self._folder / "log")]
+        patient = ("--migration-parameter", f"downtime-limit={DOWNTIME_LIMIT_MS}")
+        return [*LOCAL, *patient, "--qmp", f"unix:{self._qmp(number)}", "--log", str(self._folder / "log")]
 
     def _qmp(self, number: int) -> Path:
         return self._folder / f"q{number}"

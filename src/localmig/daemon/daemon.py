@@ -158,6 +158,8 @@ class Daemon:
             await asyncio.wait(self._tasks)
         if self._listener is not None:
             self._listener.close()
+        if self._incoming is not None:
+            self._incoming.close()
         self._close_parts()
         self.descriptors.close_all()
         return self._incoming_failed
@@ -245,10 +247,15 @@ class Daemon:
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise StateError(f"nothing to migrate in run state '{self._run_state}'")
+        if self._incoming is not None and self._incoming.source_may_return:
+            raise StateError(
+                "the daemon that had the guest before has not let go of it, and would take it back if this one ended: "
+                "wait until its migration has completed, or end it"
+            )
         given = self.descriptors.lent_for(address)
         transport.check_local(address, given, local=self.parameters.local)
         self.descriptors.give_away(given)
-        self._incoming = None
+        self._forget_incoming()
         self._outgoing = Outgoing(
             connect=lambda: transport.connect(address, given, access=self.access),
             parameters=self.parameters,
@@ -408,6 +415,11 @@ class Daemon:
 
     def _announcing(self) -> list[Announces]:
         return [part for part in self._parts if isinstance(part, Announces)]
+
+    def _forget_incoming(self) -> None:
+        if self._incoming is not None:
+            self._incoming.close()
+            self._incoming = None
 
     def _is_migrating(self) -> bool:
         return self._outgoing is not None and not self._outgoing.has_ended

@@ -120,6 +120,17 @@ class Incoming:
         return self._is_sole_owner
 
     @property
+    def source_may_return(self) -> bool:
+        """Whether the source would take the guest back if this process, which has it, died: it lives and is in doubt.
+
+        So long this daemon may hand over to nobody: its end would make two owners.
+        """
+        if self._peer is None or self._revocation is None or self.state is not DestinationState.COMPLETED:
+            return False
+        # Whether it let go is looked at last: it may say so and end in between.
+        return not self._peer.is_dead and not self._revocation.has_let_go
+
+    @property
     def source_was_running(self) -> bool:
         """Whether the guest's rings ran in the source."""
         return self._hello is not None and self._hello.running
@@ -165,10 +176,17 @@ class Incoming:
                 await self._settle()
         finally:
             self._progress.end()
-            for held in (self._peer, self._revocation, channel):
-                if held is not None:
-                    held.close()
+            channel.close()
+            if not self.source_may_return:
+                self.close()
         return self.state
+
+    def close(self) -> None:
+        """Forgets the source, which `source_may_return` asked about until now. Idempotent."""
+        for held in (self._peer, self._revocation):
+            if held is not None:
+                held.close()
+        self._peer = self._revocation = None
 
     async def _take_over(self, channel: Channel) -> None:
         with self._progress.phase("hello"):

@@ -329,6 +329,8 @@ class Outgoing:
                 case SourceState.FENCING:
                     event = await self._fence()
                 case SourceState.IN_DOUBT if self._peer is not None:
+                    # Nothing is said or heard any more: a destination that never got COMMIT ends at once then.
+                    self._close_channel()
                     event = await self._await_death(self._peer)
                 case _:
                     # Nothing is shared without a pidfd: the frontend is free to go to whoever answers it.
@@ -348,6 +350,9 @@ class Outgoing:
             problems = for_all(self._parts, lambda part: part.release())
             if problems:
                 self._progress.note = "; ".join(["something is still held here, end this daemon", *problems])
+            if self._revocation is not None:
+                # Before the channel ends, for then the destination may hand over in its turn.
+                self._revocation.let_go()
 
     async def _record(self) -> None:
         """Writes the stream to a file where the operator wants that. The guest is served, whatever comes of it."""

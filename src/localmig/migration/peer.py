@@ -11,7 +11,7 @@ import asyncio
 import os
 import select
 import signal
-from typing import Self
+from typing import Final, Self
 
 from localmig.access import is_same_process, pid_of
 from localmig.errors import PeerError
@@ -89,11 +89,18 @@ class Peer:
         self._pidfd.close()
 
 
+_TAKEN_BACK: Final = 1
+_LET_GO: Final = 2
+"""What a revocation counts to. A source says one of the two, once."""
+
+
 class Revocation:
-    """By which a source says that it took its offer back: to a destination that does not read, or cannot be reached.
+    """By which a source says what it decided: to a destination that does not read, or cannot be reached.
 
     An eventfd, which both sides hold. What is said by it is there also when the source is dead and the channel ended in
-    the middle of a frame, so a destination looks here before it takes over from a dead source.
+    the middle of a frame. Before COMMIT it says that the offer was taken back: a destination looks here before it takes
+    over from a dead source. Past COMMIT it says that the source let go for good: before that, the destination's death
+    would bring it back, so the destination hands over to nobody else.
     """
 
     def __init__(self, fd: OwnedFd) -> None:
@@ -119,11 +126,24 @@ class Revocation:
     @property
     def is_told(self) -> bool:
         """Whether the source took its offer back."""
-        return _is_readable(self._fd)
+        return self._count() == _TAKEN_BACK
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether the source will never serve again, whatever becomes of the destination."""
+        return self._count() == _LET_GO
 
     def tell(self) -> None:
         """Takes the offer back. It cannot fail: an eventfd is not full after one writing."""
-        os.eventfd_write(self._fd.fileno(), 1)
+        os.eventfd_write(self._fd.fileno(), _TAKEN_BACK)
+
+    def let_go(self) -> None:
+        """Says that this process will never serve again. As `tell`."""
+        os.eventfd_write(self._fd.fileno(), _LET_GO)
+
+    def _count(self) -> int:
+        """What was said. Reading the eventfd would take it away from who looks later."""
+        return next((int(count, 16) for count in _fdinfo(self._fd, "eventfd-count:")), 0)
 
     def fileno(self) -> int:
         """The descriptor, lent."""
