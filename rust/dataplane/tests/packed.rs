@@ -212,6 +212,19 @@ fn what_was_not_made_available_in_this_lap_is_not_there() {
     }
 }
 
+#[test]
+fn a_chain_goes_on_into_none_that_is_taken_whatever_its_guest_made_of_that() {
+    let mut bench = Bench::new(ALL);
+    bench.queue.offer(BUFFERS, 64, 0, 0);
+    assert!(bench.take().unwrap().is_some());
+    let position = bench.position();
+    (1..SIZE).for_each(|id| bench.queue.offer(BUFFERS, 64, id, NEXT));
+    // Available for the next lap, although the device has it still.
+    bench.queue.descriptor(0, BUFFERS, 64, 0, USED);
+    assert_eq!(bench.take().unwrap_err(), RingError::ChainLength { limit: SIZE.into() });
+    assert_eq!(bench.position(), position);
+}
+
 /// What a guest wrote, and the error it must lead to.
 type Hostile = (&'static str, fn(&mut PackedQueue), RingError);
 
