@@ -555,6 +555,10 @@ class Backend:
             raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
         areas = address.descriptor_area, address.driver_area, address.device_area
         _check_vring_addresses(address.index, areas, is_packed=self.state.is_packed)
+        if vring.started and not all(areas):
+            # 0 is what none was told; no successor would believe in a started ring without them.
+            told = ", ".join(f"{area:#x}" for area in areas)
+            raise PeerError(f"SET_VRING_ADDR for vring {address.index}, which is started, has addresses {told}")
         vring.descriptor_area = address.descriptor_area
         vring.driver_area = address.driver_area
         vring.device_area = address.device_area
