@@ -43,7 +43,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz soak docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test check bench shortage fuzz soak docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -69,6 +69,9 @@ check: setup ## formats, lints, types, import contracts
 
 bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+shortage: setup ## let each system call of a handover fail with each error: the tests have a selection, all of it takes most of an hour
+	LOCALMIG_EVERY_CALL=1 $(IN_NAMESPACES) $(BIN)/python -m pytest --timeout=1800 tests/faults/test_shortage.py $(PYTEST_ARGS)
 
 fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS for each target
 	@for target in $(FUZZ_TARGETS); do \

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from localmig.errors import ConfigError, PeerError
+from localmig.errors import ConfigError, KernelError, PeerError, is_shortage
 from localmig.fds import OwnedFd
 
 PRIVATE_MODE: Final = 0o600
@@ -106,6 +106,7 @@ def peer_process(connection: socket.socket) -> OwnedFd | None:
 
     Raises:
         PeerError: there is none, because the process is gone: whoever speaks in its place has its socket and no name.
+        KernelError: this process has no room for it.
     """
     try:
         try:
@@ -117,16 +118,32 @@ def peer_process(connection: socket.socket) -> OwnedFd | None:
         pid, _ = peer_credentials(connection)
         return OwnedFd(os.pidfd_open(pid)) if pid > 0 else None
     except OSError as error:
-        raise PeerError(f"the process at the other end of the socket cannot be seen: {error.strerror}") from error
+        text = f"the process at the other end of the socket cannot be seen: {error.strerror}"
+        if is_shortage(error):
+            raise KernelError(text, errno=error.errno or errno.EMFILE) from error
+        raise PeerError(text) from error
 
 
 def pid_of(pidfd: int) -> int | None:
-    """The number of the process behind a borrowed pidfd: 0 where ours has none for it; None where it is no pidfd."""
+    """The number of the process behind a borrowed pidfd: 0 where ours has none for it; None where it is no pidfd.
+
+    Raises OSError where this process has no descriptor or memory to look.
+    """
+    return next(map(int, fdinfo(pidfd, "Pid:")), None)
+
+
+def fdinfo(fd: int, name: str) -> list[str]:
+    """What the kernel tells of a borrowed descriptor under `name`, nothing for one of another kind.
+
+    Raises OSError where this process has no descriptor or memory to look.
+    """
     try:
-        lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), None)
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        return []
+    return [line.split()[1] for line in lines if line.startswith(name)]
 
 
 def is_same_process(pidfd: int, other: int) -> bool:

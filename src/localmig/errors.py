@@ -13,6 +13,11 @@ where two disagree. Facts a caller may act on are attributes; nobody parses a te
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from typing import Final
+
 
 class LocalmigError(Exception):
     """Base of every error localmig raises on purpose."""
@@ -44,3 +49,37 @@ class KernelError(LocalmigError):
     def __init__(self, text: str, *, errno: int) -> None:
         super().__init__(text)
         self.errno = errno
+
+
+_MEMORY_ADVICE: Final = "free memory of the machine, or raise the limit of the control group of process {pid}"
+
+_ADVICE: Final = {
+    errno.EMFILE: "raise RLIMIT_NOFILE of process {pid}, which is {descriptors} now",
+    errno.ENFILE: "raise sysctl fs.file-max, or close files elsewhere on the machine",
+    errno.ENOBUFS: _MEMORY_ADVICE,
+    errno.ENOMEM: _MEMORY_ADVICE,
+    errno.ENOSPC: "raise sysctl fs.epoll.max_user_watches; or, where a file was written, free space on its disk",
+    errno.ETOOMANYREFS: "the other side does not take descriptors in flight, of which process {pid} may have "
+    "{descriptors}: raise its RLIMIT_NOFILE",
+}
+"""What to do where something ran out, wherever it did."""
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether something ran out, of which nothing else can be concluded."""
+    return error.errno in _ADVICE
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says to people; with what to do, where something ran out."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError | KernelError) else None
+    if isinstance(error, MemoryError):
+        text, number = "out of memory", errno.ENOMEM
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: '{error.filename}'"
+    if number not in _ADVICE:
+        return text
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = _ADVICE[number].format(pid=os.getpid(), descriptors=descriptors)
+    return text if advice in text else f"{text}; {advice}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import errno
 import os
-import resource
 import socket
 import warnings
 from collections.abc import Iterable, Sequence
@@ -128,10 +127,5 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
     if flags & socket.MSG_CTRUNC:
         close_all(fds)
         # As for who expects none: what is sent has room in `_ANCILLARY_SIZE`, so it was this process that had none.
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        raise KernelError(
-            f"descriptors were lost on the way: process {os.getpid()} has no room for them, it may have {limit} open; "
-            "raise its RLIMIT_NOFILE",
-            errno=errno.EMFILE,
-        )
+        raise KernelError("descriptors were lost on the way: this process has no room for them", errno=errno.EMFILE)
     return data, fds

@@ -1,8 +1,7 @@
 """Runs a program as another user: `python as_user.py UID COMMAND…`, as root; UID 0 stays root.
 
 Where the interpreter or this tree is in a folder that others may not enter (a home of root's), the program gets a view
-of its own in which they may: a mount namespace, of which nothing is left when it ends. Nothing is ever removed here:
-what is mounted is the tree itself.
+of its own in which they may: a mount namespace, of which nothing is left when it ends.
 """
 
 from __future__ import annotations
@@ -10,19 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-
-# linux/sched.h, linux/mount.h
 CLONE_NEWNS: Final = 0x00020000
-MS_BIND: Final = 0x1000
-MS_REC: Final = 0x4000
-MS_PRIVATE: Final = 1 << 18
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 def closed_folder(path: Path) -> Path | None:
@@ -33,12 +27,8 @@ def closed_folder(path: Path) -> Path | None:
     return None
 
 
-def mount(
-    source: Path | None, target: Path, flags: int, *, kind: str | None = None, options: str | None = None
-) -> None:
-    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
-    if _libc.mount(*texts, ctypes.c_ulong(flags), None if options is None else options.encode()) != 0:
-        raise OSError(ctypes.get_errno(), f"cannot mount at {target}")
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
 def open_the_way() -> None:
@@ -46,30 +36,23 @@ def open_the_way() -> None:
     needed = [path for path in {Path(sys.base_prefix).resolve(), ROOT} if closed_folder(path)]
     if not needed:
         return
-    if _libc.unshare(CLONE_NEWNS) != 0:
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
-    mount(None, Path("/"), MS_REC | MS_PRIVATE)
-    # Held by descriptors, for their paths lead nowhere once the folders around them are covered.
-    held = [(path, os.open(path, os.O_PATH | os.O_DIRECTORY)) for path in needed]
-    entries = [(path, fd, sorted(path.iterdir())) for path, fd in held]
-    links = {entry: entry.readlink() for _, _, found in entries for entry in found if entry.is_symlink()}
-    folders = {entry for _, _, found in entries for entry in found if entry.is_dir()}
-    for folder in {closed_folder(path) for path in needed}:
-        assert folder is not None
-        mount(None, folder, 0, kind="tmpfs", options="mode=755")
-    # One by one: the folder that they are in may be the closed one.
-    for path, fd, found in entries:
-        path.mkdir(parents=True, exist_ok=True)
-        for entry in found:
-            if entry in links:
-                entry.symlink_to(links[entry])
-                continue
-            if entry in folders:
-                entry.mkdir()
-            else:
-                entry.touch()
-            mount(Path(f"/proc/self/fd/{fd}/{entry.name}"), entry, MS_BIND)
-        os.close(fd)
+    mount("--make-rprivate", "/")
+    with tempfile.TemporaryDirectory() as aside:
+        places = []
+        for number, path in enumerate(needed):
+            place = Path(aside, str(number))
+            place.mkdir()
+            mount("--bind", path, place)
+            places.append((place, path))
+        for folder in {closed_folder(path) for path in needed}:
+            assert folder is not None
+            mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", folder)
+        for place, path in places:
+            path.mkdir(parents=True)
+            mount("--bind", place, path)
+            subprocess.run(["umount", str(place)], check=True)
 
 
 def become(user: int) -> None:

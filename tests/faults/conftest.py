@@ -15,6 +15,7 @@ from localmig.testing.daemon import DaemonProcess
 from localmig.testing.faults import Fault
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
+from localmig.testing.shortage import Shortage
 from localmig.testing.traffic import Pinger, PingReport
 
 HOST = "10.9.0.1"
@@ -63,8 +64,12 @@ class Site:
         fault: str | None = None,
         inherited: Sequence[int] = (),
         user: int | None = None,
+        shortage: Shortage | None = None,
     ) -> DaemonProcess:
-        """A daemon with a QMP socket of its own, as `user` where one is given."""
+        """A daemon with a QMP socket of its own, as `user` where one is given, and short of what is told."""
+        launcher = as_user(user) if user is not None else ()
+        if shortage is not None:
+            launcher, inherited = (*launcher, *shortage.launcher), (*inherited, *shortage.inherited)
         self._count += 1
         name = f"d{self._count}"
         with self.namespace.entered():
@@ -74,7 +79,7 @@ class Site:
                 fault=Fault.parse(fault) if fault else None,
                 log=self.folder / f"{name}.log",
                 inherited=inherited,
-                launcher=as_user(user) if user is not None else (),
+                launcher=launcher,
             )
         self._logs[daemon.pid] = self.folder / f"{name}.log"
         return self._ends.enter_context(daemon)

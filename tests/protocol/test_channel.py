@@ -333,9 +333,7 @@ def test_descriptors_the_process_has_no_room_for_are_named_as_its_own_lack() -> 
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-        with pytest.raises(
-            KernelError, match=r"descriptors were lost on the way: .* may have \d+ open; raise its RLIMIT_NOFILE"
-        ):
+        with pytest.raises(KernelError, match="descriptors were lost on the way: this process has no room"):
             asyncio.run(receive())
 
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
 use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -63,7 +63,9 @@ fn pair(positions: Positions) -> (Option<u16>, Option<u16>) {
 impl QueuePair {
     #[new]
     fn new(name: &str, event_fd: RawFd) -> PyResult<Self> {
-        Ok(Self { inner: dataplane::queue_pair::QueuePair::new(name, event_fd)? })
+        dataplane::queue_pair::QueuePair::new(name, event_fd)
+            .map(|inner| Self { inner })
+            .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))
     }
 
     #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, event_index, indirect, mergeable, rx, tx,

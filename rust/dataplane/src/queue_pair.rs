@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::bell;
 pub use crate::counters::Counters;
@@ -34,6 +35,9 @@ const RING_ERRORS_MAX: usize = 16;
 /// Packets that `start` moves in each direction before it returns: enough for what waited during a handover of a NIC
 /// that is not flooded, and some tens of microseconds for one that is.
 const START_PACKETS: usize = 16;
+
+/// Where poll(2) has no memory to wait with: a guest hardly notices, and a processor does not spin.
+const NO_MEMORY_PAUSE: Duration = Duration::from_millis(1);
 
 /// Bits of `Shared::failed`.
 const RX_FAILED: u8 = 1;
@@ -228,7 +232,7 @@ impl QueuePair {
             shared.resumed.notify_one();
         } else {
             // It never noticed the last stop and sleeps on what mattered then.
-            sys::signal(shared.wake_fd.as_raw_fd());
+            sys::wake(shared.wake_fd.as_raw_fd());
         }
     }
 
@@ -323,7 +327,7 @@ impl QueuePair {
         let mut state = lock(&shared.state);
         if !state.parked && !state.closing {
             // A sleeper keeps what it sleeps on alive in the kernel, a TAP for one.
-            sys::signal(shared.wake_fd.as_raw_fd());
+            sys::wake(shared.wake_fd.as_raw_fd());
             let parked = shared.parked.wait_while(state, |state| !state.parked && !state.closing);
             state = parked.unwrap_or_else(std::sync::PoisonError::into_inner);
         }
@@ -395,8 +399,10 @@ impl Shared {
             if sleep {
                 *wake = libc::pollfd { fd: self.wake_fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
                 drop(state);
-                // Without memory to sleep with, the next scan comes at once; it has nothing else to lose.
-                let _ = sys::poll(&mut fds);
+                if sys::poll(&mut fds).is_err() {
+                    // Without memory to be woken, it looks by itself, and leaves the processor to whoever frees some.
+                    std::thread::sleep(NO_MEMORY_PAUSE);
+                }
                 state = self.park(lock(&self.state));
                 self.after_sleep(&mut state, starts, &fds);
             } else {

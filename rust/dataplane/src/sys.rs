@@ -17,6 +17,12 @@ pub fn signal(fd: RawFd) {
     if ready != 1 || target.revents & libc::POLLOUT == 0 {
         return;
     }
+    wake(fd);
+}
+
+/// As `signal`, for an eventfd that nobody else can have made blocking: nothing needs to be asked first, so nothing can
+/// come in between.
+pub fn wake(fd: RawFd) {
     let one = 1u64;
     // SAFETY: `one` lives across the call and is 8 bytes long, as an eventfd wants.
     unsafe { libc::write(fd, (&raw const one).cast(), 8) };

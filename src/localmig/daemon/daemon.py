@@ -12,6 +12,7 @@ import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from enum import StrEnum
+from typing import Final
 
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
@@ -23,7 +24,7 @@ from localmig.errors import ConfigError, LocalmigError, StateError
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
-from localmig.migration.hello import Hello
+from localmig.migration.hello import Hello, program_version
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Announcement, Capabilities, Parameters
@@ -34,6 +35,9 @@ from localmig.options.address import Address, Defer, IncomingSpec
 from localmig.trace import RunStateChanged, Tracer
 
 _logger = logging.getLogger(__name__)
+
+THAW_RETRY_S: Final = 1.0
+"""How soon memory is asked for again: frontends wait meanwhile, and there may be none for minutes."""
 
 
 class RunState(StrEnum):
@@ -75,6 +79,7 @@ class Daemon:
         self._privileges = privileges or Privileges(run_as=None, sandbox=Sandbox(SandboxSpec(enabled=False)))
         self.access = access or Access()
         self.tracer = tracer or Tracer()
+        program_version()  # while it is this one's
         self.parameters = Parameters()
         self.capabilities = Capabilities()
         self.descriptors = NamedDescriptors()
@@ -363,6 +368,7 @@ class Daemon:
         else:
             reasons = [text for text in (info.error_desc, info.note) if text]
             _logger.warning("handover %s, this daemon serves on%s", info.status, ": ".join(["", *reasons]))
+        self._spawn("thaw", self._thaw_late(outgoing))
 
     async def _accept(self, listener: transport.Listener, incoming: Incoming) -> None:
         try:
@@ -373,12 +379,24 @@ class Daemon:
         finally:
             listener.close()
         state = await incoming.run(channel)
+        self._spawn("thaw", self._thaw_late(incoming))
         if state is DestinationState.COMPLETED:
             _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
             self._give_up_programs()
         else:
             self._fail_incoming(incoming.info().error_desc)
+
+    async def _thaw_late(self, handover: Outgoing | Incoming) -> None:
+        """Serves control sockets that could not be at once, as soon as there is what they need."""
+        while handover.unthawed:
+            await asyncio.sleep(THAW_RETRY_S)
+            if handover not in (self._outgoing, self._incoming):
+                return  # another one began, which freezes and thaws
+            parts, handover.unthawed = handover.unthawed, []
+            for_all(parts, lambda part: part.thaw(), short=handover.unthawed)
+            if not handover.unthawed:
+                _logger.info("control sockets are served again")
 
     def _fail_incoming(self, reason: str | None) -> None:
         """The guest stays where it is. This process ends: its end is how a source in doubt knows."""

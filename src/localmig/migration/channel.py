@@ -12,6 +12,7 @@ descriptor can be told from another by anything but its place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import select
@@ -47,19 +48,14 @@ machine, as the whole answer takes to come."""
 _GONE: Final = (errno.EPIPE, errno.ECONNRESET)
 """What the kernel says where the other side closed its end; any other error leaves it there."""
 
-_SHORT: Final = {
-    errno.ETOOMANYREFS: "the other side does not take the descriptors in flight; raise RLIMIT_NOFILE of this process",
-    errno.ENOBUFS: "free memory of this machine, or of this process's control group",
-    errno.ENOMEM: "free memory of this machine, or of this process's control group",
-}
-"""What runs out and comes back: descriptors in flight count against the sender until they are received, memory is
-freed by others. And what to do where it does not."""
+_SHORT: Final = (errno.ENOBUFS, errno.ENOMEM)
+"""Memory runs out and comes back: others free it."""
 
 SHORTAGE_SECONDS_MAX: Final = 1.0
-"""How long a receiver bears such an error: whatever passes passes in milliseconds, and a guest may be waiting."""
+"""How long that is borne: what passes at all passes in milliseconds, and a guest may be waiting."""
 
 _SHORTAGE_RETRY_S: Final = 0.001
-"""The kernel tells nobody when it passes."""
+"""The kernel tells nobody when there is memory again, or when the other side took descriptors."""
 
 
 class FrameKind(IntEnum):
@@ -231,6 +227,7 @@ class Channel:
         return not self._is_mid_frame
 
     async def _send_piece(self, piece: memoryview, fds: Sequence[int], deadline: float) -> None:
+        shortage_ends: float | None = None
         while piece:
             try:
                 piece = piece[fds_module.send(self._sock, piece, fds) :]
@@ -240,7 +237,12 @@ class Channel:
                 if error.errno in _GONE:
                     self._is_mid_frame = False  # nobody is left to take it for the middle of one
                     raise PeerLostError(f"the other side is gone: {error.strerror}") from error
-                await _bear(error, deadline, "send to")
+                if error.errno == errno.ETOOMANYREFS:
+                    # Descriptors in flight count against the sender until they are received.
+                    await _bear(error, deadline, "send to")
+                    continue
+                shortage_ends = shortage_ends or min(deadline, time.monotonic() + SHORTAGE_SECONDS_MAX)
+                await _bear(error, shortage_ends, "send to")
 
     async def receive(self, *, timeout_s: float | None, eager: bool = False) -> Frame:
         """The next frame. `timeout_s` None waits as long as the channel lives.
@@ -298,6 +300,11 @@ class Channel:
         """Waits for something to read without the event loop, first awake and then asleep."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
+        # poll(2) may fail for want of memory. Then it is the event loop that waits, which is only slower.
+        with contextlib.suppress(OSError):
+            self._poll(poll, timeout_s)
+
+    def _poll(self, poll: select.poll, timeout_s: float | None) -> None:
         limit_ms = EAGER_WAIT_MS if timeout_s is None else max(0.0, min(EAGER_WAIT_MS, timeout_s * 1000))
         awake_until_ns = time.monotonic_ns() + min(_AWAKE_NS, int(limit_ms * 1e6))
         while time.monotonic_ns() < awake_until_ns:
@@ -333,10 +340,8 @@ class Channel:
 
 async def _bear(error: OSError, deadline: float, what: str) -> None:
     """Waits a little, for what passes by itself until `deadline`. Raises KernelError for all else."""
-    advice = _SHORT.get(error.errno or 0)
-    if advice is None or time.monotonic() >= deadline:
-        reason = f"{error.strerror}; {advice}" if advice else f"{error.strerror}"
-        raise KernelError(f"cannot {what} the other side: {reason}", errno=error.errno or errno.EIO) from error
+    if error.errno not in (*_SHORT, errno.ETOOMANYREFS) or time.monotonic() >= deadline:
+        raise KernelError(f"cannot {what} the other side: {error.strerror}", errno=error.errno or errno.EIO) from error
     await asyncio.sleep(_SHORTAGE_RETRY_S)
 
 

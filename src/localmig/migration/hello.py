@@ -7,6 +7,7 @@ Read next:   daemon/objects.py, which reads the objects' options.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,8 +25,9 @@ REASON_LENGTH_MAX: Final = 4096
 """Characters of a reason that are kept: some lines for people; the rest is noise."""
 
 
+@functools.cache
 def program_version() -> str:
-    """This program's version."""
+    """This program's version. A daemon asks when it starts: its files may be another release's later."""
     return metadata.version("localmig")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from localmig.device_api import Part
-from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, reason_of
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -34,8 +34,8 @@ from localmig.migration.outgoing import (
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
     hello_descriptors,
+    hello_payload,
     on_off,
-    send_hello,
 )
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, Revocation, own_pidfd
@@ -94,6 +94,8 @@ class Incoming:
         self._progress = Progress("destination", tracer)
         self._machine = destination_machine()
         self._parts: Sequence[Part] = ()
+        self.unthawed: list[Part] = []
+        """Parts whose control sockets are not served, for want of memory or descriptors, although rings run."""
         self._peer: Peer | None = None
         self._revocation: Revocation | None = None
         self._stream = IncomingStream(setup={}, switchover={})
@@ -161,7 +163,7 @@ class Incoming:
             if not self._is_sole_owner:
                 # The end of this process gives the guest back, where it had it.
                 self._refuse(channel, error)
-                if not isinstance(error, LocalmigError | OSError):
+                if not isinstance(error, LocalmigError | OSError | MemoryError):
                     raise
             else:
                 # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
@@ -211,7 +213,7 @@ class Incoming:
         try:
             await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
         except (OSError, PeerError, KernelError) as error:
-            self._progress.note = f"the source did not let go: {str(error) or 'no end of the channel'}"
+            self._progress.note = f"the source did not let go: {reason_of(error) or 'no end of the channel'}"
         await self._settle()
 
     async def _switch_over(self, channel: Channel, frame: Frame) -> None:
@@ -276,7 +278,14 @@ class Incoming:
         )
         answer = Hello(version=program_version(), local=local, running=hello.running)
         with own_pidfd() as pidfd:
-            await send_hello(channel, answer, [pidfd.fileno()])
+            data, places = hello_payload(channel, answer, [pidfd.fileno()])
+            try:
+                await channel.send(FrameKind.HELLO, data, places, timeout_s=HELLO_TIMEOUT_S)
+            except PeerLostError:
+                # Whether it died makes no difference: nothing is here yet. Why it left does.
+                frame = await channel.receive(timeout_s=HELLO_TIMEOUT_S)
+                frame.close()
+                raise _unexpected(frame, "nothing") from None
 
     def _adopt_setup(self, frame: Frame) -> None:
         self._progress.descriptors = len(frame.fds)
@@ -332,7 +341,7 @@ class Incoming:
         if self.source_was_running:
             problems += for_all(self._parts, lambda part: part.resume())
         self._progress.serving_ns = time.monotonic_ns()
-        problems += for_all(self._parts, lambda part: part.thaw())
+        problems += for_all(self._parts, lambda part: part.thaw(), short=self.unthawed)
         self._progress.note = "; ".join([self._progress.note, *problems])
         self._tell_serving()
         await self._settle()
@@ -378,7 +387,11 @@ class Incoming:
             case TimeoutError():
                 self._give_up(DestinationEvent.TIMED_OUT, str(error) or "the source does not read")
             case _:
-                reason = str(error) if isinstance(error, LocalmigError | OSError) else f"internal error: {error!r}"
+                reason = f"internal error: {error!r}"
+                if isinstance(error, LocalmigError):
+                    reason = reason_of(error)
+                elif isinstance(error, OSError | MemoryError):
+                    reason = f"the kernel refused while '{self.state}': {reason_of(error)}"
                 self._give_up(DestinationEvent.FAILED_HERE, reason)
                 channel.try_send(FrameKind.REFUSE, encode_reason(reason))
 
@@ -412,12 +425,9 @@ class Incoming:
                     raise _CancelledError("the source took the handover back and is gone since") from error
                 raise _SourceDiedError(f"the source died while '{self.state}'") from error
             raise
-        if frame.kind is FrameKind.CANCEL:
+        if frame.kind is FrameKind.CANCEL or frame.kind is not kind:
             frame.close()
-            raise _CancelledError(f"the source took the handover back: {decode_reason(frame.data)}")
-        if frame.kind is not kind:
-            frame.close()
-            raise PeerError(f"{frame.kind.name} came where {kind.name} was expected")
+            raise _unexpected(frame, kind.name)
         return frame
 
     def _fire(self, event: DestinationEvent) -> None:
@@ -425,3 +435,9 @@ class Incoming:
         status = DESTINATION_STATUS[self._machine.fire(event)]
         if status != before or event is DestinationEvent.CONNECTED:
             self._tracer.emit(MigrationStatusChanged(status=status, reason=self._progress.error))
+
+
+def _unexpected(frame: Frame, expected: str) -> PeerError:
+    if frame.kind is FrameKind.CANCEL:
+        return _CancelledError(f"the source took the handover back: {decode_reason(frame.data)}")
+    return PeerError(f"{frame.kind.name} came where {expected} was expected")

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from localmig.device_api import Part
-from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, reason_of
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -104,6 +104,8 @@ class Outgoing:
         self._stream = OutgoingStream()
         self._frozen: list[Part] = []
         self._stopped: list[Part] = []
+        self.unthawed: list[Part] = []
+        """Parts whose control sockets are not served, for want of memory or descriptors, although rings run."""
         self._pieces: list[bytes | bytearray] = []
         """The stream as far as there is one, in its own order: the description, which travels first, stands last."""
         self._last_heard: str | None = None
@@ -189,8 +191,10 @@ class Outgoing:
             self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost while '{self.state}': {error}")
         except PeerError as error:
             self._abandon(SourceEvent.REFUSED, str(error))
-        except (LocalmigError, OSError) as error:
-            self._abandon(SourceEvent.FAILED_HERE, str(error))
+        except LocalmigError as error:
+            self._abandon(SourceEvent.FAILED_HERE, reason_of(error))
+        except (OSError, MemoryError) as error:
+            self._abandon(SourceEvent.FAILED_HERE, f"the kernel refused while '{self.state}': {reason_of(error)}")
         except BaseException as error:
             self._abandon(SourceEvent.FAILED_HERE, f"internal error: {error!r}")
             raise
@@ -216,7 +220,7 @@ class Outgoing:
             return False
         except KernelError as error:
             # As above.
-            self._abandon(SourceEvent.FAILED_HERE, f"COMMIT was not sent: {error}")
+            self._abandon(SourceEvent.FAILED_HERE, f"COMMIT was not sent: {reason_of(error)}")
             return False
         except Exception:
             # Sent or not? Only the destination's answer, or its death, can tell now.
@@ -262,7 +266,8 @@ class Outgoing:
         )
         self._revocation = Revocation.create()
         with own_pidfd() as pidfd:
-            await send_hello(channel, hello, [pidfd.fileno(), self._revocation.fileno()])
+            data, places = hello_payload(channel, hello, [pidfd.fileno(), self._revocation.fileno()])
+            await self._say(FrameKind.HELLO, data, places, timeout_s=HELLO_TIMEOUT_S)
         answer = await self._expect(FrameKind.HELLO, HELLO_TIMEOUT_S, "answer HELLO")
         try:
             theirs = Hello.decode(answer.data)
@@ -424,7 +429,7 @@ class Outgoing:
             self._revocation.tell()
         if self._channel is not None:
             self._channel.try_send(FrameKind.CANCEL, encode_reason(reason))
-        problems += for_all(reversed(self._frozen), lambda part: part.thaw())
+        problems += for_all(reversed(self._frozen), lambda part: part.thaw(), short=self.unthawed)
         if event is not SourceEvent.CANCEL or problems:
             self._progress.error = "; ".join([reason, *problems])
 
@@ -432,7 +437,7 @@ class Outgoing:
         problems = for_all(self._parts, lambda part: part.recover())
         if self._running:
             problems += for_all(self._parts, lambda part: part.resume())
-        return problems + for_all(self._parts, lambda part: part.thaw())
+        return problems + for_all(self._parts, lambda part: part.thaw(), short=self.unthawed)
 
     def _close_channel(self) -> None:
         """Tells the destination that the source holds nothing any more."""
@@ -497,13 +502,13 @@ class Outgoing:
         return SOURCE_STATUS[self.state]
 
 
-async def send_hello(channel: Channel, hello: Hello, descriptors: Sequence[int]) -> None:
-    """Sends HELLO, lent descriptors at its last bytes where the channel can carry them. Raises as `Channel.send`."""
+def hello_payload(channel: Channel, hello: Hello, descriptors: Sequence[int]) -> tuple[bytes, list[tuple[int, int]]]:
+    """HELLO's payload, with lent descriptors at its last bytes where the channel can carry them."""
     data = hello.encode()
     if not channel.passes_descriptors:
         descriptors = ()
     places = list(enumerate(descriptors, len(data)))
-    await channel.send(FrameKind.HELLO, data + b" " * len(places), places, timeout_s=HELLO_TIMEOUT_S)
+    return data + b" " * len(places), places
 
 
 def hello_descriptors(frame: Frame, count: int, *, required: bool) -> list[OwnedFd]:

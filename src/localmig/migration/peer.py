@@ -11,9 +11,10 @@ import asyncio
 import os
 import select
 import signal
+from contextlib import ExitStack
 from typing import Final, Self
 
-from localmig.access import is_same_process, pid_of
+from localmig.access import fdinfo, is_same_process, pid_of
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import resolve
@@ -37,18 +38,11 @@ class Peer:
             PeerError: it is no pidfd, it is our own, or it is of another process than the kernel's: who is killed by it
                 must be the peer. The descriptor is closed.
         """
-        pid = pid_of(fd.fileno())
-        wrong = None
-        if pid is None or pid == os.getpid():
-            wrong = "is no pidfd of another process: " + ("it is no pidfd" if pid is None else "it names this process")
-        elif known is not None and not is_same_process(fd.fileno(), known.fileno()):
-            wrong = (
-                f"names process {pid}, but process {pid_of(known.fileno())} is at the other end of the socket: "
-                "connect source and destination directly"
-            )
-        if wrong is not None:
-            fd.close()
-            raise PeerError(f"the descriptor in HELLO {wrong}")
+        with ExitStack() as refused:
+            refused.enter_context(fd)
+            if (wrong := _wrong_about(fd, known)) is not None:
+                raise PeerError(f"the descriptor in HELLO {wrong}")
+            refused.pop_all()
         return cls(fd)
 
     @property
@@ -118,9 +112,11 @@ class Revocation:
         Raises:
             PeerError: it is no eventfd. The descriptor is closed.
         """
-        if not _fdinfo(fd, "eventfd-count:"):
-            fd.close()
-            raise PeerError("the descriptor behind the pidfd in HELLO is no eventfd")
+        with ExitStack() as refused:
+            refused.enter_context(fd)
+            if not fdinfo(fd.fileno(), "eventfd-count:"):
+                raise PeerError("the descriptor behind the pidfd in HELLO is no eventfd")
+            refused.pop_all()
         return cls(fd)
 
     @property
@@ -143,7 +139,7 @@ class Revocation:
 
     def _count(self) -> int:
         """What was said. Reading the eventfd would take it away from who looks later."""
-        return next((int(count, 16) for count in _fdinfo(self._fd, "eventfd-count:")), 0)
+        return next((int(count, 16) for count in fdinfo(self._fd.fileno(), "eventfd-count:")), 0)
 
     def fileno(self) -> int:
         """The descriptor, lent."""
@@ -165,10 +161,14 @@ def _is_readable(fd: OwnedFd) -> bool:
     return bool(poll.poll(0))
 
 
-def _fdinfo(fd: OwnedFd, name: str) -> list[str]:
-    """What the kernel tells of a descriptor under `name`, nothing for one of another kind."""
-    try:
-        with open(f"/proc/self/fdinfo/{fd.fileno()}", encoding="ascii") as lines:
-            return [line.split()[1] for line in lines if line.startswith(name)]
-    except OSError:
-        return []
+def _wrong_about(pidfd: OwnedFd, known: OwnedFd | None) -> str | None:
+    """What is wrong about the descriptor that a peer sent as its pidfd."""
+    pid = pid_of(pidfd.fileno())
+    if pid is None or pid == os.getpid():
+        return "is no pidfd of another process: " + ("it is no pidfd" if pid is None else "it names this process")
+    if known is not None and not is_same_process(pidfd.fileno(), known.fileno()):
+        return (
+            f"names process {pid}, but process {pid_of(known.fileno())} is at the other end of the socket: "
+            "connect source and destination directly"
+        )
+    return None

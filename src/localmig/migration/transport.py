@@ -16,7 +16,7 @@ from errno import EIO, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.access import Access, peer_process
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, reason_of
 from localmig.fds import OwnedFd, close_all
 from localmig.migration.channel import Channel
 from localmig.options.address import Address, FdAddress, TcpAddress, UnixAddress
@@ -29,6 +29,9 @@ CONNECT_TIMEOUT_S: Final = 10.0
 
 ACCEPT_RETRY_S: Final = 1.0
 """Pause when there is no descriptor left to accept with: long enough not to spin, short for whoever waits."""
+
+_CONNECT_RETRY_S: Final = 0.01
+"""A destination takes who waits in its queue at once; it is full where somebody else connects again and again."""
 
 
 def check_local(address: Address, given: OwnedFd | None = None, *, local: bool) -> None:
@@ -82,7 +85,10 @@ async def connect(address: Address, given: OwnedFd | None = None, *, access: Acc
                 sock = socket.socket(family, kind, protocol)
             try:
                 sock.setblocking(False)
-                await loop.sock_connect(sock, target)
+                if isinstance(address, UnixAddress):
+                    await _connect_unix(sock, address.path)
+                else:
+                    await loop.sock_connect(sock, target)
                 if isinstance(address, TcpAddress):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except BaseException:
@@ -103,6 +109,17 @@ async def connect(address: Address, given: OwnedFd | None = None, *, access: Acc
         return _checked(sock, access or Access())
     except PeerError as error:
         raise PeerError(f"'{address}' is not answered by whom it should be: {error}") from error
+
+
+async def _connect_unix(sock: socket.socket, path: str) -> None:
+    """Connects as soon as there is room in the queue of whoever listens: the kernel tells nobody when (unix(7))."""
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_CONNECT_RETRY_S)
+        else:
+            return
 
 
 class Listener:
@@ -159,8 +176,8 @@ class Listener:
                 return Channel(sock)
             try:
                 return _checked(sock, self._access)
-            except PeerError as error:
-                _logger.warning("turned away at '%s': %s", self._address, error)
+            except LocalmigError as error:
+                _logger.warning("turned away at '%s': %s", self._address, reason_of(error))
 
     def close(self) -> None:
         """Stops listening. Idempotent."""
@@ -172,11 +189,16 @@ class Listener:
 
 
 def _checked(sock: socket.socket, access: Access) -> Channel:
-    """The channel over a UNIX socket. PeerError where another user's process is at its other end; it is closed then."""
+    """The channel over a UNIX socket.
+
+    Raises:
+        PeerError: another user's process is at its other end.
+        KernelError: this process has no room to know who is. It is closed then, as above.
+    """
     try:
         access.check(sock)
         return Channel(sock, process=peer_process(sock))
-    except PeerError:
+    except LocalmigError:
         sock.close()
         raise
 

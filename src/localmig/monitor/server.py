@@ -136,7 +136,7 @@ class QmpServer:
             await self._converse(connection)
         except PeerLostError as error:
             _log.debug("QMP client lost: %s", error)
-        except (PeerError, KernelError) as error:
+        except (PeerError, KernelError, OSError) as error:
             _log.warning("QMP client dropped: %s", error)
         finally:
             # What it was told is still written, and until then it counts.

@@ -458,19 +458,19 @@ class Session:
     def _watch(self, *, reading: bool, writing: bool) -> None:
         # The loop is asked for nothing where nothing changes: a session that never ran needs none.
         if reading != self._reading:
-            self._reading = reading
             loop = asyncio.get_running_loop()
             if reading:
                 loop.add_reader(self.connection.fileno(), self._read)
             else:
                 loop.remove_reader(self.connection.fileno())
+            self._reading = reading
         if writing != self._writing:
-            self._writing = writing
             loop = asyncio.get_running_loop()
             if writing:
                 loop.add_writer(self.connection.fileno(), self._write)
             else:
                 loop.remove_writer(self.connection.fileno())
+            self._writing = writing
 
     def _read(self) -> None:
         try:

@@ -18,6 +18,7 @@ pauses or leaves, and its packets wait.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,10 @@ _TAP_OFFLOADS: Final = (
     (NetFeature.GUEST_ECN, Offload.TSO_ECN),
     # The kernel has these two together or not at all.
     (NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6, Offload.USO4 | Offload.USO6),
+)
+
+_THREAD_ADVICE: Final = (
+    "; each has a thread: raise RLIMIT_NPROC of this user, pids.max of the control group or sysctl kernel.threads-max"
 )
 
 THREAD_NAME_LENGTH_MAX: Final = 15
@@ -574,7 +579,14 @@ class VirtioNet(Part):
     def _make_pairs(self) -> None:
         self._ring_errors = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         for index in range(self._netdev.queue_count):
-            self._pairs.append(QueuePair(thread_name(self.id, index), self._ring_errors.fileno()))
+            try:
+                self._pairs.append(QueuePair(thread_name(self.id, index), self._ring_errors.fileno()))
+            except OSError as error:
+                advice = _THREAD_ADVICE if error.errno == errno.EAGAIN else ""
+                raise KernelError(
+                    f"device '{self.id}': cannot make queue pair {index}: {os.strerror(error.errno or 0)}{advice}",
+                    errno=error.errno or errno.EIO,
+                ) from error
 
     def _drop_pairs(self) -> None:
         for pair in self._pairs:

@@ -1,0 +1,209 @@
+"""Whatever runs out at whichever system call of a handover: one side serves, says what ran out, and loses nothing.
+
+`make shortage` lets every call fail with every error, which takes most of an hour. Here the 1st, 2nd, 4th, 8th … call
+of each kind fails once, with its errors in turn, and the first one for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import pytest
+from tests.faults.conftest import new_site
+
+from localmig.testing.shortage import CALLS, Shortage, calls_here
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Site
+
+    from localmig.testing.daemon import DaemonProcess
+
+EVERY: Final = os.environ.get("LOCALMIG_EVERY_CALL") == "1"
+
+SOURCE: Final = "source"
+DESTINATION: Final = "destination"
+BEGINS: Final = {SOURCE: "socket", DESTINATION: "accept4"}
+"""Each side's first call of a handover."""
+
+PATIENCE_S: Final = 20.0
+
+MADE: Final = {
+    SOURCE: (
+        *("connect", "epoll_ctl", "eventfd2", "getsockopt", "madvise", "openat", "pidfd_open", "recvmsg", "sendmsg"),
+        *("sendto", "socket", "socketpair"),
+    ),
+    DESTINATION: (
+        *("accept4", "clone3", "epoll_ctl", "eventfd2", "getsockopt", "madvise", "mmap", "openat", "pidfd_open"),
+        *("recvmsg", "sendmsg", "sendto", "socketpair"),
+    ),
+}
+"""The calls of a handover on each side, of those that can run out of something."""
+
+NEVER_REACHED: Final = {(SOURCE, "connect"), (SOURCE, "socket"), (DESTINATION, "getsockopt")}
+"""Where the destination waits for the next source: nobody came, or nobody whom it could see."""
+
+WAITS: Final = {(SOURCE, "connect"), (DESTINATION, "accept4")}
+"""Where the other side waits for ten seconds when they fail for good."""
+
+ADVICE: Final = {
+    errno.EAGAIN: "RLIMIT_NPROC|no answer in",
+    errno.EMFILE: "RLIMIT_NOFILE",
+    errno.ENFILE: "fs.file-max",
+    errno.ENOBUFS: "memory",
+    errno.ENOMEM: "memory|RLIMIT_NPROC",
+    errno.ENOSPC: "fs.epoll.max_user_watches",
+    errno.ETOOMANYREFS: "RLIMIT_NOFILE",
+}
+"""What a person is told to look at. glibc says EAGAIN of a thread where it was memory."""
+
+ABORTED: Final = (127, -6)
+"""How libc ends a process that has no memory for a thread it began."""
+
+
+class Monitor:
+    """A QMP conversation that lasts: its end would be calls in the middle of a handover."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(PATIENCE_S)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("rw")
+        self._lines.readline()
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        self._lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._lines.flush()
+        while "event" in (answer := json.loads(self._lines.readline())):
+            pass
+        return answer["return"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):  # a daemon that ran short may have dropped it
+            self._lines.close()
+        self._socket.close()
+
+
+class Chain:
+    """Daemons that hand one guest on, each of which can be made to run short."""
+
+    def __init__(self, site: Site, ends: ExitStack) -> None:
+        self.site = site
+        self._ends = ends
+        self._count = 0
+        self.serving, self._shortage = self._daemon(*site.objects())
+        site.address_tap()
+        site.attach()
+        self.hand_over(DESTINATION, "accept4", errno.EMFILE, nth=1000)
+        self._held = self.held()
+
+    def _daemon(self, *arguments: str) -> tuple[DaemonProcess, Shortage]:
+        shortage = self._ends.enter_context(Shortage())
+        return self.site.daemon(*arguments, "--migration-parameter", "local=on", shortage=shortage), shortage
+
+    def held(self) -> Counter[str]:
+        """Threads and descriptors of the daemon that serves, by kind, without its conversations and its files."""
+        named = Counter(target.split(":")[0] for target in self.site.descriptors(self.serving))
+        kinds = Counter({kind: named[kind] for kind in ("anon_inode", "/memfd", "/dev/net/tun")})
+        kinds["threads"] = len(list(Path(f"/proc/{self.serving.pid}/task").iterdir()))
+        return kinds
+
+    def hand_over(self, side: str, call: str, error: int, *, nth: int, for_good: bool = False) -> int:
+        """A handover in which the `nth` call of one side fails; how many such calls there were."""
+        self._count += 1
+        source, path = self.serving, self.site.folder / f"c{self._count}"
+        destination, other = self._daemon("--incoming", f"unix:{path}")
+        short = self._shortage if side == SOURCE else other
+        began, pinger = len(source.facts), self.site.pinger()
+        with Monitor(str(source.qmp)) as monitor:
+            short.plan(call, error, nth=nth, for_good=for_good, after=BEGINS[side])
+            monitor.execute("migrate", uri=f"unix:{path}")
+            fact = source.wait_fact(
+                lambda fact: fact["event"] == "MigrationStatusChanged" and fact["status"] in ("completed", "failed"),
+                seconds=PATIENCE_S,
+                after=began,
+            )
+            if fact["status"] == "completed":
+                destination.wait_event("MigrationStatusChanged", status="completed")
+            else:
+                self._await_end(destination, never_reached=(side, call) in NEVER_REACHED)
+            seen, failed = short.end()
+        info, run_state = source.execute("query-migrate"), source.execute("query-status")["status"]
+        if info["status"] == "completed":
+            assert run_state == "postmigrate"
+            assert destination.execute("query-status")["status"] == "running"
+            assert source.quit() == 0
+            self.serving, self._shortage = destination, other
+        else:
+            assert failed, info
+            assert run_state == "running"
+            told = str(info["error-desc"])
+            if side == DESTINATION:
+                told += self.site.log_of(destination)  # where it could not even refuse
+            if destination.wait() not in ABORTED:
+                assert any(advice in told for advice in ADVICE[error].split("|")), (info, told)
+        report = pinger.stop()
+        assert (report.lost, report.duplicates) == (0, 0), (report, info)
+        return seen
+
+    def _await_end(self, destination: DaemonProcess, *, never_reached: bool) -> None:
+        if never_reached:
+            destination.quit()
+        destination.wait(seconds=PATIENCE_S)
+
+    def check(self) -> None:
+        """Nothing is left behind of all that went before, in whoever serves now."""
+        assert self.site.ping(20).lost == 0
+        assert self.held() == self._held
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    if not calls_here():
+        pytest.skip(f"system calls of {os.uname().machine} are not listed")
+    with new_site(tmp_path_factory) as site, ExitStack() as ends:
+        yield Chain(site, ends)
+
+
+CASES: Final = [(side, call) for side, calls in MADE.items() for call in calls]
+
+
+@pytest.mark.parametrize(("side", "call"), CASES)
+def test_a_call_that_fails_once_costs_a_handover_at_most(chain: Chain, side: str, call: str) -> None:
+    nth, seen, rounds = 1, 1, 0
+    while nth <= seen:
+        for error in CALLS[call] if EVERY else (CALLS[call][rounds % len(CALLS[call])],):
+            seen = chain.hand_over(side, call, error, nth=nth)
+        assert seen or rounds, f"{side} makes no such call"
+        rounds += 1
+        nth = nth + 1 if EVERY else 2 * nth
+    chain.check()
+
+
+@pytest.mark.parametrize(("side", "call"), CASES if EVERY else [case for case in CASES if case not in WAITS])
+def test_a_call_that_fails_for_good_costs_no_more(chain: Chain, side: str, call: str) -> None:
+    for error in CALLS[call] if EVERY else CALLS[call][:1]:
+        # A socket that can be written to by poll(2) and never by send(2) there is not.
+        if (call, error) != ("sendto", errno.EAGAIN):
+            chain.hand_over(side, call, error, nth=1, for_good=True)
+    chain.check()
+
+
+def test_a_source_that_had_no_memory_to_serve_its_frontend_serves_it_later(chain: Chain) -> None:
+    # The second one is for the destination's answer; what follows is for the frontend's connection.
+    chain.hand_over(SOURCE, "epoll_ctl", errno.ENOMEM, nth=2, for_good=True)
+    assert chain.site.guest is not None
+    chain.site.guest.reset_driver()
+    assert chain.site.ping(20).received > 0
