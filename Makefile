@@ -43,7 +43,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench shortage fuzz soak docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test check bench shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -77,6 +77,9 @@ fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what 
 	@for target in $(FUZZ_TARGETS); do \
 	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
 	done
+
+kill-matrix: setup ## kill, stop and confuse either side at every point of a handover; writes docs/kill-matrix.md
+	$(IN_NAMESPACES) $(BIN)/python -m pytest tests/faults/test_kill_matrix.py --kill-matrix docs/kill-matrix.md
 
 soak: setup ## hand over SOAK_HANDOVERS times in a row, and fail to SOAK_FAILURES times: half an hour, nothing may be lost or grow
 	@$(IN_NAMESPACES) $(BIN)/python -m tests.soak --handovers $(SOAK_HANDOVERS) --failures $(SOAK_FAILURES)

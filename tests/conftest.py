@@ -1,6 +1,6 @@
 """What every tier shares: markers by folder, and the rule that where all tiers must run a skip is a failure.
 
-Owns:        the option --require-all-tiers, which CI=true implies; the markers "kernel" and "guest".
+Owns:        the options --require-all-tiers (CI=true implies it) and --kill-matrix; the markers "kernel" and "guest".
 Never sees:  what any tier needs: its own fixtures skip, and say why.
 Read next:   guest/conftest.py for the guest tier.
 """
@@ -30,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         default=os.environ.get("CI") == "true",
         help="a skipped test is a failed one (the default where CI=true)",
+    )
+    parser.addoption(
+        "--kill-matrix", metavar="PAGE", help="go through the whole kill matrix, and write what came of it into PAGE"
     )
 
 

@@ -7,19 +7,24 @@ Read next:   test_kill_matrix.py, which has the points and judges.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from qemu.qmp import QMPClient
+
 from localmig.errors import PeerError
-from localmig.testing.daemon import DaemonProcess
+from localmig.testing.daemon import ANSWER_SECONDS_MAX, DaemonProcess
 from localmig.testing.faults import Entry, Fault, read_journal
 from localmig.testing.frames import FrameStream
 from localmig.testing.frontend import NetGuest
@@ -29,7 +34,7 @@ FLOW_SECONDS_MAX: Final = 20.0
 """For traffic to go on: milliseconds, and a machine under load gets much more."""
 
 CENSUS_TRIES_MAX: Final = 50
-"""A daemon closes a conversation's socket some turns of its event loop after its client has left."""
+"""Answers for which a daemon gets to let go: it closes what a client or a handover leaves within a turn or two."""
 
 
 class Daemon:
@@ -184,33 +189,52 @@ class Chain:
         number = daemon.fault.name.removeprefix("f")
         return (self.folder / f"log{number}").read_text()
 
+    def sockets_of(self, daemon: Daemon) -> str:
+        """Its sockets and their peers, as ss(8) has them."""
+        with self.namespace.entered():
+            said = subprocess.run(["ss", "-xap"], capture_output=True, text=True, check=False).stdout
+        return "\n".join(line for line in said.splitlines() if f"pid={daemon.process.pid}," in line)
+
     def close(self) -> None:
         """Ends everything."""
         self._ends.close()
 
 
-def census(daemon: Daemon) -> Counter[str]:
-    """What a daemon holds: its descriptors by kind, its threads by name."""
-    process = Path(f"/proc/{daemon.process.pid}")
+def census(daemon: Daemon, *expected: Counter[str]) -> Counter[str]:
+    """What a daemon holds, once that is `expected`: its descriptors by kind, its threads by name.
+
+    It is looked at in the middle of a conversation, whose socket counts: after an answer or two the daemon has seen
+    the ends of all earlier ones.
+    """
+    return asyncio.run(_census(daemon, expected))
+
+
+async def _census(daemon: Daemon, expected: Sequence[Counter[str]]) -> Counter[str]:
+    client = QMPClient()
+    assert daemon.process.qmp is not None
+    async with asyncio.timeout(ANSWER_SECONDS_MAX):
+        await client.connect(str(daemon.process.qmp))
+        try:
+            for _ in range(CENSUS_TRIES_MAX):
+                await client.execute("query-status")
+                held = _held(daemon.process.pid)
+                if held in expected:
+                    break
+            return held
+        finally:
+            await client.disconnect()
+
+
+def _held(pid: int) -> Counter[str]:
+    process = Path(f"/proc/{pid}")
     held: Counter[str] = Counter()
     for link in (process / "fd").iterdir():
         try:
-            held[re.sub(r":?\[?\d+\]?$", "", str(link.readlink()))] += 1
+            held[re.sub(r":?\[?\d+\]?$", "", str(link.readlink()).removesuffix(" (deleted)"))] += 1
         except FileNotFoundError:
             continue
     for task in (process / "task").iterdir():
         held[f"thread {(task / 'comm').read_text().strip()}"] += 1
-    return Counter({kind.removesuffix(" (deleted)"): count for kind, count in held.items()})
-
-
-def census_like(daemon: Daemon, expected: Counter[str]) -> Counter[str]:
-    """What it holds once that is `expected`, or at the last of some looks."""
-    held = census(daemon)
-    for _ in range(CENSUS_TRIES_MAX):
-        if held == expected:
-            break
-        daemon.process.execute("query-status")  # a turn of its loop, at which it may close something
-        held = census(daemon)
     return held
 
 

@@ -1,6 +1,8 @@
 """Every named point of a handover, and a side that is killed there, stopped and continued, or has a bug: who serves.
 
 The points are all that a handover passes (`localmig.testing.faults`), in zones at which the same is to come of it.
+Between the end of a step and the beginning of the next one nothing happens, so one of the two is enough day by day;
+`make kill-matrix` goes through all of them and writes what came of each into docs/kill-matrix.md.
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon, census, census_like, end_of, wait_stopped
+from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon, census, end_of, wait_stopped
 
 from localmig.testing.faults import Action, Entry, Fault, Place, Point
 from localmig.testing.frames import Way
@@ -33,6 +36,9 @@ and a cell has several processes that wait for each other. A hang lasts for good
 
 QUIET_SECONDS: Final = 0.1
 """How long nothing may come while who serves is stopped: a hundred frames' time."""
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs/kill-matrix.md"
+TABLES_BEGIN: Final = "## What came of each point"
 
 IN_HAND_MAX: Final = 64
 """Packets of one way that a queue pair has in hand at once (BATCH_PACKETS of the packet path): so many may be lost on
@@ -80,19 +86,35 @@ class Meanwhile(StrEnum):
     """Who serves is stopped, or alone may say who does."""
     SETTLES = "settles"
     """The other side waits, no longer than a limit says, and serves then."""
+    OTHER_FIRST = "the other side first"
+    """It goes on only when the other side, stopped too, has gone on and serves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Zone:
-    """Points at which the same comes of the same."""
+    """Points at which the same comes of the same.
+
+    Attributes:
+        name: where in a handover they are.
+        side: whose they are.
+        points: in the order in which they are passed.
+        kill: what comes of a death.
+        stop: what the guest notices meanwhile, and what comes of a hang that ends.
+        error: what comes of an error nobody expects; None where nobody is left to be served by.
+        before: what happened earlier in the same handover.
+        is_met: whether the destination ever sees the source.
+        otherwise: what may come of a death or an error instead: which of two messages is quicker decides.
+    """
 
     name: str
     side: Side
     points: str
     kill: Outcome
     stop: tuple[Meanwhile, Outcome]
-    error: Outcome
+    error: Outcome | None
+    before: tuple[tuple[Side, Fault], ...] = ()
     is_met: bool = True
+    otherwise: Outcome | None = None
 
 
 def _steps(steps: str, *, parts: str = "net0 nic0 *") -> str:
@@ -169,7 +191,17 @@ ZONES: Final = (
     Zone(
         name="ready",
         side=Side.DESTINATION,
-        points=f"""after-send:READY leave:prepared enter:ready after-receive:COMMIT leave:ready enter:owner
+        points="after-send:READY leave:prepared enter:ready",
+        kill=Outcome.TAKEN_BACK,
+        stop=(Meanwhile.SETTLES, Outcome.FENCED),
+        error=Outcome.FENCED,
+        # COMMIT may find it gone.
+        otherwise=Outcome.STAYED,
+    ),
+    Zone(
+        name="owner",
+        side=Side.DESTINATION,
+        points=f"""after-receive:COMMIT leave:ready enter:owner
             {_steps("resume thaw")}""",
         kill=Outcome.TAKEN_BACK,
         stop=(Meanwhile.SETTLES, Outcome.FENCED),
@@ -197,18 +229,107 @@ ZONES: Final = (
     ),
 )
 
+_REVERSED: Final = "* nic0 net0"
+
+
+def _after(side: Side, fault: str) -> tuple[tuple[Side, Fault], ...]:
+    return ((side, Fault.parse(fault)),)
+
+
+SECOND_ZONES: Final = (
+    Zone(
+        name="the destination died before READY",
+        before=_after(Side.DESTINATION, "before-send:READY=kill"),
+        side=Side.SOURCE,
+        points=f"""leave:switching enter:failed {_steps("resume", parts=_REVERSED)}
+            before-send:CANCEL after-send:CANCEL {_steps("thaw", parts=_REVERSED)}
+            before:channel.close after:channel.close""",
+        kill=Outcome.NOBODY,
+        stop=(Meanwhile.SILENT, Outcome.STAYED),
+        error=Outcome.STAYED,
+    ),
+    Zone(
+        name="the destination died past COMMIT",
+        before=_after(Side.DESTINATION, "after-receive:COMMIT=kill"),
+        side=Side.SOURCE,
+        points=f"""leave:committed enter:taken-back {_steps("recover")} {_steps("resume")} {_steps("thaw")}
+            before:channel.close after:channel.close""",
+        kill=Outcome.NOBODY,
+        stop=(Meanwhile.SILENT, Outcome.TAKEN_BACK),
+        error=Outcome.TAKEN_BACK,
+    ),
+    Zone(
+        name="the source died before COMMIT",
+        before=_after(Side.SOURCE, "after-send:SWITCHOVER=kill"),
+        side=Side.DESTINATION,
+        points=f"""enter:recovering {_steps("recover")} {_steps("resume")} {_steps("thaw")}
+            before:daemon.on_serving after:daemon.on_serving {_steps("source_released", parts="net0 nic0")}
+            leave:recovering enter:completed before:channel.close after:channel.close""",
+        kill=Outcome.NOBODY,
+        stop=(Meanwhile.SILENT, Outcome.RECOVERED),
+        error=Outcome.RECOVERED,
+    ),
+    Zone(
+        name="the source died past COMMIT",
+        before=_after(Side.SOURCE, "after-send:COMMIT=kill"),
+        side=Side.DESTINATION,
+        points=f"""after-receive:COMMIT leave:ready enter:owner {_steps("resume thaw")} before-send:DONE after-send:DONE
+            before:daemon.on_serving after:daemon.on_serving before:channel.receive_end""",
+        kill=Outcome.NOBODY,
+        stop=(Meanwhile.SILENT, Outcome.MOVED),
+        error=None,
+    ),
+)
+"""What may happen while one side deals with what happened to the other."""
+
+NOW_AND_THEN: Final = (
+    *("enter:in-doubt", "before:peer.wait_dead", "after:peer.wait_dead", "leave:in-doubt"),
+    *("before:channel.close", "after:channel.close"),
+)
+"""Passed, or passed earlier, where a channel's end is seen before its process counts as dead: the kernel decides."""
+
+NOTHING_ELSE_CAN: Final = ("before:*.recover", "before:*.resume")
+"""There an error is that of the very step by which the last process that has the guest would serve it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """What happens at which side's point, and what is to come of it."""
+    """What happens at which side's point, and what is to come of it.
+
+    Attributes:
+        faults: in the order in which they are waited for.
+        outcome: what is to come of it.
+        meanwhile: what the guest notices while a side is stopped, for each one that is.
+        is_met: as a zone's, and so is `otherwise`.
+        is_moment: whether no other point stands for the same moment.
+    """
 
     faults: tuple[tuple[Side, Fault], ...]
     outcome: Outcome
     meanwhile: tuple[Meanwhile, ...] = ()
     is_met: bool = True
+    otherwise: Outcome | None = None
+    is_moment: bool = True
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What may come of it."""
+        return (self.outcome,) if self.otherwise is None else (self.outcome, self.otherwise)
 
     def __str__(self) -> str:
         return "+".join(f"{side}:{fault}" for side, fault in self.faults)
+
+
+def moments(zone: Zone) -> list[str]:
+    """One point for each moment: between the end of a step and the beginning of the next one nothing happens."""
+    points = zone.points.split()
+    following = [*points[1:], ""]
+    return [
+        point
+        for point, later in zip(points, following, strict=True)
+        if not (point.startswith("after:") and later.startswith("before:"))
+        and not (point.startswith("leave:") and later.startswith("enter:"))
+    ]
 
 
 def cells_of(zone: Zone) -> Iterator[Cell]:
@@ -221,15 +342,19 @@ def cells_of(zone: Zone) -> Iterator[Cell]:
         ):
             if action is Action.RAISE and point.place in (Place.LEAVE, Place.ENTER):
                 continue  # a state is looked up in a table, of which every pair is tested: nothing else happens there
+            if outcome is None or (zone.before and action is Action.RAISE and text in NOTHING_ELSE_CAN):
+                continue
             yield Cell(
-                faults=((zone.side, Fault(point=point, action=action)),),
+                faults=(*zone.before, (zone.side, Fault(point=point, action=action))),
                 outcome=outcome,
                 meanwhile=meanwhile,
                 is_met=zone.is_met,
+                otherwise=None if action is Action.STOP else zone.otherwise,
+                is_moment=text in moments(zone),
             )
 
 
-CELLS: Final = tuple(cell for zone in ZONES for cell in cells_of(zone))
+CELLS: Final = tuple(cell for zone in (*ZONES, *SECOND_ZONES) for cell in cells_of(zone))
 
 
 # -- playing ----------------------------------------------------------------------------------------------------------
@@ -239,12 +364,18 @@ CELLS: Final = tuple(cell for zone in ZONES for cell in cells_of(zone))
 class Row:
     """What came of a cell."""
 
-    cell: str
     outcome: Outcome
-    owner: str
-    silence_ms: float
-    lost: int
-    doubled: int
+    silence_ms: float = 0.0
+    lost: int = 0
+    doubled: int = 0
+
+    def __str__(self) -> str:
+        if self.outcome is Outcome.NOBODY:
+            return str(self.outcome)
+        packets = "".join(
+            f", {count} {what}" for count, what in ((self.lost, "lost"), (self.doubled, "twice")) if count
+        )
+        return f"{self.outcome}, {self.silence_ms:.0f} ms{packets}"
 
 
 @dataclass
@@ -269,7 +400,8 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     source.arm(None)
     for side, fault in cell.faults:
         it.side(side).arm(fault)
-    hangs = Meanwhile.SETTLES in cell.meanwhile or cell.outcome is Outcome.FENCED
+    hangs = Meanwhile.SETTLES in cell.meanwhile or any("peer.kill" in str(fault) for _, fault in cell.faults)
+    hangs = hangs or cell.outcome is Outcome.FENCED
     source.process.execute(
         "migrate-set-parameters",
         downtime_limit=DOWNTIME_LIMIT_MS if hangs and cell.outcome is Outcome.STAYED else PATIENT_MS,
@@ -279,11 +411,19 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     mark = chain.frames.mark()
     source.process.execute("migrate", uri=destination.address)
     meanwhile = list(cell.meanwhile)
+    sleepers: list[Daemon] = []
     for side, fault in cell.faults:
         if fault.action is Action.KILL:
             assert end_of(it.side(side)) == -signal.SIGKILL
         elif fault.action is Action.STOP:
-            hold(it, it.side(side), meanwhile.pop(0))
+            if meanwhile[0] is Meanwhile.OTHER_FIRST:
+                meanwhile.pop(0)
+                wait_stopped(it.side(side))
+                sleepers.append(it.side(side))
+            else:
+                hold(it, it.side(side), meanwhile.pop(0))
+    for sleeper in sleepers:
+        hold(it, sleeper, Meanwhile.FLOWS)
     if hangs:
         it.allowed_ms += DOWNTIME_LIMIT_MS + COMMIT_TIMEOUT_MS
     settle(it)
@@ -292,15 +432,14 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     assert sorted(struck) == sorted(str(fault) for _, fault in cell.faults)
     assert [entry for entry in it.entries if entry.word == "two-owners"] == []
     outcome = outcome_of(it)
-    assert outcome is cell.outcome, it.chain.log_of(source) + it.chain.log_of(destination)
+    assert outcome in cell.outcomes, it.chain.log_of(source) + it.chain.log_of(destination)
     owners = [side for side in Side if it.side(side).owns]
     assert owners == ([OWNER[outcome]] if OWNER[outcome] else [])
     if not owners:
         assert chain.guest.frontend.is_lost(FLOW_SECONDS_MAX)
         assert not chain.has_tap()
-        reports = chain.frames.since(mark)
         chain.renew()
-        return Row(cell=str(cell), outcome=outcome, owner="nobody", silence_ms=0.0, lost=0, doubled=0)
+        return Row(outcome=outcome)
     survivor = it.side(owners[0])
     assert chain.frames.wait_flow(seconds=FLOW_SECONDS_MAX), "the guest is not served"
     assert not chain.guest.frontend.is_lost()
@@ -310,7 +449,7 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
         assert loser.process.quit() == 0
     end_of(loser)
     chain.serving = survivor
-    assert census_like(survivor, expected) == expected
+    assert census(survivor, expected) == expected, chain.sockets_of(survivor)
     in_hand = IN_HAND_MAX if killed_while_it_ran(it) else 0
     lost, doubled = sum(each.lost for each in reports.values()), sum(each.doubled for each in reports.values())
     assert reports[Way.OUT].lost == 0, reports
@@ -320,7 +459,16 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     silence_ms = max(each.silence_ms for each in reports.values())
     assert silence_ms <= it.allowed_ms, reports
     chain.guest.counters()  # raises what the driver found wrong with its rings
-    return Row(cell=str(cell), outcome=outcome, owner=owners[0], silence_ms=silence_ms, lost=lost, doubled=doubled)
+    return Row(outcome=outcome, silence_ms=silence_ms, lost=lost, doubled=doubled)
+
+
+def play_or_begin_again(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
+    """Plays a cell; one that fails spoils no other."""
+    try:
+        return play(chain, cell, expected)
+    except BaseException:
+        chain.begin_again()
+        raise
 
 
 def hold(it: Play, daemon: Daemon, meanwhile: Meanwhile) -> None:
@@ -391,29 +539,132 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 @pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> Iterator[dict[Cell, Row]]:
+    """What came of each cell, which becomes the page where that is asked for."""
+    rows: dict[Cell, Row] = {}
+    yield rows
+    path = request.config.getoption("--kill-matrix")
+    if path is not None and len(rows) == len(CELLS):
+        head, *_ = PAGE.read_text().partition(f"\n{TABLES_BEGIN}\n")
+        Path(path).write_text(f"{head}\n{TABLES_BEGIN}\n{tables(rows)}")
+
+
+@pytest.fixture(scope="module")
 def expected(chain: Chain) -> Counter[str]:
     """What a daemon holds that serves the NIC and nothing else."""
     return census(chain.serving)
 
 
 def test_the_points_of_the_matrix_are_all_that_a_handover_passes(chain: Chain, expected: Counter[str]) -> None:
-    seen = len(chain.journal())
-    cell = Cell(faults=(), outcome=Outcome.MOVED)
-    source = chain.serving.process.pid
-    play(chain, cell, expected)
-    passed: dict[Side, list[str]] = {side: [] for side in Side}
-    for entry in chain.journal(seen):
-        if entry.word == "point":
-            passed[Side.SOURCE if entry.pid == source else Side.DESTINATION].append(entry.about)
+    passed = points_passed(chain, expected, Cell(faults=(), outcome=Outcome.MOVED))
     for side in Side:
         listed = [point for zone in ZONES if zone.side is side for point in zone.points.split()]
-        assert list(dict.fromkeys(passed[side])) == listed
+        assert passed[side] == listed
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_whatever_happens_there_is_one_owner(chain: Chain, expected: Counter[str], cell: Cell) -> None:
-    try:
-        play(chain, cell, expected)
-    except BaseException:
-        chain.begin_again()
-        raise
+@pytest.mark.parametrize("zone", SECOND_ZONES, ids=lambda zone: zone.name)
+def test_the_points_of_the_matrix_are_all_that_the_other_side_passes_then(
+    chain: Chain, expected: Counter[str], zone: Zone
+) -> None:
+    passed = points_passed(chain, expected, Cell(faults=zone.before, outcome=zone.stop[1]))[zone.side]
+    passed = [point for point in passed if point not in NOW_AND_THEN]
+    listed = [point for point in zone.points.split() if point not in NOW_AND_THEN]
+    begin = passed.index(listed[0])
+    assert passed[begin : begin + len(listed)] == listed
+
+
+def test_a_source_that_sleeps_before_it_fences_lets_the_destination_serve_until_that_is_dead(
+    chain: Chain, expected: Counter[str]
+) -> None:
+    # Both are stopped past COMMIT. The destination wakes up first and serves; the source cannot know, and kills it.
+    cell = Cell(
+        faults=(
+            (Side.SOURCE, Fault.parse("before:peer.kill=stop")),
+            (Side.DESTINATION, Fault.parse("after-receive:COMMIT=stop")),
+        ),
+        outcome=Outcome.FENCED,
+        meanwhile=(Meanwhile.OTHER_FIRST, Meanwhile.SILENT),
+    )
+    play_or_begin_again(chain, cell, expected)
+
+
+@pytest.mark.parametrize(("point", "outcome"), [("before", Outcome.MOVED), ("after", Outcome.NOBODY)])
+def test_a_source_that_dies_when_it_fences_leaves_the_guest_to_a_destination_that_lives(
+    chain: Chain, expected: Counter[str], point: str, outcome: Outcome
+) -> None:
+    cell = Cell(
+        faults=(
+            (Side.SOURCE, Fault.parse(f"{point}:peer.kill=kill")),
+            (Side.DESTINATION, Fault.parse("after-receive:COMMIT=stop")),
+        ),
+        outcome=outcome,
+        meanwhile=(Meanwhile.SILENT,),
+    )
+    play_or_begin_again(chain, cell, expected)
+
+
+def test_a_source_stopped_past_commit_finds_a_dead_destination_and_takes_back(
+    chain: Chain, expected: Counter[str]
+) -> None:
+    cell = Cell(
+        faults=(
+            (Side.DESTINATION, Fault.parse("after:*.resume=kill")),
+            (Side.SOURCE, Fault.parse("after-send:COMMIT=stop")),
+        ),
+        outcome=Outcome.TAKEN_BACK,
+        meanwhile=(Meanwhile.SILENT,),
+    )
+    play_or_begin_again(chain, cell, expected)
+
+
+def points_passed(chain: Chain, expected: Counter[str], cell: Cell) -> dict[Side, list[str]]:
+    """Which points each side passes, in their order, the first time."""
+    seen = len(chain.journal())
+    source = chain.serving.process.pid
+    play(chain, cell, expected)
+    passed: dict[Side, dict[str, None]] = {side: {} for side in Side}
+    for entry in chain.journal(seen):
+        if entry.word == "point":
+            passed[Side.SOURCE if entry.pid == source else Side.DESTINATION].setdefault(entry.about)
+    return {side: list(points) for side, points in passed.items()}
+
+
+def tables(rows: Mapping[Cell, Row]) -> str:
+    """A table for each zone, a line for each point."""
+    text = ""
+    for zone in (*ZONES, *SECOND_ZONES):
+        first = f", {'when ' if zone.before else ''}{zone.name}"
+        text += (
+            f"\n### The {zone.side}{first}\n\n| point | killed | stopped, then continued | error |\n|---|---|---|---|\n"
+        )
+        found = {cell.faults[-1][1]: str(rows[cell]) for cell in cells_of(zone)}
+        for point in zone.points.split():
+            fates = (found.get(Fault(point=Point.parse(point), action=action), "") for action in Action)
+            text += f"| `{point}` | {' | '.join(fates)} |\n"
+    return text
+
+
+def test_the_page_has_every_point_and_what_may_come_of_it() -> None:
+    lines = PAGE.read_text().partition(TABLES_BEGIN)[2].splitlines()
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    cells = {cell.faults: cell for cell in CELLS}
+    points = [(zone, point) for zone in (*ZONES, *SECOND_ZONES) for point in zone.points.split()]
+    assert [row[0] for row in told] == [f"`{point}`" for _, point in points]
+    for (zone, point), (_, *fates) in zip(points, told, strict=True):
+        for action, fate in zip(Action, fates, strict=True):
+            cell = cells.get((*zone.before, (zone.side, Fault(point=Point.parse(point), action=action))))
+            allowed = [""] if cell is None else [str(outcome) for outcome in cell.outcomes]
+            assert fate.partition(",")[0] in allowed, (zone.name, point, action)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        is_whole = metafunc.config.getoption("--kill-matrix") is not None
+        cells = CELLS if is_whole else [cell for cell in CELLS if cell.is_moment]
+        metafunc.parametrize("cell", cells, ids=str)
+
+
+def test_whatever_happens_there_is_one_owner(
+    chain: Chain, expected: Counter[str], rows: dict[Cell, Row], cell: Cell
+) -> None:
+    rows[cell] = play_or_begin_again(chain, cell, expected)

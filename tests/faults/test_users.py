@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -240,3 +241,25 @@ def test_a_sandbox_that_is_off_leaves_everything(site: Site) -> None:
 
 def capabilities(thread: dict[str, str]) -> int:
     return int(thread["CapEff"], 16)
+
+
+def test_a_destination_that_its_source_may_not_kill_keeps_the_guest_when_it_wakes_up(site: Site) -> None:
+    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), user=0)
+    site.attach()
+    site.folder.chmod(0o777)
+    source.execute("migrate-set-parameters", commit_timeout=100)
+    destination = site.destination(
+        "--socket-mode", "0666", "--allow-user", str(USER), user=OTHER, fault="after-receive:COMMIT=stop"
+    )
+    source.execute("migrate", uri=site.address)
+    info = source.wait_migration()
+    assert info["status"] == "completed"
+    assert "cannot be killed: look whether it serves" in info["local"]["note"]
+    assert source.execute("query-status") == {"status": "postmigrate", "running": False}
+    destination.wait_stopped()
+    assert site.ping(20).received == 0
+    destination.send_signal(signal.SIGCONT)
+    destination.wait_event("RunStateChanged", state="running")
+    assert site.ping().lost == 0
+    assert source.quit() == 0
+    assert site.ping().lost == 0
