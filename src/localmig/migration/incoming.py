@@ -178,9 +178,9 @@ class Incoming:
                 await self._settle()
         finally:
             self._progress.end()
-            channel.close()
             if not self.source_may_return:
                 self.close()
+            channel.close()
         return self.state
 
     def close(self) -> None:
@@ -365,6 +365,9 @@ class Incoming:
                 break
         if problems:
             self._progress.note = "; ".join([*([self._progress.note] if self._progress.note else []), *problems])
+        if self._peer is not None and not (self._revocation is not None and self._revocation.has_let_go):
+            # A source that was killed is dead a moment after its channel ended; nothing of it is to be kept then.
+            await self._peer.wait_dead(timeout_s=DEATH_GRACE_S)
         self._fire(DestinationEvent.SETTLED)
 
     def _take_the_rest(self) -> list[str]:

@@ -442,7 +442,11 @@ class Outgoing:
     def _close_channel(self) -> None:
         """Tells the destination that the source holds nothing any more."""
         if self._channel is not None:
-            self._channel.close()
+            try:
+                self._channel.close()
+            except Exception:
+                # It is of no use any more, and past COMMIT nothing may keep the source from taking back.
+                _logger.exception("internal error while the channel was closed")
 
     def _end(self) -> None:
         self._progress.end()
