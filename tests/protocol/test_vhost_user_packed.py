@@ -144,6 +144,16 @@ def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message
     close_all(fds)
 
 
+def test_another_format_is_refused_whichever_ring_is_started_and_moves_none(served: Backend) -> None:
+    first, second = served.state.vrings
+    served.state.vrings[:] = [second, first]
+    second.next_avail = 0x8005
+    data, _ = encode((Request.SET_FEATURES, U64(value=BIT | 1), 0))
+    with pytest.raises(PeerError, match="changes RING_PACKED while vring 1 is started"):
+        deliver(served, data, [])
+    assert second.next_avail == 0x8005
+
+
 def test_a_split_ring_has_no_upper_half(served: Backend) -> None:
     converse(served, Request.RESET_DEVICE)
     converse(served, Request.SET_FEATURES, U64(value=BIT | 1))

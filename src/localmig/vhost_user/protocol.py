@@ -537,6 +537,7 @@ class Backend:
         for index, vring in enumerate(self.state.vrings):
             if vring.started:
                 raise PeerError(f"SET_FEATURES changes RING_PACKED while vring {index} is started")
+        for vring in self.state.vrings:
             vring.next_avail = packed_ring.START if features & Feature.RING_PACKED else split_ring.START
 
     def _position_of(self, index: int, base: int) -> int:
