@@ -64,6 +64,7 @@ def test_text_becomes_an_address_and_the_same_text_again(text: str) -> None:
         ("tcp:localhost:" + "9" * 5000, "error parsing port in address 'localhost:" + "9" * 5000 + "'"),
         ("tcp:[::1", "error parsing IPv6 address '[::1'"),
         ("tcp:[]:1", "error parsing IPv6 address '[]:1'"),
+        ("tcp:[[[[]]:3", "error parsing IPv6 address '[[[[]]:3'"),
     ],
 )
 def test_a_wrong_address_is_refused_in_qemus_words(text: str, error: str) -> None:

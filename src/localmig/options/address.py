@@ -111,7 +111,7 @@ def parse_incoming(text: str) -> IncomingSpec:
 def _parse_tcp(text: str) -> TcpAddress:
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]:")
-        if not bracket or not host:
+        if not bracket or not host or set("[]") & set(host):
             raise ConfigError(f"error parsing IPv6 address '{text}'")
     else:
         host, colon, port = text.partition(":")
