@@ -229,6 +229,8 @@ def _held(pid: int) -> Counter[str]:
     process = Path(f"/proc/{pid}")
     held: Counter[str] = Counter()
     for link in (process / "fd").iterdir():
+        if link.name in ("0", "1", "2"):
+            continue  # ours, whatever they are today
         try:
             held[re.sub(r":?\[?\d+\]?$", "", str(link.readlink()).removesuffix(" (deleted)"))] += 1
         except FileNotFoundError:

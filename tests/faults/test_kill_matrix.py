@@ -449,7 +449,11 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
         assert loser.process.quit() == 0
     end_of(loser)
     chain.serving = survivor
-    assert census(survivor, expected) == expected, chain.sockets_of(survivor)
+    allowed = [expected]
+    if outcome is Outcome.MOVED and any(fault.action is Action.RAISE for _, fault in cell.faults):
+        # A source that was in doubt is remembered until the next handover, in which it could come back.
+        allowed.append(expected + Counter({"anon_inode:[pidfd]": 1, "anon_inode:[eventfd]": 1}))
+    assert census(survivor, *allowed) in allowed, chain.sockets_of(survivor)
     in_hand = IN_HAND_MAX if killed_while_it_ran(it) else 0
     lost, doubled = sum(each.lost for each in reports.values()), sum(each.doubled for each in reports.values())
     assert reports[Way.OUT].lost == 0, reports
