@@ -217,6 +217,7 @@ class Outgoing:
         except (PeerLostError, TimeoutError) as error:
             # It is so short that the socket takes it whole or not at all.
             self._abandon(SourceEvent.CHANNEL_LOST, f"destination lost before COMMIT: {error}")
+            await self._hear_refusal()
             return False
         except KernelError as error:
             # As above.
@@ -227,6 +228,16 @@ class Outgoing:
             _logger.exception("internal error while COMMIT was sent")
         self._machine.fire(SourceEvent.COMMIT_SENT)
         return True
+
+    async def _hear_refusal(self) -> None:
+        """A destination that was gone when COMMIT was sent may have said why. The guest is served again by now."""
+        assert self._channel is not None
+        try:
+            frame = await self._channel.receive(timeout_s=DEATH_TIMEOUT_S)
+        except (PeerError, KernelError, TimeoutError):
+            return  # it died without a word
+        frame.close()
+        self._progress.error = f"{_unexpected(frame, 'nothing')}; {self._progress.error}"
 
     async def _prepare(self) -> None:
         self._fire(SourceEvent.START)
