@@ -24,6 +24,13 @@ _TAP_DRIVERS: Final = ("macvtap", "ipvtap")
 """Whose devices are TAPs as well; their major numbers are given out by the kernel as it goes."""
 
 
+_F_DUPFD_QUERY: Final = 1027
+"""linux/fcntl.h; Linux 6.10."""
+
+_IFF_FIELD: Final = "iff:"
+"""Of /proc/self/fdinfo, where drivers/net/tun.c names the interface of an attached queue."""
+
+
 class FdKind(StrEnum):
     """A kind that can be told; the value stands in the vmdesc."""
 
@@ -48,6 +55,33 @@ def is_of_kind(fd: int, kind: FdKind) -> bool:
         case FdKind.MEMORY:
             return _has_seals(fd)
     assert_never(kind)
+
+
+def is_same_file(fd: int, other: int) -> bool:
+    """Whether two borrowed descriptors share one open file. False where the kernel cannot tell (before 6.10)."""
+    try:
+        return bool(fcntl.fcntl(fd, _F_DUPFD_QUERY, other))
+    except OSError:
+        return False
+
+
+def interface_of(fd: int) -> str | None:
+    """The interface that a borrowed descriptor is an attached queue of, by name; None where the kernel names none."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    names = (line.removeprefix(_IFF_FIELD).strip() for line in lines if line.startswith(_IFF_FIELD))
+    return next(names, None) or None
+
+
+def is_cut_short(fd: int, size: int) -> bool:
+    """Whether a borrowed descriptor's memory has less than `size` bytes, and by its seals always had."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size < size
 
 
 def describe_fd(fd: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import os
 import re
 import signal
@@ -213,6 +214,12 @@ def small_file() -> OwnedFd:
     return OwnedFd(os.memfd_create("small", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
 
 
+def small_sealed_file() -> OwnedFd:
+    fd = small_file()
+    fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
 def connection() -> OwnedFd:
     ours, theirs = socket.socketpair()
     theirs.close()
@@ -352,6 +359,26 @@ LIES: Final = [
             "no ledger",
             state_of(NIC, "socket.connection.ledger", made(eventfd)),
             "kind 'memory', what came is 'anon_inode:\\[eventfd\\]'",
+        ),
+        (
+            "a queue twice",
+            state_of(NET, "descriptors.queues[1]", that_of(NET, "descriptors", "queues", 0)),
+            "netdev 'net0': queues 0 and 1 are one and the same",
+        ),
+        (
+            "a queue of another interface",
+            state_of(NET, "descriptors.queues[1]", that_of("net1/tap", "descriptors", "queues", 0)),
+            "netdev 'net0': queue 1 is one of 'tap1', not of 'tap0'",
+        ),
+        (
+            "one connection for two NICs",
+            state_of(OTHER_NIC, "socket.connection", lambda _, states: states[NIC].socket.connection),
+            'connection" of section "nic0/virtio-net" and field .* of section "nic1/virtio-net" are one and the same',
+        ),
+        (
+            "smaller guest memory",
+            state_of(NIC, f"{SESSION}.regions[0].fd", made(small_sealed_file)),
+            "which has 0x0 and is sealed against shrinking: it is another file",
         ),
         ("a small ledger", state_of(NIC, "socket.connection.ledger", made(small_file)), "ledger"),
         # What they are told to be.

@@ -44,7 +44,7 @@ from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import IncomingStream, OutgoingStream, section_name
 from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
-from localmig.vmstate import Description, check_descriptors, close_descriptors
+from localmig.vmstate import Description, check_descriptors, check_distinct, close_descriptors
 
 _logger = logging.getLogger(__name__)
 
@@ -294,6 +294,8 @@ class Incoming:
         try:
             for part, state in pairs:
                 check_descriptors(part.setup, state, section=section_name(part.id, part.setup))
+            check_distinct((section_name(part.id, part.setup), part.setup, state) for part, state in pairs)
+            for part, state in pairs:
                 part.check_setup(state)
             for part, state in pairs:
                 part.adopt_setup(state)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, StateError
-from localmig.fd_kind import FdKind
+from localmig.fd_kind import FdKind, interface_of, is_same_file
 from localmig.fds import OwnedFd, close_all
 from localmig.netdev.interface import (
     Interface,
@@ -433,7 +433,8 @@ class Tap:
             queues=tap.queues, attached=tuple(tap.attached), downscript=_absolute(tap.downscript)
         )
         return TapState(
-            ifname=tap.ifname,
+            # It may have another name since it was opened.
+            ifname=interface_of(tap.queues[0].fileno()) or tap.ifname,
             mtu=tap.mtu,
             vnet_header_length=tap.vnet_header_length,
             offloads=int(tap.offloads),
@@ -566,6 +567,13 @@ class Tap:
         for wanted, name, actual in ((self._ifname, "ifname", state.ifname), (self._mtu, "mtu", state.mtu)):
             if wanted is not None and wanted != actual:
                 raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
+        for number, queue in enumerate(descriptors.queues):
+            ifname = interface_of(queue.fileno())
+            if ifname is not None and ifname != state.ifname:
+                raise PeerError(f"netdev '{self.id}': queue {number} is one of '{ifname}', not of '{state.ifname}'")
+            for earlier, other in enumerate(descriptors.queues[:number]):
+                if is_same_file(queue.fileno(), other.fileno()):
+                    raise PeerError(f"netdev '{self.id}': queues {earlier} and {number} are one and the same")
         if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
 

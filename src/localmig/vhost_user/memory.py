@@ -7,12 +7,14 @@ Read next:   dataplane/ for what maps it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 from localmig.errors import PeerError
+from localmig.fd_kind import is_cut_short
 from localmig.fds import OwnedFd
 
 REGION_COUNT_MAX: Final = 509
@@ -66,6 +68,20 @@ def check_regions(regions: Sequence[MemoryRegion], *, count_max: int) -> None:
             raise PeerError(
                 f"memory regions overlap: {lower.size:#x} bytes at {lower.guest_address:#x}"
                 f" and {upper.size:#x} bytes at {upper.guest_address:#x}"
+            )
+
+
+def check_sizes(regions: Sequence[MemoryRegion]) -> None:
+    """Raises PeerError where the file of a region is smaller than announced and cannot have been any larger.
+
+    One that a frontend made smaller since costs its own rings and is no reason to stay.
+    """
+    for region in regions:
+        end = region.mmap_offset + region.size
+        if is_cut_short(region.fd.fileno(), end):
+            raise PeerError(
+                f"memory region at {region.guest_address:#x} ends at byte {end:#x} of its file, which has "
+                f"{os.fstat(region.fd.fileno()).st_size:#x} and is sealed against shrinking: it is another file"
             )
 
 

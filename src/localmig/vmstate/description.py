@@ -12,8 +12,9 @@ older releases go on reading the rest. What is absent from an old stream takes t
 from __future__ import annotations
 
 import dataclasses
+import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -245,6 +246,25 @@ def check_descriptors(description: Description[T], state: T, *, section: str | N
                 f'section "{section or description.name}": field "{placed.path}" is a descriptor of kind '
                 f"'{placed.kind}', what came is '{describe_fd(placed.fd.fileno())}'"
             )
+
+
+def check_distinct(sections: Iterable[tuple[str, Description[Any], Any]]) -> None:
+    """Looks whether no two fields are one file, among kinds of which each file has one user: sockets and memory.
+
+    Args:
+        sections: name, description and state of each that arrived together.
+
+    Raises:
+        PeerError: two fields are.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for section, description, state in sections:
+        for placed in _descriptors(description, state):
+            if isinstance(placed.kind, FdKind) and placed.kind is not FdKind.TAP:
+                status = os.fstat(placed.fd.fileno())
+                place = f'field "{placed.path}" of section "{section}"'
+                if (earlier := seen.setdefault((status.st_dev, status.st_ino), place)) is not place:
+                    raise PeerError(f"{earlier} and {place} are one and the same {placed.kind}")
 
 
 def close_descriptors(description: Description[T], state: T) -> None:

@@ -34,7 +34,7 @@ from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
 from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
 from localmig.vhost_user.info import SessionInfo, VringInfo
-from localmig.vhost_user.memory import borrowed, to_guest_address
+from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
     Event,
@@ -676,6 +676,7 @@ class VirtioNet(Part):
 
 def _check_connection(connection: ConnectionState, offer: Offer) -> None:
     check_state(connection.session, offer)
+    check_sizes(connection.session.regions)
     if connection.session.is_packed and connection.ledger is None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
 
