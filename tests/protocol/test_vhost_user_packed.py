@@ -114,6 +114,14 @@ def test_a_reset_begins_anew_and_so_does_the_other_format(served: Backend) -> No
         assert [vring.next_avail for vring in served.state.vrings] == [position] * 2
 
 
+def test_the_other_format_knows_no_size_and_no_address_of_this_one(served: Backend) -> None:
+    # A packed ring may have 100 entries, a split one may not: what is kept must be what a successor takes.
+    stopped_at(served)
+    converse(served, Request.SET_FEATURES, U64(value=BIT | 1))
+    assert [(vring.size, vring.is_configured) for vring in served.state.vrings] == [(0, False)] * 2
+    check_state(served.state, PACKED_OFFER)
+
+
 def test_features_that_say_the_same_of_rings_leave_positions_alone(served: Backend) -> None:
     served.state.vrings[0].next_avail = 0x0042
     converse(served, Request.SET_FEATURES, U64(value=PACKED | 4))

@@ -533,12 +533,13 @@ class Backend:
         return FeaturesSet()
 
     def _change_format(self, features: int) -> None:
-        """Rings of another format begin anew."""
+        """Rings of another format begin anew, their size and their addresses too: not each fits the other format."""
         for index, vring in enumerate(self.state.vrings):
             if vring.started:
                 raise PeerError(f"SET_FEATURES changes RING_PACKED while vring {index} is started")
         for vring in self.state.vrings:
             vring.next_avail = packed_ring.START if features & Feature.RING_PACKED else split_ring.START
+            vring.size = vring.descriptor_area = vring.driver_area = vring.device_area = 0
 
     def _position_of(self, index: int, base: int) -> int:
         """The position that SET_VRING_BASE tells."""
