@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 60
+FUZZ_RUNS ?=
+FUZZ_BOUND = $(if $(FUZZ_RUNS),runs=$(FUZZ_RUNS),$(FUZZ_SECONDS))
 SOAK_HANDOVERS ?= 20000
 SOAK_FAILURES ?= 20000
 FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
@@ -73,9 +75,10 @@ bench: setup guest-packages guest-kernel bench-packages ## measure, beside what 
 shortage: setup ## let each system call of a handover fail with each error: the tests have a selection, all of it takes most of an hour
 	LOCALMIG_EVERY_CALL=1 $(IN_NAMESPACES) $(BIN)/python -m pytest --timeout=1800 tests/faults/test_shortage.py $(PYTEST_ARGS)
 
-fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS for each target
+fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS or FUZZ_RUNS for each target
 	@for target in $(FUZZ_TARGETS); do \
-	  echo "$$target: $(FUZZ_SECONDS) seconds"; $(BIN)/python -m tests.fuzz $$target $(FUZZ_SECONDS) || exit 1; \
+	  echo "$$target: $(if $(FUZZ_RUNS),$(FUZZ_RUNS) runs,$(FUZZ_SECONDS) seconds)"; \
+	  PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz $$target $(FUZZ_BOUND) || exit 1; \
 	done
 
 kill-matrix: setup ## kill, stop and confuse either side at every point of a handover; writes docs/kill-matrix.md

@@ -1,6 +1,7 @@
 """Looks for inputs that break a target, guided by what they reach: `make fuzz`.
 
     python -m tests.fuzz TARGET SECONDS
+    python -m tests.fuzz TARGET runs=COUNT      from a fixed seed
 
 Owns:        the fuzzer (libFuzzer: atheris for Python, rust/dataplane/fuzz for rings), its corpus in .fuzz/TARGET.
 Never sees:  what a target does.
@@ -60,10 +61,10 @@ def main() -> None:
         if dropped:
             raise AssertionError(dropped)
 
-    if not what.isdecimal():
+    if (bound := bound_of(what)) is None:
         run(Path(what).read_bytes())
         return
-    options = options_for(name, what, target.seeds, length_max=4 * max(map(len, target.seeds)))
+    options = options_for(name, bound, target.seeds, length_max=4 * max(map(len, target.seeds)))
     gc.collect()
     atheris.Setup([sys.argv[0], *options], run)
     atheris.Fuzz()
@@ -72,8 +73,9 @@ def main() -> None:
 def fuzz_ring(name: str, what: str) -> int:
     """Builds and runs a target that is Rust; its exit status."""
     seeds = tuple(path.read_bytes() for path in (SEEDS / name).iterdir())
+    bound = bound_of(what)
     options = (
-        options_for(name, what, seeds, length_max=RING_BYTES_MAX) if what.isdecimal() else (str(Path(what).resolve()),)
+        (str(Path(what).resolve()),) if bound is None else options_for(name, bound, seeds, length_max=RING_BYTES_MAX)
     )
     folder = ROOT / "rust/dataplane/fuzz"
     # With a target named, the flags that count what is reached are not for build scripts, which nobody counts.
@@ -82,14 +84,23 @@ def fuzz_ring(name: str, what: str) -> int:
     return subprocess.run(command, cwd=folder, check=False).returncode
 
 
-def options_for(name: str, seconds: str, seeds: Iterable[bytes], *, length_max: int) -> tuple[str, ...]:
+def bound_of(what: str) -> tuple[str, ...] | None:
+    """How libFuzzer is told when to end: after so many seconds, or runs. None where `what` is an input's path."""
+    if what.isdecimal():
+        return (f"-max_total_time={what}",)
+    if what.startswith("runs="):
+        return (f"-{what}", "-seed=1")
+    return None
+
+
+def options_for(name: str, bound: tuple[str, ...], seeds: Iterable[bytes], *, length_max: int) -> tuple[str, ...]:
     """What libFuzzer is told; the corpus is there then, with the seeds in it."""
     folder = CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         (folder / hashlib.sha1(seed, usedforsecurity=False).hexdigest()).write_bytes(seed)
     return (
-        f"-max_total_time={seconds}",
+        *bound,
         f"-max_len={length_max}",
         f"-rss_limit_mb={MEMORY_MIB_MAX}",
         f"-timeout={INPUT_SECONDS_MAX}",
