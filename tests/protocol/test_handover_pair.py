@@ -658,13 +658,35 @@ def test_a_destination_that_was_not_told_does_not_take_over_from_a_source_that_t
     assert not world.destination.serves
 
 
+def instead_of_done(monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+    send = WatchedChannel.send
+
+    async def send_others(self: WatchedChannel, kind: FrameKind, *arguments: Any, **options: Any) -> None:
+        if kind is FrameKind.DONE:
+            what()
+        else:
+            await send(self, kind, *arguments, **options)
+
+    monkeypatch.setattr(WatchedChannel, "send", send_others)
+
+
+def test_a_destination_that_cannot_say_that_it_serves_is_not_killed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KernelError("cannot send", errno=errno.ENOMEM)
+
+    instead_of_done(monkeypatch, fail)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+
+
 def test_a_destination_that_cannot_be_killed_past_commit_is_not_joined_by_the_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(WatchedChannel, "try_send", lambda *_: True)  # DONE gets lost
+    instead_of_done(monkeypatch, lambda: None)  # it gets lost
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
     world = hand_over(monkeypatch)
     assert world.wrong is None

@@ -209,14 +209,16 @@ class Incoming:
             # The operator may let the source pause here, and past READY the source alone decides: both end with it.
             frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
             with undisturbed(self._tracer):
-                await self._switch_over(channel, frame)
-        try:
-            await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
-        except (OSError, PeerError, KernelError) as error:
-            self._progress.note = f"the source did not let go: {reason_of(error) or 'no end of the channel'}"
+                is_told = await self._switch_over(channel, frame)
+        if is_told:
+            try:
+                await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
+            except (OSError, PeerError, KernelError) as error:
+                self._progress.note = f"the source did not let go: {reason_of(error) or 'no end of the channel'}"
         await self._settle()
 
-    async def _switch_over(self, channel: Channel, frame: Frame) -> None:
+    async def _switch_over(self, channel: Channel, frame: Frame) -> bool:
+        """Takes over; whether the source knows, or is gone. The channel is closed where it does not."""
         begun_ns = time.monotonic_ns()
         self._adopt_switchover(self._stream, frame.data, frame.fds)
         await self._say(channel, FrameKind.READY)
@@ -236,10 +238,23 @@ class Incoming:
         )
         # Before it is sent: a source that has read it lets go.
         self._is_sole_owner = True
-        channel.try_send(FrameKind.DONE, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
+        is_told = await self._say_done(channel, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
         self._tell_serving()
         for name, duration_ns in own_phases:
             self._progress.add_phase(name, duration_ns)
+        return is_told
+
+    async def _say_done(self, channel: Channel, done: bytes) -> bool:
+        try:
+            await channel.send(FrameKind.DONE, done, timeout_s=HELLO_TIMEOUT_S)
+        except PeerLostError:
+            pass  # nobody there needs to be told
+        except (KernelError, TimeoutError) as error:
+            # A source that waits for DONE would end this process for its silence.
+            channel.close()
+            self._progress.note = f"the source could not be told that this daemon serves: {reason_of(error)}"
+            return False
+        return True
 
     async def _rehearse(self) -> None:
         """Does, with states of our own, what the downtime will do.
