@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from localmig.errors import ConfigError, KernelError, PeerError, is_shortage
+from localmig.fd_kind import fdinfo
 from localmig.fds import OwnedFd
 
 PRIVATE_MODE: Final = 0o600
@@ -130,20 +131,6 @@ def pid_of(pidfd: int) -> int | None:
     Raises OSError where this process has no descriptor or memory to look.
     """
     return next(map(int, fdinfo(pidfd, "Pid:")), None)
-
-
-def fdinfo(fd: int, name: str) -> list[str]:
-    """What the kernel tells of a borrowed descriptor under `name`, nothing for one of another kind.
-
-    Raises OSError where this process has no descriptor or memory to look.
-    """
-    try:
-        lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
-    except OSError as error:
-        if is_shortage(error):
-            raise
-        return []
-    return [line.split()[1] for line in lines if line.startswith(name)]
 
 
 def is_same_process(pidfd: int, other: int) -> bool:

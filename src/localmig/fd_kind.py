@@ -1,6 +1,6 @@
 """What a descriptor is, by what the kernel says of it.
 
-Owns:        the kinds that can be told apart, and how.
+Owns:        the kinds that can be told apart, and how; whether two are one; /proc/self/fdinfo.
 Never sees:  who sent a descriptor, or what for.
 Read next:   vmstate/description.py, which looks at the descriptors of a state that arrived.
 
@@ -17,18 +17,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, assert_never
 
+from localmig.errors import is_shortage
+
 _TUN_DEVICE: Final = (10, 200)
 """/dev/net/tun: MISC_MAJOR (linux/major.h) and TUN_MINOR (linux/miscdevice.h)."""
 
 _TAP_DRIVERS: Final = ("macvtap", "ipvtap")
 """Whose devices are TAPs as well; their major numbers are given out by the kernel as it goes."""
 
-
 _F_DUPFD_QUERY: Final = 1027
 """linux/fcntl.h; Linux 6.10."""
-
-_IFF_FIELD: Final = "iff:"
-"""Of /proc/self/fdinfo, where drivers/net/tun.c names the interface of an attached queue."""
 
 
 class FdKind(StrEnum):
@@ -53,7 +51,7 @@ def is_of_kind(fd: int, kind: FdKind) -> bool:
         case FdKind.LISTENING_SOCKET:
             return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, True)
         case FdKind.MEMORY:
-            return _has_seals(fd)
+            return _seals(fd) is not None
     assert_never(kind)
 
 
@@ -66,22 +64,31 @@ def is_same_file(fd: int, other: int) -> bool:
 
 
 def interface_of(fd: int) -> str | None:
-    """The interface that a borrowed descriptor is an attached queue of, by name; None where the kernel names none."""
+    """The interface that a borrowed descriptor is an attached queue of, by name; None where the kernel names none.
+
+    Raises as `fdinfo`.
+    """
+    return next(iter(fdinfo(fd, "iff:")), None) or None  # drivers/net/tun.c; empty while the queue is detached
+
+
+def fdinfo(fd: int, name: str) -> list[str]:
+    """What the kernel tells of a borrowed descriptor under `name`, nothing for one of another kind.
+
+    Raises OSError where this process has no descriptor or memory to look.
+    """
     try:
         lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    names = (line.removeprefix(_IFF_FIELD).strip() for line in lines if line.startswith(_IFF_FIELD))
-    return next(names, None) or None
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        return []
+    return [line.removeprefix(name).strip() for line in lines if line.startswith(name)]
 
 
 def is_cut_short(fd: int, size: int) -> bool:
     """Whether a borrowed descriptor's memory has less than `size` bytes, and by its seals always had."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        return False
-    return bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size < size
+    seals = _seals(fd)
+    return seals is not None and bool(seals & fcntl.F_SEAL_SHRINK) and os.fstat(fd).st_size < size
 
 
 def describe_fd(fd: int) -> str:
@@ -123,9 +130,9 @@ def _socket_facts(fd: int) -> tuple[int, int, bool] | None:
         sock.detach()
 
 
-def _has_seals(fd: int) -> bool:
+def _seals(fd: int) -> int | None:
+    """The seals on a file, None of one that cannot have any."""
     try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        return False
-    return True
+        return None

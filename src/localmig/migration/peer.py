@@ -14,8 +14,9 @@ import signal
 from contextlib import ExitStack
 from typing import Final, Self
 
-from localmig.access import fdinfo, is_same_process, pid_of
+from localmig.access import is_same_process, pid_of
 from localmig.errors import PeerError
+from localmig.fd_kind import fdinfo
 from localmig.fds import OwnedFd
 from localmig.migration.channel import resolve
 
