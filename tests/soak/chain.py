@@ -166,7 +166,11 @@ class Soak:
 
     def _bear(self, number: int) -> Born:
         arguments = [*self._common(number), "--incoming", self._uri(number)]
-        return Program(arguments) if number % PROGRAM_EVERY == 0 else self._incubator.bear(arguments)
+        if number % PROGRAM_EVERY:
+            return self._incubator.bear(arguments)
+        program = Program(arguments)
+        self._resources.callback(program.end)  # the last one, and the next one where something went wrong
+        return program
 
     def _hand_over_to(self, successor: Born, number: int) -> Generation:
         successor.wait_ready()

@@ -73,6 +73,11 @@ class Program(Born):
         """Waits for its end; the exit status."""
         return self._process.wait(END_SECONDS_MAX)
 
+    def end(self) -> None:
+        """Kills it where it has not ended."""
+        self._process.kill()
+        self._process.wait(END_SECONDS_MAX)
+
 
 class Incubator:
     """The process that forks daemons, seen from outside. A context manager: in the end it is gone with all it bore."""
