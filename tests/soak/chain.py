@@ -78,6 +78,7 @@ class Soak:
         self._resources = ExitStack()
         self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         self._incubator = self._resources.enter_context(Incubator())
+        self._programs = self._resources.enter_context(ExitStack())
         self.resets = self.reconnects = 0
         self._number = 0
         self._impostors = 0
@@ -169,7 +170,7 @@ class Soak:
         if number % PROGRAM_EVERY:
             return self._incubator.bear(arguments)
         program = Program(arguments)
-        self._resources.callback(program.end)  # the last one, and the next one where something went wrong
+        self._programs.callback(program.end)  # the last one, and the next one where something went wrong
         return program
 
     def _hand_over_to(self, successor: Born, number: int) -> Generation:
