@@ -6,19 +6,17 @@ of each kind fails once, with its errors in turn, and the first one for good.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from tests.faults.conftest import new_site
+from tests.soak.monitor import Monitor
 
 from localmig.testing.shortage import CALLS, Shortage, calls_here
 
@@ -69,33 +67,6 @@ ABORTED: Final = (127, -6)
 """How libc ends a process that has no memory for a thread it began."""
 
 
-class Monitor:
-    """A QMP conversation that lasts: its end would be calls in the middle of a handover."""
-
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(PATIENCE_S)
-        self._socket.connect(path)
-        self._lines = self._socket.makefile("rw")
-        self._lines.readline()
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: object) -> Any:
-        self._lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._lines.flush()
-        while "event" in (answer := json.loads(self._lines.readline())):
-            pass
-        return answer["return"]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):  # a daemon that ran short may have dropped it
-            self._lines.close()
-        self._socket.close()
-
-
 class Chain:
     """Daemons that hand one guest on, each of which can be made to run short."""
 
@@ -127,9 +98,11 @@ class Chain:
         destination, other = self._daemon("--incoming", f"unix:{path}")
         short = self._shortage if side == SOURCE else other
         began, pinger = len(source.facts), self.site.pinger()
-        with Monitor(str(source.qmp)) as monitor:
+        # A conversation that lasts: its end would be calls in the middle of a handover.
+        assert source.qmp is not None
+        with Monitor(source.qmp) as monitor:
             short.plan(call, error, nth=nth, for_good=for_good, after=BEGINS[side])
-            monitor.execute("migrate", uri=f"unix:{path}")
+            monitor.migrate(f"unix:{path}")
             fact = source.wait_fact(
                 lambda fact: fact["event"] == "MigrationStatusChanged" and fact["status"] in ("completed", "failed"),
                 seconds=PATIENCE_S,

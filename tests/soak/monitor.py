@@ -1,8 +1,8 @@
-"""One QMP conversation, without an event loop: a soak has thousands, and each must cost little.
+"""One QMP conversation that lasts, without an event loop: a soak has thousands, and each must cost little.
 
 Owns:        the connection, the events that came.
 Never sees:  what a command does.
-Read next:   chain.py.
+Read next:   chain.py; tests/faults/test_shortage.py, its other user.
 """
 
 from __future__ import annotations
