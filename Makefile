@@ -72,10 +72,10 @@ check: setup ## formats, lints, types, import contracts
 bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-shortage: setup ## let each system call of a handover fail with each error: the tests have a selection, all of it takes most of an hour
+shortage: setup ## let each system call of a handover fail with each error: the tests have a selection, all of it takes some minutes
 	@# Each test in a process of its own, which keeps what it has of every daemon; select(2) sees 1024 descriptors.
-	@$(BIN)/python -m pytest --collect-only -q tests/faults/test_shortage.py | grep :: | while read -r test; do \
-	  LOCALMIG_EVERY_CALL=1 $(IN_NAMESPACES) $(BIN)/python -m pytest -q --timeout=1800 "$$test" $(PYTEST_ARGS) </dev/null || exit 1; \
+	@export LOCALMIG_EVERY_CALL=1; $(BIN)/python -m pytest --collect-only -q tests/faults/test_shortage.py | grep :: | while read -r test; do \
+	  $(IN_NAMESPACES) $(BIN)/python -m pytest -q --timeout=1800 "$$test" $(PYTEST_ARGS) </dev/null || exit 1; \
 	done
 
 fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what takes bytes from outside, FUZZ_SECONDS or FUZZ_RUNS for each target

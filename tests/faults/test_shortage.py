@@ -1,6 +1,6 @@
 """Whatever runs out at whichever system call of a handover: one side serves, says what ran out, and loses nothing.
 
-`make shortage` lets every call fail with every error, which takes most of an hour. Here the 1st, 2nd, 4th, 8th … call
+`make shortage` lets every call fail with every error, which takes some minutes. Here the 1st, 2nd, 4th, 8th … call
 of each kind fails once, with its errors in turn, and the first one for good.
 """
 
