@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -111,7 +112,8 @@ class Chain:
             if fact["status"] == "completed":
                 destination.wait_event("MigrationStatusChanged", status="completed")
             else:
-                self._await_end(destination, never_reached=(side, call) in NEVER_REACHED)
+                is_left_waiting = (side, call) in NEVER_REACHED or (call == "accept4" and for_good)
+                self._await_end(destination, is_left_waiting=is_left_waiting)
             seen, failed = short.end()
         info, run_state = source.execute("query-migrate"), source.execute("query-status")["status"]
         if info["status"] == "completed":
@@ -131,9 +133,9 @@ class Chain:
         assert (report.lost, report.duplicates) == (0, 0), (report, info)
         return seen
 
-    def _await_end(self, destination: DaemonProcess, *, never_reached: bool) -> None:
-        if never_reached:
-            destination.quit()
+    def _await_end(self, destination: DaemonProcess, *, is_left_waiting: bool) -> None:
+        if is_left_waiting:
+            destination.send_signal(signal.SIGTERM)  # which needs no descriptor to be heard
         destination.wait(seconds=PATIENCE_S)
 
     def check(self) -> None:

@@ -167,7 +167,7 @@ class Listener:
             try:
                 sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
             except OSError as error:
-                _logger.warning("no source can be accepted at '%s': %s", self._address, error)
+                _logger.warning("no source can be accepted at '%s': %s", self._address, reason_of(error))
                 await asyncio.sleep(ACCEPT_RETRY_S)
                 continue
             pace.note()

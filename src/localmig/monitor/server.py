@@ -19,7 +19,7 @@ from typing import Final
 from localmig import trace
 from localmig.access import peer_credentials
 from localmig.daemon import Daemon, RunState
-from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError, reason_of
 from localmig.migration.hello import program_version
 from localmig.monitor.commands import COMMANDS
 from localmig.monitor.connection import Connection
@@ -121,7 +121,7 @@ class QmpServer:
                 try:
                     client, _ = await asyncio.get_running_loop().sock_accept(sock)
                 except OSError as error:
-                    _log.warning("no QMP client can be accepted: %s", error)
+                    _log.warning("no QMP client can be accepted: %s", reason_of(error))
                     await asyncio.sleep(ACCEPT_RETRY_S)
                     continue
                 pace.note()

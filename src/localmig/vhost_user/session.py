@@ -21,7 +21,7 @@ from typing import Final, Protocol, Self
 
 from localmig import fds
 from localmig.access import PRIVATE_MODE
-from localmig.errors import KernelError, LocalmigError, PeerError
+from localmig.errors import KernelError, LocalmigError, PeerError, is_shortage, reason_of
 from localmig.fds import OwnedFd
 from localmig.unix_socket import AcceptPace, ListeningSocket
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
@@ -173,8 +173,9 @@ class Listener(Contact):
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if not is_shortage(error):
                 raise
+            _logger.warning("no frontend can be accepted at '%s': %s", self.listening.path, reason_of(error))
             self.pause()
             self._retry = asyncio.get_running_loop().call_later(
                 _ACCEPT_RETRY_SECONDS, self.accept_connections, self._on_connection
