@@ -31,7 +31,7 @@ from localmig.migration.channel import Channel, FrameKind
 from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.netdev.tap import TAP
-from localmig.vmstate import Blob, close_descriptors, save
+from localmig.vmstate import Blob, close_descriptors, explain, save
 
 PATIENCE_S: Final = 20.0
 """No daemon takes so long for anything here."""
@@ -52,11 +52,12 @@ SWITCHOVER_SECTIONS: Final = {section_name("*", RINGS): RINGS}
 
 @dataclass(kw_only=True, slots=True)
 class Said:
-    """A frame to be said; `fds` are this object's."""
+    """A frame to be said; `fds` are this object's. A SETUP has the DESCRIPTION that was said before it."""
 
     kind: FrameKind
     data: bytes = b""
     fds: list[tuple[int, OwnedFd]] = field(default_factory=list)
+    description: Said | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +123,22 @@ class Liar:
             channel.close()
 
     async def _pass_on(self, teller: str, hear: Channel, say: Channel) -> None:
+        description: Said | None = None
         with contextlib.suppress(LocalmigError):
             while True:
                 frame = await hear.receive(timeout_s=None)
                 heard = Said(kind=frame.kind, data=frame.data, fds=frame.fds)
-                pieces: Iterable[Piece] = [heard]
+                pieces: list[Piece] = [heard]
+                if (self._kind, frame.kind) == (FrameKind.SETUP, FrameKind.DESCRIPTION):
+                    description = heard  # it may have to fit the lie
+                    continue
                 if not self.has_lied and (teller, frame.kind) == (self._teller, self._kind):
                     self.has_lied = True
-                    pieces = self._tell(heard)
+                    heard.description = description
+                    pieces = list(self._tell(heard))
+                if description is not None:
+                    pieces.insert(0, description)
+                    description = None
                 for piece in pieces:
                     if isinstance(piece, Hangup):
                         return
@@ -179,13 +188,17 @@ def vmdesc_of(change: Callable[[dict[str, Any]], None]) -> Tell:
     """A DESCRIPTION whose JSON is changed."""
 
     def tell(said: Said) -> Iterable[Piece]:
-        vmdesc = json.loads(said.data[_VMDESC_HEADER.size :])
-        change(vmdesc)
-        encoded = json.dumps(vmdesc).encode()
-        said.data = _VMDESC_HEADER.pack(Mark.VMDESCRIPTION, len(encoded)) + encoded
+        _describe_anew(said, change)
         yield said
 
     return tell
+
+
+def _describe_anew(description: Said, change: Callable[[dict[str, Any]], None]) -> None:
+    vmdesc = json.loads(description.data[_VMDESC_HEADER.size :])
+    change(vmdesc)
+    encoded = json.dumps(vmdesc).encode()
+    description.data = _VMDESC_HEADER.pack(Mark.VMDESCRIPTION, len(encoded)) + encoded
 
 
 Sections = list[tuple[int, Section]]
@@ -193,7 +206,7 @@ Sections = list[tuple[int, Section]]
 
 
 def sections_of(change: Callable[[Sections], None]) -> Tell:
-    """A SETUP or SWITCHOVER put together from other sections than it had."""
+    """A SETUP or SWITCHOVER put together from other sections than it had. A SETUP is described as it is then."""
 
     def tell(said: Said) -> Iterable[Piece]:
         stream = IncomingStream(setup=SETUP_SECTIONS, switchover=SWITCHOVER_SECTIONS)
@@ -205,11 +218,19 @@ def sections_of(change: Callable[[Sections], None]) -> Tell:
             arrived = stream.switchover(said.data)
         sections = list(enumerate(arrived, first))
         change(sections)
+        if said.description is not None:
+            _describe_anew(said.description, lambda vmdesc: _explain_again(vmdesc, sections))
         yield _put_together(said.kind, sections)
         for section in arrived:
             close_descriptors(section.description, section.state)
 
     return tell
+
+
+def _explain_again(vmdesc: dict[str, Any], sections: Sections) -> None:
+    states = {section.name: explain(section.description, section.state) for _, section in sections}
+    for device in vmdesc["devices"]:
+        device.update(states.get(device["name"], {}))
 
 
 def _put_together(kind: FrameKind, sections: Sections) -> Said:

@@ -316,6 +316,26 @@ LIES: Final = [
             'does not tell of section "net0/tap"',
         ),
         ("one section more", vmdesc_of(lambda v: v["devices"].append({**v["devices"][0], "name": "x/tap"})), "x/tap"),
+        (
+            "another field",
+            vmdesc_of(setting("devices", 0, "fields", 2, "name", to="mtu_max")),
+            'section "net0/tap", as described: has a field "mtu_max", in version 1 there are ',
+        ),
+        (
+            "a field of another size",
+            vmdesc_of(setting("devices", 0, "fields", 2, "size", to=8)),
+            'section "net0/tap", as described: field "mtu" is uint',
+        ),
+        (
+            "no fields",
+            vmdesc_of(setting("devices", 0, "fields", to={})),
+            'section "net0/tap", as described: has no list of fields',
+        ),
+        (
+            "a longer section",
+            vmdesc_of(setting("devices", 0, "fields", 1, "size", to=77)),
+            r'section "net0/tap" has \d+ bytes, described were \d+',
+        ),
         ("left out", instead(), "SETUP came where DESCRIPTION was expected"),
         ("twice", twice, "DESCRIPTION came where SETUP was expected"),
         ("COMMIT", first(Said(kind=FrameKind.COMMIT, data=bytes(8))), "COMMIT came where DESCRIPTION was expected"),
@@ -428,6 +448,11 @@ LIES: Final = [
         (
             "a column too short",
             state_of(RINGS, "rx_packets", (1,)),
+            r'section "\*/virtio-net-rings" has \d+ bytes, described were \d+',
+        ),
+        (
+            "a column too short and one too long",
+            state_of(RINGS, "", lambda state, _: state._replace(rx_packets=(1,), rx_bytes=(0,) * 5)),
             "column rx_packets of the rings has 1 places, there are 3 queue pairs",
         ),
         ("a position outside", state_of(RINGS, "rx_next_avail", (0x7FFF, 0, 0)), "0x7fff|32767"),

@@ -16,7 +16,7 @@ from tests.unit.test_vmstate import OUTER, OUTERS, Outer
 from localmig.errors import ConfigError, PeerError, StateError
 from localmig.migration import stream as stream_module
 from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
-from localmig.vmstate import Description, array, text, u16, u64
+from localmig.vmstate import Description, array, explain, text, u16, u64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,8 +237,14 @@ def test_a_switchover_piece_with_another_frame_is_refused(switchover: bytes, pro
         incoming.switchover(switchover)
 
 
+EXPLAINED = {"disk": explain(DISK, Disk(path="/")), "disk-rings": explain(RINGS, Rings(positions=(), requests=0))}
+
+
 def described(*devices: tuple[object, object, object]) -> bytes:
-    rows = [{"name": name, "vmsd_name": vmsd_name, "version": version} for name, vmsd_name, version in devices]
+    rows = [
+        {**EXPLAINED.get(str(vmsd_name), {}), "name": name, "vmsd_name": vmsd_name, "version": version}
+        for name, vmsd_name, version in devices
+    ]
     encoded = json.dumps({"devices": rows}).encode()
     return b"\6" + len(encoded).to_bytes(4) + encoded
 
@@ -292,6 +298,19 @@ def test_a_section_in_another_version_than_described_is_refused() -> None:
     incoming.setup(START)
     with pytest.raises(PeerError, match='section "b/disk-rings" came in version 4, described was 3'):
         incoming.switchover(section_bytes("b/disk-rings", bytes(12), version=4) + END)
+
+
+def test_a_section_with_other_fields_than_described_is_refused_while_the_guest_runs() -> None:
+    description = described(("a/disk", "disk", 1)).replace(b'"path"', b'"file"')
+    with pytest.raises(PeerError, match='section "a/disk", as described: has a field "file", in version 1 there are'):
+        expecting([disk("a")], []).description(description)
+
+
+def test_a_section_of_another_size_than_described_is_refused() -> None:
+    incoming = expecting([disk("a")], [])
+    incoming.description(described(A_DISK))
+    with pytest.raises(PeerError, match='section "a/disk" has 6 bytes, described were 5'):
+        incoming.setup(START + section_bytes("a/disk", b"\0\0\0\2//"))
 
 
 def test_every_truncation_of_a_stream_is_refused() -> None:

@@ -19,6 +19,7 @@ from localmig.vmstate import (
     array,
     blob,
     boolean,
+    check_explained,
     explain,
     fd,
     load,
@@ -170,6 +171,11 @@ def test_the_explanation_accounts_for_every_byte(state: Outer) -> None:
     explained = explain(OUTER, state)
     headers = sum(1 + 1 + len(part["vmsd_name"]) + 4 for part in explained.get("subsections", ()))
     assert explained_size(explained) + headers == len(saved(OUTER, state).data)
+
+
+@given(OUTERS)
+def test_what_is_explained_here_is_understood_here(state: Outer) -> None:
+    assert check_explained(OUTER, 3, explain(OUTER, state)) == len(saved(OUTER, state).data)
 
 
 def explained_size(part: dict[str, Any]) -> int:
@@ -416,6 +422,66 @@ def test_a_subsection_travels_only_while_it_is_needed() -> None:
 def test_a_wrong_subsection_is_refused(extra: bytes, problem: str) -> None:
     with pytest.raises(PeerError, match=problem):
         loaded(OUTER, 3, saved(OUTER, without_subsections()).data + extra)
+
+
+def test_an_older_version_is_explained_without_what_came_later() -> None:
+    explained = explain(OUTER, without_subsections())
+    explained["fields"].pop()
+    assert check_explained(OUTER, 2, explained) == len(saved(OUTER, without_subsections()).data) - 2
+    with pytest.raises(PeerError, match=r"has the fields .*, names, expected .*, names, added"):
+        check_explained(OUTER, 3, explained)
+    with pytest.raises(PeerError, match='has a field "added", in version 2 there are byte, word'):
+        check_explained(OUTER, 2, explain(OUTER, BASE))
+
+
+@pytest.mark.parametrize(
+    ("place", "told", "problem"),
+    [
+        (("fields", 1, "type"), "uint32", 'field "word" is uint32 of 2 bytes, expected uint16 of 2'),
+        (("fields", 1, "size"), 4, 'field "word" is uint16 of 4 bytes, expected uint16 of 2'),
+        (("fields", 1, "size"), "2", "field \"word\" is uint16 of '2' bytes, expected uint16 of 2"),
+        (("fields", 6, "size"), -1, 'field "name" is buffer of -1 bytes, expected buffer'),
+        (("fields", 1, "name"), "width", 'has a field "width", in version 3 there are byte, word'),
+        (("fields", 1, "name"), "byte", 'field "byte" is uint16 of 2 bytes, expected uint8 of 1'),
+        (("fields", 1, "name"), [], "has a field without name, type or size"),
+        (("fields", 1), 7, "has a field without name, type or size"),
+        (("fields", 6, "type"), "uint8", 'field "name" is uint8 of 2 bytes, expected buffer'),
+        (("fields", 9, "size"), 4, 'field "inner" has 4 bytes, its fields have 3'),
+        (("fields", 9, "struct"), [], 'field "inner" is a struct without fields'),
+        (("fields", 9, "struct"), {}, 'field "inner" has no list of fields'),
+        (("fields", 9, "struct", "fields", 0, "size"), 1, 'field "inner.number" is uint16 of 1 bytes, expected'),
+        (("fields", 9, "struct", "fields", 0, "name"), "flag", 'field "inner.flag" is uint16 of 2 bytes'),
+        (("fields", 11, "array_len"), 0, 'field "inners" has 0 elements'),
+        (("fields", 11, "array_len"), "2", "field \"inners\" has '2' elements"),
+        (("fields",), [], "has the fields none, expected byte, word"),
+        (("fields",), None, "has no list of fields"),
+        (("subsections",), {}, "has no list of subsections"),
+        (("subsections", 0), 7, "has a subsection without name or version"),
+        (
+            ("subsections", 0, "vmsd_name"),
+            "outer/new",
+            'has a subsection "outer/new", expected outer/rare or outer/odd',
+        ),
+        (("subsections", 1, "vmsd_name"), "outer/rare", 'has a subsection "outer/rare", expected outer/odd'),
+        (("subsections", 0, "version"), 4, r'subsection "outer/rare": came in version 4, this release reads 2\.\.3'),
+        (("subsections", 0, "fields"), [], 'subsection "outer/rare": has the fields none, expected rare'),
+    ],
+)
+def test_what_is_explained_otherwise_is_refused(place: tuple[Any, ...], told: object, problem: str) -> None:
+    explained = explain(OUTER, BASE)
+    inside: Any = explained
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = told
+    with pytest.raises(PeerError, match='section "x/outer", as described: ' + problem):
+        check_explained(OUTER, 3, explained, section="x/outer")
+
+
+def test_fields_explained_in_another_order_are_refused() -> None:
+    explained = explain(OUTER, BASE)
+    explained["fields"][0:2] = reversed(explained["fields"][0:2])
+    with pytest.raises(PeerError, match=r"has the fields word, byte, long, .*, expected byte, word, long, "):
+        check_explained(OUTER, 3, explained)
 
 
 def test_a_caller_can_name_the_section() -> None:

@@ -25,12 +25,12 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from localmig.errors import ConfigError, PeerError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
-from localmig.vmstate import NAME_SIZE_MAX, Blob, Description, Reader, explain, load, save, text
+from localmig.vmstate import NAME_SIZE_MAX, Blob, Description, Reader, check_explained, explain, load, save, text
 
 MACHINE: Final = "localmig"
 """The machine name in the configuration section: a QEMU that gets this stream by mistake refuses it."""
@@ -171,6 +171,11 @@ def _vmdesc(devices: list[dict[str, Any]]) -> bytes:
     return encoded
 
 
+class _Described(NamedTuple):
+    version: int
+    size: int
+
+
 class IncomingStream:
     """Reads one stream: `description`, then `setup`, then `switchover`.
 
@@ -183,24 +188,28 @@ class IncomingStream:
         self._expected_setup = setup
         self._expected_switchover = switchover
         self._section_count = 0
-        self._described: dict[str, int] = {}
+        self._described: dict[str, _Described] = {}
 
     def description(self, data: bytes) -> None:
-        """Reads the description piece: it must tell of the sections that are expected, in versions that can be read.
+        """Reads the description piece: it must tell of the sections that are expected, in versions that can be read,
+        with the fields that are read in them.
 
-        So a version that cannot be read is found while the guest runs, and not inside the downtime.
+        So whatever cannot be read is found while the guest runs, and not inside the downtime.
 
         Raises:
-            PeerError: it is none, or it tells of other sections or versions.
+            PeerError: it is none, or it tells of other sections, versions or fields.
         """
         expected = {**self._expected_setup, **self._expected_switchover}
+        alike: dict[str, Any] | None = None
+        size = 0
         with _reading("description", data, ()) as reader:
             described = _read_vmdesc(reader)
             for name in expected:
                 if name not in described:
                     raise PeerError(f'does not tell of section "{name}"')
-            for name, (vmsd_name, version) in described.items():
+            for name, explained in described.items():
                 description = expected.get(name)
+                vmsd_name, version = explained["vmsd_name"], explained["version"]
                 if description is None or vmsd_name != description.name:
                     raise PeerError(f'tells of a section "{name}" of {vmsd_name!r}, which was not expected')
                 if not description.oldest_version <= version <= description.version:
@@ -208,7 +217,9 @@ class IncomingStream:
                         f'tells of version {version} of section "{name}", this release reads '
                         f"{description.oldest_version}..{description.version}"
                     )
-                self._described[name] = version
+                if explained != alike:  # most NICs are told of as the one before them
+                    size, alike = check_explained(description, version, explained, section=name), explained
+                self._described[name] = _Described(version, size)
 
     def setup(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the setup piece; the caller owns the descriptors in the states.
@@ -259,9 +270,13 @@ class IncomingStream:
                 f'section "{name}" is number {section_id} instance {instance}, '
                 f"expected number {self._section_count} instance 0"
             )
-        if version != self._described.get(name, version):
-            raise PeerError(f'section "{name}" came in version {version}, described was {self._described[name]}')
+        described = self._described.get(name)
+        if described is not None and version != described.version:
+            raise PeerError(f'section "{name}" came in version {version}, described was {described.version}')
+        start = reader.position
         state = load(description, version, reader, section=name)
+        if described is not None and reader.position - start != described.size:
+            raise PeerError(f'section "{name}" has {reader.position - start} bytes, described were {described.size}')
         marker, footer_id = reader.unpack(_FOOTER)
         if marker != Mark.SECTION_FOOTER or footer_id != section_id:
             raise PeerError(
@@ -300,8 +315,8 @@ def _read_start(reader: Reader) -> None:
         raise PeerError(f'is of machine "{machine}", expected "{MACHINE}"')
 
 
-def _read_vmdesc(reader: Reader) -> dict[str, tuple[object, int]]:
-    """The description's name and version of each section, by the section's name."""
+def _read_vmdesc(reader: Reader) -> dict[str, dict[str, Any]]:
+    """What is told of each section, by its name and without it; it has a "vmsd_name" and a "version"."""
     marker, size = reader.unpack(_VMDESC_HEADER)
     if marker != Mark.VMDESCRIPTION:
         raise PeerError(f"starts with {marker:#04x}, expected a vmdesc, {Mark.VMDESCRIPTION:#04x}")
@@ -312,13 +327,13 @@ def _read_vmdesc(reader: Reader) -> dict[str, tuple[object, int]]:
         vmdesc = json.loads(encoded)
     except (ValueError, RecursionError) as error:
         raise PeerError(f"is no JSON: {error}") from None
-    described: dict[str, tuple[object, int]] = {}
+    described: dict[str, dict[str, Any]] = {}
     match vmdesc:
         case {"devices": list(devices)}:
             for device in devices:
                 match device:
-                    case {"name": str(name), "vmsd_name": vmsd_name, "version": int(version)} if name not in described:
-                        described[name] = (vmsd_name, version)
+                    case {"name": str(name), "vmsd_name": _, "version": int(_)} if name not in described:
+                        described[name] = {key: told for key, told in device.items() if key != "name"}
                     case _:
                         raise PeerError("tells of a section twice, or without its name or version")
         case _:

@@ -38,6 +38,7 @@ A whole example:
 from __future__ import annotations
 
 from localmig.vmstate.blob import Blob, Reader
+from localmig.vmstate.comparison import check_explained
 from localmig.vmstate.description import (
     NAME_SIZE_MAX,
     Description,
@@ -63,6 +64,7 @@ __all__ = [
     "boolean",
     "check_descriptors",
     "check_distinct",
+    "check_explained",
     "close_descriptors",
     "explain",
     "fd",

@@ -153,8 +153,7 @@ def save(description: Description[T], state: T, into: Blob, *, section: str | No
             needed = subsection.needed(state)
             into.shape.append(needed)
             if needed:
-                name = subsection.name.encode()
-                into.data += bytes((SUBSECTION_MARKER, len(name))) + name + _VERSION.pack(subsection.version)
+                into.data += subsection_header(subsection)
                 subsection.layout.put(state, into)
     except UnfitError as error:
         into.truncate(start)
@@ -162,6 +161,12 @@ def save(description: Description[T], state: T, into: Blob, *, section: str | No
     except BaseException:
         into.truncate(start)
         raise
+
+
+def subsection_header(subsection: Subsection[Any]) -> bytes:
+    """What stands before its fields: the marker, its name's size and its name, its version."""
+    name = subsection.name.encode()
+    return bytes((SUBSECTION_MARKER, len(name))) + name + _VERSION.pack(subsection.version)
 
 
 def load(description: Description[T], version: int, reader: Reader, *, section: str | None = None) -> T:
@@ -177,7 +182,7 @@ def load(description: Description[T], version: int, reader: Reader, *, section: 
         PeerError: not what was declared. Every descriptor of `reader` is closed, given out or not.
     """
     try:
-        values = description.layout.get(reader, _checked_version(description, version))
+        values = description.layout.get(reader, checked_version(description, version))
         waiting = {subsection.name: subsection for subsection in description.subsections}
         while reader.peek() == SUBSECTION_MARKER:
             values.update(_load_subsection(waiting, reader))
@@ -198,12 +203,13 @@ def _load_subsection(waiting: dict[str, Subsection[Any]], reader: Reader) -> dic
         raise MalformedError(f'has a subsection "{name}", expected {" or ".join(waiting) or "none"}')
     (version,) = reader.unpack(_VERSION)
     try:
-        return subsection.layout.get(reader, _checked_version(subsection, version))
+        return subsection.layout.get(reader, checked_version(subsection, version))
     except MalformedError as error:
         raise MalformedError(f'subsection "{name}": {error}') from None
 
 
-def _checked_version(part: Description[Any] | Subsection[Any], version: int) -> int:
+def checked_version(part: Description[Any] | Subsection[Any], version: int) -> int:
+    """`version`, or MalformedError where it is not read here."""
     if not part.oldest_version <= version <= part.version:
         raise MalformedError(f"came in version {version}, this release reads {part.oldest_version}..{part.version}")
     return version

@@ -26,7 +26,7 @@ import functools
 import itertools
 import struct as packing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -59,6 +59,24 @@ class Placed(NamedTuple):
     def inside(self, name: str) -> Placed:
         """The same, with the field or the `[index]` around it."""
         return self._replace(path=joined(name, self.path))
+
+
+class Line(NamedTuple):
+    """A line that the vmdesc of a field has, whatever the value.
+
+    Attributes:
+        name: of the line.
+        type: as QEMU calls it.
+        size: in bytes, None where the value decides.
+        inner: what is in it, if it is a struct.
+        always: whether it is there for every value.
+    """
+
+    name: str
+    type: str
+    size: int | None = None
+    inner: Layout | None = None
+    always: bool = True
 
 
 class Field(ABC):
@@ -94,6 +112,10 @@ class Field(ABC):
     @abstractmethod
     def explain(self, value: Any) -> list[Explained]:
         """What `put` writes for `value`, field by field."""
+
+    @abstractmethod
+    def lines(self) -> Sequence[Line]:
+        """The lines that `explain` may give, in their order."""
 
     def descriptors(self, value: Any) -> Iterator[Placed]:
         """Every descriptor in `value`, placed below this field."""
@@ -136,6 +158,9 @@ class _Scalar(Field):
     def explain(self, value: int) -> list[Explained]:
         return [{"name": self.name, "type": self.kind, "size": self.layout.size}]
 
+    def lines(self) -> Sequence[Line]:
+        return [Line(self.name, self.kind, self.layout.size)]
+
 
 class _Bytes(Field):
     """A blob, or with `_Text` a string: its size, then its bytes."""
@@ -172,6 +197,9 @@ class _Bytes(Field):
             {"name": self.name, "type": "buffer", "size": len(self.encode(value))},
         ]
 
+    def lines(self) -> Sequence[Line]:
+        return [Line(f"{self.name}.size", "uint32", _U32.size), Line(self.name, "buffer")]
+
 
 class _Text(_Bytes):
     """A string, as UTF-8."""
@@ -205,6 +233,9 @@ class _Fd(Field):
         line: Explained = {"name": self.name, "type": "fd", "size": 1}
         return [line if self.kind is None else {**line, "kind": self.kind}]
 
+    def lines(self) -> Sequence[Line]:
+        return [Line(self.name, "fd", 1)]
+
     def descriptors(self, value: OwnedFd) -> Iterator[Placed]:
         yield Placed("", self.kind, value)
 
@@ -236,6 +267,9 @@ class _Struct(Field):
         fields = self._layout.explain(value)
         struct = {"vmsd_name": self.inner.name, "version": self.inner.version, "fields": fields}
         return [{"name": self.name, "type": "struct", "struct": struct, "size": total_size(fields)}]
+
+    def lines(self) -> Sequence[Line]:
+        return [Line(self.name, "struct", inner=self._layout)]
 
     def descriptors(self, value: Any) -> Iterator[Placed]:
         return self._layout.descriptors(value)
@@ -303,6 +337,10 @@ class _Array(Field):
         indexed = [{**line, "index": index} for index, item in enumerate(value) for line in self.element.explain(item)]
         return count + indexed
 
+    def lines(self) -> Sequence[Line]:
+        count = Line(f"{self.name}.count", "uint32", _U32.size)
+        return [count, *(line._replace(always=False) for line in self.element.lines())]
+
     def descriptors(self, value: Sequence[Any]) -> Iterator[Placed]:
         for index, item in enumerate(value):
             for placed in self.element.descriptors(item):
@@ -335,6 +373,10 @@ class _Optional(Field):
     def explain(self, value: Any) -> list[Explained]:
         presence: list[Explained] = [{"name": f"{self.name}.present", "type": "bool", "size": 1}]
         return presence if value is None else presence + self.field.explain(value)
+
+    def lines(self) -> Sequence[Line]:
+        presence = Line(f"{self.name}.present", "bool", 1)
+        return [presence, *(line._replace(always=False) for line in self.field.lines())]
 
     def descriptors(self, value: Any) -> Iterator[Placed]:
         return iter(()) if value is None else self.field.descriptors(value)
@@ -404,6 +446,7 @@ class Layout:
             (version, _grouped([field for field in fields if field.since <= version]))
             for version in sorted(versions, reverse=True)
         ]
+        self._lines_at: dict[int, Mapping[str, Line]] = {}
 
     def put(self, state: object, into: Blob) -> None:
         """Appends the newest version's fields of `state`. Raises UnfitError."""
@@ -442,6 +485,13 @@ class Layout:
     def explain(self, state: object) -> list[Explained]:
         """The vmdesc lines of what `put` writes for `state`."""
         return [line for field in self.fields for line in field.explain(getattr(state, field.name))]
+
+    def lines_at(self, version: int) -> Mapping[str, Line]:
+        """The lines that `explain` of version `version` may give, by name, in their order."""
+        if version not in self._lines_at:
+            fields = [field for field in self.fields if field.since <= version]
+            self._lines_at[version] = {line.name: line for field in fields for line in field.lines()}
+        return self._lines_at[version]
 
     def descriptors(self, state: object) -> Iterator[Placed]:
         """Every descriptor in `state`."""
