@@ -427,3 +427,62 @@ def test_who_took_over_hands_over_again_only_once_its_source_has_let_go(site: Si
     assert source.wait_migration()["status"] == "completed"
     assert hand_over(site, destination, third)["status"] == "completed"
     assert_undisturbed(site)
+
+
+# -- told to end ----------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_told_to_end_serves_until_the_handover_is_over(site: Site) -> None:
+    source = site.source()
+    site.attach()
+    destination = site.destination(fault="before-send:SETUP_ACK=stop")
+    source.execute("migrate", uri=site.address)
+    destination.wait_stopped()
+    source.execute("quit")
+    assert source.execute("query-migrate")["status"] == "active"
+    assert site.ping().lost == 0
+    pinger = site.pinger()
+    destination.send_signal(signal.SIGCONT)
+    assert source.wait() == 0
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert pinger.stop().lost == 0
+    assert_undisturbed(site)
+
+
+@pytest.mark.parametrize("is_paused", [False, True], ids=["told twice", "while the operator is awaited"])
+def test_a_handover_is_taken_back_by_who_insists_that_the_source_ends(site: Site, is_paused: bool) -> None:
+    source = site.source()
+    site.attach()
+    if is_paused:
+        source.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}]
+        )
+    destination = site.destination(fault=None if is_paused else "before-send:SETUP_ACK=stop")
+    source.execute("migrate", uri=site.address)
+    if is_paused:
+        source.wait_event("MigrationStatusChanged", status="pre-switchover")
+    else:
+        destination.wait_stopped()
+        source.execute("quit")
+    source.execute("quit")
+    assert source.wait() == 0
+    source.wait_event("MigrationStatusChanged", status="cancelled")
+    destination.send_signal(signal.SIGCONT)
+    assert destination.wait() == 1
+    assert site.guest is not None
+    assert site.guest.stop()["reason"]
+
+
+def test_a_destination_that_is_told_to_end_before_it_has_the_guest_leaves_it_to_the_source(site: Site) -> None:
+    source, destination = site.source(), site.destination()
+    site.attach()
+    pause = [{"capability": "pause-before-switchover", "state": True}]
+    source.execute("migrate-set-capabilities", capabilities=pause)
+    source.execute("migrate", uri=site.address)
+    source.wait_event("MigrationStatusChanged", status="pre-switchover")
+    pinger = site.pinger()
+    destination.quit()
+    info = source.wait_migration()
+    assert (info["status"], pinger.stop().lost) == ("failed", 0)
+    assert source.execute("query-status")["status"] == "running"
+    assert_undisturbed(site)

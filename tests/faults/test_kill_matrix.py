@@ -19,7 +19,7 @@ from typing import Final
 import pytest
 from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon, census, end_of, wait_stopped
 
-from localmig.testing.faults import Action, Entry, Fault, Place, Point
+from localmig.testing.faults import FRAME_PLACES, Action, Entry, Fault, Place, Point
 from localmig.testing.frames import Way
 from localmig.testing.namespace import unavailable_reason
 
@@ -339,9 +339,12 @@ def cells_of(zone: Zone) -> Iterator[Cell]:
             (Action.KILL, zone.kill, ()),
             (Action.STOP, zone.stop[1], (zone.stop[0],)),
             (Action.RAISE, zone.error, ()),
+            (Action.END, None if zone.before else Outcome.MOVED, ()),
         ):
             if action is Action.RAISE and point.place in (Place.LEAVE, Place.ENTER):
                 continue  # a state is looked up in a table, of which every pair is tested: nothing else happens there
+            if action is Action.END and (zone.side is Side.DESTINATION or point.place not in FRAME_PLACES):
+                continue  # it is heard of at the next wait: so a point at each frame is as good as all
             if outcome is None or (zone.before and action is Action.RAISE and text in NOTHING_ELSE_CAN):
                 continue
             yield Cell(
@@ -349,7 +352,7 @@ def cells_of(zone: Zone) -> Iterator[Cell]:
                 outcome=outcome,
                 meanwhile=meanwhile,
                 is_met=zone.is_met,
-                otherwise=None if action is Action.STOP else zone.otherwise,
+                otherwise=None if action in (Action.STOP, Action.END) else zone.otherwise,
                 is_moment=text in moments(zone),
             )
 
@@ -415,6 +418,8 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     for side, fault in cell.faults:
         if fault.action is Action.KILL:
             assert end_of(it.side(side)) == -signal.SIGKILL
+        elif fault.action is Action.END:
+            assert end_of(it.side(side)) == 0
         elif fault.action is Action.STOP:
             if meanwhile[0] is Meanwhile.OTHER_FIRST:
                 meanwhile.pop(0)
@@ -638,9 +643,8 @@ def tables(rows: Mapping[Cell, Row]) -> str:
     text = ""
     for zone in (*ZONES, *SECOND_ZONES):
         first = f", {'when ' if zone.before else ''}{zone.name}"
-        text += (
-            f"\n### The {zone.side}{first}\n\n| point | killed | stopped, then continued | error |\n|---|---|---|---|\n"
-        )
+        text += f"\n### The {zone.side}{first}\n\n"
+        text += "| point | killed | stopped, then continued | error | told to end |\n|---|---|---|---|---|\n"
         found = {cell.faults[-1][1]: str(rows[cell]) for cell in cells_of(zone)}
         for point in zone.points.split():
             fates = (found.get(Fault(point=Point.parse(point), action=action), "") for action in Action)

@@ -142,20 +142,24 @@ class Daemon:
             part.open()
 
     def quit(self) -> None:
-        """Begins an orderly end; `wait_quit` returns after it."""
+        """Begins an orderly end; `wait_quit` returns after it.
+
+        A handover under way comes first: it ends in bounded time, and the guest is served there and no more here. It is
+        taken back, if it can be, where it waits for the operator, or where this is asked for once more.
+        """
+        if self._outgoing is not None and self._is_migrating():
+            if self._quitting.is_set() or self._outgoing.awaits_operator:
+                self._outgoing.cancel()
+            else:
+                _logger.info("told to end: the handover comes first; told once more, it is taken back if it can be")
         self._quitting.set()
 
     async def wait_quit(self) -> str | None:
-        """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed.
-
-        A handover under way is cancelled if it can be, else seen to its end: it is never left in the middle.
-        """
+        """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed."""
         await self._quitting.wait()
-        if self._outgoing is not None:
-            self._outgoing.cancel()
-            tasks = {task for task in self._tasks if task.get_name() == "outgoing"}
-            if tasks:
-                await asyncio.wait(tasks)
+        handovers = {task for task in self._tasks if task.get_name() == "outgoing"}
+        if handovers:
+            await asyncio.wait(handovers)
         self._announcer.stop()
         for task in list(self._tasks):
             task.cancel()

@@ -130,6 +130,11 @@ class Outgoing:
         """Whether `run` is over, also where the outcome stays unknown."""
         return self._progress.has_ended
 
+    @property
+    def awaits_operator(self) -> bool:
+        """Whether it will not go past the pause before switchover by itself."""
+        return not self._continued.is_set()
+
     def info(self) -> MigrationInfo:
         """The facts so far."""
         return self._progress.info(self._status())
@@ -264,7 +269,7 @@ class Outgoing:
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
         self._progress.prepared_ns = time.monotonic_ns()
         self._fire(SourceEvent.SETUP_ACKED)
-        if not self._continued.is_set():
+        if self.awaits_operator:
             await self._pause(channel)
         self._fire(SourceEvent.CONTINUED)
 

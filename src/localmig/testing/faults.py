@@ -66,6 +66,8 @@ class Action(StrEnum):
     """The process stops (SIGSTOP), until somebody continues it."""
     RAISE = "raise"
     """An error nobody expects is raised."""
+    END = "end"
+    """The process is told to end (SIGTERM), which it hears of when it next waits for anything."""
 
 
 PART_STEPS: Final = (
@@ -78,7 +80,7 @@ REHEARSED_STEPS: Final = ("save_switchover", "check_switchover", "adopt_switchov
 OTHER_STEPS: Final = ("channel.close", "channel.receive_end", "peer.kill", "peer.wait_dead", "daemon.on_serving")
 
 _STATES: Final = tuple(dict.fromkeys((*SourceState, *DestinationState)))
-_FRAME_PLACES: Final = (Place.BEFORE_SEND, Place.AFTER_SEND, Place.AFTER_RECEIVE)
+FRAME_PLACES: Final = (Place.BEFORE_SEND, Place.AFTER_SEND, Place.AFTER_RECEIVE)
 _STATE_PLACES: Final = (Place.LEAVE, Place.ENTER)
 
 
@@ -98,7 +100,7 @@ class Point:
         """Reads `PLACE:SUBJECT`. ConfigError where it is none."""
         place, _, subject = text.partition(":")
         _check_word(text, place, list(Place))
-        if place in _FRAME_PLACES:
+        if place in FRAME_PLACES:
             _check_word(text, subject, [each.name for each in FrameKind])
         elif place in _STATE_PLACES:
             _check_word(text, subject, _STATES)
@@ -137,6 +139,8 @@ class Fault:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case Action.RAISE:
                 raise InjectedError(str(self))
+            case Action.END:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check_word(text: str, word: str, known: Sequence[str]) -> None:
@@ -429,7 +433,7 @@ def _wrap(trap: Trap, kind: type, name: str, subject: Callable[[Any], str | None
 USAGE: Final = f"""\
 usage: python -m localmig.testing.faults PLACE:SUBJECT=ACTION|@FILE [--journal FOLDER] -- LOCALMIG-ARGUMENTS…
 
-  PLACE    {", ".join(_FRAME_PLACES)}
+  PLACE    {", ".join(FRAME_PLACES)}
   SUBJECT    {", ".join(kind.name for kind in FrameKind)}
   PLACE    {", ".join(_STATE_PLACES)}
   SUBJECT    {", ".join(_STATES)}
