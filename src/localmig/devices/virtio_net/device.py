@@ -1,6 +1,6 @@
 """The virtio-net device: what a frontend says becomes queue pairs that run between its rings and a TAP.
 
-Owns:        the features on offer, guest memory, the queue pairs; when they run.
+Owns:        guest memory, the queue pairs; when they run.
 Never sees:  vhost-user bytes, packets, the migration stream.
 Read next:   vhost_user/protocol.py for the events, dataplane/ for the queue pairs, state.py for what travels.
 
@@ -26,6 +26,7 @@ from typing import Final
 
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
+from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
@@ -58,29 +59,9 @@ from localmig.virtio.net import (
     header_length,
     receive_queue,
     transmit_queue,
-    without_orphans,
 )
 
 _logger = logging.getLogger(__name__)
-
-FEATURES: Final = (
-    Feature.VERSION_1
-    | Feature.RING_EVENT_IDX
-    | Feature.RING_INDIRECT_DESC
-    | NetFeature.MRG_RXBUF
-    | NetFeature.STATUS
-    | NetFeature.MTU
-)
-"""What the packet path serves, whatever the options say."""
-
-_TAP_OFFLOADS: Final = (
-    (NetFeature.GUEST_CSUM, Offload.CSUM),
-    (NetFeature.GUEST_TSO4, Offload.TSO4),
-    (NetFeature.GUEST_TSO6, Offload.TSO6),
-    (NetFeature.GUEST_ECN, Offload.TSO_ECN),
-    # The kernel has these two together or not at all.
-    (NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6, Offload.USO4 | Offload.USO6),
-)
 
 _THREAD_ADVICE: Final = (
     "; each has a thread: raise RLIMIT_NPROC of this user, pids.max of the control group or sysctl kernel.threads-max"
@@ -88,9 +69,6 @@ _THREAD_ADVICE: Final = (
 
 THREAD_NAME_LENGTH_MAX: Final = 15
 """TASK_COMM_LEN is 16, and the last byte is NUL (linux/sched.h)."""
-
-_USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6
-"""What not every kernel's TAP has."""
 
 
 class VirtioNet(Part):
@@ -264,8 +242,8 @@ class VirtioNet(Part):
     def check_setup(self, state: VirtioNetState) -> None:
         """Whether this daemon can serve the session: its features, its rings, its memory table."""
         # Whether the TAP knows USO is known once it is here: `adopt_setup` looks again.
-        offer = self._offer(has_uso=True)
-        self._check_features(state.features_acked, offer)
+        offered = self._offer(has_uso=True)
+        self._check_acked(state, offered)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
         if state.socket is None:
@@ -273,7 +251,7 @@ class VirtioNet(Part):
         try:
             self._socket.check(state.socket.listener)
             if state.socket.connection is not None:
-                _check_connection(state.socket.connection, offer)
+                _check_connection(state.socket.connection, offered)
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
@@ -287,7 +265,7 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
-        self._check_features(state.features_acked, self._offer(has_uso=self._netdev.has_uso))
+        self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
@@ -603,28 +581,22 @@ class VirtioNet(Part):
         return self._endpoint.state if self._endpoint is not None else None
 
     def _offer(self, *, has_uso: bool) -> Offer:
-        count = self._netdev.queue_count
-        offloads = self._offloads if has_uso else self._offloads & ~_USO
-        features = FEATURES | without_orphans(offloads)
-        if count > 1:
-            # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
-            # to us without one in between, as User-Mode Linux has it, refuses the device then.
-            features |= NetFeature.MQ
-        if self._own_mac is not None:
-            features |= NetFeature.MAC
-        if self._packed:
-            features |= Feature.RING_PACKED
-        drained = frozenset(transmit_queue(index) for index in range(1, count))
-        return Offer(features=features, vring_count=2 * count, queue_count=count, drained_vrings=drained)
+        return offer(
+            queue_pair_count=self._netdev.queue_count,
+            offloads=self._offloads,
+            has_uso=has_uso,
+            has_mac=self._own_mac is not None,
+            packed=self._packed,
+        )
 
     def _make_endpoint(self, contact: Contact) -> Endpoint:
         return Endpoint(contact, self, self._offer(has_uso=self._netdev.has_uso), config=self._config())
 
-    def _check_features(self, acked: int, offer: Offer) -> None:
-        if missing := acked & ~offer.all_features:
-            raise PeerError(
-                f"device '{self.id}': the guest uses features {acked:#x}, of which {missing:#x} are not offered here"
-            )
+    def _check_acked(self, state: VirtioNetState, offered: Offer) -> None:
+        try:
+            check_acked(state.features_acked, offered)
+        except PeerError as error:
+            raise PeerError(f"device '{self.id}': {error}") from error
 
     def _config(self) -> bytes:
         return NetConfig(
@@ -641,7 +613,7 @@ class VirtioNet(Part):
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
-            self._netdev.set_offloads(_tap_offloads(state.features_acked))
+            self._netdev.set_offloads(tap_offloads(state.features_acked))
 
     def _reset_netdev(self) -> None:
         """Nobody is there to take anything over: the TAP has one queue, and every frame comes whole."""
@@ -674,8 +646,8 @@ class VirtioNet(Part):
             )
 
 
-def _check_connection(connection: ConnectionState, offer: Offer) -> None:
-    check_state(connection.session, offer)
+def _check_connection(connection: ConnectionState, offered: Offer) -> None:
+    check_state(connection.session, offered)
     check_sizes(connection.session.regions)
     if connection.session.is_packed and connection.ledger is None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
@@ -689,20 +661,6 @@ def thread_name(device: str, queue_pair: int) -> str:
 
 def _has_rings(pair: QueuePair) -> bool:
     return pair.positions() != (None, None)
-
-
-def _tap_offloads(features_acked: int) -> Offload:
-    """What the guest takes over from whoever sends to it.
-
-    A feature acknowledged without the one it requires counts for nothing, as in QEMU: the guest is served all the same,
-    and gets nothing that it could not handle.
-    """
-    features = without_orphans(features_acked)
-    offloads = Offload(0)
-    for feature, offload in _TAP_OFFLOADS:
-        if features & feature == feature:
-            offloads |= offload
-    return offloads
 
 
 def _rarp_frame(mac: bytes) -> bytes:
