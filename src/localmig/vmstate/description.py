@@ -6,7 +6,8 @@ Read next:   fields.py for the encoding.
 
 How state may change from release to release: append a field with `since=` and count the version up; raise
 `oldest_version` to stop reading old ones; or add a subsection, which only travels while it is needed, so that
-older releases go on reading the rest. What is absent from an old stream takes the dataclass's default.
+older releases go on reading the rest. What is absent from an old stream takes the dataclass's default. Names, types
+and order of what travelled once stay: a destination compares them (comparison.py).
 """
 
 from __future__ import annotations
