@@ -101,6 +101,7 @@ class Zone:
         kill: what comes of a death.
         stop: what the guest notices meanwhile, and what comes of a hang that ends.
         error: what comes of an error nobody expects; None where nobody is left to be served by.
+        end: what may come of being told to end: one, or either of two, by which of two messages is quicker.
         before: what happened earlier in the same handover.
         is_met: whether the destination ever sees the source.
         otherwise: what may come of a death or an error instead: which of two messages is quicker decides.
@@ -112,6 +113,7 @@ class Zone:
     kill: Outcome
     stop: tuple[Meanwhile, Outcome]
     error: Outcome | None
+    end: tuple[Outcome, ...] = (Outcome.MOVED,)
     before: tuple[tuple[Side, Fault], ...] = ()
     is_met: bool = True
     otherwise: Outcome | None = None
@@ -178,6 +180,7 @@ ZONES: Final = (
         kill=Outcome.STAYED,
         stop=(Meanwhile.FLOWS, Outcome.MOVED),
         error=Outcome.STAYED,
+        end=(Outcome.STAYED,),
     ),
     Zone(
         name="prepared",
@@ -187,6 +190,7 @@ ZONES: Final = (
         kill=Outcome.STAYED,
         stop=(Meanwhile.SETTLES, Outcome.STAYED),
         error=Outcome.STAYED,
+        end=(Outcome.STAYED, Outcome.FENCED),
     ),
     Zone(
         name="ready",
@@ -195,6 +199,7 @@ ZONES: Final = (
         kill=Outcome.TAKEN_BACK,
         stop=(Meanwhile.SETTLES, Outcome.FENCED),
         error=Outcome.FENCED,
+        end=(Outcome.FENCED, Outcome.STAYED),
         # COMMIT may find it gone.
         otherwise=Outcome.STAYED,
     ),
@@ -206,6 +211,7 @@ ZONES: Final = (
         kill=Outcome.TAKEN_BACK,
         stop=(Meanwhile.SETTLES, Outcome.FENCED),
         error=Outcome.FENCED,
+        end=(Outcome.FENCED,),
     ),
     Zone(
         name="about to say done",
@@ -215,6 +221,7 @@ ZONES: Final = (
         stop=(Meanwhile.SETTLES, Outcome.FENCED),
         # It cannot know that nothing was sent, so it goes on and closes the channel.
         error=Outcome.MOVED,
+        end=(Outcome.NOBODY,),
     ),
     Zone(
         name="done",
@@ -226,6 +233,7 @@ ZONES: Final = (
         kill=Outcome.NOBODY,
         stop=(Meanwhile.SILENT, Outcome.MOVED),
         error=Outcome.MOVED,
+        end=(Outcome.NOBODY,),
     ),
 )
 
@@ -335,16 +343,16 @@ def moments(zone: Zone) -> list[str]:
 def cells_of(zone: Zone) -> Iterator[Cell]:
     for text in zone.points.split():
         point = Point.parse(text)
-        for action, outcome, meanwhile in (
-            (Action.KILL, zone.kill, ()),
-            (Action.STOP, zone.stop[1], (zone.stop[0],)),
-            (Action.RAISE, zone.error, ()),
-            (Action.END, None if zone.before else Outcome.MOVED, ()),
+        for action, outcome, otherwise, meanwhile in (
+            (Action.KILL, zone.kill, zone.otherwise, ()),
+            (Action.STOP, zone.stop[1], None, (zone.stop[0],)),
+            (Action.RAISE, zone.error, zone.otherwise, ()),
+            (Action.END, zone.end[0], zone.end[-1], ()),
         ):
             if action is Action.RAISE and point.place in (Place.LEAVE, Place.ENTER):
                 continue  # a state is looked up in a table, of which every pair is tested: nothing else happens there
-            if action is Action.END and (zone.side is Side.DESTINATION or point.place not in FRAME_PLACES):
-                continue  # it is heard of at the next wait: so a point at each frame is as good as all
+            if action is Action.END and (zone.before or point.place not in FRAME_PLACES):
+                continue  # it is heard of at the next frame: so a point at each is as good as all
             if outcome is None or (zone.before and action is Action.RAISE and text in NOTHING_ELSE_CAN):
                 continue
             yield Cell(
@@ -352,7 +360,7 @@ def cells_of(zone: Zone) -> Iterator[Cell]:
                 outcome=outcome,
                 meanwhile=meanwhile,
                 is_met=zone.is_met,
-                otherwise=None if action in (Action.STOP, Action.END) else zone.otherwise,
+                otherwise=otherwise,
                 is_moment=text in moments(zone),
             )
 
@@ -419,7 +427,8 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
         if fault.action is Action.KILL:
             assert end_of(it.side(side)) == -signal.SIGKILL
         elif fault.action is Action.END:
-            assert end_of(it.side(side)) == 0
+            # One that has COMMIT, and refuses, is killed meanwhile.
+            assert end_of(it.side(side)) in (0, -signal.SIGKILL)
         elif fault.action is Action.STOP:
             if meanwhile[0] is Meanwhile.OTHER_FIRST:
                 meanwhile.pop(0)

@@ -469,6 +469,7 @@ class World:
             parameters=lambda: Parameters(local=True),
             build=build,
             on_serving=lambda: self.announced.append("destination"),
+            is_ending=lambda: False,
             tracer=self.destination.tracer,
         )
         try:

@@ -337,7 +337,8 @@ def test_descriptors_have_the_names_they_were_given_and_any_client_may_use_them(
             assert (await refused(second, "closefd", {"fdname": "a"}))[1] == "File descriptor named 'a' not found"
             it.daemon.quit()
             await it.daemon.wait_quit()
-            assert far.recv(1) == b"", "the descriptor is still open"
+            while far.recv(4096):
+                pass  # REFUSE; BlockingIOError where the descriptor is still open
 
     run(scenario)
 

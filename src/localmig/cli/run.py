@@ -17,7 +17,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
 
@@ -176,14 +176,36 @@ def execute(arguments: argparse.Namespace) -> int:
 async def _serve(arguments: argparse.Namespace, tracer: Tracer, ready: Readiness) -> str | None:
     """Serves until the end; gives the reason where the daemon failed."""
     daemon, server = _build(arguments, tracer)
-    signals: list[signal.Signals] = []
+    with _ended_by_signals(daemon) as signals:
+        return await _serve_until_quit(daemon, server, ready, signals)
 
-    def end(number: signal.Signals) -> None:
+
+@contextlib.contextmanager
+def _ended_by_signals(daemon: Daemon) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT end the daemon inside; gives those that came."""
+    signals: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def end(number: int, frame: object) -> None:
+        del frame
         signals.append(number)
-        daemon.quit()
+        # Python calls this between any two instructions; a handler of the loop's would wait for the end of a takeover.
+        daemon.foretell_quit()
+        loop.call_soon_threadsafe(daemon.quit)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.siginterrupt(number, False)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _serve_until_quit(
+    daemon: Daemon, server: QmpServer | None, ready: Readiness, signals: Sequence[int]
+) -> str | None:
     cause = "host-error"
     try:
         await daemon.start()

@@ -94,6 +94,7 @@ class Daemon:
         self._listener: transport.Listener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._quitting = asyncio.Event()
+        self._is_ending = False
         self._incoming_failed: str | None = None
         self._announcer = Announcer()
         self._announcement_notes: list[str] = []
@@ -152,7 +153,12 @@ class Daemon:
                 self._outgoing.cancel()
             else:
                 _logger.info("told to end: the handover comes first; told once more, it is taken back if it can be")
+        self._is_ending = True
         self._quitting.set()
+
+    def foretell_quit(self) -> None:
+        """For signal handlers: `quit` follows. A takeover that is under way, where no callback gets in, hears of it."""
+        self._is_ending = True
 
     async def wait_quit(self) -> str | None:
         """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed."""
@@ -294,6 +300,7 @@ class Daemon:
             parameters=lambda: self.parameters,
             build=self._build,
             on_serving=self._serve_incoming,
+            is_ending=lambda: self._is_ending,
             tracer=self.tracer,
         )
         self._spawn("incoming", self._accept(self._listener, self._incoming))

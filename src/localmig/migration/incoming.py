@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from localmig.device_api import Part
-from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, reason_of
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError, reason_of
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -76,6 +76,7 @@ class Incoming:
         build: makes the parts for what HELLO says, netdevs before the devices on them, all of them parked. Raises
             LocalmigError where they do not fit.
         on_serving: called once the guest is served here.
+        is_ending: whether this process was told to end, also where the event loop has not heard of it yet.
         tracer: where facts go.
     """
 
@@ -85,11 +86,13 @@ class Incoming:
         parameters: Callable[[], Parameters],
         build: Callable[[Hello], Sequence[Part]],
         on_serving: Callable[[], None],
+        is_ending: Callable[[], bool],
         tracer: Tracer,
     ) -> None:
         self._parameters = parameters
         self._build = build
         self._on_serving = on_serving
+        self._is_ending = is_ending
         self._tracer = tracer
         self._progress = Progress("destination", tracer)
         self._machine = destination_machine()
@@ -157,7 +160,7 @@ class Incoming:
                 await self._outlive_source(error)
         except asyncio.CancelledError:
             if not self._is_sole_owner:
-                self._give_up(None, "the destination was told to quit")
+                self._refuse(channel, StateError("the destination was told to end"))
             raise
         except Exception as error:
             if not self._is_sole_owner:
@@ -204,6 +207,7 @@ class Incoming:
         self._progress.prepared_ns = time.monotonic_ns()
         self._fire(DestinationEvent.SETUP_ADOPTED)
         with urgent():
+            self._check_wanted()
             await self._say(channel, FrameKind.SETUP_ACK)
             await self._rehearse()
             # The operator may let the source pause here, and past READY the source alone decides: both end with it.
@@ -221,10 +225,12 @@ class Incoming:
         """Takes over; whether the source knows, or is gone. The channel is closed where it does not."""
         begun_ns = time.monotonic_ns()
         self._adopt_switchover(self._stream, frame.data, frame.fds)
+        self._check_wanted()
         await self._say(channel, FrameKind.READY)
         self._fire(DestinationEvent.SWITCHOVER_ADOPTED)
         ready_ns = time.monotonic_ns()
         frame = await self._expect(channel, FrameKind.COMMIT, None)
+        self._check_wanted()
         # Whatever COMMIT says besides, from here on this process owns the guest.
         self._fire(DestinationEvent.COMMIT_RECEIVED)
         committed_ns = time.monotonic_ns()
@@ -243,6 +249,11 @@ class Incoming:
         for name, duration_ns in own_phases:
             self._progress.add_phase(name, duration_ns)
         return is_told
+
+    def _check_wanted(self) -> None:
+        """A process that was told to end takes no guest. The loop would tell it so when it next waits for long."""
+        if self._is_ending():
+            raise asyncio.CancelledError
 
     async def _say_done(self, channel: Channel, done: bytes) -> bool:
         try:
