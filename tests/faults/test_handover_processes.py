@@ -486,3 +486,41 @@ def test_a_destination_that_is_told_to_end_before_it_has_the_guest_leaves_it_to_
     assert (info["status"], pinger.stop().lost) == ("failed", 0)
     assert source.execute("query-status")["status"] == "running"
     assert_undisturbed(site)
+
+
+def test_a_source_that_is_told_to_end_takes_no_guest_from_a_destination_that_hangs(site: Site) -> None:
+    source, destination = site.source(), site.destination(fault="after-receive:COMMIT=stop")
+    site.attach()
+    source.execute("migrate-set-parameters", commit_timeout=3000)
+    source.execute("migrate", uri=site.address)
+    destination.wait_stopped()
+    source.execute("quit")
+    assert source.wait() == 0
+    destination.send_signal(signal.SIGCONT)
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_is_told_to_end_while_the_source_may_return_leaves_it_everything(site: Site) -> None:
+    source, destination = site.source(), site.destination(fault="before-send:DONE=raise")
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert destination.quit() == 0
+    assert source.wait_migration()["status"] == "failed"
+    assert source.execute("query-status")["status"] == "running"
+    assert_undisturbed(site)
+
+
+def test_a_daemon_that_is_told_to_end_begins_no_handover(site: Site) -> None:
+    source, destination = site.source(), site.destination(fault="before-send:SETUP_ACK=stop")
+    site.attach()
+    source.execute("migrate", uri=site.address)
+    destination.wait_stopped()
+    source.execute("quit")
+    with pytest.raises(PeerError, match="this daemon was told to end"):
+        source.execute("migrate", uri=site.address)
+    destination.send_signal(signal.SIGCONT)
+    assert source.wait() == 0
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert_undisturbed(site)

@@ -516,6 +516,7 @@ def settle(it: Play) -> None:
         it.source.process.wait_migration()
     if owner is Side.DESTINATION:
         it.destination.process.wait_event("MigrationStatusChanged", status="completed")
+        it.destination.process.execute("query-status")  # it passes its last points before it answers
     else:
         if not it.cell.is_met:
             it.destination.process.quit()  # it would wait for a source

@@ -452,6 +452,7 @@ class World:
             parts=self.source.parts,
             objects=(),
             running=self.running,
+            is_ending=lambda: False,
             tracer=self.source.tracer,
         )
         try:

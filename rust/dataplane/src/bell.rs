@@ -10,7 +10,8 @@
 //! that because it signals eventfds from inside. So do we, by an asynchronous operation (io_submit(2)) that is over at
 //! once and names the eventfd as the one to be told of it. That costs a seventh of a microsecond more than to look and write.
 //!
-//! User-Mode Linux sends pipes instead. A pipe can be asked not to wait, for one write.
+//! A pipe may stand in for an eventfd, and is asked not to wait, for one write. User-Mode Linux is called through one end
+//! of a pair of UNIX sockets, which are asked likewise.
 //!
 //! Anything else is refused when the ring is laid out: to poll or write to a file of a FUSE file system, for one, waits
 //! for a server that may be the peer's.
@@ -28,13 +29,14 @@ use crate::sys;
 pub(crate) enum Bell {
     Eventfd(RawFd),
     Pipe(RawFd),
+    Socket(RawFd),
 }
 
 impl Bell {
     /// Looks at what a borrowed descriptor is.
     ///
     /// # Errors
-    /// It is neither eventfd nor pipe.
+    /// It is neither eventfd nor pipe nor UNIX socket.
     pub(crate) fn of(fd: RawFd) -> Result<Self, String> {
         // SAFETY: an all-zero stat is a valid one to be filled in, and is valid for writing.
         let (failed, stat) = unsafe {
@@ -44,15 +46,39 @@ impl Bell {
         if failed {
             return Err(format!("{fd} cannot be looked at: {}", io::Error::last_os_error()));
         }
-        if stat.st_mode & libc::S_IFMT == libc::S_IFIFO {
-            return Ok(Self::Pipe(fd));
+        match stat.st_mode & libc::S_IFMT {
+            libc::S_IFIFO => return Ok(Self::Pipe(fd)),
+            libc::S_IFSOCK if domain(fd) == libc::AF_UNIX => return Ok(Self::Socket(fd)),
+            _ => {}
         }
         match std::fs::read_link(format!("/proc/self/fd/{fd}")) {
             Ok(name) if name.as_os_str() == "anon_inode:[eventfd]" => Ok(Self::Eventfd(fd)),
-            Ok(name) => Err(format!("is {}, must be an eventfd or a pipe", name.display())),
+            Ok(name) => Err(format!("is {}, must be an eventfd, a pipe or a UNIX socket", name.display())),
             Err(error) => Err(format!("cannot be told from other descriptors without /proc: {error}")),
         }
     }
+}
+
+/// Looks at what a peer is to ring for us: what it may be that can be read without ever waiting.
+///
+/// # Errors
+/// It is neither eventfd nor pipe.
+pub(crate) fn check_kick(fd: RawFd) -> Result<(), String> {
+    match Bell::of(fd)? {
+        Bell::Eventfd(_) | Bell::Pipe(_) => Ok(()),
+        Bell::Socket(_) => Err("is a socket, must be an eventfd or a pipe".to_string()),
+    }
+}
+
+/// The address family of a socket, -1 where it cannot be told.
+fn domain(fd: RawFd) -> libc::c_int {
+    let mut domain = -1;
+    let mut size: libc::socklen_t = 4;
+    // SAFETY: `domain` and its size are valid for writing.
+    unsafe {
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_DOMAIN, (&raw mut domain).cast(), &raw mut size)
+    };
+    domain
 }
 
 thread_local! {
@@ -73,6 +99,7 @@ impl Bell {
             // Nothing better is left: a peer that fills its eventfd just between look and write makes us wait.
             (Self::Eventfd(fd), None) => sys::signal(fd),
             (Self::Pipe(fd), _) => write_to_pipe(fd),
+            (Self::Socket(fd), _) => send_to_socket(fd),
         });
     }
 }
@@ -87,6 +114,12 @@ fn write_to_pipe(fd: RawFd) {
         // Kernels before 6.5. As for an eventfd without asynchronous operations.
         sys::signal(fd);
     }
+}
+
+fn send_to_socket(fd: RawFd) {
+    let one = 1u64;
+    // SAFETY: 8 bytes that live across the call.
+    unsafe { libc::send(fd, (&raw const one).cast(), 8, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
 }
 
 /// linux/aio_abi.h: one operation.
@@ -238,15 +271,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_neither_is_refused_by_its_name() {
-        let (mine, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let reason = Bell::of(mine.as_raw_fd()).unwrap_err();
-        assert!(
-            reason.starts_with("is socket:[") && reason.ends_with("], must be an eventfd or a pipe"),
-            "{reason}"
-        );
+    fn a_socket_is_sent_to_and_one_that_is_full_or_left_holds_nobody_up() {
+        let (mine, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let bell = Bell::of(mine.as_raw_fd()).unwrap();
+        assert_eq!(bell, Bell::Socket(mine.as_raw_fd()));
+        bell.ring();
+        let theirs = OwnedFd::from(theirs);
+        assert_eq!(count(&theirs), 1);
+        // More than a socket holds; nobody reads.
+        (0..1 << 16).for_each(|_| bell.ring());
+        drop(theirs);
+        bell.ring();
+    }
+
+    #[test]
+    fn what_is_none_of_these_is_refused_by_its_name() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert_eq!(Bell::of(file.as_raw_fd()).unwrap_err(), "is /dev/null, must be an eventfd or a pipe");
+        let reason = "is /dev/null, must be an eventfd, a pipe or a UNIX socket";
+        assert_eq!(Bell::of(file.as_raw_fd()).unwrap_err(), reason);
+        let far = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(Bell::of(far.as_raw_fd()).unwrap_err().starts_with("is socket:["));
+        let (mine, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(check_kick(mine.as_raw_fd()).unwrap_err(), "is a socket, must be an eventfd or a pipe");
         assert!(Bell::of(-1).unwrap_err().starts_with("-1 cannot be looked at: "));
     }
 }

@@ -14,7 +14,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-use crate::bell::Bell;
+use crate::bell::{check_kick, Bell};
 use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
 use crate::counters::{Counter, LiveCounters};
 use crate::ledger::Slot;
@@ -139,7 +139,7 @@ impl RingEnd {
         let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
         let bell =
             |what, fd| Bell::of(fd).map_err(|reason| format!("{side} ring: {what} descriptor {reason}"));
-        bell("kick", spec.kick_fd)?;
+        check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
         Ok(Self {
             side,
             ring,

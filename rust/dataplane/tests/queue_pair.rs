@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -559,19 +560,24 @@ fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
 }
 
 #[test]
-fn descriptors_that_are_neither_eventfd_nor_pipe_are_refused() {
+fn descriptors_that_nobody_can_ring_by_are_refused() {
     let bench = Bench::new();
-    for name in ["kick", "call", "error"] {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for (name, fd, problem) in [
+        ("kick", bench.tap.as_raw_fd(), "is a socket, must be an eventfd or a pipe"),
+        ("kick", file.as_raw_fd(), "is /dev/null, must be an eventfd, a pipe or a UNIX socket"),
+        ("call", file.as_raw_fd(), "is /dev/null, must be an eventfd, a pipe or a UNIX socket"),
+        ("error", file.as_raw_fd(), "is /dev/null, must be an eventfd, a pipe or a UNIX socket"),
+    ] {
         let mut config = bench.config();
-        let (tx, fd) = (config.tx.as_mut().unwrap(), bench.tap.as_raw_fd());
+        let tx = config.tx.as_mut().unwrap();
         match name {
             "kick" => tx.kick_fd = fd,
             "call" => tx.call_fd = Some(fd),
             _ => tx.error_fd = Some(fd),
         }
-        let Err(Error::Invalid(reason)) = bench.pair.configure(&config) else { panic!("{name} was taken") };
-        assert!(reason.starts_with(&format!("tx ring: {name} descriptor is socket:[")), "{reason}");
-        assert!(reason.ends_with("], must be an eventfd or a pipe"), "{reason}");
+        let reason = format!("tx ring: {name} descriptor {problem}");
+        assert_eq!(bench.pair.configure(&config), Err(Error::Invalid(reason)));
     }
 }
 
@@ -600,6 +606,20 @@ fn pipes_do_for_eventfds() {
         assert!(readable(called.as_raw_fd(), PATIENCE));
         assert_eq!(drain(called.as_raw_fd()).ok(), Some(true));
     }
+}
+
+#[test]
+fn a_guest_is_called_through_a_socket_where_it_gave_one() {
+    let mut bench = Bench::new();
+    let (called, call) = std::os::unix::net::UnixStream::pair().unwrap();
+    bench.start_with(|config| config.tx.as_mut().unwrap().call_fd = Some(call.as_raw_fd()));
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+    // The start called, and so does the packet.
+    let mut counts = [0; 16];
+    (&called).read_exact(&mut counts).unwrap();
+    assert_eq!(counts, [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
 }
 
 #[test]

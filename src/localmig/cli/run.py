@@ -193,14 +193,15 @@ def _ended_by_signals(daemon: Daemon) -> Iterator[list[int]]:
         daemon.foretell_quit()
         loop.call_soon_threadsafe(daemon.quit)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, end)
         signal.siginterrupt(number, False)
     try:
         yield signals
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # it is ending, and its exit status says how
 
 
 async def _serve_until_quit(

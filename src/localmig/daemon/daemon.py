@@ -173,9 +173,9 @@ class Daemon:
             await asyncio.wait(self._tasks)
         if self._listener is not None:
             self._listener.close()
+        self._close_parts()
         if self._incoming is not None:
             self._incoming.close()
-        self._close_parts()
         self.descriptors.close_all()
         return self._incoming_failed
 
@@ -258,6 +258,8 @@ class Daemon:
             StateError: another migration is under way, or this daemon does not have the guest.
             ConfigError: `local` is on and the address cannot carry descriptors. Nothing was stopped.
         """
+        if self._is_ending:
+            raise StateError("this daemon was told to end, and does that")
         if self._is_migrating() or (self._incoming is not None and not self._incoming.has_ended):
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
@@ -278,6 +280,7 @@ class Daemon:
             parts=self._parts,
             objects=self._objects.for_hello(),
             running=self._run_state is RunState.RUNNING,
+            is_ending=lambda: self._is_ending,
             tracer=self.tracer,
         )
         self._spawn("outgoing", self._migrate(self._outgoing, given))
@@ -475,9 +478,12 @@ class Daemon:
                 self._fail_incoming(f"internal error: {task.exception()!r}")
 
     def _close_parts(self) -> None:
+        # What is open here another process may serve: the destination of a handover whose end is unknown, or a source
+        # that takes the guest back as soon as this one is gone.
+        is_shared = self._run_state is RunState.POSTMIGRATE
+        is_shared = is_shared or (self._incoming is not None and self._incoming.source_may_return)
         for part in reversed(self._parts):
-            # After a handover with an unknown end the destination may serve what is still open here.
-            if self._run_state is RunState.POSTMIGRATE:
+            if is_shared:
                 part.release()
             else:
                 part.close()

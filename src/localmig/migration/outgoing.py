@@ -76,6 +76,7 @@ class Outgoing:
         parts: what is handed over, netdevs before the devices on them.
         objects: the same as HELLO tells them.
         running: whether rings run; where they do not, the destination leaves them stopped too.
+        is_ending: whether this process was told to end once the handover is over.
         tracer: where facts go.
     """
 
@@ -88,9 +89,11 @@ class Outgoing:
         parts: Sequence[Part],
         objects: Sequence[HandoverObject],
         running: bool,
+        is_ending: Callable[[], bool],
         tracer: Tracer,
     ) -> None:
         self._connect = connect
+        self._is_ending = is_ending
         self._parameters = parameters
         self._parts = parts
         self._objects = tuple(objects)
@@ -419,10 +422,14 @@ class Outgoing:
         return SourceEvent.DONE_RECEIVED
 
     async def _fence(self) -> SourceEvent:
-        if self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
+        why = "it cannot be killed"
+        if self._is_ending():
+            # Whoever ends takes no guest from a destination that may wake up.
+            why = "it was not killed, for this daemon was told to end"
+        elif self._peer is not None and self._peer.kill() and await self._peer.wait_dead(timeout_s=DEATH_TIMEOUT_S):
             return SourceEvent.PEER_DIED
         self._progress.note = (
-            f"the destination has the guest, but {self._last_heard}, and it cannot be killed: look whether it serves"
+            f"the destination has the guest, but {self._last_heard}, and {why}: look whether it serves"
         )
         return SourceEvent.TIMED_OUT
 

@@ -11,12 +11,15 @@ section would end where it should not, or, of the same length by chance, be read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from localmig.errors import PeerError
 from localmig.vmstate.blob import MalformedError
 from localmig.vmstate.description import Description, checked_version, subsection_header
 from localmig.vmstate.fields import Layout, Line
+
+_COUNT_MAX: Final = 2**32 - 1
+"""Bytes and elements: of none there are more than its header, a u32, can say."""
 
 
 def check_explained(
@@ -75,6 +78,8 @@ def _fields_size(layout: Layout, version: int, explained: Mapping[str, Any]) -> 
             raise MalformedError("has a field without name, type or size") from None
         if line is None:
             raise MalformedError(f'has a field "{name}", in version {version} there are {", ".join(lines) or "none"}')
+        if name in names and "index" not in entry:
+            raise MalformedError(f'has field "{name}" twice')
         names[name] = None
         try:
             _check_entry(line, kind, size, count)
@@ -91,11 +96,15 @@ def _fields_size(layout: Layout, version: int, explained: Mapping[str, Any]) -> 
 
 
 def _check_entry(line: Line, kind: object, size: object, count: object) -> None:
-    if kind != line.type or not isinstance(size, int) or (size < 0 if line.size is None else size != line.size):
+    if kind != line.type or not _is_count(size) or line.size not in (None, size):
         expected = line.type if line.size is None else f"{line.type} of {line.size}"
         raise MalformedError(f"is {kind} of {size!r} bytes, expected {expected}")
-    if not isinstance(count, int) or count < 1:
+    if not _is_count(count) or count == 0:
         raise MalformedError(f"has {count!r} elements")
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and 0 <= number <= _COUNT_MAX
 
 
 def _check_struct(layout: Layout, version: int, size: int, struct: object) -> None:
