@@ -113,7 +113,8 @@ class VringState:
         enabled: what SET_VRING_ENABLE said last.
         failed: the device gave the running ring up: what the guest wrote cannot be, or its memory is gone. So it stays
             until the frontend stops the ring.
-        kick, call, error: eventfds, or pipes under User-Mode Linux. No call descriptor: the guest polls.
+        kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
+            the guest polls.
     """
 
     size: int = 0
