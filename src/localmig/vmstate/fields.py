@@ -62,7 +62,7 @@ class Placed(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line that the vmdesc of a field has, whatever the value.
+    """A line that the vmdesc of a field may have.
 
     Attributes:
         name: of the line.
