@@ -11,13 +11,9 @@ use std::os::fd::RawFd;
 /// A peer's eventfd may be in blocking mode and full, and O_NONBLOCK is not ours to set: so only a descriptor that can
 /// take the write is written to. (Eventfds know no RWF_NOWAIT for writing.)
 pub fn signal(fd: RawFd) {
-    let mut target = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one valid pollfd; a timeout of 0 does not wait.
-    let ready = unsafe { libc::poll(&raw mut target, 1, 0) };
-    if ready != 1 || target.revents & libc::POLLOUT == 0 {
-        return;
+    if polled(fd, libc::POLLOUT) & libc::POLLOUT != 0 {
+        wake(fd);
     }
-    wake(fd);
 }
 
 /// As `signal`, for an eventfd that nobody else can have made blocking: nothing needs to be asked first, so nothing can
@@ -30,6 +26,9 @@ pub fn wake(fd: RawFd) {
 
 /// Takes what an eventfd has counted: `Ok(true)` if it had been rung, never blocks.
 ///
+/// Kernels that know no RWF_NOWAIT for eventfds (before 5.8) or pipes (before 6.5) are asked whether there is something to
+/// read. Nothing better is left there: a peer that reads its own eventfd just between look and read makes us wait.
+///
 /// # Errors
 /// The descriptor is no eventfd, or is closed.
 pub fn drain(fd: RawFd) -> io::Result<bool> {
@@ -38,7 +37,14 @@ pub fn drain(fd: RawFd) -> io::Result<bool> {
     // A peer's eventfd may be in blocking mode, and O_NONBLOCK is not ours to set: it belongs to the open file
     // description, which the peer shares. RWF_NOWAIT says the same for one call.
     // SAFETY: the iovec describes `count`, which lives across the call.
-    let done = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
+    let mut done = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
+    if done < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
+        if polled(fd, libc::POLLIN) == 0 {
+            return Ok(false);
+        }
+        // SAFETY: `count` is 8 bytes long and lives across the call.
+        done = unsafe { libc::read(fd, (&raw mut count).cast(), 8) };
+    }
     match done {
         8 => Ok(true),
         0.. => Err(io::Error::new(io::ErrorKind::InvalidData, "not an eventfd")),
@@ -48,6 +54,14 @@ pub fn drain(fd: RawFd) -> io::Result<bool> {
             error => Err(error),
         },
     }
+}
+
+/// What a descriptor polls as now: of `events`, and of errors.
+fn polled(fd: RawFd, events: libc::c_short) -> libc::c_short {
+    let mut target = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one valid pollfd; a timeout of 0 does not wait.
+    unsafe { libc::poll(&raw mut target, 1, 0) };
+    target.revents
 }
 
 /// Signals are for the threads that handle them; the calling one would only have its sleep cut short.
