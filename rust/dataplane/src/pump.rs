@@ -259,7 +259,7 @@ pub(crate) struct Pump {
     memory: Arc<GuestMemory>,
 }
 
-// SAFETY: every pointer in it leads to guest memory, which `memory` keeps mapped and any thread may access.
+// SAFETY: every pointer in it leads to guest memory, which its rings keep mapped and any thread may access.
 unsafe impl Send for Pump {}
 
 impl Pump {
@@ -399,7 +399,7 @@ impl Pump {
                 break;
             }
             buffers.clear();
-            let taken = tx.ring.take(&self.memory, Direction::FromGuest, self.header_length, buffers);
+            let taken = tx.ring.take(Direction::FromGuest, self.header_length, buffers);
             let chain = match taken {
                 Ok(Some(chain)) => chain,
                 Ok(None) => {
@@ -414,7 +414,8 @@ impl Pump {
             let sent = if self.tap_gone {
                 Err(io::Error::from_raw_os_error(libc::ENODEV))
             } else {
-                sys::writev(self.tap_fd, buffers)
+                // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+                unsafe { sys::writev(self.tap_fd, buffers) }
             };
             match sent {
                 Ok(_) => {
@@ -454,7 +455,7 @@ impl Pump {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
-            match gather(rx, window, &self.memory, self.mergeable, self.header_length, self.room) {
+            match gather(rx, window, self.mergeable, self.header_length, self.room) {
                 Ok(true) => {}
                 Ok(false) => {
                     rx.wait = Wait::Guest;
@@ -566,7 +567,6 @@ fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
 fn gather(
     rx: &mut RingEnd,
     window: &mut Window,
-    memory: &GuestMemory,
     mergeable: bool,
     header_length: usize,
     room: u64,
@@ -583,7 +583,7 @@ fn gather(
             return Ok(true);
         }
         let before = window.buffers.len();
-        let taken = rx.ring.take(memory, Direction::ToGuest, header_length, &mut window.buffers);
+        let taken = rx.ring.take(Direction::ToGuest, header_length, &mut window.buffers);
         let Some(chain) = taken? else { return Ok(false) };
         if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
             // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
@@ -599,7 +599,8 @@ fn gather(
 fn read_frame(tap_fd: RawFd, window: &mut Window) -> io::Result<u64> {
     let mut spare = 0u8;
     window.buffers.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
-    let length = sys::readv(tap_fd, &window.buffers[window.used..]);
+    // SAFETY: the buffers lie in guest memory, which the ring keeps mapped, but for the last one, which is `spare`.
+    let length = unsafe { sys::readv(tap_fd, &window.buffers[window.used..]) };
     window.buffers.pop();
     length
 }

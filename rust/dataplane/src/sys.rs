@@ -108,30 +108,43 @@ pub fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
 ///
 /// # Errors
 /// As readv(2), but never EINTR.
-pub fn readv(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
-    vectored(libc::SYS_read, libc::SYS_readv, fd, buffers)
+///
+/// # Safety
+/// Each buffer is mapped for the time of the call, and no reference leads into it.
+#[inline]
+pub(crate) unsafe fn readv(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: the caller's.
+    unsafe { vectored(libc::SYS_read, libc::SYS_readv, fd, buffers) }
 }
 
 /// Writes one frame from `buffers`; gives its length.
 ///
 /// # Errors
 /// As writev(2), but never EINTR.
-pub fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
-    vectored(libc::SYS_write, libc::SYS_writev, fd, buffers)
+///
+/// # Safety
+/// Each buffer is mapped for the time of the call.
+#[inline]
+pub(crate) unsafe fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: the caller's.
+    unsafe { vectored(libc::SYS_write, libc::SYS_writev, fd, buffers) }
 }
 
 /// One system call for each frame, and not by libc's functions of these names: those may be cancelled by
 /// pthread_cancel(3), which nobody does here, and prepare for it each time, which costs a sixth of a small packet. The
 /// kernel has less to do for one buffer where it is not given as a vector.
+///
+/// # Safety
+/// As `readv` or `writev`.
 #[inline]
-fn vectored(
+unsafe fn vectored(
     single: libc::c_long,
     vector: libc::c_long,
     fd: RawFd,
     buffers: &[libc::iovec],
 ) -> io::Result<u64> {
     loop {
-        // SAFETY: each buffer is mapped memory, the caller's or the guest's, which may change at any time.
+        // SAFETY: the caller's.
         let done = unsafe {
             match buffers {
                 [buffer] => libc::syscall(single, fd, buffer.iov_base, buffer.iov_len),
