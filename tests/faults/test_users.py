@@ -127,6 +127,24 @@ def test_a_daemon_that_changed_its_user_upgrades_as_that_user(site: Site) -> Non
     wait_successor(done)
 
 
+def test_a_log_that_root_opened_goes_on_where_the_user_may_not_open_it_again(site: Site) -> None:
+    folder = site.folder / "log"
+    folder.mkdir()
+    log = folder / "vm.log"
+    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--log", str(log), user=0)
+    log.rename(f"{log}.1")
+    daemon.send_signal(signal.SIGHUP)
+    daemon.execute("query-status")
+    old = Path(f"{log}.1").read_text()
+    assert f"--log {log}: Permission denied; lines go on into '{log}.1': let user id {USER} write to '{log}'" in old
+    # What logrotate's `create` does.
+    log.touch()
+    os.chown(log, USER, USER)
+    daemon.send_signal(signal.SIGHUP)
+    daemon.execute("query-status")
+    assert f"opened {log} again" in log.read_text()
+
+
 def connected_as(user: int, path: Path) -> socket.socket:
     """A connection of a process of that user."""
     ours, theirs = socket.socketpair()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
@@ -335,6 +336,37 @@ def test_an_interrupted_upgrade_is_rolled_back_and_a_hanging_new_daemon_is_ended
     assert "interrupted" in said
     assert not Path(f"/proc/{json.loads(report)['new-pid']}").exists()
     served_on(machine, old)
+
+
+def test_a_terminal_that_is_closed_in_the_middle_stops_neither_the_upgrade_nor_a_daemon(machine: Machine) -> None:
+    old = machine.start()
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        ["setsid", "--ctty", *LOCALMIG, "upgrade", str(machine.qmp)], stdin=theirs, stdout=theirs, stderr=theirs
+    ) as upgrade:
+        os.close(theirs)
+        said = b""
+        while b"handover: active" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert upgrade.wait(PATIENCE_S) == 0
+    assert old.wait(PATIENCE_S) == 0
+    facts = machine.status()
+    assert facts["status"] == "running"
+    os.kill(facts["pid"], signal.SIGHUP)
+    assert machine.status()["pid"] == facts["pid"]
+    assert machine.has_the_operators_parameters()
+
+
+def test_the_log_of_a_new_daemon_can_be_moved_away(machine: Machine) -> None:
+    machine.start()
+    _, report, _ = machine.upgrade()
+    log = Path(f"{machine.qmp}.log")
+    log.rename(f"{log}.1")
+    os.kill(report["new-pid"], signal.SIGHUP)
+    machine.status()
+    assert "opened" in log.read_text()
+    assert Path(f"/proc/{report['new-pid']}/fd/2").readlink() == log
 
 
 def test_an_old_daemon_that_dies_in_the_middle_is_succeeded_all_the_same(machine: Machine) -> None:

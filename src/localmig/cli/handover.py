@@ -15,14 +15,13 @@ import contextlib
 import enum
 import json
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from localmig.cli.client import Client
-from localmig.cli.text import milliseconds, table
+from localmig.cli.text import milliseconds, put, table, tell
 from localmig.errors import LocalmigError, PeerError, StateError
 
 SETTLE_TIMEOUT_S: Final = 15.0
@@ -88,14 +87,14 @@ class Report:
             as_json: whether stdout gets JSON in place of text.
         """
         if as_json:
-            print(self.to_json())
+            put(self.to_json())
         elif self.outcome is Outcome.COMMITTED:
-            print("\n".join((committed, *_measured(self.migration))))
+            put("\n".join((committed, *_measured(self.migration))))
         for note in self.notes:
             say(f"note: {note}")
         if self.outcome is not Outcome.COMMITTED:
             said = "rolled back" if self.outcome is Outcome.ROLLED_BACK else "outcome unknown"
-            print(f"localmig: error: {said}: {self.reason}", file=sys.stderr)
+            tell(f"localmig: error: {said}: {self.reason}")
         return self.outcome.value
 
 
@@ -115,7 +114,7 @@ def _measured(migration: Mapping[str, Any]) -> list[str]:
 
 def say(line: str) -> None:
     """Tells people how it goes."""
-    print(f"localmig: {line}", file=sys.stderr, flush=True)
+    tell(f"localmig: {line}")
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +129,11 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 
 def let_signals_cancel() -> None:
-    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told."""
+    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told.
+
+    SIGHUP ends nothing, here and in programs started from here: nothing stops half-way because a terminal was closed.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):

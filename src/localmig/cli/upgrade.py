@@ -307,6 +307,8 @@ def _start(
             command += ["--migration-parameter", f"{name}={settings.parameters[name]}"]
     command += options_of(security)
     log = str(Path(arguments.log or f"{path}.log").absolute())
+    # Its output goes there too; the option lets SIGHUP open the file again.
+    command += ["--log", log]
     ready, ready_there = os.pipe()
     try:
         with open(log, "ab") as output:
