@@ -29,16 +29,24 @@ from benchmarks.site import NicSite, namespace
 from benchmarks.sizes import Sizes
 from benchmarks.testpmd import DpdkBackend, Testpmd
 from localmig.errors import LocalmigError
+from localmig.testing.daemon import DaemonProcess
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.namespace import NetworkNamespace, configure, link
 
 FRAME_SIZES: Final = (64, 1500)
 
 VIRTIO_USER: Final = "DPDK virtio-user"
+VIRTIO_USER_OPTIONS: Final = {VIRTIO_USER: "", f"{VIRTIO_USER}, in_order=0": ",in_order=0"}
+"""Options of DPDK's frontend beside those that each backend needs. Its driver takes other paths if it acknowledges
+VIRTIO_F_IN_ORDER, and many drivers never do."""
+
 KIT: Final = "the kit's frontend"
 IPERF: Final = "iperf3"
 
 PEER: Final = "DPDK vhost + TAP"
+
+IN_ORDER: Final = "VIRTIO_F_IN_ORDER"
+"""As `query-devices` names it."""
 
 HOST_ADDRESS: Final = "10.9.0.1/24"
 GUEST_ADDRESS: Final = "10.9.0.2/24"
@@ -52,11 +60,13 @@ class Backend:
         socket: where the frontend connects.
         ifname: the TAP.
         pid: its process.
+        features: names of the features that its frontend acknowledged; None if it cannot be asked.
     """
 
     socket: Path
     ifname: str
     pid: int
+    features: Callable[[], list[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +89,21 @@ class Kind:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paths:
+    """What DPDK's driver made of a backend.
+
+    Attributes:
+        transmit: the path it sends by, in its own words; None if it did not say.
+        receive: the path it receives by.
+        features: names of the features it acknowledged; None if the backend does not say.
+    """
+
+    transmit: str | None
+    receive: str | None
+    features: list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One backend under one load. `up` and `down` are None where it could not be done, `failure` says why."""
 
@@ -87,6 +112,7 @@ class Row:
     load: str
     up: Rate | None = None
     down: Rate | None = None
+    paths: Paths | None = None
     failure: str | None = None
 
     def is_peer_of(self, other: Row) -> bool:
@@ -107,7 +133,8 @@ def run(findings: Findings, sizes: Sizes) -> None:
     ]
     try:
         for kind in kinds:
-            _try(rows, VIRTIO_USER, kind, _drive_with_testpmd, seconds)
+            for driver in VIRTIO_USER_OPTIONS:
+                _try(rows, driver, kind, partial(_drive_with_testpmd, driver=driver), seconds)
         for kind in kinds:
             if kind.name in ("localmig", PEER):
                 _try(rows, KIT, kind, _drive_with_flood, seconds)
@@ -117,7 +144,7 @@ def run(findings: Findings, sizes: Sizes) -> None:
         _try(rows, IPERF, Kind(name="passt (pasta)", open=_no_backend), _drive_pasta, seconds)
     finally:
         findings.samples["rows"] = [asdict(row) for row in rows]
-        findings.tables += [_packets(rows), _bits(rows)]
+        findings.tables += [_packets(rows), _bits(rows), _paths(rows)]
         _note(findings, rows)
 
 
@@ -146,7 +173,14 @@ def _cpus() -> tuple[int, int]:
 def _localmig(*, queue_pairs: int = 1, packed: bool = False) -> Iterator[Backend]:
     with NicSite(1, queue_pairs=queue_pairs, packed=packed) as site:
         site.start()
-        yield Backend(socket=site.nics["tap0"], ifname="tap0", pid=site.daemon.pid)
+        yield Backend(
+            socket=site.nics["tap0"], ifname="tap0", pid=site.daemon.pid, features=partial(_acknowledged, site.daemon)
+        )
+
+
+def _acknowledged(daemon: DaemonProcess) -> list[str]:
+    features: list[str] = daemon.execute("query-devices")[0]["session"]["features"]
+    return features
 
 
 @contextmanager
@@ -170,11 +204,13 @@ def _no_backend() -> Iterator[Backend]:
 # -- loads ------------------------------------------------------------------------------------------------------
 
 
-def _drive_with_testpmd(backend: Backend, kind: Kind, seconds: float) -> Iterator[Row]:
+def _drive_with_testpmd(backend: Backend, kind: Kind, seconds: float, *, driver: str) -> Iterator[Row]:
     frontend_cpu, backend_cpu = _cpus()
     vdev = f"net_virtio_user0,path={backend.socket},queues={kind.queue_pairs},queue_size=1024"
-    vdev += f",mac=52:54:00:12:34:56{',packed_vq=1' if kind.packed else ''}"
+    vdev += f",mac=52:54:00:12:34:56{',packed_vq=1' if kind.packed else ''}{VIRTIO_USER_OPTIONS[driver]}"
     with Testpmd([vdev], cpus=(backend_cpu, frontend_cpu), queues=kind.queue_pairs) as testpmd:
+        features = backend.features() if backend.features is not None else None
+        paths = Paths(transmit=testpmd.path("Tx"), receive=testpmd.path("Rx"), features=features)
         for size in FRAME_SIZES:
             testpmd.command(f"set txpkts {size}", "set fwd txonly", "start")
             up = measure(lambda: _arrived(backend.ifname), pid=backend.pid, seconds=seconds)
@@ -182,7 +218,7 @@ def _drive_with_testpmd(backend: Backend, kind: Kind, seconds: float) -> Iterato
             with Flood({backend.ifname: -1}, rate=0, frame_size=size):
                 down = measure(testpmd.received, pid=backend.pid, seconds=seconds)
             testpmd.command("stop")
-            yield Row(driver=VIRTIO_USER, backend=kind.name, load=f"{size} bytes", up=up, down=down)
+            yield Row(driver=driver, backend=kind.name, load=f"{size} bytes", up=up, down=down, paths=paths)
 
 
 def _arrived(ifname: str) -> int:
@@ -239,6 +275,17 @@ def _bits(rows: Sequence[Row]) -> Table:
     return _table("Gbit/s of one TCP stream", [row for row in rows if row.load == BULK.name], gigabits)
 
 
+def _paths(rows: Sequence[Row]) -> Table:
+    columns = ("driven by", "backend", "acknowledged in-order", "transmit path", "receive path")
+    table = Table(title="What DPDK's driver made of it", columns=columns)
+    # The loads do not matter here: a driver chooses before it knows them.
+    chosen = {(row.driver, row.backend): row.paths for row in rows if row.paths is not None}
+    for (driver, backend), paths in chosen.items():
+        in_order = NONE if paths.features is None else "yes" if IN_ORDER in paths.features else "no"
+        table.add(driver, backend, in_order, paths.transmit or NONE, paths.receive or NONE)
+    return table
+
+
 def _table(title: str, rows: Sequence[Row], text: Callable[[float | None], str]) -> Table:
     way_columns = ("cores", "a core", "to DPDK")
     columns = ("driven by", "backend", "load", "up", *way_columns, "down", *way_columns)
@@ -279,6 +326,10 @@ def _note(findings: Findings, rows: Sequence[Row]) -> None:
     findings.note(
         "TCP: localmig carries 64 KiB segments for a guest that leaves segmentation to it, at MTU 1500; pasta gives "
         "its namespace an MTU of 65520; testpmd forwards between vhost and TAP without offloads."
+    )
+    findings.note(
+        f"DPDK's driver acknowledges {IN_ORDER} if the backend offers it and `in_order=0` is not said; the paths are "
+        "named as the driver names them."
     )
     for row in rows:
         if row.failure is not None:

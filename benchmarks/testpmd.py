@@ -48,7 +48,8 @@ class Testpmd:
             raise ConfigError("no dpdk-testpmd: on Debian, apt-get install dpdk dpdk-dev librte-meta-all")
         prompt_cpu, forward_cpu = cpus
         argv = ["dpdk-testpmd", "--lcores", f"0@{prompt_cpu},1@{forward_cpu}", "--no-pci", "--no-huge", "-m", "256"]
-        argv.append("--no-telemetry")
+        # Its virtio driver says there which of its paths it chose.
+        argv += ["--no-telemetry", "--log-level=pmd.net.virtio.init:info"]
         for vdev in vdevs:
             argv += ["--vdev", vdev]
         argv += ["--", "-i", "--no-mlockall", "--total-num-mbufs=16384"]
@@ -63,10 +64,19 @@ class Testpmd:
                 argv, stdin=subprocess.PIPE, stdout=terminal.fileno(), stderr=subprocess.STDOUT, env=environment
             )
         try:
-            self._until_prompt(START_SECONDS_MAX)
+            self._greeting = self._until_prompt(START_SECONDS_MAX)
         except PeerError:
             self.close()
             raise
+
+    def path(self, way: str) -> str | None:
+        """The path that its virtio driver chose for the first port, in its own words; None if it did not say.
+
+        Args:
+            way: `Rx` or `Tx`.
+        """
+        found = re.search(rf"using (.+) {way} path on port 0", self._greeting)
+        return None if found is None else found[1]
 
     @property
     def pid(self) -> int:
