@@ -7,6 +7,7 @@ PYTHON ?= python3
 CARGO ?= cargo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BASE ?=
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_RUNS ?=
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # What the guest tier runs on, from Debian's packages. The guest's own kernel is downloaded and unpacked, never installed.
 GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool
 # What the benchmarks measure beside us, and drive us with.
-BENCH_PACKAGES := gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
+BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
 FUZZ_PACKAGES := g++
 # What the demonstration needs and this machine has not.
@@ -45,7 +46,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -71,6 +72,9 @@ check: setup ## formats, lints, types, import contracts
 
 bench: setup guest-packages guest-kernel bench-packages ## measure, beside what others do: half an hour (BENCH_ARGS=--quick: minutes)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-compare: setup bench-packages ## measure this tree and commit BASE=REV (default: the one before) in turns; BENCH_ARGS=--quick
+	@$(BIN)/python -m benchmarks compare $(if $(BASE),--base '$(BASE)') $(BENCH_ARGS)
 
 shortage: setup ## let each system call of a handover fail with each error: the tests have a selection, all of it takes some minutes
 	@# Each test in a process of its own, which keeps what it has of every daemon; select(2) sees 1024 descriptors.

@@ -2,33 +2,30 @@
 
 Owns:        the command line, the order, what becomes of a section that cannot run, the end after Ctrl-C.
 Never sees:  how anything is measured.
-Read next:   sizes.py and report.py; the sections' modules.
+Read next:   sizes.py and report.py; the sections' modules; compare.py for `python -m benchmarks compare`.
 """
 
 from __future__ import annotations
 
-import argparse
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from benchmarks import bare, handovers, machine, microbenchmarks, packet_rates, replacements, report
-from benchmarks.report import Findings
-from benchmarks.sizes import FULL, QUICK, SMOKE, Sizes
+from benchmarks import bare, compare, handovers, machine, microbenchmarks, packet_rates, replacements, report
+from benchmarks.options import new_parser
+from benchmarks.report import RESULTS, Findings
+from benchmarks.sizes import SIZES, Sizes
 from localmig.errors import LocalmigError
 from localmig.testing.children import end_children
 from localmig.testing.namespace import isolate
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
-
-RESULTS: Final = Path(__file__).parent / "results"
 
 TITLES: Final = {
     "handovers": "Handovers",
@@ -100,38 +97,29 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _sections(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in TITLES:
-            raise argparse.ArgumentTypeError(f"'{name}' is no section; there are {', '.join(TITLES)}")
-    return names
-
-
 def main(argv: Sequence[str]) -> int:
     """Measures and reports; 0 unless it was interrupted, or cannot run at all."""
-    parser = argparse.ArgumentParser(
-        prog="make bench BENCH_ARGS=…",
-        description="Measures localmig beside what others do, in namespaces of its own. Compares no time with a limit.",
-    )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="sizes", const=QUICK, help="a few minutes; no use for p99")
-    size.add_argument("--smoke", action="store_const", dest="sizes", const=SMOKE, help="shows only that it runs")
-    parser.add_argument(
-        "--only", type=_sections, default=list(TITLES), metavar="SECTION,…", help=f"of {', '.join(TITLES)}"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: %(default)s")
-    parser.set_defaults(sizes=FULL)
-    options = parser.parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if argv[:1] == ["compare"]:
+        try:
+            return compare.main(argv[1:])
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    parser = new_parser(
+        prog="make bench BENCH_ARGS=…",
+        description="Measures localmig beside what others do, in namespaces of its own. Compares no time with a limit.",
+        sections=list(TITLES),
+        results=RESULTS,
+    )
+    options = parser.parse_args(argv)
     try:
         isolate()
     except LocalmigError as error:
         sys.stderr.write(f"benchmarks cannot run here: {error}\n")
         return 1
     facts = machine.facts()
-    found, complete = measure(options.sizes, options.only)
+    found, complete = measure(SIZES[options.size], options.only)
     text, path = report.write(options.results, facts, found, TITLES)
     sys.stdout.write(f"{text}\n\nWritten to {path}\n")
     return 0 if complete else INTERRUPTED

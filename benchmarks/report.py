@@ -16,6 +16,9 @@ from typing import Final
 
 from localmig.testing.traffic import percentile
 
+RESULTS: Final = Path(__file__).parent / "results"
+"""Where files end unless another folder is named."""
+
 NONE: Final = "-"
 """What a cell says where there is nothing to say."""
 

@@ -62,3 +62,6 @@ SMOKE: Final = Sizes(
     rate_seconds=0.3,
 )
 """Some seconds a section: shows that it runs, and that nothing is lost; the times mean nothing."""
+
+SIZES: Final[Mapping[str, Sizes]] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+"""By the names that the command line has for them."""

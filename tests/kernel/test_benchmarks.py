@@ -44,3 +44,10 @@ def test_the_benchmarks_run_and_their_handovers_lose_nothing(tmp_path: Path) -> 
     ways = sections["replacements"]["samples"]
     assert [(name, way["gave_up"]) for name, way in ways.items() if way["gave_up"] is not None or not way["lost"]] == []
     assert ways["localmig: handover"]["lost"] == [0]
+
+
+def test_a_comparison_with_an_unknown_commit_says_so(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "benchmarks", "compare", "--base", "no-such-commit", "--results", str(tmp_path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS_MAX, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("cannot compare: ")
