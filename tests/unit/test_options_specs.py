@@ -57,6 +57,7 @@ def test_keyval_text_becomes_a_spec() -> None:
 def test_json_text_becomes_the_same_spec() -> None:
     values = {"type": "tap", "id": "net0", "ifname": "tap0", "mtu": 9000}
     assert parse_netdev(json.dumps(values)) == TapSpec(id="net0", ifname="tap0", mtu=9000)
+    assert parse_netdev(json.dumps(values).replace('"', "'")) == TapSpec(id="net0", ifname="tap0", mtu=9000)
     values = {"driver": "virtio-net", "id": "nic0", "netdev": "net0", "socket": "/run/nic0.sock"}
     assert parse_device(json.dumps(values | {"local-migration": False})) == NIC
 
