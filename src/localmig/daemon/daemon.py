@@ -237,8 +237,15 @@ class Daemon:
     # -- migration ----------------------------------------------------------------------------------------------
 
     def set_parameters(self, parameters: Parameters) -> None:
-        """Sets all parameters at once. ConfigError where one is out of range; nothing is changed then."""
+        """Sets all parameters at once.
+
+        Raises:
+            ConfigError: one is out of range, or `local` does not fit where this daemon waits for a source. Nothing was
+                changed.
+        """
         parameters.check()
+        if self._listener is not None:
+            self._listener.check_local(local=parameters.local)
         self.parameters = parameters
 
     def set_capabilities(self, capabilities: Capabilities) -> None:
@@ -256,7 +263,7 @@ class Daemon:
 
         Raises:
             StateError: another migration is under way, or this daemon does not have the guest.
-            ConfigError: `local` is on and the address cannot carry descriptors. Nothing was stopped.
+            ConfigError: `local` is on and the address is no UNIX socket. Nothing was stopped.
         """
         if self._is_ending:
             raise StateError("this daemon was told to end, and does that")
@@ -290,13 +297,15 @@ class Daemon:
 
         Raises:
             StateError: the daemon was not started with --incoming, or waits already.
-            ConfigError, KernelError: the address cannot be listened on.
+            ConfigError: `local` is on and the address is no UNIX socket, or it cannot be listened on.
+            KernelError: it cannot be listened on.
         """
         if self._incoming_address is None:
             raise StateError("'-incoming' was not specified on the command line")
-        if self._listener is not None or self._run_state is not RunState.INMIGRATE:
+        if self._incoming is not None or self._run_state is not RunState.INMIGRATE:
             raise StateError("The incoming migration has already been started")
         given = self.descriptors.lent_for(address)
+        transport.check_local(address, given, local=self.parameters.local)
         self._listener = transport.Listener(address, given, access=self.access)
         self.descriptors.give_away(given)
         self._incoming = Incoming(
@@ -392,6 +401,7 @@ class Daemon:
             return
         finally:
             listener.close()
+            self._listener = None
         state = await incoming.run(channel)
         self._spawn("thaw", self._thaw_late(incoming))
         if state is DestinationState.COMPLETED:
