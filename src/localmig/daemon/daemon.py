@@ -27,7 +27,7 @@ from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceS
 from localmig.migration.hello import Hello, program_version
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
-from localmig.migration.parameters import Announcement, Capabilities, Parameters
+from localmig.migration.parameters import Announcement, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, TapSpec, VirtioNetSpec
@@ -81,7 +81,6 @@ class Daemon:
         self.tracer = tracer or Tracer()
         program_version()  # while it is this one's
         self.parameters = Parameters()
-        self.capabilities = Capabilities()
         self.descriptors = NamedDescriptors()
         self._objects = Objects(netdevs=tuple(netdevs), devices=tuple(devices))
         if incoming is None and self._objects.is_empty:
@@ -242,21 +241,14 @@ class Daemon:
         Raises:
             ConfigError: one is out of range, or `local` does not fit where this daemon waits for a source. Nothing was
                 changed.
+            StateError: a capability differs, and a migration is under way. Nothing was changed.
         """
         parameters.check()
+        if self._is_migrating() and parameters.capabilities != self.parameters.capabilities:
+            raise StateError("There's a migration process in progress")
         if self._listener is not None:
             self._listener.check_local(local=parameters.local)
         self.parameters = parameters
-
-    def set_capabilities(self, capabilities: Capabilities) -> None:
-        """Sets all capabilities at once.
-
-        Raises:
-            StateError: a migration is under way.
-        """
-        if self._is_migrating():
-            raise StateError("There's a migration process in progress")
-        self.capabilities = capabilities
 
     def migrate(self, address: Address) -> None:
         """Begins to hand everything over to the daemon at `address`; `migration_info` tells how it goes.
@@ -283,7 +275,6 @@ class Daemon:
         self._outgoing = Outgoing(
             connect=lambda: transport.connect(address, given, access=self.access),
             parameters=self.parameters,
-            capabilities=self.capabilities,
             parts=self._parts,
             objects=self._objects.for_hello(),
             running=self._run_state is RunState.RUNNING,
