@@ -9,10 +9,11 @@ and this process serves. The first two are decided in `_apply` alone; the third 
 rings.py.
 
 A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
-started: a guest that goes to fewer queue pairs leaves packets in rings that its VMM then disables, and its TCP repeats
-nothing that it believes to be in the device, so those connections would stand for good. vhost-user ("Ring states") has
-such packets thrown away; they are sent, as the kernel's vhost does. A frontend that disables the first pair as well
-pauses or leaves, and its packets wait.
+started and the first pair's is enabled: a guest that goes to fewer queue pairs leaves packets in rings that its VMM
+then disables, and its TCP repeats nothing that it believes to be in the device, so those connections would stand for
+good. vhost-user ("Ring states") has such packets thrown away; they are sent, as the kernel's vhost does. A frontend
+that disables the first pair as well pauses, leaves or resets its driver: its packets wait, and none of its rings is
+read, because the guest may have other things in that memory now.
 """
 
 from __future__ import annotations
@@ -331,8 +332,12 @@ class VirtioNet(Part):
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
         match event:
-            case VringChanged(index=vring):
-                self._apply(vring // 2)
+            case VringChanged(index=vring, anew=anew):
+                self._apply(vring // 2, anew=vring if anew else None)
+                assert self._endpoint is not None, self.id
+                for drained, leader in self._endpoint.offer.drained_vrings.items():
+                    if leader == vring:
+                        self._apply(drained // 2)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -370,11 +375,14 @@ class VirtioNet(Part):
         for index in range(len(self._pairs)):
             self._apply(index)
 
-    def _apply(self, index: int) -> None:
-        """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+    def _apply(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair, lays it out as the session says, lets it run if it shall.
+
+        `anew` is a ring of it that the frontend sets up again, so that a failure until now is over.
+        """
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
-        self._stop(index)
+        self._stop(index, anew=anew)
         self._lay_out(index)
         self._settle(index)
         if self._rings.serving:
@@ -486,7 +494,7 @@ class VirtioNet(Part):
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
         assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, vring) or vring.failed:
+        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -518,26 +526,29 @@ class VirtioNet(Part):
         if _has_rings(pair):
             self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
 
-    def _stop(self, index: int) -> None:
-        """Stops the queue pair and writes its positions into the session's state."""
+    def _stop(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair and writes its positions into the session's state. `anew` as in `_apply`."""
         pair, state = self._pairs[index], self._session_state()
         was_running = pair.is_running()
         positions = pair.stop()
-        for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
-            if state is not None and position is not None:
+        rings = zip((receive_queue(index), transmit_queue(index)), positions, pair.failed(), strict=True)
+        for vring, position, failed in rings:
+            if state is None or position is None:
+                continue
+            if vring != anew or (state.vrings[vring].started and not failed):
                 state.vrings[vring].next_avail = position
-        self._note_failed(index)
+        self._note_failed(index, anew=anew)
         if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
 
-    def _note_failed(self, index: int) -> None:
-        """Writes into the session's state which rings of a queue pair stopped for good."""
+    def _note_failed(self, index: int, *, anew: int | None = None) -> None:
+        """Writes into the session's state which rings of a queue pair stopped for good. `anew` as in `_apply`."""
         state = self._session_state()
         pair = self._pairs[index]
         rings = zip((receive_queue(index), transmit_queue(index)), pair.positions(), pair.failed(), strict=True)
         for vring, position, failed in rings:
             # One that the frontend stopped meanwhile begins anew.
-            if failed and position is not None and state is not None and state.vrings[vring].started:
+            if failed and position is not None and state is not None and state.vrings[vring].started and vring != anew:
                 state.vrings[vring].failed = True
                 state.vrings[vring].next_avail = position
 
