@@ -28,7 +28,7 @@ from localmig.testing.frontend import (
     FrontendListener,
     NetGuest,
 )
-from localmig.trace import Event, RingFailed, SessionClosed, Tracer
+from localmig.trace import Event, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
@@ -70,19 +70,19 @@ class Site:
         plan = (
             ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
         )
-        rings = Rings(tracer)
+        self.rings = Rings(tracer)
         self.device = VirtioNet(
             id="nic0",
             netdev=self.tap,
             socket=plan,
             local_migration=True,
             packed=packed,
-            rings=rings,
+            rings=self.rings,
             tracer=tracer,
         )
         self.device.open()
         ends.callback(self.device.close)
-        rings.resume()
+        self.rings.resume()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -343,6 +343,46 @@ def test_a_driver_reset_ends_a_failure_whatever_the_frontend_sends_for_it(
         await guest.talks()
 
     run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_driver_that_fills_its_ring_first_receives_whatever_position_the_frontend_tells(
+    tmp_path: Path, frontend: str
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(habits=FRONTENDS[frontend], fills_first=True)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        corrected = [(fact.vring, fact.told, fact.begun) for fact in site.facts if isinstance(fact, RingCorrected)]
+        tells_another = FRONTENDS[frontend].base_is_avail_index
+        assert corrected == ([(RX, QUEUE_SIZE, 0)] if tells_another else [])
+        await beside(guest.vmm.detach)
+        assert guest.vmm._bases == [QUEUE_SIZE + 1] * 2
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        await beside(guest.vmm.reconnect)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        site.rings.stop()
+        state = site.rings.save_switchover()
+        site.rings.adopt_switchover(state._replace(rx_next_avail=(3,)))
+        site.rings.resume()
+        fact = await site.fact(RingCorrected)
+        assert (fact.device, fact.vring, fact.told, fact.begun) == ("nic0", RX, 3, QUEUE_SIZE + 1)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+    assert "vring 0 (rx) goes on at 17, where its used index stands, and was told 3" in caplog.text
 
 
 # -- memory ---------------------------------------------------------------------------------------------------

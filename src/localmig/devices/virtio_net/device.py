@@ -34,7 +34,16 @@ from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, Socke
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
-from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.trace import (
+    GuestAnnounced,
+    RingCorrected,
+    RingFailed,
+    RingsStarted,
+    RingsStopped,
+    SessionClosed,
+    SessionOpened,
+    Tracer,
+)
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -162,7 +171,7 @@ class VirtioNet(Part):
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
         self._endpoint.thaw()
-        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
+        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -525,6 +534,8 @@ class VirtioNet(Part):
         pair = self._pairs[index]
         if _has_rings(pair):
             self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
+            # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
+            self._report_corrections(index, logging.DEBUG)
 
     def _stop(self, index: int, *, anew: int | None = None) -> None:
         """Stops the queue pair and writes its positions into the session's state. `anew` as in `_apply`."""
@@ -552,16 +563,33 @@ class VirtioNet(Part):
                 state.vrings[vring].failed = True
                 state.vrings[vring].next_avail = position
 
-    def _report_ring_errors(self) -> None:
+    def _report_rings(self) -> None:
         assert self._ring_errors is not None
         os.read(self._ring_errors.fileno(), 8)
         for index, pair in enumerate(self._pairs):
+            # All pairs started together, so a handover told the positions, or this process itself, which went on.
+            self._report_corrections(index, logging.WARNING)
             for direction, reason in pair.take_ring_errors():
-                vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                vring = _vring_of(index, direction)
                 self._failures[vring] = reason
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+
+    def _report_corrections(self, index: int, level: int) -> None:
+        """Tells of rings that began elsewhere than they were told."""
+        for direction, told, begun in self._pairs[index].take_corrections():
+            vring = _vring_of(index, direction)
+            _logger.log(
+                level,
+                "device '%s': vring %s (%s) goes on at %s, where its used index stands, and was told %s",
+                self.id,
+                vring,
+                direction,
+                begun,
+                told,
+            )
+            self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -668,6 +696,10 @@ def thread_name(device: str, queue_pair: int) -> str:
     """What the thread of a queue pair is called. A long id is cut, never the number."""
     number = f"/{queue_pair}"
     return device[: THREAD_NAME_LENGTH_MAX - len(number)] + number
+
+
+def _vring_of(pair: int, direction: str) -> int:
+    return receive_queue(pair) if direction == "rx" else transmit_queue(pair)
 
 
 def _has_rings(pair: QueuePair) -> bool:
