@@ -29,10 +29,10 @@ from localmig.testing.frontend import (
     NetGuest,
 )
 from localmig.trace import Event, RingCorrected, RingFailed, SessionClosed, Tracer
-from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature, header_length
+from localmig.virtio.net import NetConfig, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -553,9 +553,35 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
 # -- arriving -------------------------------------------------------------------------------------------------
 
 
+def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
+    config = NetConfig(mtu=1400)
+
+    async def scenario(site: Site) -> None:
+        with ExitStack() as ends:
+            tracer = Tracer()
+            tap = Tap(id="net1", ifname="tap1")
+            path = str(tmp_path / "nic1.sock")
+            rings = Rings(tracer)
+            device = VirtioNet(
+                id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
+            )
+            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), socket=None))
+            ends.callback(device.close)
+            device.thaw()
+            frontend = ends.enter_context(await beside(Frontend.connect, path))
+            await beside(frontend.set_protocol_features, ProtocolFeature.CONFIG)
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)) == config
+            tap.open()
+            ends.callback(tap.close)
+            device.source_released()
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)).mtu == 1500
+
+    run(tmp_path, scenario)
+
+
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

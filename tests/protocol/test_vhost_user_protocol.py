@@ -474,10 +474,11 @@ def test_the_configuration_space_is_read_where_asked(served: Backend, offset: in
     assert take_reply(served) == ConfigSpace(offset=offset, data=CONFIG[offset : offset + size])
 
 
-def test_reading_behind_the_configuration_space_is_answered_with_nothing(served: Backend) -> None:
-    converse(served, Request.GET_CONFIG, ConfigSpace(offset=20, data=bytes(5)))
-    assert len(served.data_to_send()) == HEADER_SIZE
-    assert take_reply(served) is None
+@pytest.mark.parametrize(("offset", "size"), [(0, 60), (20, 5), (24, 1), (0, 256), (200, 256), (0xFFFFFFFF, 256)])
+def test_behind_the_configuration_space_are_zeros(served: Backend, offset: int, size: int) -> None:
+    converse(served, Request.GET_CONFIG, ConfigSpace(offset=offset, data=b"\xff" * size))
+    there = CONFIG[offset : offset + size]
+    assert take_reply(served) == ConfigSpace(offset=offset, data=there + bytes(size - len(there)))
 
 
 def test_the_configuration_space_is_not_written(served: Backend) -> None:

@@ -262,11 +262,11 @@ class Frontend:
 
     # -- the device --
 
-    def get_config(self, offset: int, size: int) -> bytes | None:
-        """A piece of the configuration space; None where the backend has none."""
+    def get_config(self, offset: int, size: int) -> bytes:
+        """A piece of the configuration space."""
         answer = self.call(Request.GET_CONFIG, ConfigSpace(offset=offset, data=bytes(size)))
-        assert answer is None or isinstance(answer, ConfigSpace), answer
-        return None if answer is None else answer.data
+        assert isinstance(answer, ConfigSpace), answer
+        return answer.data
 
     def set_mtu(self, mtu: int) -> None:
         """Tells the MTU the driver was told."""

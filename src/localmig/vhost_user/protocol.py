@@ -26,12 +26,14 @@ from localmig.errors import PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_regions
 from localmig.vhost_user.message import (
+    CONFIG_SIZE_MAX,
     HEADER_SIZE,
     PAYLOAD_SIZE_MAX,
     PROTOCOL_FEATURES_BIT,
     RULES,
     TABLE_REGION_COUNT_MAX,
     U64,
+    BackendRequest,
     ConfigSpace,
     Header,
     MemoryTable,
@@ -44,6 +46,7 @@ from localmig.vhost_user.message import (
     VringFile,
     VringNumber,
     decode_request,
+    encode_backend_request,
     encode_reply,
 )
 from localmig.virtio import Feature, packed_ring, split_ring
@@ -342,10 +345,11 @@ class Backend:
     Attributes:
         offer: what GET_FEATURES and the like answer.
         state: the session as plain data. The device reads it, and writes `next_avail` of rings it stopped.
-        config: the device's configuration space, what GET_CONFIG reads.
+        config: the device's configuration space, what GET_CONFIG reads; at most `CONFIG_SIZE_MAX` bytes.
     """
 
     def __init__(self, offer: Offer, *, config: bytes = b"") -> None:
+        assert len(config) <= CONFIG_SIZE_MAX, len(config)
         self.offer = offer
         self.config = config
         self.state = SessionState(vrings=[VringState() for _ in range(offer.vring_count)])
@@ -422,6 +426,21 @@ class Backend:
     def data_sent(self, count: int) -> None:
         """The first `count` bytes of `data_to_send` are on their way."""
         self.state.unsent = self.state.unsent[count:]
+
+    def change_config(self, config: bytes) -> bytes:
+        """The configuration space is `config` now. Returns what goes to the frontend over its channel.
+
+        That is nothing if the space was so before, or if the frontend listens to no change of it: QEMU and Cloud
+        Hypervisor serve a NIC's space by themselves and acknowledge no CONFIG.
+        """
+        assert len(config) <= CONFIG_SIZE_MAX, len(config)
+        if config == self.config:
+            return b""
+        self.config = config
+        listens = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+        if listens & ~ProtocolFeature(self.state.protocol_features_acked) or self.state.backend_request_fd is None:
+            return b""
+        return encode_backend_request(BackendRequest.CONFIG_CHANGE)
 
     def close(self) -> None:
         """Closes every descriptor of the session. Bears being called twice."""
@@ -649,7 +668,7 @@ class Backend:
         self._retired.append(old)
         return self.state.unparsed_fds.pop() if self.state.unparsed_fds else None
 
-    def _reply(self, request: Request, payload: Payload | None) -> Payload | None:
+    def _reply(self, request: Request, payload: Payload | None) -> Payload:
         """What the frontend asked for."""
         match request, payload:
             case Request.GET_FEATURES, None:
@@ -671,7 +690,6 @@ class Backend:
             case _:
                 raise AssertionError(f"{request.name} has no reply")
 
-    def _read_config(self, offset: int, size: int) -> ConfigSpace | None:
-        if offset + size > len(self.config):
-            return None
-        return ConfigSpace(offset=offset, data=self.config[offset : offset + size])
+    def _read_config(self, offset: int, size: int) -> ConfigSpace:
+        # A frontend may know a longer space than this device: it reads zeros there, what a field has that is not.
+        return ConfigSpace(offset=offset, data=self.config[offset : offset + size].ljust(size, b"\0"))

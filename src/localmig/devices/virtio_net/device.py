@@ -129,6 +129,8 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._mtu_there: int | None = None
+        """Of a netdev that is awaited: what the source's had."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
         rings.join(self)
@@ -237,6 +239,7 @@ class VirtioNet(Part):
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
+            config=session.backend.config if session is not None else self._endpoint.config,
             socket=socket,
         )
 
@@ -256,6 +259,7 @@ class VirtioNet(Part):
         self._check_acked(state, offered)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
+        _read_config(self.id, state.config)
         if state.socket is None:
             return
         try:
@@ -275,13 +279,15 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
+        self._mtu_there = _read_config(self.id, state.config).mtu
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         if state.socket.connection is not None:
-            self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
+            connection = state.socket.connection
+            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
             try:
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
@@ -303,9 +309,8 @@ class VirtioNet(Part):
         if self._awaits_netdev and self._netdev.is_open:
             self._awaits_netdev = False
             assert self._endpoint is not None, self.id
-            self._endpoint.config = self._config()
+            self._config_changed()
             if self._endpoint.session is not None:
-                self._endpoint.session.backend.config = self._endpoint.config
                 self._set_up_netdev()
             self._apply_all()
 
@@ -641,8 +646,14 @@ class VirtioNet(Part):
         return NetConfig(
             mac=self._own_mac or bytes(MAC_LENGTH),
             queue_pair_count_max=self._netdev.queue_count,
-            mtu=self._netdev.mtu if self._netdev.is_open else 0,
+            # One that is awaited is most likely the interface that the source has.
+            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
         ).encode()
+
+    def _config_changed(self) -> None:
+        """What the configuration space tells of the netdev may differ now: frontends that can hear of that do."""
+        if self._endpoint is not None:
+            self._endpoint.change_config(self._config())
 
     def _set_up_netdev(self) -> None:
         """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
@@ -690,6 +701,13 @@ def _check_connection(connection: ConnectionState, offered: Offer) -> None:
     check_sizes(connection.session.regions)
     if connection.session.is_packed and connection.ledger is None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
+
+
+def _read_config(device: str, config: bytes) -> NetConfig:
+    try:
+        return NetConfig.decode(config)
+    except PeerError as error:
+        raise PeerError(f"device '{device}': {error}") from error
 
 
 def thread_name(device: str, queue_pair: int) -> str:
