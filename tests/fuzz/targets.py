@@ -102,7 +102,6 @@ def _lines(name: str) -> Iterator[bytes]:
 OFFER: Final = Offer(
     features=Feature.VERSION_1 | Feature.RING_EVENT_IDX | Feature.RING_PACKED | 1 << 15,
     vring_count=4,
-    queue_count=2,
     vring_size_max=1024,
     region_count_max=10,
 )
@@ -191,6 +190,8 @@ def _plain(state: SessionState) -> tuple[object, ...]:
         state.mtu,
         tuple(state.regions),
         tuple(repr(vring) for vring in state.vrings),
+        state.vring_count_asked,
+        state.was_served,
         state.backend_request_fd,
         state.unsent,
     )
