@@ -18,6 +18,10 @@ from localmig.virtio.net import NetFeature, transmit_queue, without_orphans
 
 FEATURES: Final = (
     Feature.VERSION_1
+    # A header may lie in any buffers of its chain, and chains are used in the order in which they were made available,
+    # those of a packet that was dropped too.
+    | Feature.ANY_LAYOUT
+    | Feature.IN_ORDER
     | Feature.RING_EVENT_IDX
     | Feature.RING_INDIRECT_DESC
     | NetFeature.MRG_RXBUF
