@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -12,16 +13,28 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet, notes
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
+from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import DRIVER_FEATURES, PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
-from localmig.trace import Event, RingFailed, SessionClosed, Tracer
-from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.testing.frontend import (
+    CLOUD_HYPERVISOR,
+    DRIVER_FEATURES,
+    PROTOCOL_FEATURES,
+    QEMU,
+    RX,
+    TX,
+    USER_MODE_LINUX,
+    Frontend,
+    FrontendListener,
+    NetGuest,
+)
+from localmig.trace import DeviceNoted, Event, RingCorrected, RingFailed, SessionClosed, Tracer
+from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature, header_length
+from localmig.virtio.net import NetConfig, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -44,7 +57,15 @@ def frame(number: int) -> bytes:
 class Site:
     """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
 
-    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None, packed: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ends: ExitStack,
+        *,
+        reconnect_ms: int | None = None,
+        packed: bool = False,
+        queues: int = 1,
+    ) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
         self.facts: list[Event] = []
@@ -52,26 +73,26 @@ class Site:
         self._ends = ends
         tracer = Tracer()
         tracer.subscribe(self._note)
-        self.tap = Tap(id="net0", ifname="tap0")
+        self.tap = Tap(id="net0", ifname="tap0", queues=queues)
         self.tap.open()
         ends.callback(self.tap.close)
         self.listens = reconnect_ms is None
         plan = (
             ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
         )
-        rings = Rings(tracer)
+        self.rings = Rings(tracer)
         self.device = VirtioNet(
             id="nic0",
             netdev=self.tap,
             socket=plan,
             local_migration=True,
             packed=packed,
-            rings=rings,
+            rings=self.rings,
             tracer=tracer,
         )
         self.device.open()
         ends.callback(self.device.close)
-        rings.resume()
+        self.rings.resume()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -90,9 +111,9 @@ class Site:
                 await self._new_fact.wait()
         return found[-1]
 
-    def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES) -> Guest:
-        """A guest that is not attached yet."""
-        return Guest(self, kind, features, self._ends)
+    def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES, **more: Any) -> Guest:
+        """A guest that is not attached yet; `more` is for its `NetGuest`."""
+        return Guest(self, kind, features, self._ends, **more)
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -103,7 +124,7 @@ async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
 class Guest:
     """A guest whose own TAP is a socket: frames go in and come out of `near`, behind their header."""
 
-    def __init__(self, site: Site, kind: type[NetGuest], features: int, ends: ExitStack) -> None:
+    def __init__(self, site: Site, kind: type[NetGuest], features: int, ends: ExitStack, **more: Any) -> None:
         self._site = site
         self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends.enter_context(self.near)
@@ -114,10 +135,13 @@ class Guest:
         self.vmm = ends.enter_context(
             kind(
                 where,
-                tap_fds=[tap.fileno()],
-                queue_size=QUEUE_SIZE,
-                features=features,
-                answer_seconds_max=PATIENCE_S,
+                **{
+                    "tap_fds": [tap.fileno()],
+                    "queue_size": QUEUE_SIZE,
+                    "features": features,
+                    "answer_seconds_max": PATIENCE_S,
+                    **more,
+                },
             )
         )
 
@@ -154,13 +178,22 @@ class Guest:
         memory.write(avail + 2, ((index + 1) % (1 << 16)).to_bytes(2, "little"))
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
+    def write_packed_descriptor(self, ring: int, *, address: int, length: int) -> None:
+        """Makes the first descriptor of a packed ring available, which nobody used yet, and kicks."""
+        table, _, _ = self.vmm._drivers[0].ring_addresses()[ring]
+        descriptor = address.to_bytes(8, "little") + length.to_bytes(4, "little") + bytes(2)
+        self.vmm.memory.mapping.write(table, descriptor + DESCRIPTOR_AVAIL.to_bytes(2, "little"))
+        os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
-def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False) -> None:
+
+def run(
+    path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False, queues: int = 1
+) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
         with ExitStack() as ends:
-            await scenario(Site(path / "nic0.sock", ends, packed=packed))
+            await scenario(Site(path / "nic0.sock", ends, packed=packed, queues=queues))
 
     asyncio.run(play())
 
@@ -286,11 +319,7 @@ def test_a_packed_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_res
     async def scenario(site: Site) -> None:
         guest = site.guest(features=PACKED_FEATURES)
         await beside(guest.vmm.attach)
-        assert guest.vmm._drivers
-        ring, _, _ = guest.vmm._drivers[0].ring_addresses()[TX]
-        descriptor = (0x10).to_bytes(8, "little") + (64).to_bytes(4, "little") + bytes(2)
-        guest.vmm.memory.mapping.write(ring, descriptor + DESCRIPTOR_AVAIL.to_bytes(2, "little"))
-        os.eventfd_write(guest.vmm._vrings[TX].kick.fileno(), 1)
+        guest.write_packed_descriptor(TX, address=0x10, length=64)
         failed = await site.fact(RingFailed)
         assert (failed.vring, failed.reason) == (TX, "0x40 bytes at 0x10 are not inside guest memory")
         assert await beside(guest.vmm.ring_error, TX, PATIENCE_S)
@@ -301,6 +330,152 @@ def test_a_packed_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_res
         await guest.talks()
 
     run(tmp_path, scenario, packed=True)
+
+
+# -- what frontends do ----------------------------------------------------------------------------------------
+
+FRONTENDS: Final = {"qemu": QEMU, "user-mode-linux": USER_MODE_LINUX, "cloud-hypervisor": CLOUD_HYPERVISOR}
+
+
+@pytest.mark.parametrize("features", [DRIVER_FEATURES, PACKED_FEATURES], ids=["split", "packed"])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_driver_reset_ends_a_failure_whatever_the_frontend_sends_for_it(
+    tmp_path: Path, frontend: str, features: int
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=features, habits=FRONTENDS[frontend])
+        await beside(guest.vmm.attach)
+        if features & Feature.RING_PACKED:
+            guest.write_packed_descriptor(TX, address=0x10, length=64)
+        else:
+            guest.write_descriptor(TX, address=0x10, length=64)
+        assert (await site.fact(RingFailed)).vring == TX
+        await beside(guest.vmm.reset_driver)
+        await guest.talks()
+        assert not any(vring.failed for vring in site.device.info().vrings)
+        await beside(guest.vmm.reset_driver)
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_driver_that_fills_its_ring_first_receives_whatever_position_the_frontend_tells(
+    tmp_path: Path, frontend: str
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(habits=FRONTENDS[frontend], fills_first=True)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        corrected = [(fact.vring, fact.told, fact.begun) for fact in site.facts if isinstance(fact, RingCorrected)]
+        tells_another = FRONTENDS[frontend].base_is_avail_index
+        assert corrected == ([(RX, QUEUE_SIZE, 0)] if tells_another else [])
+        await beside(guest.vmm.detach)
+        assert guest.vmm._bases == [QUEUE_SIZE + 1] * 2
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        await beside(guest.vmm.reconnect)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        site.rings.stop()
+        state = site.rings.save_switchover()
+        site.rings.adopt_switchover(state._replace(rx_next_avail=(3,)))
+        site.rings.resume()
+        fact = await site.fact(RingCorrected)
+        assert (fact.device, fact.vring, fact.told, fact.begun) == ("nic0", RX, 3, QUEUE_SIZE + 1)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+    assert "vring 0 (rx) goes on at 17, where its used index stands, and was told 3" in caplog.text
+
+
+# -- what keeps it from working -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("features", [DRIVER_FEATURES, PACKED_FEATURES], ids=["split", "packed"])
+def test_memory_that_is_not_shared_is_told_of_until_it_is(tmp_path: Path, features: int) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=features)
+        await beside(guest.vmm.attach)
+        shared = guest.vmm.memory.region, guest.vmm.memory.fd.fileno()
+        with OwnedFd(os.memfd_create("another")) as another:
+            os.ftruncate(another.fileno(), guest.vmm.memory.region.size)
+            await beside(guest.vmm.frontend.set_mem_table, [(guest.vmm.memory.region, another.fileno())])
+        guest.near.send(bytes(guest.header) + frame(0))
+        noted = await site.fact(DeviceNoted)
+        assert (noted.device, noted.note) == ("nic0", notes.NOT_SHARED)
+        assert site.device.info().notes == (notes.NOT_SHARED,)
+        await beside(guest.vmm.frontend.set_mem_table, [shared])
+        assert await beside(site.machine.recv, 4096) == frame(0)
+        assert site.device.info().notes == ()
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_program_that_says_nothing_is_told_of(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        with await beside(Frontend.connect, site.path) as program:
+            note = (await site.fact(DeviceNoted)).note
+            assert "says nothing" in note
+            assert site.device.info().notes == (note,)
+            await beside(program.get_features)
+            assert site.device.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_too_many_queue_pairs_are_told_of_once_however_often_the_frontend_comes(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as qemu, OwnedFd(os.eventfd(0)) as call:
+                await beside(qemu.set_protocol_features, ProtocolFeature.MQ)
+                assert await beside(qemu.get_queue_num) == 4
+                for index in range(8):
+                    await beside(qemu.set_vring_call, index, call.fileno())
+                note = (await site.fact(DeviceNoted)).note
+                assert note.startswith("QEMU asks for 4 pairs, nic0 has 2")
+            await site.fact(SessionClosed)
+            site.facts = [fact for fact in site.facts if not isinstance(fact, SessionClosed)]
+            assert site.device.info().notes == (note,)
+        assert len([fact for fact in site.facts if isinstance(fact, DeviceNoted)]) == 1
+        guest = site.guest(queue_pairs=2, tap_fds=[])
+        await beside(guest.vmm.attach)
+        assert site.device.info().notes == ()
+
+    run(tmp_path, scenario, queues=2)
+
+
+def test_the_same_mistake_again_and_again_is_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as frontend:
+                await beside(frontend.send, b"\xff" * 12)
+                assert await beside(frontend.is_lost, PATIENCE_S)
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, scenario)
+    assert caplog.text.count("session closed: request 4294967295 is unknown") == 1
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
@@ -414,7 +589,7 @@ def test_the_header_has_the_length_the_guest_knows(tmp_path: Path) -> None:
     ("message", "complaint"),
     [
         (b"\xff" * 12, "unknown"),
-        (encode_request(Request.SET_VRING_NUM, VringNumber(index=TX, number=8)), "which is running"),
+        (encode_request(Request.SET_VRING_BASE, VringNumber(index=TX, number=8)), "which is running"),
         (encode_request(Request.GET_QUEUE_NUM)[:4] + b"\2\0\0\0\0\0\0\0", "version"),
     ],
 )
@@ -471,9 +646,35 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
 # -- arriving -------------------------------------------------------------------------------------------------
 
 
+def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
+    config = NetConfig(mtu=1400)
+
+    async def scenario(site: Site) -> None:
+        with ExitStack() as ends:
+            tracer = Tracer()
+            tap = Tap(id="net1", ifname="tap1")
+            path = str(tmp_path / "nic1.sock")
+            rings = Rings(tracer)
+            device = VirtioNet(
+                id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
+            )
+            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), socket=None))
+            ends.callback(device.close)
+            device.thaw()
+            frontend = ends.enter_context(await beside(Frontend.connect, path))
+            await beside(frontend.set_protocol_features, ProtocolFeature.CONFIG)
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)) == config
+            tap.open()
+            ends.callback(tap.close)
+            device.source_released()
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)).mtu == 1500
+
+    run(tmp_path, scenario)
+
+
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

@@ -9,10 +9,11 @@ and this process serves. The first two are decided in `_apply` alone; the third 
 rings.py.
 
 A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
-started: a guest that goes to fewer queue pairs leaves packets in rings that its VMM then disables, and its TCP repeats
-nothing that it believes to be in the device, so those connections would stand for good. vhost-user ("Ring states") has
-such packets thrown away; they are sent, as the kernel's vhost does. A frontend that disables the first pair as well
-pauses or leaves, and its packets wait.
+started and the first pair's is enabled: a guest that goes to fewer queue pairs leaves packets in rings that its VMM
+then disables, and its TCP repeats nothing that it believes to be in the device, so those connections would stand for
+good. vhost-user ("Ring states") has such packets thrown away; they are sent, as the kernel's vhost does. A frontend
+that disables the first pair as well pauses, leaves or resets its driver: its packets wait, and none of its rings is
+read, because the guest may have other things in that memory now.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import asyncio
 import errno
 import logging
 import os
+import select
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -28,12 +30,23 @@ from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
+from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
-from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.trace import (
+    DeviceNoted,
+    GuestAnnounced,
+    RingCorrected,
+    RingFailed,
+    RingsStarted,
+    RingsStopped,
+    SessionClosed,
+    SessionOpened,
+    Tracer,
+)
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -119,8 +132,16 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._mtu_there: int | None = None
+        """Of a netdev that is awaited: what the source's had."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
+        self._notes = Notes(self._find_notes, self._is_untouched, self._tell_note)
+        self._kicks_before: dict[int, tuple[OwnedFd, int]] = {}
+        """Of the first queue pair's rings: the kick descriptor, and how many kicks are not its driver's."""
+        self._vring_count_asked = 0
+        """As the last session's, if that had too many."""
+        self._closed_because: str | None = None
         rings.join(self)
 
     @property
@@ -152,6 +173,7 @@ class VirtioNet(Part):
 
     def freeze(self) -> None:
         """Leaves socket and connection alone from now on."""
+        self._notes.stop()
         if self._endpoint is not None:
             self._endpoint.freeze()
 
@@ -161,7 +183,9 @@ class VirtioNet(Part):
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
         self._endpoint.thaw()
-        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
+        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
+        self._note_kicks()
+        self._notes.expect()
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -187,6 +211,7 @@ class VirtioNet(Part):
                 QueuePairInfo(index=index, running=pair.is_running(), counters=Counters(*pair.counters()))
                 for index, pair in enumerate(self._pairs)
             ),
+            notes=self._notes.get(),
         )
 
     def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
@@ -227,6 +252,7 @@ class VirtioNet(Part):
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
+            config=session.backend.config if session is not None else self._endpoint.config,
             socket=socket,
         )
 
@@ -246,6 +272,7 @@ class VirtioNet(Part):
         self._check_acked(state, offered)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
+        _read_config(self.id, state.config)
         if state.socket is None:
             return
         try:
@@ -265,13 +292,15 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
+        self._mtu_there = _read_config(self.id, state.config).mtu
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         if state.socket.connection is not None:
-            self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
+            connection = state.socket.connection
+            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
             try:
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
@@ -293,9 +322,8 @@ class VirtioNet(Part):
         if self._awaits_netdev and self._netdev.is_open:
             self._awaits_netdev = False
             assert self._endpoint is not None, self.id
-            self._endpoint.config = self._config()
+            self._config_changed()
             if self._endpoint.session is not None:
-                self._endpoint.session.backend.config = self._endpoint.config
                 self._set_up_netdev()
             self._apply_all()
 
@@ -327,12 +355,19 @@ class VirtioNet(Part):
     def session_opened(self) -> None:
         """Rings come later, by their events."""
         self._tracer.emit(SessionOpened(device=self.id))
+        self._notes.expect()
 
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
+        self._notes.expect()
         match event:
-            case VringChanged(index=vring):
-                self._apply(vring // 2)
+            case VringChanged(index=vring, anew=anew):
+                self._note_kicks()
+                self._apply(vring // 2, anew=vring if anew else None)
+                assert self._endpoint is not None, self.id
+                for drained, leader in self._endpoint.offer.drained_vrings.items():
+                    if leader == vring:
+                        self._apply(drained // 2)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -358,10 +393,15 @@ class VirtioNet(Part):
             pair.release()
         self._memory = None
         self._failures.clear()
+        self._kicks_before.clear()
         self._drop_ledger()
         self._reset_netdev()
+        self._vring_count_asked = self._asked_now()
         if reason is not None:
-            _logger.warning("device '%s': session closed: %s", self.id, reason)
+            # A frontend that comes again and again with the same mistake fills no log.
+            level = logging.WARNING if reason != self._closed_because else logging.DEBUG
+            _logger.log(level, "device '%s': session closed: %s", self.id, reason)
+        self._closed_because = reason
         self._tracer.emit(SessionClosed(device=self.id, reason=reason))
 
     # -- queue pairs --------------------------------------------------------------------------------------------
@@ -370,11 +410,14 @@ class VirtioNet(Part):
         for index in range(len(self._pairs)):
             self._apply(index)
 
-    def _apply(self, index: int) -> None:
-        """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+    def _apply(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair, lays it out as the session says, lets it run if it shall.
+
+        `anew` is a ring of it that the frontend sets up again, so that a failure until now is over.
+        """
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
-        self._stop(index)
+        self._stop(index, anew=anew)
         self._lay_out(index)
         self._settle(index)
         if self._rings.serving:
@@ -486,7 +529,7 @@ class VirtioNet(Part):
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
         assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, vring) or vring.failed:
+        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -517,40 +560,124 @@ class VirtioNet(Part):
         pair = self._pairs[index]
         if _has_rings(pair):
             self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
+            # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
+            self._report_corrections(index, logging.DEBUG)
 
-    def _stop(self, index: int) -> None:
-        """Stops the queue pair and writes its positions into the session's state."""
+    def _stop(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair and writes its positions into the session's state. `anew` as in `_apply`."""
         pair, state = self._pairs[index], self._session_state()
         was_running = pair.is_running()
         positions = pair.stop()
-        for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
-            if state is not None and position is not None:
+        rings = zip((receive_queue(index), transmit_queue(index)), positions, pair.failed(), strict=True)
+        for vring, position, failed in rings:
+            if state is None or position is None:
+                continue
+            if vring != anew or (state.vrings[vring].started and not failed):
                 state.vrings[vring].next_avail = position
-        self._note_failed(index)
+        self._note_failed(index, anew=anew)
         if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
 
-    def _note_failed(self, index: int) -> None:
-        """Writes into the session's state which rings of a queue pair stopped for good."""
+    def _note_failed(self, index: int, *, anew: int | None = None) -> None:
+        """Writes into the session's state which rings of a queue pair stopped for good. `anew` as in `_apply`."""
         state = self._session_state()
         pair = self._pairs[index]
         rings = zip((receive_queue(index), transmit_queue(index)), pair.positions(), pair.failed(), strict=True)
         for vring, position, failed in rings:
             # One that the frontend stopped meanwhile begins anew.
-            if failed and position is not None and state is not None and state.vrings[vring].started:
+            if failed and position is not None and state is not None and state.vrings[vring].started and vring != anew:
                 state.vrings[vring].failed = True
                 state.vrings[vring].next_avail = position
 
-    def _report_ring_errors(self) -> None:
+    def _report_rings(self) -> None:
         assert self._ring_errors is not None
         os.read(self._ring_errors.fileno(), 8)
         for index, pair in enumerate(self._pairs):
+            # All pairs started together, so a handover told the positions, or this process itself, which went on.
+            self._report_corrections(index, logging.WARNING)
             for direction, reason in pair.take_ring_errors():
-                vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                vring = _vring_of(index, direction)
                 self._failures[vring] = reason
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+
+    def _report_corrections(self, index: int, level: int) -> None:
+        """Tells of rings that began elsewhere than they were told."""
+        for direction, told, begun in self._pairs[index].take_corrections():
+            vring = _vring_of(index, direction)
+            _logger.log(
+                level,
+                "device '%s': vring %s (%s) goes on at %s, where its used index stands, and was told %s",
+                self.id,
+                vring,
+                direction,
+                begun,
+                told,
+            )
+            self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
+
+    # -- what keeps it from working -----------------------------------------------------------------------------
+
+    def _find_notes(self) -> Iterator[str]:
+        if asked := self._asked_now():
+            yield excess_note(self.id, self._netdev.id, asked=-(-asked // 2), there=len(self._pairs))
+        if self._endpoint is None or self._endpoint.session is None:
+            return
+        backend = self._endpoint.session.backend
+        yield from set_up_notes(backend.state, has_spoken=backend.has_spoken)
+        kicks = self._kicks()
+        if any(kicks[vring] > before for vring, (_, before) in self._kicks_before.items()) and self._is_untouched():
+            yield NOT_SHARED
+
+    def _tell_note(self, note: str) -> None:
+        _logger.warning("device '%s': %s", self.id, note)
+        self._tracer.emit(DeviceNoted(device=self.id, note=note))
+
+    def _asked_now(self) -> int:
+        """How many vrings the frontend has, or the last one had, where those are too many; else 0."""
+        state = self._session_state()
+        if state is None or not (state.vring_count_asked or state.was_served):
+            return self._vring_count_asked
+        return state.vring_count_asked
+
+    def _is_untouched(self) -> bool:
+        """Whether the first queue pair runs and the driver has written into neither ring, as far as memory tells."""
+        state = self._session_state()
+        if state is None or self._memory is None or not self._pairs or not self._pairs[0].is_running():
+            return False
+        indices = receive_queue(0), transmit_queue(0)
+        if any(state.vrings[index].failed for index in indices):
+            return False
+        return all(
+            position is not None and self._is_vring_untouched(self._memory, state, index, position)
+            for index, position in zip(indices, self._pairs[0].positions(), strict=True)
+        )
+
+    def _is_vring_untouched(self, memory: GuestMemory, state: SessionState, index: int, position: int) -> bool:
+        ring, vring = (packed_ring if state.is_packed else split_ring), state.vrings[index]
+        area, offset = ring.TOUCHED
+        address = (vring.descriptor_area, vring.driver_area, vring.device_area)[area] + offset
+        try:
+            written = memory.read(to_guest_address(state.regions, address, 2), 2)
+        except (PeerError, ValueError, OSError):
+            return False  # its ring fails or stands still, and that is told
+        return position == ring.START and not any(written)
+
+    def _note_kicks(self) -> None:
+        """A new kick descriptor is a new life of a ring. QEMU makes one with a kick in it, whatever the driver does."""
+        state = self._session_state()
+        for vring, count in self._kicks().items():
+            kick = None if state is None else state.vrings[vring].kick
+            if kick is not None and (vring not in self._kicks_before or self._kicks_before[vring][0] is not kick):
+                pending = select.poll()
+                pending.register(kick.fileno(), select.POLLIN)
+                self._kicks_before[vring] = kick, count + len(pending.poll(0))
+
+    def _kicks(self) -> dict[int, int]:
+        """How often each ring of the first queue pair was kicked."""
+        counters = Counters(*self._pairs[0].counters())
+        return {receive_queue(0): counters.rx_kicks, transmit_queue(0): counters.tx_kicks}
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -576,6 +703,7 @@ class VirtioNet(Part):
             asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())
             self._ring_errors.close()
             self._ring_errors = None
+        self._notes.stop()
 
     def _session_state(self) -> SessionState | None:
         return self._endpoint.state if self._endpoint is not None else None
@@ -602,8 +730,14 @@ class VirtioNet(Part):
         return NetConfig(
             mac=self._own_mac or bytes(MAC_LENGTH),
             queue_pair_count_max=self._netdev.queue_count,
-            mtu=self._netdev.mtu if self._netdev.is_open else 0,
+            # One that is awaited is most likely the interface that the source has.
+            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
         ).encode()
+
+    def _config_changed(self) -> None:
+        """What the configuration space tells of the netdev may differ now: frontends that can hear of that do."""
+        if self._endpoint is not None:
+            self._endpoint.change_config(self._config())
 
     def _set_up_netdev(self) -> None:
         """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
@@ -653,10 +787,21 @@ def _check_connection(connection: ConnectionState, offered: Offer) -> None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
 
 
+def _read_config(device: str, config: bytes) -> NetConfig:
+    try:
+        return NetConfig.decode(config)
+    except PeerError as error:
+        raise PeerError(f"device '{device}': {error}") from error
+
+
 def thread_name(device: str, queue_pair: int) -> str:
     """What the thread of a queue pair is called. A long id is cut, never the number."""
     number = f"/{queue_pair}"
     return device[: THREAD_NAME_LENGTH_MAX - len(number)] + number
+
+
+def _vring_of(pair: int, direction: str) -> int:
+    return receive_queue(pair) if direction == "rx" else transmit_queue(pair)
 
 
 def _has_rings(pair: QueuePair) -> bool:
