@@ -122,7 +122,7 @@ def read_rates(samples: Mapping[str, Any]) -> Reading:
         if found["failure"] is not None:
             reading.notes.append(f"{who}: {found['failure']}")
         if is_ours and (paths := found.get("paths")) is not None:  # a tree from before they were looked at has none
-            order = ", in order" if IN_ORDER in (paths["features"] or ()) else ""
+            order = ", IN_ORDER" if IN_ORDER in (paths["features"] or ()) else ""
             reading.paths[who] = f"{paths['transmit']} / {paths['receive']}{order}"
         is_tcp = found["load"] == BULK.name
         for way in ("up", "down"):

@@ -156,7 +156,7 @@ def test_paths_of_the_driver_are_read_where_they_were_told() -> None:
     row = {"backend": "localmig", "load": "64 bytes", "up": None, "down": None, "failure": None}
     paths = {"transmit": "inorder", "receive": "mergeable buffer", "features": ["VIRTIO_F_IN_ORDER"]}
     reading = read_rates({"rows": [{**row, "driver": "D", "paths": paths}, {**row, "driver": "an older tree's"}]})
-    assert reading.paths == {"D, localmig": "inorder / mergeable buffer, in order"}
+    assert reading.paths == {"D, localmig": "inorder / mergeable buffer, IN_ORDER"}
 
 
 def test_what_the_packet_path_prints_is_read_time_by_time() -> None:
