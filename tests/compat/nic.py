@@ -27,7 +27,7 @@ from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
-from localmig.virtio.net import NetConfig, NetFeature
+from localmig.virtio.net import OFFLOADS, NetConfig, NetFeature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -39,6 +39,9 @@ RINGS_NAME: Final = section_name("*", RINGS)
 
 FEATURES: Final = 0x1_7001_8008
 """VERSION_1, EVENT_IDX, INDIRECT_DESC, protocol features, STATUS, MRG_RXBUF, MTU."""
+
+OFFERED: Final = FEATURES | OFFLOADS | NetFeature.MQ | Feature.RING_PACKED
+"""More than the guest took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +152,8 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
 def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
     """A session with something in every field, in the middle of a SET_VRING_CALL."""
     return SessionState(
+        features_offered=OFFERED,
+        protocol_features_offered=0x1_A22F,
         features_acked=FEATURES,
         protocol_features_acked=0x1_A02D,
         device_status=0x0F,

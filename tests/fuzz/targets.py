@@ -199,6 +199,8 @@ def _receive(served: _Served, message: bytes, control: int) -> None:
 def _plain(state: SessionState) -> tuple[object, ...]:
     """All but the message that is under way."""
     return (
+        state.features_offered,
+        state.protocol_features_offered,
         state.features_acked,
         state.protocol_features_acked,
         state.device_status,

@@ -124,6 +124,8 @@ def converse(backend: Backend, request: Request, payload: Payload | None = None,
 def plain(state: SessionState) -> object:
     """A state without its descriptors, which differ from run to run; whether each is there stays."""
     return (
+        state.features_offered,
+        state.protocol_features_offered,
         state.features_acked,
         state.protocol_features_acked,
         state.device_status,
@@ -570,6 +572,46 @@ def test_a_session_goes_on_elsewhere_from_any_byte(backend: Backend) -> None:
     travelling.close()
 
 
+def test_a_session_keeps_what_it_was_offered_where_less_is_offered_now(backend: Backend) -> None:
+    for request, payload, fd_count in SETUP[:8]:
+        converse(backend, request, payload, fd_count=fd_count)
+        take_reply(backend)
+    less = replace(
+        OFFER,
+        features=0b1000,
+        servable_features=0b101,
+        protocol_features=OFFER.protocol_features & ~ProtocolFeature.RARP,
+    )
+    elsewhere = Backend.from_state(backend.state, less)
+    for request, offered in (
+        (Request.GET_FEATURES, BIT | 0b101),
+        (Request.GET_PROTOCOL_FEATURES, int(OFFER.protocol_features)),
+        (Request.GET_QUEUE_NUM, len(backend.state.vrings)),
+    ):
+        converse(elsewhere, request)
+        assert take_reply(elsewhere) == U64(value=offered)
+    # A driver that is reset takes it again, and even what it left at first; what is new here it was not offered.
+    converse(elsewhere, Request.RESET_DEVICE)
+    converse(elsewhere, Request.SET_FEATURES, U64(value=BIT | 0b101))
+    assert elsewhere.state.features_acked == BIT | 0b101
+    data, fds = encode((Request.SET_FEATURES, U64(value=BIT | 0b1000), 0))
+    with pytest.raises(PeerError, match="0x8 are not among the offered 0x40000005"):
+        deliver(elsewhere, data, fds)
+    elsewhere.close()
+    fresh = Backend(less)
+    converse(fresh, Request.GET_FEATURES)
+    assert take_reply(fresh) == U64(value=BIT | 0b1000)
+
+
+def test_what_only_another_program_can_serve_is_offered_no_longer(backend: Backend) -> None:
+    state = backend.state
+    state.features_offered |= 1 << 40
+    state.protocol_features_offered |= 1 << 40
+    elsewhere = Backend.from_state(state, OFFER)
+    assert elsewhere.state.features_offered == BIT | 0b101
+    assert elsewhere.state.protocol_features_offered == OFFER.protocol_features
+
+
 def test_an_unsent_rest_of_a_reply_moves(served: Backend) -> None:
     converse(served, Request.GET_FEATURES)
     whole = served.data_to_send()
@@ -710,6 +752,16 @@ def spoil_region(**values: int) -> Spoil:
     [
         (spoil(features_acked=BIT | 2), "features 0x40000002"),
         (spoil(protocol_features_acked=1 << 1), "protocol features 0x2"),
+        (spoil(features_offered=BIT), "features 0x40000001, of which 0x1 are not among the offered 0x40000000"),
+        (spoil(protocol_features_offered=0), "protocol features .* are not among the offered 0x0"),
+        (
+            spoil(features_offered=BIT | 1 << 40, features_acked=1 << 40),
+            "features 0x10000000000, of which 0x10000000000 cannot be served here",
+        ),
+        (
+            spoil(protocol_features_offered=1 << 1, protocol_features_acked=1 << 1),
+            "protocol features 0x2, of which 0x2 cannot be served here",
+        ),
         (spoil(device_status=256), "device status is 256"),
         (spoil(mtu=65536), "mtu is 65536"),
         (spoil(vrings=[]), "session has 0 vrings, the device has 2"),
@@ -758,8 +810,7 @@ def test_a_state_with_too_many_waiting_descriptors_is_refused(served: Backend) -
 @pytest.mark.parametrize(
     ("offer", "text"),
     [
-        (replace(OFFER, features=0b100), "of which 0x1 are not among the offered 0x40000004"),
-        (replace(OFFER, protocol_features=ProtocolFeature.MQ), "protocol features"),
+        (replace(OFFER, features=0b100), "the guest uses features 0x40000001, of which 0x1 cannot be served here"),
         (replace(OFFER, vring_count=1), "session has 2 vrings, the device has 1"),
         (replace(OFFER, vring_size_max=128), "at most 128"),
         (replace(OFFER, region_count_max=0), "1 regions, limit is 0"),

@@ -26,7 +26,7 @@ from localmig.options import (
     parse_netdev,
     to_mapping,
 )
-from localmig.options.specs import options_of
+from localmig.options.specs import OFFLOADS, options_of
 
 TAP = TapSpec(id="net0", ifname="tap0", script="/etc/up", downscript="/etc/down", mtu=9000)
 NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock", local_migration=False)
@@ -345,6 +345,16 @@ def test_without_descriptors_the_destination_may_have_its_own_interface_and_sock
 def test_what_one_side_left_out_fits_everything() -> None:
     assert differences(TapSpec(id="net0"), TAP, with_descriptors=True) == []
     assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
+
+
+@pytest.mark.parametrize("option", [*(f"{name}=off" for name in OFFLOADS), "packed=on"])
+def test_each_side_may_offer_what_it_likes_and_the_sources_is_told(option: str) -> None:
+    ours = parse_device(f"virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off,{option}")
+    assert ours != NIC
+    for with_descriptors in (True, False):
+        assert differences(ours, NIC, with_descriptors=with_descriptors) == []
+    name, _, value = option.partition("=")
+    assert to_mapping(ours)[name] == (value == "on")
 
 
 def test_each_side_may_have_its_own_pause_between_attempts_and_the_sources_is_told() -> None:

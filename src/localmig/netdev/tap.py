@@ -315,6 +315,11 @@ class Tap:
                 _set_int(tap.queues[0], _TUNSETVNETHDRSZ, length)
             tap.vnet_header_length = length
 
+    @property
+    def offloads(self) -> Offload:
+        """What whoever reads the frames takes over."""
+        return self._opened().offloads
+
     def set_offloads(self, offloads: Offload) -> None:
         """Says what whoever reads the frames can take over. Only the process that serves may call this.
 

@@ -96,8 +96,12 @@ def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: 
 
 
 def _offload(help_text: str) -> Any:
-    """A field that switches an offload. QEMU writes these names with '_', as nothing else."""
-    return field(default=True, metadata=_option(Switch(), help_text) | {"is_offload": True})
+    """A field that switches an offload. QEMU writes these names with '_', as nothing else.
+
+    Each side may have its own: a session goes on with what it was offered, and the TAP leaves to a guest what both the
+    guest and the options allow.
+    """
+    return field(default=True, metadata=_option(Switch(), help_text, fit=Fit.OURS) | {"is_offload": True})
 
 
 class Spec:
@@ -299,6 +303,7 @@ class VirtioNetSpec(Spec):
         metadata=_option(
             Switch(),
             "whether packed rings are offered; the VMM must know them: QEMU with packed=on does, User-Mode Linux not",
+            fit=Fit.OURS,
         ),
     )
     csum: bool = _offload("let the guest leave checksums to the host")

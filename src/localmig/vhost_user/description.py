@@ -51,6 +51,8 @@ SESSION: Final = Description(
     oldest_version=1,
     state=SessionState,
     fields=(
+        u64("features_offered"),
+        u64("protocol_features_offered"),
         u64("features_acked"),
         u64("protocol_features_acked"),
         u8("device_status"),

@@ -71,10 +71,11 @@ PROTOCOL_FEATURES_SERVED: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
-    """What a backend offers.
+    """What a backend offers to a session that begins, and what it can serve of one that began elsewhere.
 
     Attributes:
         features: virtio feature bits of the device; the bit for protocol features comes on top by itself.
+        servable_features: more of them, which a session may have been offered by another process and goes on with.
         vring_count: rings the device has, and what GET_QUEUE_NUM answers: rust-vmm, Cloud Hypervisor and crosvm read
             it as a number of virtqueues.
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
@@ -87,6 +88,7 @@ class Offer:
 
     features: int
     vring_count: int
+    servable_features: int = 0
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
@@ -101,6 +103,11 @@ class Offer:
     def all_features(self) -> int:
         """The feature bits GET_FEATURES answers."""
         return self.features | 1 << PROTOCOL_FEATURES_BIT
+
+    @property
+    def all_servable_features(self) -> int:
+        """The feature bits that any session may have."""
+        return self.all_features | self.servable_features
 
 
 # -- state ------------------------------------------------------------------------------------------------
@@ -146,6 +153,9 @@ class SessionState:
     """A session between two messages, or in the middle of one: all that moves.
 
     Attributes:
+        features_offered: what GET_FEATURES answers, by the process in which the session began: a frontend has no word
+            by which it could be told of less.
+        protocol_features_offered: likewise of GET_PROTOCOL_FEATURES.
         features_acked: virtio feature bits from SET_FEATURES, with the bit for protocol features.
         protocol_features_acked: bits from SET_PROTOCOL_FEATURES.
         device_status: virtio device status from SET_STATUS.
@@ -159,6 +169,8 @@ class SessionState:
         unsent: the rest of a reply the socket had no room for.
     """
 
+    features_offered: int = 0
+    protocol_features_offered: int = 0
     features_acked: int = 0
     protocol_features_acked: int = 0
     device_status: int = 0
@@ -191,8 +203,10 @@ def check_state(state: SessionState, offer: Offer) -> None:
     Raises:
         PeerError: it could not, or cannot; the text names both values. Nothing was changed.
     """
-    _check_acked(state.features_acked, offer.all_features, "features")
-    _check_acked(state.protocol_features_acked, offer.protocol_features, "protocol features")
+    _check_acked(state.features_acked, state.features_offered, "features")
+    _check_acked(state.protocol_features_acked, state.protocol_features_offered, "protocol features")
+    check_servable(state.features_acked, offer.all_servable_features, "features")
+    check_servable(state.protocol_features_acked, PROTOCOL_FEATURES_SERVED, "protocol features")
     _check_range("device status", state.device_status, 0xFF)
     _check_range("mtu", state.mtu, 0xFFFF)
     if len(state.vrings) != offer.vring_count:
@@ -215,6 +229,12 @@ def check_state(state: SessionState, offer: Offer) -> None:
     _check_fd_count(state.unparsed_fds)
     if len(state.unsent) > HEADER_SIZE + PAYLOAD_SIZE_MAX:
         raise PeerError(f"session has {len(state.unsent)} unsent bytes, more than one reply")
+
+
+def check_servable(acked: int, servable: int, name: str) -> None:
+    """Raises PeerError where bits were acknowledged elsewhere that are not among the servable ones."""
+    if missing := acked & ~servable:
+        raise PeerError(f"the guest uses {name} {acked:#x}, of which {missing:#x} cannot be served here")
 
 
 def _describe(region: MemoryRegion) -> RegionDescription:
@@ -348,7 +368,7 @@ class Backend:
     """One session. After any `PeerError` it is to be closed: `close` is all it still does.
 
     Attributes:
-        offer: what GET_FEATURES and the like answer.
+        offer: what a session is offered that begins here, and what of its limits holds for one that came.
         state: the session as plain data. The device reads it, and writes `next_avail` of rings it stopped.
         config: the device's configuration space, what GET_CONFIG reads; at most `CONFIG_SIZE_MAX` bytes.
         has_spoken: whether the frontend sent a whole message, here or before a handover.
@@ -359,7 +379,11 @@ class Backend:
         self.offer = offer
         self.config = config
         self.has_spoken = False
-        self.state = SessionState(vrings=[VringState() for _ in range(offer.vring_count)])
+        self.state = SessionState(
+            features_offered=offer.all_features,
+            protocol_features_offered=offer.protocol_features,
+            vrings=[VringState() for _ in range(offer.vring_count)],
+        )
         self._header: Header | None = None
         self._payload: Payload | None = None
         self._event: Event | None = None
@@ -374,6 +398,9 @@ class Backend:
         """
         check_state(state, offer)
         backend = cls(offer, config=config)
+        # What only another program can serve is offered no longer, and no guest uses it.
+        state.features_offered &= offer.all_servable_features
+        state.protocol_features_offered &= PROTOCOL_FEATURES_SERVED
         # A stream brings tuples.
         state.regions, state.vrings = list(state.regions), list(state.vrings)
         state.unparsed_fds = list(state.unparsed_fds)
@@ -488,7 +515,7 @@ class Backend:
             case Request.SET_FEATURES, U64(value=features):
                 return self._set_features(features)
             case Request.SET_PROTOCOL_FEATURES, U64(value=features):
-                _check_acked(features, self.offer.protocol_features, "protocol features")
+                _check_acked(features, self.state.protocol_features_offered, "protocol features")
                 self.state.protocol_features_acked = features
             case Request.SET_STATUS, U64(value=status):
                 # 0 resets nothing here: QEMU sends it before it asks for the rings' positions.
@@ -599,7 +626,7 @@ class Backend:
         return self.offer.serves(index, self.state.vrings)
 
     def _set_features(self, features: int) -> Event:
-        _check_acked(features, self.offer.all_features, "features")
+        _check_acked(features, self.state.features_offered, "features")
         if (features ^ self.state.features_acked) & Feature.RING_PACKED:
             self._change_format(features)
         self.state.features_acked = features
@@ -699,11 +726,11 @@ class Backend:
         """What the frontend asked for."""
         match request, payload:
             case Request.GET_FEATURES, None:
-                return U64(value=self.offer.all_features)
+                return U64(value=self.state.features_offered)
             case Request.GET_PROTOCOL_FEATURES, None:
-                return U64(value=self.offer.protocol_features)
+                return U64(value=self.state.protocol_features_offered)
             case Request.GET_QUEUE_NUM, None:
-                return U64(value=self.offer.vring_count)
+                return U64(value=len(self.state.vrings))
             case Request.GET_MAX_MEM_SLOTS, None:
                 return U64(value=self.offer.region_count_max)
             case Request.GET_STATUS, None:

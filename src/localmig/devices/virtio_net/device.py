@@ -60,6 +60,7 @@ from localmig.vhost_user.protocol import (
     SessionState,
     VringChanged,
     VringState,
+    check_servable,
     check_state,
 )
 from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
@@ -132,8 +133,8 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
-        self._mtu_there: int | None = None
-        """Of a netdev that is awaited: what the source's had."""
+        self._config_there = NetConfig()
+        """The configuration space as the source had it, where there was one."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
         self._notes = Notes(self._find_notes, self._is_untouched, self._tell_note)
@@ -186,6 +187,7 @@ class VirtioNet(Part):
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
         self._note_kicks()
         self._notes.expect()
+        self._apply_options()
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -292,7 +294,7 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
-        self._mtu_there = _read_config(self.id, state.config).mtu
+        self._config_there = _read_config(self.id, state.config)
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
@@ -721,17 +723,22 @@ class VirtioNet(Part):
         return Endpoint(contact, self, self._offer(has_uso=self._netdev.has_uso), config=self._config())
 
     def _check_acked(self, state: VirtioNetState, offered: Offer) -> None:
+        """A session that comes goes on with what it was offered; one that begins again is offered what is here."""
         try:
-            check_acked(state.features_acked, offered)
+            if state.socket is None:
+                check_acked(state.features_acked, offered)
+            else:
+                check_servable(state.features_acked, offered.all_servable_features, "features")
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
     def _config(self) -> bytes:
         return NetConfig(
-            mac=self._own_mac or bytes(MAC_LENGTH),
+            # A session that was offered an address goes on with it.
+            mac=self._own_mac or self._config_there.mac,
             queue_pair_count_max=self._netdev.queue_count,
             # One that is awaited is most likely the interface that the source has.
-            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
+            mtu=self._netdev.mtu if self._netdev.is_open else self._config_there.mtu,
         ).encode()
 
     def _config_changed(self) -> None:
@@ -747,7 +754,23 @@ class VirtioNet(Part):
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
-            self._netdev.set_offloads(tap_offloads(state.features_acked))
+            self._netdev.set_offloads(tap_offloads(state.features_acked, self._offloads))
+
+    def _apply_options(self) -> None:
+        """Leaves to a guest that a handover brought what our options allow, which may be less or more than theirs did.
+
+        Not before the guest runs again: setting it may wait for whoever configures an interface just now, and until
+        then the guest gets nothing that it did not acknowledge.
+        """
+        state = self._session_state()
+        if state is None or not self._netdev.is_open:
+            return
+        if tap_offloads(state.features_acked, self._offloads) != self._netdev.offloads:
+            try:
+                self._set_up_netdev()
+            except KernelError as error:
+                _logger.warning("device '%s': %s", self.id, error)
+            self._apply_all()
 
     def _reset_netdev(self) -> None:
         """Nobody is there to take anything over: the TAP has one queue, and every frame comes whole."""
