@@ -150,6 +150,15 @@ impl PackedRing {
         })
     }
 
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &GuestMemory, layout: &Layout) -> bool {
+        let there = Self::new(layout, self.features, memory, None);
+        there.is_ok_and(|there| {
+            (there.descriptors, there.driver_event, there.device_event)
+                == (self.descriptors, self.driver_event, self.device_event)
+        })
+    }
+
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size

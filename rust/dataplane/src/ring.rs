@@ -37,6 +37,14 @@ impl Ring {
         })
     }
 
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &GuestMemory, layout: &Layout) -> bool {
+        match self {
+            Self::Split(ring) => ring.is_in(memory, layout),
+            Self::Packed(ring) => ring.is_in(memory, layout),
+        }
+    }
+
     pub(crate) fn size(&self) -> u16 {
         match self {
             Self::Split(ring) => ring.size(),

@@ -79,6 +79,14 @@ impl SplitRing {
         self.size
     }
 
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &GuestMemory, layout: &Layout) -> bool {
+        let there = Self::new(layout, self.features, memory);
+        there.is_ok_and(|there| {
+            (there.descriptors, there.avail, there.used) == (self.descriptors, self.avail, self.used)
+        })
+    }
+
     /// A field of the avail ring, `offset` in units of 16 bits.
     fn avail_field(&self, offset: usize) -> &AtomicU16 {
         debug_assert!(offset < 3 + usize::from(self.size));
