@@ -265,6 +265,8 @@ def _check_packed_position(index: int, position: int, size: int) -> None:
         raise PeerError(f"position {packed_ring.index_of(position)} of vring {index} is outside its {size} entries")
 
 
+_MEMORY_SLOT_REQUESTS: Final = (Request.ADD_MEM_REG, Request.REM_MEM_REG)
+
 _ACCEPTED: Final = 0
 _REFUSED: Final = 1
 
@@ -286,11 +288,18 @@ class FeaturesSet(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryChanged(Event):
-    """`regions` is new: rings stop, memory is mapped anew, rings go on. The old mapping must be gone afterwards.
+    """`regions` is new. The mappings of regions that are not in it must be gone afterwards; the others may stay.
 
     A ring whose addresses the new table does not hold stands still until a table holds them again: a frontend that
     takes memory away and adds it in another shape sends this event in between.
     """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionAdded(MemoryChanged):
+    """`regions` has one more, the last. Refused, it is taken out again."""
+
+    refusable: ClassVar = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,6 +310,24 @@ class VringChanged(Event):
     """
 
     index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifiersChanged(Event):
+    """A ring that is served has another call or error descriptor, or none. It goes on meanwhile.
+
+    Frontends send a call descriptor each time a driver masks or unmasks an interrupt. A call made before may not have
+    been heard, so the new descriptor is called once.
+    """
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRefused(Event):
+    """The frontend is told by its reply that its request cannot be; nothing changed. The device tells people."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -387,7 +414,14 @@ class Backend:
         content = state.unparsed[HEADER_SIZE:]
         self._payload = decode_request(self._header, content, fd_count=len(state.unparsed_fds))
         self._check_feature(self._header.request)
-        self._event = self._apply(self._header.request, self._payload)
+        try:
+            self._event = self._apply(self._header.request, self._payload)
+        except PeerError as error:
+            # A frontend that adds memory to a running guest must not lose its NIC by it. One that wants no reply would
+            # go on as if the memory were there, so its session ends.
+            if self._header.request not in _MEMORY_SLOT_REQUESTS or not self._is_acknowledged:
+                raise
+            self._event = RequestRefused(reason=f"{self._header.request.name}: {error}")
         if self._event is None:
             # A NIC has nothing in its configuration space that a driver may write.
             self._finish(_REFUSED if self._header.request is Request.SET_CONFIG else _ACCEPTED)
@@ -398,12 +432,14 @@ class Backend:
         assert self._event is not None, "no event to complete"
         if isinstance(self._event, MtuSet):
             self.state.mtu = self._event.mtu
-        self._finish(_ACCEPTED)
+        self._finish(_REFUSED if isinstance(self._event, RequestRefused) else _ACCEPTED)
 
     def refuse(self) -> None:
         """The device does not do what the present, refusable event asks: the frontend is told if it wants to know."""
         assert self._event is not None, "no event to refuse"
         assert self._event.refusable, self._event
+        if isinstance(self._event, RegionAdded):
+            self._retired.append(self.state.regions.pop().fd)
         self._finish(_REFUSED)
 
     def data_to_send(self) -> bytes:
@@ -430,14 +466,20 @@ class Backend:
         if missing:
             raise PeerError(f"{request.name} needs protocol feature {missing.name}, which was not acknowledged")
 
+    @property
+    def _is_acknowledged(self) -> bool:
+        """Whether the frontend is told what became of the present message."""
+        assert self._header is not None
+        return self._header.needs_reply and bool(self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK)
+
     def _finish(self, ack: int) -> None:
         assert self._header is not None
-        request, needs_reply = self._header.request, self._header.needs_reply
+        request = self._header.request
         if RULES[request].reply is not None:
             self.state.unsent += encode_reply(request, self._reply(request, self._payload))
         # Looked up after the message was applied: frontends that acknowledge REPLY_ACK itself with NEED_REPLY set
         # wait for the answer.
-        elif needs_reply and self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK:
+        elif self._is_acknowledged:
             self.state.unsent += encode_reply(request, U64(value=ack))
         close_all((*self._retired, *self.state.unparsed_fds))
         self._retired.clear()
@@ -466,12 +508,14 @@ class Backend:
                 self._retired.append(self.state.backend_request_fd)
                 self.state.backend_request_fd = self.state.unparsed_fds.pop()
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
-                return self._set_regions(self._regions_of(descriptions))
+                self._set_regions(self._regions_of(descriptions))
+                return MemoryChanged()
             case Request.ADD_MEM_REG, SingleRegion(region=description):
                 # QEMU 7.2 says every region once more for each queue pair.
-                if self.offer.queue_count > 1 and description in map(_describe, self.state.regions):
+                if self._has_several_pairs and description in map(_describe, self.state.regions):
                     return None
-                return self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                return RegionAdded() if self._is_acknowledged else MemoryChanged()
             case Request.REM_MEM_REG, SingleRegion(region=description):
                 return self._remove_region(description)
             case Request.RESET_DEVICE, None:
@@ -518,8 +562,10 @@ class Backend:
                 raise PeerError(f"{request.name} wants vring {index} to be polled, which is not supported")
             case Request.SET_VRING_CALL, _:
                 vring.call = self._replace(vring.call)
+                return NotifiersChanged(index=index) if was_served else None
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
+                return NotifiersChanged(index=index) if was_served else None
         return VringChanged(index=index) if was_served or self.offer.serves(index, vring) else None
 
     def _set_features(self, features: int) -> Event:
@@ -583,12 +629,15 @@ class Backend:
             for description, fd in zip(descriptions, self.state.unparsed_fds, strict=True)
         ]
 
-    def _set_regions(self, regions: list[MemoryRegion]) -> Event:
+    @property
+    def _has_several_pairs(self) -> bool:
+        return self.offer.vring_count > 2
+
+    def _set_regions(self, regions: list[MemoryRegion]) -> None:
         check_regions(regions, count_max=self.offer.region_count_max)
         self._retired += [region.fd for region in self.state.regions if region not in regions]
         self.state.regions = regions
         self.state.unparsed_fds.clear()
-        return MemoryChanged()
 
     def _remove_region(self, description: RegionDescription) -> Event | None:
         # The mmap offset does not name a region (vhost-user, REM_MEM_REG).
@@ -601,7 +650,7 @@ class Backend:
                 self.state.regions.remove(region)
                 self._retired.append(region.fd)
                 return MemoryChanged()
-        if self.offer.queue_count > 1:
+        if self._has_several_pairs:
             return None  # as in ADD_MEM_REG: taken away for another queue pair already
         raise PeerError(
             f"REM_MEM_REG names {description.size:#x} bytes at guest address {description.guest_address:#x}, user"
