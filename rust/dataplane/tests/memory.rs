@@ -3,10 +3,9 @@
 mod common;
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use common::{memfd, region, truncate, PATIENCE};
+use common::{is_mapped, memfd, region, truncate, PATIENCE};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -211,13 +210,6 @@ fn lost_memory_is_mapped_again_where_it_can_be_and_stays_lost_where_not() {
     let memory = memory.next(&specs).unwrap();
     assert_eq!(memory.lost(), None);
     memory.write(START + 0x1000, b"there again").unwrap();
-}
-
-/// Whether this process maps the file.
-fn is_mapped(fd: &OwnedFd) -> bool {
-    let inode = std::fs::File::from(fd.try_clone().unwrap()).metadata().unwrap().ino().to_string();
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().filter(|line| line.contains("memfd:")).any(|line| line.split(' ').nth(4) == Some(&inode))
 }
 
 proptest! {
