@@ -10,7 +10,8 @@
 //! - memory (memfd, tmpfs, hugetlbfs), which only the kernel can give seals;
 //! - a device whose subsystem is dax;
 //! - a file system on a block device, except FUSE's;
-//! - one of `LOCAL`, the file systems that keep their files on block devices and have no device number of their own.
+//! - one of `LOCAL`, file systems that have no device number of their own and no server either;
+//! - overlayfs, if its upper layer is on one of these.
 //!
 //! This is a list of what is accepted. An unknown file system costs its user a sentence that says what to use instead;
 //! an unknown network file system that was accepted would cost other guests their network.
@@ -28,8 +29,9 @@ use std::path::Path;
 /// The page size of all files but those that have larger pages.
 pub(crate) const PAGE_SIZE: usize = 4096;
 
-/// File systems without a device number of their own (stx_dev_major is 0) whose pages come from local disks.
-const LOCAL: [&str; 3] = ["bcachefs", "btrfs", "zfs"];
+/// File systems without a device number of their own (stx_dev_major is 0) whose pages come from local disks, or, where an
+/// overlay is on it, from memory.
+const LOCAL: [&str; 4] = ["bcachefs", "btrfs", "tmpfs", "zfs"];
 
 /// How many file systems deep an overlay is looked through: the kernel stacks two (FILESYSTEM_MAX_STACK_DEPTH).
 const OVERLAYS_MAX: usize = 2;
@@ -115,6 +117,11 @@ impl Backing {
             _ => Ok(Some(statx(self.fd, libc::STATX_SIZE)?.stx_size)),
         }
     }
+}
+
+/// The type of the file behind a borrowed descriptor, as in `S_IFMT`.
+pub(crate) fn file_type(fd: RawFd) -> io::Result<u32> {
+    Ok(u32::from(statx(fd, libc::STATX_TYPE)?.stx_mode) & libc::S_IFMT)
 }
 
 /// What the kernel knows already: a file system's server may take its time to say more.
@@ -242,6 +249,8 @@ mod tests {
         11 1 0:48 / /c2 rw - overlay overlay rw,lowerdir=/l,upperdir=/shared/up,workdir=/shared/work\n\
         12 1 0:49 / /c3 rw - overlay overlay rw,lowerdir=/l,upperdir=/c2/up,workdir=/c2/work\n\
         13 1 0:50 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/out/of/sight,workdir=/w\n\
+        17 1 0:54 / /tmp rw - tmpfs tmpfs rw,size=1g\n\
+        18 1 0:55 / /c4 rw - overlay overlay rw,lowerdir=/l,upperdir=/tmp/up,workdir=/tmp/work\n\
         14 1 0:51 / /proc rw - proc proc rw\n\
         15 1 0:52 / /with\\040space rw - bcachefs /dev/vdc:/dev/vdd rw\n\
         16 1 0:53 / /ceph rw - ceph host:/ rw\n";
@@ -252,7 +261,7 @@ mod tests {
 
     #[test]
     fn file_systems_whose_pages_come_from_local_disks_are_accepted() {
-        for id in [1, 2, 9, 10, 13, 15] {
+        for id in [1, 2, 9, 10, 13, 15, 18] {
             assert_eq!(refusal(id), None, "{id}");
         }
     }

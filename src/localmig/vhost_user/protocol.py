@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
 from localmig.errors import PeerError
-from localmig.fds import OwnedFd, close_all
+from localmig.fds import OwnedFd, close_foreign
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_regions
 from localmig.vhost_user.message import (
     HEADER_SIZE,
@@ -169,10 +169,9 @@ class SessionState:
 
     def close(self) -> None:
         """Closes every descriptor. Bears being called twice."""
-        close_all(region.fd for region in self.regions)
-        for vring in self.vrings:
-            close_all((vring.kick, vring.call, vring.error))
-        close_all((self.backend_request_fd, *self.unparsed_fds))
+        vring_fds = (fd for vring in self.vrings for fd in (vring.kick, vring.call, vring.error))
+        region_fds = (region.fd for region in self.regions)
+        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, *self.unparsed_fds))
 
 
 def check_state(state: SessionState, offer: Offer) -> None:
@@ -453,7 +452,7 @@ class Backend:
     def close(self) -> None:
         """Closes every descriptor of the session. Bears being called twice."""
         self.state.close()
-        close_all(self._retired)
+        close_foreign(self._retired)
 
     # -- one message ---------------------------------------------------------------------------------------
 
@@ -481,7 +480,7 @@ class Backend:
         # wait for the answer.
         elif self._is_acknowledged:
             self.state.unsent += encode_reply(request, U64(value=ack))
-        close_all((*self._retired, *self.state.unparsed_fds))
+        close_foreign((*self._retired, *self.state.unparsed_fds))
         self._retired.clear()
         self.state.unparsed_fds.clear()
         self.state.unparsed = b""
