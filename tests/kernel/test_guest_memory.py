@@ -11,15 +11,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.kernel.test_many_nics import LOCAL, Nic
 from tests.kernel.test_virtio_net import Guest, Site, beside, frame, run
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
+from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import RX, TX
+from localmig.testing.namespace import NetworkNamespace
 from localmig.trace import MemoryMapped, RequestRefused, RingsStarted, RingsStopped
 from localmig.vhost_user.memory import REGION_COUNT_MAX
 from localmig.vhost_user.message import TABLE_REGION_COUNT_MAX, RegionDescription
@@ -156,6 +160,39 @@ def test_a_table_and_slots_have_as_many_regions_as_is_said(tmp_path: Path) -> No
         rings.check()
 
     run(tmp_path, scenario)
+
+
+def test_a_session_with_every_slot_in_use_moves_and_goes_on(
+    tmp_path_factory: pytest.TempPathFactory, namespace: NetworkNamespace
+) -> None:
+    # More descriptors than one message may carry.
+    folder = tmp_path_factory.mktemp("m")  # a short path: a UNIX socket's has 107 bytes
+    with ExitStack() as ends:
+        options = ["--netdev", "tap,id=net0,ifname=tap0"]
+        options += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={folder}/0"]
+        daemon = ends.enter_context(DaemonProcess([*LOCAL, *options], qmp=folder / "q0"))
+        nic = Nic(0, folder, ends)
+        file = memory_file(ends, PAGE * REGION_COUNT_MAX)
+        regions = [replace(region(number), mmap_offset=number * PAGE) for number in range(REGION_COUNT_MAX - 1)]
+        for each in regions:
+            nic.guest.frontend.add_mem_region(each, file.fileno())
+        address = f"unix:{folder}/m"
+        successor = ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=folder / "q1"))
+        nic.send()
+        daemon.execute("migrate", uri=address)
+        assert daemon.wait_migration()["status"] == "completed"
+        assert daemon.quit() == 0
+        nic.send()
+        nic.receive_all()
+        told = successor.execute("query-devices")[0]["session"]["memory-regions"]
+        assert told == REGION_COUNT_MAX
+        # What was adopted is kept when the table goes on changing.
+        for each in regions[::2]:
+            nic.guest.frontend.remove_mem_region(each)
+        nic.send()
+        nic.receive_all()
+        assert not [fact for fact in successor.facts if fact["event"] == "RingsStopped"]
+    del namespace
 
 
 # -- notifiers --------------------------------------------------------------------------------------------------

@@ -634,7 +634,8 @@ class Backend:
 
     def _set_regions(self, regions: list[MemoryRegion]) -> None:
         check_regions(regions, count_max=self.offer.region_count_max)
-        self._retired += [region.fd for region in self.state.regions if region not in regions]
+        kept = {id(region.fd) for region in regions}  # compared whole, hundreds of regions would take milliseconds
+        self._retired += [region.fd for region in self.state.regions if id(region.fd) not in kept]
         self.state.regions = regions
         self.state.unparsed_fds.clear()
 
