@@ -408,7 +408,7 @@ pub fn stop_all(pairs: &[&QueuePair]) -> Vec<bool> {
 /// Lets every configured pair whose rings are in the same place of `memory` go on with that: gives which did. The others
 /// go on with what they had.
 ///
-/// Rings that run wait for no longer than a pointer is swapped. No pair that did uses the former memory any more.
+/// Rings that run wait for no longer than it takes to compare addresses and swap a pointer. No pair that did uses the former memory any more.
 pub fn swap_memory(pairs: &[&QueuePair], memory: &Arc<GuestMemory>) -> Vec<bool> {
     let swap = |pair: &&QueuePair| pair.between_packets(|pump, _| pump.swap_memory(Arc::clone(memory)));
     // What comes back is dropped with no lock held: this may unmap memory, which takes a while.
