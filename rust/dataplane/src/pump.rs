@@ -22,8 +22,17 @@ use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
 use crate::sys;
 
-/// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.
-pub(crate) const BATCH_PACKETS: usize = 64;
+/// What one direction may move before the other gets its turn. The packet that reaches the limit of bytes is moved whole.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budget {
+    pub(crate) packets: usize,
+    pub(crate) bytes: u64,
+}
+
+/// Some tens of microseconds of TAP work. For small packets the count decides: a call of the TAP takes its time whatever it
+/// moves. For large ones the bytes do: 64 frames of 64 KiB would be 4 MiB to copy, which is a millisecond; frames of an
+/// Ethernet's MTU never get there.
+pub(crate) const BATCH: Budget = Budget { packets: 64, bytes: 256 << 10 };
 
 /// The length of a virtio-net header with `num_buffers`, its last field.
 const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
@@ -73,7 +82,7 @@ pub struct RingSpec {
     pub kick_fd: RawFd,
     pub call_fd: Option<RawFd>,
     pub error_fd: Option<RawFd>,
-    /// Where to start; None is the used index in guest memory, or what the ledger says.
+    /// Where it was told to start; None is what the ledger says. A split ring starts at the used index in guest memory.
     pub next_avail: Option<u16>,
     /// Where a packed ring keeps its position for a successor.
     pub ledger: Option<Slot>,
@@ -103,6 +112,14 @@ pub struct Positions {
     pub tx: Option<u16>,
 }
 
+/// A ring that began elsewhere than it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Correction {
+    pub side: Side,
+    pub told: u16,
+    pub begun: u16,
+}
+
 /// What one direction waits for after its turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
@@ -124,8 +141,10 @@ struct RingEnd {
     ring: Ring,
     kick_fd: RawFd,
     notifiers: Notifiers,
-    /// Where `begin` starts it.
+    /// Where it was told to begin, or where it stopped.
     start: Option<u16>,
+    /// Whether `ring` has a position of its own.
+    begun: bool,
     /// Whether `begin` calls the guest, for a call may have been lost.
     call_at_start: bool,
     failed: bool,
@@ -146,24 +165,46 @@ impl RingEnd {
             kick_fd: spec.kick_fd,
             notifiers,
             start: spec.next_avail,
+            begun: false,
             call_at_start: true,
             failed: false,
             wait: Wait::Nothing,
         })
     }
 
-    fn begin(&mut self) -> Result<(), RingError> {
+    /// Lets a ring that did not fail run from its position. Says where a split ring began if it was told elsewhere.
+    ///
+    /// Nothing is in flight here between two turns, so a split ring goes on at the used index in guest memory, whatever
+    /// a frontend, a stream or this process says: Cloud Hypervisor tells the avail index, and a driver that fills its
+    /// receive ring before it is ready would then never see a buffer of it used.
+    fn begin(&mut self) -> Result<Option<Correction>, RingError> {
         self.wait = Wait::Forever;
-        if !self.failed {
-            self.ring.begin(self.start, self.call_at_start)?;
-            self.wait = Wait::Nothing;
+        if self.failed {
+            return Ok(None);
         }
-        Ok(())
+        let told = self.start;
+        if let Some(used) = self.ring.used_index() {
+            self.start = Some(used);
+        }
+        self.ring.begin(self.start, self.call_at_start)?;
+        self.begun = true;
+        self.wait = Wait::Nothing;
+        let correction = told.zip(self.start).filter(|(told, begun)| told != begun);
+        Ok(correction.map(|(told, begun)| Correction { side: self.side, told, begun }))
     }
 
     /// Where `begin` would go on.
     fn position(&self) -> u16 {
         self.start.unwrap_or_else(|| self.ring.standing())
+    }
+
+    /// Where it would go on if the last `chains` chains, of `slots` together, had not been taken.
+    fn position_before(&self, chains: u16, slots: u16) -> u16 {
+        if self.begun {
+            self.ring.position_before(chains, slots)
+        } else {
+            self.position()
+        }
     }
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
@@ -279,7 +320,7 @@ pub(crate) struct Pump {
     memory: Arc<GuestMemory>,
 }
 
-// SAFETY: every pointer in it leads to guest memory, which `memory` keeps mapped and any thread may access.
+// SAFETY: every pointer in it leads to guest memory, which its rings keep mapped and any thread may access.
 unsafe impl Send for Pump {}
 
 impl Pump {
@@ -312,14 +353,17 @@ impl Pump {
         })
     }
 
-    /// Makes both rings ready to run from their positions.
-    pub(crate) fn begin(&mut self) {
+    /// Makes both rings ready to run from their positions. Gives those that began elsewhere than they were told.
+    pub(crate) fn begin(&mut self) -> Vec<Correction> {
         self.tap_gone = false;
+        let mut corrections = Vec::new();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
-            if let Err(error) = end.begin() {
-                self.failures.push(end.fail(&explain(error, &self.memory)));
+            match end.begin() {
+                Ok(correction) => corrections.extend(correction),
+                Err(error) => self.failures.push(end.fail(&explain(error, &self.memory))),
             }
         }
+        corrections
     }
 
     /// Gives chains back that wait for a frame: nothing points into their buffers any more.
@@ -336,7 +380,7 @@ impl Pump {
         self.empty_window();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
-            end.start = Some(end.ring.position_before(0, 0));
+            end.start = Some(end.position_before(0, 0));
         }
     }
 
@@ -350,6 +394,7 @@ impl Pump {
             return Err(memory);
         }
         self.empty_window();
+        self.rx.iter_mut().chain(&mut self.tx).for_each(|end| end.ring.set_memory(&memory));
         Ok(std::mem::replace(&mut self.memory, memory))
     }
 
@@ -385,8 +430,8 @@ impl Pump {
     pub(crate) fn next_positions(&self) -> Positions {
         let (chains, slots) = self.window.held();
         Positions {
-            rx: self.rx.as_ref().map(|rx| rx.ring.position_before(chains, slots)),
-            tx: self.tx.as_ref().map(|tx| tx.ring.position_before(0, 0)),
+            rx: self.rx.as_ref().map(|rx| rx.position_before(chains, slots)),
+            tx: self.tx.as_ref().map(|tx| tx.position_before(0, 0)),
         }
     }
 
@@ -434,13 +479,25 @@ impl Pump {
         std::mem::take(&mut self.failures)
     }
 
-    /// One turn of up to `packets` for each direction. False if both have to wait.
-    pub(crate) fn turn(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+    /// One turn for each direction. False if both have to wait.
+    pub(crate) fn turn(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) -> bool {
         self.give_up_if_lost();
-        self.transmit(packets, stop, counters);
-        self.receive(packets, stop, counters);
+        self.transmit(budget, stop, counters);
+        self.receive(budget, stop, counters);
         self.give_up_if_lost();
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
+    }
+
+    /// Stops both rings after a panic, which is a bug of ours, and lets go of what they had begun. They stand where the
+    /// guest was told that they do.
+    pub(crate) fn abandon(&mut self, reason: &str) {
+        self.window.clear();
+        for end in self.rx.iter_mut().chain(&mut self.tx).filter(|end| !end.failed) {
+            // What cannot begin there is failed anyhow.
+            let _ = end.ring.begin(None, true);
+            end.start = Some(end.ring.position_before(0, 0));
+            self.failures.push(end.fail(&format_args!("bug in the packet path: {reason}")));
+        }
     }
 
     /// Stops both rings where guest memory is lost, whichever ring or pair met it.
@@ -451,17 +508,18 @@ impl Pump {
         }
     }
 
-    fn transmit(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
+    fn transmit(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(tx) = self.tx.as_mut().filter(|end| !end.failed) else { return };
         let buffers = &mut self.outgoing;
         tx.ring.disarm();
         tx.wait = Wait::Nothing;
-        for _ in 0..packets {
-            if stop.load(Ordering::Relaxed) {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
             buffers.clear();
-            let taken = tx.ring.take(&self.memory, Direction::FromGuest, self.header_length, buffers);
+            let taken = tx.ring.take(Direction::FromGuest, self.header_length, buffers);
             let chain = match taken {
                 Ok(Some(chain)) => chain,
                 Ok(None) => {
@@ -476,7 +534,8 @@ impl Pump {
             let sent = if self.tap_gone {
                 Err(io::Error::from_raw_os_error(libc::ENODEV))
             } else {
-                sys::writev(self.tap_fd, buffers)
+                // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+                unsafe { sys::writev(self.tap_fd, buffers) }
             };
             match sent {
                 Ok(_) => {
@@ -496,13 +555,14 @@ impl Pump {
                 // A packet is lost, as on any wire. A TAP that is gone for good is found by whoever waits for it.
                 Err(error) => dropped(&error, counters).add(1),
             }
+            bytes += chain.length;
             tx.ring.complete(&chain, 0);
             tx.ring.publish();
         }
         tx.call_if_due(counters);
     }
 
-    fn receive(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
+    fn receive(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(rx) = self.rx.as_mut().filter(|end| !end.failed) else { return };
         if self.tap_gone {
             rx.wait = Wait::Forever;
@@ -512,11 +572,12 @@ impl Pump {
         rx.ring.disarm();
         rx.wait = Wait::Nothing;
         let window = &mut self.window;
-        for _ in 0..packets {
-            if stop.load(Ordering::Relaxed) {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
-            match gather(rx, window, &self.memory, self.mergeable, self.header_length, self.room) {
+            match gather(rx, window, self.mergeable, self.header_length, self.room) {
                 Ok(true) => {}
                 Ok(false) => {
                     rx.wait = Wait::Guest;
@@ -545,6 +606,7 @@ impl Pump {
                     break;
                 }
             };
+            bytes += length;
             // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
             if length > window.length || length < self.header_length as u64 {
                 counters.rx_dropped_length.add(1);
@@ -628,7 +690,6 @@ fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
 fn gather(
     rx: &mut RingEnd,
     window: &mut Window,
-    memory: &GuestMemory,
     mergeable: bool,
     header_length: usize,
     room: u64,
@@ -645,7 +706,7 @@ fn gather(
             return Ok(true);
         }
         let before = window.buffers.len();
-        let taken = rx.ring.take(memory, Direction::ToGuest, header_length, &mut window.buffers);
+        let taken = rx.ring.take(Direction::ToGuest, header_length, &mut window.buffers);
         let Some(chain) = taken? else { return Ok(false) };
         if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
             // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
@@ -661,7 +722,8 @@ fn gather(
 fn read_frame(tap_fd: RawFd, window: &mut Window) -> io::Result<u64> {
     let mut spare = 0u8;
     window.buffers.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
-    let length = sys::readv(tap_fd, &window.buffers[window.used..]);
+    // SAFETY: the buffers lie in guest memory, which the ring keeps mapped, but for the last one, which is `spare`.
+    let length = unsafe { sys::readv(tap_fd, &window.buffers[window.used..]) };
     window.buffers.pop();
     length
 }
@@ -698,5 +760,15 @@ fn write_num_buffers(buffers: &[libc::iovec], count: u16) {
             offset += 1;
         }
         offset -= buffer.iov_len;
+    }
+}
+
+#[cfg(test)]
+impl Pump {
+    /// Breaks an invariant: there is room for a frame, and no chain that it could be delivered by.
+    pub(crate) fn break_window(&mut self) {
+        let room = vec![0u8; 2048].leak();
+        self.window.buffers.push(libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() });
+        self.window.length = room.len() as u64;
     }
 }

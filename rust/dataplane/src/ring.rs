@@ -3,6 +3,8 @@
 //! Owns:        nothing but the choice. A match per call, which every ring answers the same way all its life.
 //! Read next:   `split`, `packed`.
 
+use std::sync::Arc;
+
 use crate::chain::{Chain, Direction, Features, Layout, RingError};
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
@@ -28,7 +30,7 @@ impl Ring {
         format: Format,
         layout: &Layout,
         features: Features,
-        memory: &GuestMemory,
+        memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
     ) -> Result<Self, String> {
         Ok(match format {
@@ -37,8 +39,16 @@ impl Ring {
         })
     }
 
+    /// Goes on in other memory, which it `is_in`.
+    pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        match self {
+            Self::Split(ring) => ring.set_memory(memory),
+            Self::Packed(ring) => ring.set_memory(memory),
+        }
+    }
+
     /// Whether the ring, which was made from this layout, is in the same place of another memory.
-    pub(crate) fn is_in(&self, memory: &GuestMemory, layout: &Layout) -> bool {
+    pub(crate) fn is_in(&self, memory: &Arc<GuestMemory>, layout: &Layout) -> bool {
         match self {
             Self::Split(ring) => ring.is_in(memory, layout),
             Self::Packed(ring) => ring.is_in(memory, layout),
@@ -80,6 +90,14 @@ impl Ring {
         }
     }
 
+    /// The used index in guest memory; None for a packed ring, which has none.
+    pub(crate) fn used_index(&self) -> Option<u16> {
+        match self {
+            Self::Split(ring) => Some(ring.used_index()),
+            Self::Packed(_) => None,
+        }
+    }
+
     /// Where a ring that was told no position would begin. One that cannot tell has not begun.
     pub(crate) fn standing(&self) -> u16 {
         match self {
@@ -99,14 +117,13 @@ impl Ring {
     #[inline]
     pub(crate) fn take(
         &mut self,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Option<Chain>, RingError> {
         match self {
-            Self::Split(ring) => ring.take(memory, direction, header_length, buffers),
-            Self::Packed(ring) => ring.take(memory, direction, header_length, buffers),
+            Self::Split(ring) => ring.take(direction, header_length, buffers),
+            Self::Packed(ring) => ring.take(direction, header_length, buffers),
         }
     }
 

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, is_mapped, memfd, memory, memory_of, pipe, readable, receive, region,
-    send, truncate, wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, is_mapped, memfd, memory, memory_of, pipe, readable, receive, refuse,
+    region, send, truncate, wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{swap_memory, Error, QueuePair};
 use dataplane::sys::{drain, signal};
-use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
+use dataplane::{Config, Correction, Counters, Format, Positions, RingSpec, Side};
 
 const SIZE: u16 = 64;
 const HEADER: usize = 12;
@@ -384,6 +384,40 @@ fn positions_are_told_kept_and_taken_from_guest_memory_where_none_are_given() {
     assert_eq!(bench.pair.positions(), position(7, 0));
     bench.pair.configure(&Config { rx: None, ..bench.config() }).unwrap();
     assert_eq!(bench.pair.stop(), Positions { rx: None, tx: Some(0) });
+}
+
+#[test]
+fn a_split_ring_begins_at_its_used_index_wherever_it_is_told_to_begin() {
+    let mut bench = Bench::at(0xfffe);
+    for head in 0..3 {
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    // The avail index, as Cloud Hypervisor tells it.
+    bench.start_with(|config| config.rx.as_mut().unwrap().next_avail = Some(1));
+    assert_eq!(bench.pair.take_corrections(), [Correction { side: Side::Rx, told: 1, begun: 0xfffe }]);
+    assert!(readable(bench.event.as_raw_fd(), PATIENCE));
+    assert_eq!(bench.pair.take_corrections(), []);
+    for number in 0..3 {
+        send(&bench.wire, &with_header(&[number; 60]));
+        assert_eq!(bench.rx.await_used(), (number.into(), 72));
+    }
+    // A stream tells the position as well.
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(1), tx: Some(0xfffe) });
+    bench.pair.set_positions(Some(1), Some(7)).unwrap();
+    bench.pair.start().unwrap();
+    assert_eq!(bench.pair.take_corrections(), [Correction { side: Side::Tx, told: 7, begun: 0xfffe }]);
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(1), tx: Some(0xfffe) });
+}
+
+#[test]
+fn a_ring_that_failed_elsewhere_stays_where_it_was_told() {
+    let bench = Bench::at(9);
+    bench.pair.configure(&bench.config()).unwrap();
+    bench.pair.set_positions(Some(9), Some(9)).unwrap();
+    bench.pair.set_failed(Side::Rx).unwrap();
+    bench.pair.start().unwrap();
+    assert_eq!(bench.pair.positions(), Positions { rx: Some(9), tx: Some(9) });
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(9), tx: Some(9) });
 }
 
 #[test]
@@ -924,4 +958,42 @@ fn whoever_asks_a_running_pair_waits_for_no_turn_of_it() {
         assert!(send(&bench.wire, &with_header(b"frame")));
         assert_eq!(told.map(|(failed, _, is_running)| (failed, is_running)), Ok(((false, false), true)));
     });
+}
+
+/// Moves packets both ways, each after a kick, and waits for their calls.
+fn move_packets(bench: &mut Bench) {
+    for head in 0..8 {
+        bench.offer_rx(head, BUFFER_SIZE);
+        bench.rx.kick();
+        assert!(send(&bench.wire, &with_header(b"frame")));
+        assert_eq!(bench.rx.await_used(), (head, 17));
+        bench.offer_tx(head, b"frame");
+        bench.tx.kick();
+        assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+        assert_eq!(bench.tx.await_used(), (head, 0));
+    }
+}
+
+#[test]
+fn a_kernel_that_reads_no_eventfd_without_waiting_serves_as_well() {
+    refuse(libc::SYS_preadv2, libc::EOPNOTSUPP);
+    let rung = eventfd();
+    assert_eq!(drain(rung.as_raw_fd()).ok(), Some(false));
+    signal(rung.as_raw_fd());
+    assert_eq!(drain(rung.as_raw_fd()).ok(), Some(true));
+    let (reader, writer) = pipe();
+    assert_eq!(drain(reader.as_raw_fd()).ok(), Some(false), "a pipe that blocks");
+    drop(writer);
+    assert!(drain(reader.as_raw_fd()).is_err());
+    let mut bench = Bench::new();
+    bench.start();
+    move_packets(&mut bench);
+}
+
+#[test]
+fn no_call_is_lost_if_the_kernel_has_no_memory_for_asynchronous_operations() {
+    refuse(libc::SYS_io_submit, libc::EAGAIN);
+    let mut bench = Bench::new();
+    bench.start();
+    move_packets(&mut bench);
 }
