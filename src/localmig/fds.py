@@ -116,8 +116,12 @@ def close_foreign(fds: Iterable[OwnedFd | None]) -> None:
             files.append(fd.release())
     if files:
         closing = threading.Thread(target=_close_files, args=(files,), daemon=True)
-        closing.start()
-        closing.join(_CLOSE_SECONDS)
+        try:
+            closing.start()
+        except RuntimeError:  # this process may have no further thread
+            _close_files(files)
+        else:
+            closing.join(_CLOSE_SECONDS)
 
 
 def _close_files(files: Iterable[int]) -> None:
@@ -129,11 +133,10 @@ def _close_files(files: Iterable[int]) -> None:
 def _is_served_by_kernel(fd: int) -> bool:
     """Whether the file behind a descriptor is an eventfd, pipe, socket or memory. Asks nobody but the kernel."""
     # What has no path has a name that begins with its kind; a path begins with a slash, wherever it was opened.
-    name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - with each message; a Path takes ten times as long
-    if not name.startswith("/"):
-        return True
     try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory has seals
+        name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - with each message; a Path takes ten times as long
+        if name.startswith("/"):
+            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory has seals
     except OSError:
         return False
     return True
