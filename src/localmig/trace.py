@@ -58,6 +58,30 @@ class RingCorrected(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRefused(Event):
+    """A frontend asked for what cannot be, and was told so by its reply. Its session goes on."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryMapped(Event):
+    """The device goes on with another table of guest memory.
+
+    Attributes:
+        regions: how many it has.
+        populated_bytes: pages of new regions that were mapped before.
+        undisturbed_queue_pairs: those that did not stop for it.
+    """
+
+    device: str
+    regions: int
+    populated_bytes: int
+    undisturbed_queue_pairs: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SessionOpened(Event):
     """A frontend connected to the device's socket."""
 

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{eventfd, memory, receive, wire, PackedQueue, Queue, MEMORY_START, NEXT};
+use common::{eventfd, memfd, memory, receive, region, wire, PackedQueue, Queue, MEMORY_START, NEXT};
 use dataplane::chain::{Direction, Features};
 use dataplane::ledger::Ledger;
+use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::QueuePair;
 use dataplane::split::SplitRing;
@@ -21,6 +22,7 @@ use dataplane::{Config, Format, RingSpec};
 
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
+const REGION_SIZE: u64 = 0x1000;
 const BUFFERS: u64 = MEMORY_START + 0x10_0000;
 const FEATURES: Features = Features { event_index: true, indirect: true };
 
@@ -92,6 +94,37 @@ fn packed_ring_work() {
     println!("packed ring: {:.1} ns a packet of two buffers", spent.as_nanos() as f64 / packets);
 }
 
+/// A look-up of guest addresses that lie anywhere in the first, in some, or in all of so many regions.
+fn look_up() {
+    const ROUNDS: usize = 1_000_000;
+    for (regions, used) in [(1, 1), (8, 1), (8, 8), (509, 1), (509, 8), (509, 509)] {
+        let fd = memfd(regions * REGION_SIZE);
+        let specs = (0..regions).map(|index| {
+            region(&fd, MEMORY_START + 2 * index * REGION_SIZE, REGION_SIZE, index * REGION_SIZE)
+        });
+        let memory = GuestMemory::new(&specs.collect::<Vec<_>>()).expect("good regions");
+        // A multiplier of full period: the same addresses in every run.
+        let address = |round: u64| {
+            let random = round.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+            MEMORY_START + 2 * (random % used) * REGION_SIZE + (random >> 9) % 0x800
+        };
+        let addresses: Vec<_> = (0..4096).map(address).collect();
+        let began = Instant::now();
+        for round in 0..ROUNDS {
+            std::hint::black_box(memory.host(addresses[round % addresses.len()], 1500));
+        }
+        let look_up = began.elapsed().as_nanos() as f64 / ROUNDS as f64;
+        let began = Instant::now();
+        for _ in 0..ROUNDS {
+            std::hint::black_box(memory.lost());
+        }
+        let lost = began.elapsed().as_nanos() as f64 / ROUNDS as f64;
+        println!(
+            "{regions} regions, {used} in use: {look_up:.1} ns a look-up, {lost:.1} ns to ask for a loss"
+        );
+    }
+}
+
 fn stop_under_load() {
     const STOPS: usize = 2000;
     let memory = memory();
@@ -150,6 +183,7 @@ fn stop_under_load() {
 }
 
 fn main() {
+    look_up();
     ring_work();
     packed_ring_work();
     stop_under_load();

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
 from localmig.errors import PeerError
-from localmig.fds import OwnedFd, close_all
+from localmig.fds import OwnedFd, close_foreign
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_regions
 from localmig.vhost_user.message import (
     CONFIG_SIZE_MAX,
@@ -191,10 +191,9 @@ class SessionState:
 
     def close(self) -> None:
         """Closes every descriptor. Bears being called twice."""
-        close_all(region.fd for region in self.regions)
-        for vring in self.vrings:
-            close_all((vring.kick, vring.call, vring.error))
-        close_all((self.backend_request_fd, *self.unparsed_fds))
+        vring_fds = (fd for vring in self.vrings for fd in (vring.kick, vring.call, vring.error))
+        region_fds = (region.fd for region in self.regions)
+        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, *self.unparsed_fds))
 
 
 def check_state(state: SessionState, offer: Offer) -> None:
@@ -296,6 +295,8 @@ def _check_packed_position(index: int, position: int, size: int) -> None:
         raise PeerError(f"position {packed_ring.index_of(position)} of vring {index} is outside its {size} entries")
 
 
+_MEMORY_SLOT_REQUESTS: Final = (Request.ADD_MEM_REG, Request.REM_MEM_REG)
+
 _ACCEPTED: Final = 0
 _REFUSED: Final = 1
 
@@ -317,11 +318,18 @@ class FeaturesSet(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryChanged(Event):
-    """`regions` is new: rings stop, memory is mapped anew, rings go on. The old mapping must be gone afterwards.
+    """`regions` is new. The mappings of regions that are not in it must be gone afterwards; the others may stay.
 
     A ring whose addresses the new table does not hold stands still until a table holds them again: a frontend that
     takes memory away and adds it in another shape sends this event in between.
     """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionAdded(MemoryChanged):
+    """`regions` has one more, the last. Refused, it is taken out again."""
+
+    refusable: ClassVar = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,6 +346,24 @@ class VringChanged(Event):
 
     index: int
     anew: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifiersChanged(Event):
+    """A ring that is served has another call or error descriptor, or none. It goes on meanwhile.
+
+    Frontends send a call descriptor each time a driver masks or unmasks an interrupt. A call made before may not have
+    been heard, so the new descriptor is called once.
+    """
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRefused(Event):
+    """The frontend is told by its reply that its request cannot be; nothing changed. The device tells people."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -435,7 +461,14 @@ class Backend:
         content = state.unparsed[HEADER_SIZE:]
         self._payload = decode_request(self._header, content, fd_count=len(state.unparsed_fds))
         self._check_feature(self._header.request)
-        self._event = self._apply(self._header.request, self._payload)
+        try:
+            self._event = self._apply(self._header.request, self._payload)
+        except PeerError as error:
+            # A frontend that adds memory to a running guest must not lose its NIC by it. One that wants no reply would
+            # go on as if the memory were there, so its session ends.
+            if self._header.request not in _MEMORY_SLOT_REQUESTS or not self._is_acknowledged:
+                raise
+            self._event = RequestRefused(reason=f"{self._header.request.name}: {error}")
         if self._event is None:
             # A NIC has nothing in its configuration space that a driver may write.
             self._finish(_REFUSED if self._header.request is Request.SET_CONFIG else _ACCEPTED)
@@ -446,12 +479,14 @@ class Backend:
         assert self._event is not None, "no event to complete"
         if isinstance(self._event, MtuSet):
             self.state.mtu = self._event.mtu
-        self._finish(_ACCEPTED)
+        self._finish(_REFUSED if isinstance(self._event, RequestRefused) else _ACCEPTED)
 
     def refuse(self) -> None:
         """The device does not do what the present, refusable event asks: the frontend is told if it wants to know."""
         assert self._event is not None, "no event to refuse"
         assert self._event.refusable, self._event
+        if isinstance(self._event, RegionAdded):
+            self._retired.append(self.state.regions.pop().fd)
         self._finish(_REFUSED)
 
     def data_to_send(self) -> bytes:
@@ -480,7 +515,7 @@ class Backend:
     def close(self) -> None:
         """Closes every descriptor of the session. Bears being called twice."""
         self.state.close()
-        close_all(self._retired)
+        close_foreign(self._retired)
 
     # -- one message ---------------------------------------------------------------------------------------
 
@@ -493,16 +528,22 @@ class Backend:
         if missing:
             raise PeerError(f"{request.name} needs protocol feature {missing.name}, which was not acknowledged")
 
+    @property
+    def _is_acknowledged(self) -> bool:
+        """Whether the frontend is told what became of the present message."""
+        assert self._header is not None
+        return self._header.needs_reply and bool(self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK)
+
     def _finish(self, ack: int) -> None:
         assert self._header is not None
-        request, needs_reply = self._header.request, self._header.needs_reply
+        request = self._header.request
         if RULES[request].reply is not None:
             self.state.unsent += encode_reply(request, self._reply(request, self._payload))
         # Looked up after the message was applied: frontends that acknowledge REPLY_ACK itself with NEED_REPLY set
         # wait for the answer.
-        elif needs_reply and self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK:
+        elif self._is_acknowledged:
             self.state.unsent += encode_reply(request, U64(value=ack))
-        close_all((*self._retired, *self.state.unparsed_fds))
+        close_foreign((*self._retired, *self.state.unparsed_fds))
         self._retired.clear()
         self.state.unparsed_fds.clear()
         self.state.unparsed = b""
@@ -530,12 +571,14 @@ class Backend:
                 self._retired.append(self.state.backend_request_fd)
                 self.state.backend_request_fd = self.state.unparsed_fds.pop()
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
-                return self._set_regions(self._regions_of(descriptions))
+                self._set_regions(self._regions_of(descriptions))
+                return MemoryChanged()
             case Request.ADD_MEM_REG, SingleRegion(region=description):
                 # QEMU 7.2 says every region once more for each queue pair.
                 if self._has_several_pairs and description in map(_describe, self.state.regions):
                     return None
-                return self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                return RegionAdded() if self._is_acknowledged else MemoryChanged()
             case Request.REM_MEM_REG, SingleRegion(region=description):
                 return self._remove_region(description)
             case Request.RESET_DEVICE, None:
@@ -601,8 +644,10 @@ class Backend:
                 raise PeerError(f"{request.name} wants vring {index} to be polled, which is not supported")
             case Request.SET_VRING_CALL, _:
                 vring.call = self._replace(vring.call)
+                return NotifiersChanged(index=index) if was_served else None
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
+                return NotifiersChanged(index=index) if was_served else None
         if self._is_served(index):
             self.state.was_served = concerns_device = True
         return VringChanged(index=index, anew=anew) if concerns_device else None
@@ -684,12 +729,12 @@ class Backend:
             for description, fd in zip(descriptions, self.state.unparsed_fds, strict=True)
         ]
 
-    def _set_regions(self, regions: list[MemoryRegion]) -> Event:
+    def _set_regions(self, regions: list[MemoryRegion]) -> None:
         check_regions(regions, count_max=self.offer.region_count_max)
-        self._retired += [region.fd for region in self.state.regions if region not in regions]
+        kept = {id(region.fd) for region in regions}  # compared whole, hundreds of regions would take milliseconds
+        self._retired += [region.fd for region in self.state.regions if id(region.fd) not in kept]
         self.state.regions = regions
         self.state.unparsed_fds.clear()
-        return MemoryChanged()
 
     def _remove_region(self, description: RegionDescription) -> Event | None:
         # The mmap offset does not name a region (vhost-user, REM_MEM_REG).

@@ -26,6 +26,7 @@ import select
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from localmig import dataplane, trace
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
@@ -33,12 +34,13 @@ from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
 from localmig.trace import (
     DeviceNoted,
     GuestAnnounced,
+    MemoryMapped,
     RingCorrected,
     RingFailed,
     RingsStarted,
@@ -48,15 +50,17 @@ from localmig.trace import (
     Tracer,
 )
 from localmig.vhost_user.info import SessionInfo, VringInfo
-from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
+from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
     Event,
     FeaturesSet,
     MemoryChanged,
     MtuSet,
+    NotifiersChanged,
     Offer,
     RarpRequested,
+    RequestRefused,
     SessionState,
     VringChanged,
     VringState,
@@ -80,6 +84,11 @@ _logger = logging.getLogger(__name__)
 _THREAD_ADVICE: Final = (
     "; each has a thread: raise RLIMIT_NPROC of this user, pids.max of the control group or sysctl kernel.threads-max"
 )
+
+POPULATE_SECONDS_MAX: Final = 0.01
+"""For memory that a frontend adds while this process serves. The frontend waits for its reply meanwhile, and so do all
+others. Ten milliseconds map a gigabyte of pages that exist, or look through gigabytes that have none; the rest comes by
+page faults."""
 
 THREAD_NAME_LENGTH_MAX: Final = 15
 """TASK_COMM_LEN is 16, and the last byte is NUL (linux/sched.h)."""
@@ -306,7 +315,7 @@ class VirtioNet(Part):
             try:
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
-                self._map_memory(GuestMemory.adopt)
+                self._memory = self._map_memory(GuestMemory.adopt)
                 for index in range(len(self._pairs)):
                     self._lay_out(index)
             except PeerError as error:
@@ -362,6 +371,14 @@ class VirtioNet(Part):
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
         self._notes.expect()
+        try:
+            self._follow(event)
+        except LocalmigError as error:
+            if event.refusable:
+                self._note_refusal(str(error))
+            raise
+
+    def _follow(self, event: Event) -> None:
         match event:
             case VringChanged(index=vring, anew=anew):
                 self._note_kicks()
@@ -370,6 +387,10 @@ class VirtioNet(Part):
                 for drained, leader in self._endpoint.offer.drained_vrings.items():
                     if leader == vring:
                         self._apply(drained // 2)
+            case NotifiersChanged(index=vring):
+                self._set_notifiers(vring)
+            case RequestRefused(reason=reason):
+                self._note_refusal(reason)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -444,12 +465,46 @@ class VirtioNet(Part):
         return index == 0 or (vring.enabled and vring.is_configured)
 
     def _change_memory(self) -> None:
-        for index, pair in enumerate(self._pairs):
-            self._stop(index)
-            pair.release()
-        self._memory = None
-        self._map_memory(GuestMemory)
-        self._apply_all()
+        """Goes on with the session's new table. Queue pairs whose rings stay where they are do not stop for it.
+
+        Raises as `_map_memory`; then nothing changed.
+        """
+        memory = self._map_memory(lambda regions: GuestMemory(regions, self._memory))
+        # Before any ring meets it, and while all rings run.
+        populated = 0 if memory is None else memory.populate(POPULATE_SECONDS_MAX)
+        swapped = [False] * len(self._pairs) if memory is None else dataplane.swap_memory(self._pairs, memory)
+        # From here on the former memory has no user but the queue pairs that were not swapped.
+        self._memory = memory
+        undisturbed = tuple(index for index, done in enumerate(swapped) if done and not self._awaits_memory(index))
+        for index in range(len(self._pairs)):
+            if index not in undisturbed:
+                self._apply(index)
+        self._tracer.emit(
+            MemoryMapped(
+                device=self.id,
+                regions=len(self._regions()),
+                populated_bytes=populated,
+                undisturbed_queue_pairs=undisturbed,
+            )
+        )
+
+    def _awaits_memory(self, index: int) -> bool:
+        """Whether a ring of the queue pair was not in the former memory, and is in the present one."""
+        state = self._session_state()
+        assert state is not None, self.id
+        rings = zip((receive_queue(index), transmit_queue(index)), self._pairs[index].positions(), strict=True)
+        return any(position is None and self._ring(state, vring) is not None for vring, position in rings)
+
+    def _set_notifiers(self, vring: int) -> None:
+        """Lets a ring call its driver by the descriptors that the session has now; it goes on meanwhile."""
+        state = self._session_state()
+        assert state is not None, self.id
+        call, error = _fileno(state.vrings[vring].call), _fileno(state.vrings[vring].error)
+        direction = "rx" if vring == receive_queue(vring // 2) else "tx"
+        try:
+            self._pairs[vring // 2].set_notifiers(direction, call_fd=call, error_fd=error)
+        except ValueError as reason:
+            raise PeerError(f"queue pair {vring // 2}: {reason}") from reason
 
     def _make_ledger(self) -> None:
         """Packed rings need a ledger from the first packet on."""
@@ -488,13 +543,22 @@ class VirtioNet(Part):
             for vring in (receive_queue(index), transmit_queue(index)):
                 self._ledger.settle(vring, state.vrings[vring].next_avail)
 
-    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> None:
+    def _regions(self) -> Sequence[MemoryRegion]:
         state = self._session_state()
         assert state is not None, self.id
-        if not state.regions:
-            return
+        return state.regions
+
+    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> GuestMemory | None:
+        """The session's table as memory, None where it shares none.
+
+        Raises:
+            PeerError: the regions or their files cannot be.
+            KernelError: this process cannot map them.
+        """
+        if not self._regions():
+            return None
         try:
-            self._memory = mapped(borrowed(state.regions))
+            return mapped(borrowed(self._regions()))
         except ValueError as error:
             raise PeerError(f"guest memory: {error}") from error
         except OSError as error:
@@ -618,6 +682,10 @@ class VirtioNet(Part):
                 told,
             )
             self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
+
+    def _note_refusal(self, reason: str) -> None:
+        _logger.warning("device '%s': the frontend's request is refused: %s", self.id, reason)
+        self._tracer.emit(trace.RequestRefused(device=self.id, reason=reason))
 
     # -- what keeps it from working -----------------------------------------------------------------------------
 
