@@ -22,7 +22,7 @@ from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, Ri
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import OutgoingStream, Section, section_name
-from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.netdev.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
@@ -116,7 +116,18 @@ SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 def _descriptors(queues: tuple[OwnedFd, ...]) -> TapDescriptors:
     attached = tuple(queue is queues[0] for queue in queues)
-    return TapDescriptors(queues=queues, attached=attached, downscript="/etc/tap-down")
+    return TapDescriptors(
+        queues=queues,
+        attached=attached,
+        downscript="/etc/tap-down",
+        ifname_opened="tap0",
+        mtu_opened=1500,
+        namespace=0xF0000098,
+        ifindex=7,
+        is_up=True,
+        is_gone=False,
+        has_carrier=True,
+    )
 
 
 def _tap(descriptors: TapDescriptors | None) -> TapState:

@@ -16,6 +16,7 @@ from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
 from localmig.netdev.tap import Tap
+from localmig.netdev.watch import LinkWatch
 from localmig.options import (
     AnySpec,
     TapSpec,
@@ -63,6 +64,7 @@ class Objects:
     def build(self, tracer: Tracer) -> list[Part]:
         """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
         rings = Rings(tracer)
+        watch = LinkWatch()
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
             for device in self.devices
@@ -78,7 +80,10 @@ class Objects:
                 queues=spec.queues,
                 fds=spec.descriptors,
                 sndbuf=spec.sndbuf,
+                bridge=spec.br,
+                guest_carrier=spec.guest_carrier,
                 stays_home=stays_home.get(spec.id),
+                watch=watch,
             )
             for spec in self.netdevs
         }

@@ -191,14 +191,33 @@ class TapSpec(Spec):
             fit=Fit.WITH_DESCRIPTORS,
         ),
     )
+    br: str | None = field(
+        default=None,
+        metadata=_option(
+            InterfaceName(),
+            "bridge to put the interface into; one that arrives by migration is left where it is",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    guest_carrier: bool = field(
+        default=False,
+        metadata=_option(
+            Switch(),
+            "whether the interface has a carrier only while a driver serves the NIC; off: always",
+            fit=Fit.OURS,
+        ),
+    )
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
         given = "fd=" if self.fds is None else "fds="
-        if self.descriptors and (self.ifname is not None or self.script != "no" or self.downscript != "no"):
+        has_script = self.script != "no" or self.downscript != "no"
+        if self.descriptors and (self.ifname is not None or has_script or self.br is not None):
             raise ConfigError(
-                f"ifname=, script= and downscript= are invalid with {given}: who opened the TAP set it up"
+                f"ifname=, script=, downscript= and br= are invalid with {given}: who opened the TAP set it up"
             )
+        if self.br is not None and has_script:
+            raise ConfigError("script= and downscript= are invalid with br=: say one way to connect the interface")
         if self.fd is not None and self.fds is not None:
             raise ConfigError("fd= is invalid with fds=: give every descriptor in fds=")
         if self.fd is not None and self.queues != 1:

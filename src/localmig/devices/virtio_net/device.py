@@ -30,9 +30,10 @@ from localmig.devices.virtio_net.features import check_acked, offer, tap_offload
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload, Tap
+from localmig.netdev.tap import Tap
+from localmig.netdev.tun import Offload
 from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
@@ -54,6 +55,7 @@ from localmig.virtio import Feature, packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
     OFFLOADS,
+    LinkStatus,
     NetConfig,
     NetFeature,
     header_length,
@@ -121,7 +123,10 @@ class VirtioNet(Part):
         self._awaits_netdev = False
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
+        self._frame_length_laid_out = 0
+        """Bytes of the longest frame that the queue pairs have room for."""
         rings.join(self)
+        netdev.observer = self
 
     @property
     def queue_pair_count(self) -> int:
@@ -160,6 +165,9 @@ class VirtioNet(Part):
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
+        if (state := self._session_state()) is not None:
+            self._netdev.mtu_told = state.mtu
+        self._tell_network()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
 
@@ -184,10 +192,14 @@ class VirtioNet(Part):
             session=None if state is None else SessionInfo.of(state),
             vrings=() if state is None else tuple(self._vring_infos(state)),
             queue_pairs=tuple(
-                QueuePairInfo(index=index, running=pair.is_running(), counters=Counters(*pair.counters()))
+                QueuePairInfo(index=index, running=self._runs(pair), counters=Counters(*pair.counters()))
                 for index, pair in enumerate(self._pairs)
             ),
         )
+
+    def _runs(self, pair: QueuePair) -> bool:
+        """Whether packets move: what a guest sends to an interface that is gone is only taken out of its ring."""
+        return pair.is_running() and not self._netdev.is_gone
 
     def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
         for number, pair in enumerate(self._pairs):
@@ -199,7 +211,7 @@ class VirtioNet(Part):
                     size=vring.size,
                     started=vring.started,
                     enabled=vring.enabled,
-                    running=pair.is_running() and position is not None and not vring.failed,
+                    running=self._runs(pair) and position is not None and not vring.failed,
                     position=vring.next_avail if position is None else position,
                     failed=vring.failed,
                     # Where it failed before a handover, the source's log has the reason.
@@ -293,9 +305,8 @@ class VirtioNet(Part):
         if self._awaits_netdev and self._netdev.is_open:
             self._awaits_netdev = False
             assert self._endpoint is not None, self.id
-            self._endpoint.config = self._config()
+            self._config_changed()
             if self._endpoint.session is not None:
-                self._endpoint.session.backend.config = self._endpoint.config
                 self._set_up_netdev()
             self._apply_all()
 
@@ -322,6 +333,29 @@ class VirtioNet(Part):
         if self._rings.serving and self._known_mac is not None:
             self._send_rarp(self._known_mac)
 
+    def interface_changed(self) -> None:
+        """The guest is told the interface's MTU and whether its link is up. See `netdev.tap.Observer`."""
+        if self._endpoint is None:
+            return
+        if self._netdev.is_open and self._netdev.frame_length_max > self._frame_length_laid_out:
+            self._apply_all()
+        self._config_changed()
+
+    def queues_changed(self) -> None:
+        """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        session = self._endpoint.session if self._endpoint is not None else None
+        try:
+            if session is not None:
+                self._set_up_netdev()
+            self._apply_all()
+        except LocalmigError as error:
+            for pair in self._pairs:
+                pair.release()  # the old descriptors close next
+            _logger.warning("device '%s': %s", self.id, error)
+            if session is not None:
+                # Not now: this may be in the middle of one of its messages.
+                asyncio.get_running_loop().call_soon(session.close, str(error))
+
     # -- the frontend's events ----------------------------------------------------------------------------------
 
     def session_opened(self) -> None:
@@ -345,6 +379,7 @@ class VirtioNet(Part):
                 self._rewind()
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
+                self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
                 self._known_mac = mac
                 self._send_rarp(mac)
@@ -359,6 +394,7 @@ class VirtioNet(Part):
         self._memory = None
         self._failures.clear()
         self._drop_ledger()
+        self._netdev.mtu_told = 0
         self._reset_netdev()
         if reason is not None:
             _logger.warning("device '%s': session closed: %s", self.id, reason)
@@ -377,8 +413,20 @@ class VirtioNet(Part):
         self._stop(index)
         self._lay_out(index)
         self._settle(index)
+        if index == 0:
+            self._tell_network()
         if self._rings.serving:
             self._start(index)
+
+    def _tell_network(self) -> None:
+        """The interface has a carrier while a driver serves the NIC, where that is asked for."""
+        if not self._netdev.is_open:
+            return
+        state, first = self._session_state(), receive_queue(0)
+        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings[first]):
+            self._netdev.driver_begins()
+        else:
+            self._netdev.driver_ends()
 
     def _steer(self, index: int) -> None:
         """Attaches the pair's TAP queue where the guest receives from it, and detaches it where it does not.
@@ -466,6 +514,7 @@ class VirtioNet(Part):
             return
         assert state is not None, self.id
         assert self._memory is not None, self.id
+        self._frame_length_laid_out = self._netdev.frame_length_max
         try:
             pair.configure(
                 memory=self._memory,
@@ -601,9 +650,18 @@ class VirtioNet(Part):
     def _config(self) -> bytes:
         return NetConfig(
             mac=self._own_mac or bytes(MAC_LENGTH),
+            # A link that waits for its interface, in a handover, is not told to be down.
+            status=LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0,
             queue_pair_count_max=self._netdev.queue_count,
             mtu=self._netdev.mtu if self._netdev.is_open else 0,
         ).encode()
+
+    def _config_changed(self) -> None:
+        """The configuration space becomes what it is now."""
+        assert self._endpoint is not None, self.id
+        self._endpoint.config = self._config()
+        if self._endpoint.session is not None:
+            self._endpoint.session.backend.config = self._endpoint.config
 
     def _set_up_netdev(self) -> None:
         """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
@@ -623,6 +681,7 @@ class VirtioNet(Part):
             for index in range(1, self._netdev.queue_count):
                 self._netdev.detach(index)
             self._netdev.set_offloads(Offload(0))
+            self._netdev.driver_ends()
         except KernelError as error:
             # The session ends all the same, and the next one sets what it needs.
             _logger.warning("device '%s': %s", self.id, error)
@@ -640,6 +699,8 @@ class VirtioNet(Part):
             vring.next_avail = 0
 
     def _check_mtu(self, mtu: int) -> None:
+        # Whatever the kernel has told of it so far may be late.
+        self._netdev.look()
         if self._netdev.is_open and mtu > self._netdev.mtu:
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"

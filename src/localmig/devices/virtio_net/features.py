@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.errors import PeerError
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.protocol import Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature, transmit_queue, without_orphans
