@@ -15,8 +15,8 @@ from localmig.device_api import Part
 from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
+from localmig.netdev.network import Networks
 from localmig.netdev.tap import Tap
-from localmig.netdev.watch import LinkWatch
 from localmig.options import (
     AnySpec,
     TapSpec,
@@ -64,7 +64,7 @@ class Objects:
     def build(self, tracer: Tracer) -> list[Part]:
         """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
         rings = Rings(tracer)
-        watch = LinkWatch()
+        networks = Networks()
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
             for device in self.devices
@@ -83,7 +83,7 @@ class Objects:
                 bridge=spec.br,
                 guest_carrier=spec.guest_carrier,
                 stays_home=stays_home.get(spec.id),
-                watch=watch,
+                networks=networks,
             )
             for spec in self.netdevs
         }

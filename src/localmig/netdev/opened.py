@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from localmig.fds import OwnedFd
-from localmig.netdev import rtnetlink
 from localmig.netdev.info import Whereabouts
+from localmig.netdev.network import Network
 from localmig.netdev.rtnetlink import Link
 from localmig.netdev.tun import Offload
 
@@ -42,12 +42,13 @@ class OpenTap:
         arrived: it came by a handover; else this process opened it.
         ifname_opened: the name it was opened by, "" where its descriptors were inherited.
         mtu_opened: its MTU in bytes when it was opened.
-        namespace: the network namespace in which `ifname_opened` and `ifindex` mean something, 0 where that is unknown.
+        network: where names and numbers of interfaces mean what they do here.
         ifname: its present name, or the last one.
-        ifindex: its number there, 0 while it is in another namespace or gone.
+        ifindex: its number there, 0 while it is in another network or gone.
         mtu: its present one, or the last one.
         is_up: whether it is up, as it was seen last.
-        master: ifindex of the bridge it is in, 0 for none.
+        bridge: the bridge it is in, "" for none.
+        bridge_ifindex: its number, 0 for none or an unknown one.
         has_carrier: whether this program lets it have a carrier.
         sees_carrier: whether it has one.
         is_gone: whether its descriptors have no interface any more.
@@ -63,13 +64,14 @@ class OpenTap:
     arrived: bool
     ifname_opened: str
     mtu_opened: int
-    namespace: int
+    network: Network
     ifname: str
     ifindex: int
     mtu: int
     is_up: bool
-    master: int
     has_carrier: bool
+    bridge: str = ""
+    bridge_ifindex: int = 0
     sees_carrier: bool = True
     is_gone: bool = False
     refusal: str = ""
@@ -80,14 +82,17 @@ class OpenTap:
         return not self.is_gone and (self.is_up or not self.ifindex)
 
     def see(self, name: str, link: Link | None) -> None:
-        """Takes note of what its interface is now; `link` is None where it is not in this network namespace."""
-        self.ifname = name
-        self.is_gone, self.refusal = False, ""
+        """Takes note of what its interface is now; `link` is None where it is in another network.
+
+        Raises OSError where the kernel does not tell what the bridge is called; the rest is noted.
+        """
+        self.ifname, self.ifindex, self.bridge_ifindex = name, 0, 0
         if link is None:
-            self.ifindex = self.master = 0
             return
         self.ifname, self.ifindex, self.mtu, self.is_up = link.name, link.ifindex, link.mtu, link.is_up
-        self.master, self.sees_carrier = link.master, link.has_carrier
+        self.sees_carrier = link.has_carrier
+        bridge = self.network.link(ifindex=link.master) if link.master else None
+        self.bridge, self.bridge_ifindex = ("", 0) if bridge is None else (bridge.name, bridge.ifindex)
 
     @property
     def whereabouts(self) -> Whereabouts:
@@ -106,11 +111,10 @@ class OpenTap:
         match self.whereabouts:
             case Whereabouts.GONE:
                 yield self._note_gone(wanted)
-            case Whereabouts.ELSEWHERE if self.namespace:
+            case Whereabouts.ELSEWHERE if self.ifname_opened:
                 yield (
-                    f"'{self.ifname}' is in another network namespace than this daemon: its frames flow, but whether "
-                    f"it is up is unknown here, and so is its MTU, which was {self.mtu}; move it back to have it "
-                    "watched"
+                    f"'{self.ifname}' was moved to another network namespace: its frames flow, but whether it is up is "
+                    f"unknown here, and so is its MTU, which was {self.mtu}; move it back to have it watched"
                 )
             case Whereabouts.HERE:
                 yield from self._notes_here(wanted)
@@ -130,8 +134,8 @@ class OpenTap:
             yield f"'{self.ifname}' is down: ip link set {self.ifname} up"
         elif self.has_carrier and not self.sees_carrier:
             yield f"'{self.ifname}' has no carrier, because somebody took it: ip link set {self.ifname} carrier on"
-        if wanted.bridge is not None and (bridge := rtnetlink.name_of(self.master)) != wanted.bridge:
-            where = f"in '{bridge}'" if bridge else "in no bridge"
+        if wanted.bridge not in (None, self.bridge):
+            where = f"in '{self.bridge}'" if self.bridge else "in no bridge"
             yield (
                 f"'{self.ifname}' is {where}, not in '{wanted.bridge}': "
                 f"ip link set {self.ifname} master {wanted.bridge}"

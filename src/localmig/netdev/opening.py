@@ -18,7 +18,8 @@ from typing import Final
 
 from localmig.errors import ConfigError, KernelError, LocalmigError
 from localmig.fds import OwnedFd, close_all
-from localmig.netdev import rtnetlink, tun
+from localmig.netdev import tun
+from localmig.netdev.network import Network
 from localmig.netdev.opened import OpenTap, Wanted, command_to_make
 from localmig.netdev.rtnetlink import Link
 from localmig.netdev.script import NO_SCRIPT
@@ -32,10 +33,11 @@ SNDBUF_MAX: Final = 2**31 - 1
 
 
 class Opener:
-    """Opens TAPs as the user wants them. No downscript is set in what it returns."""
+    """Opens TAPs as the user wants them, in a network. No downscript is set in what it returns."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, network: Network) -> None:
         self._wanted = wanted
+        self._network = network
 
     def _refusal(self, text: str) -> ConfigError:
         return ConfigError(f"netdev '{self._wanted.id}': {text}")
@@ -48,7 +50,7 @@ class Opener:
         what = f"cannot open TAP '{ifname or '(any name)'}'"
         with contextlib.ExitStack() as undo:
             with self._kernel_errors(what):
-                found = rtnetlink.link(name=ifname) if ifname else None
+                found = self._network.link(name=ifname) if ifname else None
             queues = self._open_queues(ifname, found, what)
             undo.callback(lambda: close_all(queues))
             has_uso = self._configure(queues, ifname or "(any name)")
@@ -82,7 +84,7 @@ class Opener:
         """The interface of a queue that was opened in this network namespace."""
         with self._kernel_errors(what):
             found = tun.interface(queue.fileno())
-            link = find(queue, found[0]) if found else None
+            link = find(self._network, queue, found[0]) if found else None
             if link is None:
                 raise OSError(errno.ENODEV, "it was deleted, renamed or moved meanwhile")
         return link
@@ -99,7 +101,7 @@ class Opener:
             self._attach_inherited(queues, ifname)
             has_uso = self._configure(queues, ifname)
             with self._kernel_errors(f"cannot read the state of '{ifname}'"):
-                link = find(queues[0], ifname)
+                link = find(self._network, queues[0], ifname)
             if link is not None:
                 tap = replace(self._opened_here(queues, self._set_up(link), has_uso=has_uso), ifname_opened="")
             elif self._wanted.mtu is not None:
@@ -180,9 +182,8 @@ class Opener:
     def _opened_here(self, queues: Sequence[OwnedFd], link: Link, *, has_uso: bool) -> OpenTap:
         tap = self._new_tap(queues, link.name, link.mtu, has_uso=has_uso)
         tap.ifname_opened = link.name
-        with self._kernel_errors("cannot tell the network namespace"):
-            tap.namespace = rtnetlink.namespace()
-        tap.see(link.name, link)
+        with self._kernel_errors(f"cannot read the state of '{link.name}'"):
+            tap.see(link.name, link)
         return tap
 
     def _new_tap(self, queues: Sequence[OwnedFd], ifname: str, mtu: int, *, has_uso: bool) -> OpenTap:
@@ -197,12 +198,11 @@ class Opener:
             arrived=False,
             ifname_opened="",
             mtu_opened=mtu,
-            namespace=0,
+            network=self._network,
             ifname=ifname,
             ifindex=0,
             mtu=mtu,
             is_up=True,
-            master=0,
             has_carrier=not self._wanted.guest_carrier,
         )
 
@@ -212,15 +212,15 @@ class Opener:
         if self._wanted.mtu is not None and self._wanted.mtu != link.mtu:
             advice = f"set it beforehand: ip link set {name} mtu {self._wanted.mtu}"
             with self._kernel_errors(f"cannot set the MTU of '{name}' to {self._wanted.mtu}", {errno.EPERM: advice}):
-                rtnetlink.set_mtu(link.ifindex, self._wanted.mtu)
+                self._network.set_mtu(link.ifindex, self._wanted.mtu)
         if self._wanted.bridge is not None:
             self._put_into_bridge(link, self._wanted.bridge)
         if not link.is_up:
             advice = f"bring it up beforehand: ip link set {name} up"
             with self._kernel_errors(f"cannot bring '{name}' up", {errno.EPERM: advice}):
-                rtnetlink.bring_up(link.ifindex)
+                self._network.bring_up(link.ifindex)
         with self._kernel_errors(f"cannot read the state of '{name}'"):
-            now = rtnetlink.link(ifindex=link.ifindex)
+            now = self._network.link(ifindex=link.ifindex)
             if now is None:
                 raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         return now
@@ -228,7 +228,7 @@ class Opener:
     def _put_into_bridge(self, link: Link, bridge: str) -> None:
         what = f"cannot put '{link.name}' into bridge '{bridge}'"
         with self._kernel_errors(what):
-            found = rtnetlink.link(name=bridge)
+            found = self._network.link(name=bridge)
         if found is None:
             raise self._refusal(
                 f"{what}: there is no such interface; make it: ip link add {bridge} type bridge && "
@@ -242,7 +242,7 @@ class Opener:
         if link.master != found.ifindex:
             advice = f"put it there beforehand: ip link set {link.name} master {bridge}"
             with self._kernel_errors(what, {errno.EPERM: advice}):
-                rtnetlink.set_master(link.ifindex, found.ifindex)
+                self._network.set_master(link.ifindex, found.ifindex)
 
     def open_existing(self, found: Link) -> OpenTap:
         """Opens the interface `found`. What a program with more privileges left undone is no error: notes tell it."""
@@ -273,20 +273,19 @@ class Opener:
             return tun.open_device()
 
 
-def find(queue: OwnedFd, name: str, ifindex: int = 0) -> Link | None:
-    """The interface of a queue, which is called `name` and had that number, None where it is not in this namespace.
+def find(network: Network, queue: OwnedFd, name: str, ifindex: int = 0) -> Link | None:
+    """The interface of a queue, which is called `name` and had that number, None where it is not in this network.
 
     An interface in another namespace may have the same name, number and address. Where the kernel does not tell a
     process without privileges which namespace it is, name and address decide.
     """
-    namespace = tun.namespace(queue.fileno())
-    if namespace not in (None, rtnetlink.namespace()):
+    if tun.namespace(queue.fileno()) not in (None, network.namespace):
         return None
     address = tun.hardware_address(queue.fileno())
     # By its number first: it may have been renamed since the name was told.
-    link = rtnetlink.link(ifindex=ifindex) if ifindex else None
+    link = network.link(ifindex=ifindex) if ifindex else None
     if link is None or link.address != address:
-        link = rtnetlink.link(name=name)
+        link = network.link(name=name)
     return link if link is not None and link.address == address else None
 
 

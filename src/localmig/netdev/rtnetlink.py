@@ -1,26 +1,19 @@
-"""Route netlink: what the kernel knows of the interfaces of this process's network namespace, and how it is told.
+"""Route netlink: what the kernel tells of network interfaces, and how it is asked and told, as bytes.
 
-Owns:        the messages, and a socket for the length of one request.
-Never sees:  a TAP's descriptors; what an interface is for.
-Read next:   watch.py, which hears of changes; tap.py, which asks and sets.
+Owns:        the messages.
+Never sees:  a socket; what an interface is for.
+Read next:   network.py, which sends and receives them.
 
-An interface is named by its index, because its name may change at any time. It is looked up by a name only where a
-user wrote one, or where a TAP's descriptor has just told it.
-
-These few lines stand for pyroute2, whose import takes longer than a whole handover and which would run in the process
-that must not stop to think.
+These few lines stand for pyroute2: a fifth of a second of every start, and a process that must not stop to think.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if.h
@@ -53,7 +46,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 _NESTED: Final = 0xC000
 """NLA_F_NESTED and NLA_F_NET_BYTEORDER, which stand in an attribute's type."""
 
-ANSWER_SIZE_MAX: Final = 65536
+DATAGRAM_SIZE_MAX: Final = 65536
 """What the kernel tells of one link has some 2 KiB; with every attribute there is, a page or two."""
 
 
@@ -88,89 +81,73 @@ class Link:
     queue_count: int
 
 
-def link(*, ifindex: int = 0, name: str = "") -> Link | None:
-    """The interface of that number, or of that name where no number is given; None where there is none.
+# -- requests -------------------------------------------------------------------------------------------------
 
-    Raises:
-        OSError: the kernel does not say.
-    """
+
+def ask_link(sequence: int, *, ifindex: int = 0, name: str = "") -> bytes:
+    """Asks for the interface of that number, or of that name where no number is given."""
     attributes = _attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
     if not ifindex:
         attributes += _attribute(_IFLA_IFNAME, name.encode(errors="surrogateescape") + b"\0")
-    try:
-        answer = _exchange(_RTM_GETLINK, 0, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0) + attributes)
-    except OSError as error:
-        if error.errno == errno.ENODEV:
-            return None
-        raise
-    try:
-        return decode_link(answer)
-    except ValueError as error:
-        raise OSError(errno.EBADMSG, f"the kernel describes an interface in a way that cannot be: {error}") from error
+    return _request(_RTM_GETLINK, 0, sequence, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0) + attributes)
 
 
-def set_mtu(ifindex: int, mtu: int) -> None:
-    """Gives an interface an MTU of `mtu` bytes. OSError where the kernel refuses, as for all that follows."""
-    _set(ifindex, _attribute(_IFLA_MTU, struct.pack("=I", mtu)))
+def set_mtu(sequence: int, ifindex: int, mtu: int) -> bytes:
+    """Gives an interface an MTU of `mtu` bytes."""
+    return _set(sequence, ifindex, _attribute(_IFLA_MTU, struct.pack("=I", mtu)))
 
 
-def bring_up(ifindex: int) -> None:
+def bring_up(sequence: int, ifindex: int) -> bytes:
     """Brings an interface up."""
-    _set(ifindex, flags=_IFF_UP)
+    return _set(sequence, ifindex, flags=_IFF_UP)
 
 
-def set_master(ifindex: int, master: int) -> None:
+def set_master(sequence: int, ifindex: int, master: int) -> bytes:
     """Makes an interface a port of the bridge `master`, and of no other."""
-    _set(ifindex, _attribute(_IFLA_MASTER, struct.pack("=I", master)))
+    return _set(sequence, ifindex, _attribute(_IFLA_MASTER, struct.pack("=I", master)))
 
 
-def name_of(ifindex: int) -> str | None:
-    """What an interface is called now, None where there is none."""
-    try:
-        return socket.if_indextoname(ifindex)
-    except OSError:
-        return None
+def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int = 0) -> bytes:
+    payload = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags, flags) + attributes
+    return _request(_RTM_SETLINK, _NLM_F_ACK, sequence, payload)
 
 
-def namespace() -> int:
-    """What tells this thread's network namespace from others that exist: an interface's number means something only
-    together with it. OSError where /proc does not say.
+def _request(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(payload), kind, _NLM_F_REQUEST | flags, sequence, 0) + payload
+
+
+# -- answers and events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """What came in one datagram, or a part of it.
+
+    Attributes:
+        kind: RTM_NEWLINK and the like.
+        sequence: that of the request which it answers, 0 of an event.
+        payload: what stands behind the header.
     """
-    return Path("/proc/thread-self/ns/net").stat().st_ino
+
+    kind: int
+    sequence: int
+    payload: bytes
+
+    @property
+    def error(self) -> int | None:
+        """The errno it tells, 0 for success; None where it tells neither."""
+        if self.kind != _NLMSG_ERROR or len(self.payload) < 4:
+            return None
+        return -int.from_bytes(self.payload[:4], sys.byteorder, signed=True)
 
 
-def _set(ifindex: int, attributes: bytes = b"", *, flags: int = 0) -> None:
-    _exchange(_RTM_SETLINK, _NLM_F_ACK, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags, flags) + attributes)
-
-
-def _exchange(kind: int, flags: int, payload: bytes) -> bytes:
-    """Sends a request; the payload of its answer. Raises OSError, also as the kernel answers one."""
-    request = _HEADER.pack(_HEADER.size + len(payload), kind, _NLM_F_REQUEST | flags, 1, 0) + payload
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
-        sock.send(request)
-        # The kernel has answered when send(2) returns: nothing is waited for.
-        answer = sock.recv(ANSWER_SIZE_MAX, socket.MSG_DONTWAIT)
-    for answered, body in messages(answer):
-        if answered == _NLMSG_ERROR:
-            if len(body) < struct.calcsize("=i"):
-                break
-            (number,) = struct.unpack_from("=i", body)
-            if number:
-                raise OSError(-number, os.strerror(-number))
-        return body
-    raise OSError(errno.EBADMSG, "the kernel's answer is no netlink message")
-
-
-# -- bytes ----------------------------------------------------------------------------------------------------
-
-
-def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, payload) of each message in what a netlink socket received; what is cut short ends them."""
+def messages(data: bytes) -> Iterator[Message]:
+    """The messages in what a netlink socket received; one that is cut short ends them."""
     while len(data) >= _HEADER.size:
-        size, kind, _, _, _ = _HEADER.unpack_from(data)
+        size, kind, _, sequence, _ = _HEADER.unpack_from(data)
         if not _HEADER.size <= size <= len(data):
             return
-        yield kind, data[_HEADER.size : size]
+        yield Message(kind=kind, sequence=sequence, payload=data[_HEADER.size : size])
         data = data[size + 3 & ~3 :]
 
 

@@ -49,16 +49,20 @@ class TapDescriptors:
         queues: a descriptor for each.
         attached: whether the kernel steers frames into each.
         downscript: "no" for none.
-        ifname_opened, mtu_opened, namespace, ifindex, is_up, is_gone, has_carrier: as `opened.OpenTap`'s.
+        netlink: the socket of its network, where no TAP before it brought that one.
+        namespace: the number of that network.
+        ifname_opened, mtu_opened, ifindex, bridge, is_up, is_gone, has_carrier: as `opened.OpenTap`'s.
     """
 
     queues: tuple[OwnedFd, ...]
     attached: tuple[bool, ...]
     downscript: str
+    netlink: OwnedFd | None
+    namespace: int
     ifname_opened: str
     mtu_opened: int
-    namespace: int
     ifindex: int
+    bridge: str
     is_up: bool
     is_gone: bool
     has_carrier: bool
@@ -85,10 +89,12 @@ TAP_DESCRIPTORS: Final = Description(
         array("queues", partial(fd, kind=FdKind.TAP), count_max=QUEUE_COUNT_MAX),
         array("attached", boolean, count_max=QUEUE_COUNT_MAX),
         text("downscript", size_max=_PATH_BYTES_MAX),
+        optional(fd("netlink", kind=FdKind.NETLINK)),
+        u64("namespace"),
         text("ifname_opened", size_max=_NAME_BYTES_MAX),
         u16("mtu_opened"),
-        u64("namespace"),
         u32("ifindex"),
+        text("bridge", size_max=_NAME_BYTES_MAX),
         boolean("is_up"),
         boolean("is_gone"),
         boolean("has_carrier"),

@@ -38,14 +38,14 @@ from typing import Any, ClassVar, Final, Protocol
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
-from localmig.netdev import rtnetlink, tun
+from localmig.netdev import tun
 from localmig.netdev.info import TapInfo
+from localmig.netdev.network import Network, Networks, namespace_here
 from localmig.netdev.opened import OpenTap, Wanted
 from localmig.netdev.opening import Opener, find, kernel_errors
 from localmig.netdev.script import NO_SCRIPT, run_script
 from localmig.netdev.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
 from localmig.netdev.tun import Offload
-from localmig.netdev.watch import LinkWatch
 from localmig.vmstate import Description
 
 _logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Tap:
         bridge: the bridge to put the interface into, None leaves it where it is.
         guest_carrier: whether the interface has a carrier only while a driver serves the NIC.
         stays_home: why its descriptors do not move, None where they do.
-        watch: what tells of changes to the interface.
+        networks: the networks of all TAPs of a daemon.
 
     Attributes:
         observer: who reads and writes the frames, None where nobody does.
@@ -110,7 +110,7 @@ class Tap:
         bridge: str | None = None,
         guest_carrier: bool = False,
         stays_home: str | None = None,
-        watch: LinkWatch | None = None,
+        networks: Networks | None = None,
     ) -> None:
         assert len(fds) in (0, queues), (queues, fds)
         self.id = id
@@ -128,11 +128,11 @@ class Tap:
             bridge=bridge,
             guest_carrier=guest_carrier,
         )
-        self._opener = Opener(self._wanted)
         self._stays_home = stays_home
-        self._watch = watch or LinkWatch()
+        self._networks = networks or Networks()
         self.observer: Observer | None = None
         self.mtu_told = 0
+        self._is_thawed = False
         self._open: OpenTap | None = None
         self._awaited: TapState | None = None
         """What to open once the source has let go of it."""
@@ -277,16 +277,16 @@ class Tap:
     # -- what becomes of the interface ---------------------------------------------------------------------
 
     @property
-    def ifindex(self) -> int:
-        """The interface's number, 0 where it has none in this network namespace."""
-        return 0 if self._open is None else self._open.ifindex
+    def ifindexes(self) -> tuple[int, ...]:
+        """Numbers of the interface and of its bridge. See `network.Watcher`."""
+        return () if self._open is None else (self._open.ifindex, self._open.bridge_ifindex)
 
     @property
-    def awaited_name(self) -> str:
-        """What the interface is called that would be ours if it came up here, "" where none would."""
+    def awaited_name(self) -> str | None:
+        """What the interface is called that would be ours if it came up in its network, None where none would."""
         tap = self._open
         if tap is None or tap.ifindex:
-            return ""
+            return None
         return tap.ifname_opened if tap.is_gone else tap.ifname
 
     def look(self) -> bool:
@@ -315,7 +315,8 @@ class Tap:
 
     def look_soon(self) -> None:
         """Has `look` called by the event loop, while this process serves."""
-        self._watch.look_soon(self)
+        if self._open is not None:
+            self._open.network.look_soon(self)
 
     # -- serving -------------------------------------------------------------------------------------------
 
@@ -337,11 +338,15 @@ class Tap:
 
     def freeze(self) -> None:
         """What becomes of the interface is another process's to see."""
-        self._watch.leave(self)
+        self._is_thawed = False
+        if self._open is not None:
+            self._open.network.unwatch(self)
 
     def thaw(self) -> None:
-        """Has a look at the interface soon, and at each change. KernelError where the kernel tells of none."""
-        self._watch.join(self)
+        """Has a look at the interface soon, and at each change."""
+        self._is_thawed = True
+        if self._open is not None:
+            self._open.network.watch(self)
 
     def close(self) -> None:
         """Runs the downscript, closes the TAP. A downscript that fails is logged."""
@@ -369,7 +374,7 @@ class Tap:
             ifindex=tap.ifindex or None,
             mtu=tap.mtu,
             is_up=tap.is_up if tap.ifindex else None,
-            bridge=rtnetlink.name_of(tap.master) if tap.master else None,
+            bridge=tap.bridge or None,
             vnet_header_length=tap.vnet_header_length,
             offloads=tap.offloads,
             notes=tuple(tap.notes(self._wanted, mtu_told=self.mtu_told)),
@@ -380,6 +385,11 @@ class Tap:
     def local_migration_blocker(self) -> str | None:
         """What it was told, and: a TAP that is not open cannot move."""
         return self._stays_home or (None if self._open is not None else "its TAP is not open")
+
+    @property
+    def moves(self) -> bool:
+        """Whether its descriptors do. See `network.Watcher`."""
+        return self.local_migration_blocker() is None
 
     def save_setup(self, *, with_descriptors: bool) -> TapState:
         """The TAP as it is, or as it is awaited. StateError if it is not open, and not awaited."""
@@ -392,8 +402,10 @@ class Tap:
             downscript=_absolute(tap.downscript),
             ifname_opened=tap.ifname_opened,
             mtu_opened=tap.mtu_opened,
-            namespace=tap.namespace,
+            netlink=tap.network.fd if self._is_first_to_move(tap.network) else None,
+            namespace=tap.network.namespace,
             ifindex=tap.ifindex,
+            bridge=tap.bridge,
             is_up=tap.is_up,
             is_gone=tap.is_gone,
             has_carrier=tap.has_carrier,
@@ -408,15 +420,19 @@ class Tap:
             descriptors=descriptors if with_descriptors else None,
         )
 
+    def _is_first_to_move(self, network: Network) -> bool:
+        """Whether none of the TAPs that move before this one brings its network's socket."""
+        return next((user for user in network.users if user.moves), None) is self
+
     def save_switchover(self) -> Any:
         """Never called: nothing of a TAP travels inside the downtime."""
         raise NotImplementedError
 
     def release(self) -> None:
         """Closes this process's copy. The interface stays as long as another process has it open."""
-        self._watch.leave(self)
         self._awaited = None
         if self._open is not None:
+            self._open.network.leave(self)
             close_all(self._open.queues)
             self._open = None
 
@@ -502,6 +518,8 @@ class Tap:
         if self._awaited is not None:
             self._open = self._open_by_name(self._awaited.ifname)
             self._awaited = None
+            if self._is_thawed:
+                self._open.network.watch(self)
 
     def discard(self) -> None:
         """Closes what arrived without a side effect; undoes what this process opened itself."""
@@ -545,24 +563,37 @@ class Tap:
 
     def _open_by_name(self, ifname: str) -> OpenTap:
         """Opens the TAP and runs the script; an empty name lets the kernel choose one."""
-        tap = self._opener.open_anew(ifname)
-        tap.downscript = self._downscript
-        try:
-            run_script(self._script, tap.ifname)
-        except LocalmigError:
-            close_all(tap.queues)
-            raise
-        return tap
+        with self._in_network_here() as network:
+            tap = Opener(self._wanted, network).open_anew(ifname)
+            tap.downscript = self._downscript
+            try:
+                run_script(self._script, tap.ifname)
+            except LocalmigError:
+                close_all(tap.queues)
+                raise
+            return tap
 
     def _take_inherited(self) -> OpenTap:
-        tap = self._opener.take_inherited()
-        tap.downscript = self._downscript
-        return tap
+        with self._in_network_here() as network:
+            tap = Opener(self._wanted, network).take_inherited()
+            tap.downscript = self._downscript
+            return tap
+
+    @contextlib.contextmanager
+    def _in_network_here(self) -> Iterator[Network]:
+        """This process's network, which is left again if the TAP cannot be opened."""
+        network = self._networks.here(self)
+        try:
+            yield network
+        except BaseException:
+            network.leave(self)
+            raise
 
     def _arrived(self, state: TapState, descriptors: TapDescriptors) -> OpenTap:
         """One that came by a handover: nothing of it is touched."""
-        is_here = descriptors.namespace == rtnetlink.namespace()
-        tap = OpenTap(
+        network = self._networks.adopt(descriptors.netlink, descriptors.namespace, self)
+        knows_it = network is not None and not descriptors.is_gone
+        return OpenTap(
             queues=tuple(queue.take() for queue in descriptors.queues),
             attached=list(descriptors.attached),
             vnet_header_length=state.vnet_header_length,
@@ -572,21 +603,15 @@ class Tap:
             arrived=True,
             ifname_opened=descriptors.ifname_opened,
             mtu_opened=descriptors.mtu_opened,
-            namespace=descriptors.namespace,
+            network=network or self._networks.here(self),
             ifname=state.ifname,
-            ifindex=descriptors.ifindex if is_here and not descriptors.is_gone else 0,
+            ifindex=descriptors.ifindex if knows_it else 0,
             mtu=state.mtu,
             is_up=descriptors.is_up,
-            master=0,
             has_carrier=descriptors.has_carrier,
+            bridge=descriptors.bridge,
             is_gone=descriptors.is_gone,
         )
-        if tap.ifindex:
-            # What the source does not tell: one question about the interface, none to a descriptor.
-            with contextlib.suppress(OSError):
-                if (link := rtnetlink.link(ifindex=tap.ifindex)) is not None:
-                    tap.see(link.name, link)
-        return tap
 
     # -- the interface, after it was opened ----------------------------------------------------------------
 
@@ -595,9 +620,9 @@ class Tap:
         known = set(tap.notes(self._wanted, mtu_told=self.mtu_told))
         found = tun.interface(tap.queues[0].fileno())
         if found is None:
-            tap.is_gone, tap.ifindex, tap.master = True, 0, 0
+            tap.is_gone, tap.ifindex, tap.bridge_ifindex, tap.bridge = True, 0, 0, ""
         else:
-            tap.see(found[0], find(tap.queues[0], found[0], tap.ifindex))
+            tap.see(found[0], find(tap.network, tap.queues[0], found[0], tap.ifindex))
         for note in tap.notes(self._wanted, mtu_told=self.mtu_told):
             if note not in known:
                 _logger.warning("netdev '%s': %s", self.id, note)
@@ -607,14 +632,17 @@ class Tap:
 
         Returns whether to try again later. Raises OSError where the kernel does not say what there is.
         """
-        if not tap.ifname_opened or tap.namespace != rtnetlink.namespace():
+        if not tap.ifname_opened:
             return False
-        found = rtnetlink.link(name=tap.ifname_opened)
+        found = tap.network.link(name=tap.ifname_opened)
         if found is None:
             tap.refusal = ""
             return False
+        if tap.network.namespace != namespace_here():
+            tap.refusal = "it is in another network namespace than this daemon; hand over to one that is started there"
+            return False
         try:
-            fresh = self._opener.open_existing(found)
+            fresh = Opener(self._wanted, tap.network).open_existing(found)
         except LocalmigError as error:
             if str(error) != tap.refusal:
                 tap.refusal = str(error)
