@@ -678,10 +678,16 @@ class Tap:
         try:
             with kernel_errors(self.id, what):
                 yield
-        except KernelError as error:
-            if error.errno != errno.EBADFD or tun.interface(tap.queues[0].fileno()) is not None:
+        except KernelError:
+            if not _is_deleted(tap):
                 raise
             self.look_soon()
+
+
+def _is_deleted(tap: OpenTap) -> bool:
+    with contextlib.suppress(OSError):
+        return tun.interface(tap.queues[0].fileno()) is None
+    return False
 
 
 def _absolute(script: str) -> str:
