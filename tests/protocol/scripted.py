@@ -25,10 +25,7 @@ NEVER_S: Final = 1000.0
 
 SETTINGS = Settings(
     parameters={"local": False, "downtime-limit": 123},
-    capabilities=[
-        {"capability": "events", "state": False},
-        {"capability": "pause-before-switchover", "state": True},
-    ],
+    capabilities={"events": False, "pause-before-switchover": True},
 )
 
 

@@ -48,7 +48,7 @@ fn ring_work() {
     for _ in 0..ROUNDS {
         for _ in 0..SIZE {
             buffers.clear();
-            let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).expect("a good chain");
+            let chain = ring.take(Direction::FromGuest, HEADER, &mut buffers).expect("a good chain");
             ring.complete(&chain.expect("one is there"), 0);
             ring.publish();
         }
@@ -81,7 +81,7 @@ fn packed_ring_work() {
         let began = Instant::now();
         for _ in 0..PACKETS {
             buffers.clear();
-            let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).expect("a good chain");
+            let chain = ring.take(Direction::FromGuest, HEADER, &mut buffers).expect("a good chain");
             ring.complete(&chain.expect("one is there"), 0);
             ring.publish();
         }

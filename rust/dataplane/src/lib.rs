@@ -22,6 +22,12 @@ mod ring;
 pub mod split;
 pub mod sys;
 
+#[cfg(test)]
+extern crate self as dataplane; // as `tests/common` calls it
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
 pub use counters::{Counters, DriverCounters};
 pub use pump::{Config, Positions, RingSpec, Side};
 pub use ring::Format;

@@ -9,6 +9,7 @@
 //! one position says where the ring stands.
 
 use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
+use std::sync::Arc;
 
 use crate::chain::{
     find_part, Chain, Descriptor, Direction, Features, Gathering, Layout, RingError, Table,
@@ -85,9 +86,10 @@ pub(crate) struct Completion {
 
 /// A packed virtqueue. Chains are completed in the order they are taken.
 ///
-/// The memory it was made from must outlive it: that is the caller's duty, as with every raw pointer.
+/// It keeps the memory mapped that it lies in, and that the buffers it finds point into.
 #[derive(Debug)]
 pub struct PackedRing {
+    memory: Arc<GuestMemory>,
     size: u16,
     features: Features,
     descriptors: *mut u8,
@@ -113,14 +115,14 @@ pub struct PackedRing {
 }
 
 impl PackedRing {
-    /// Finds the ring in guest memory and touches none of it. `memory` must outlive the ring.
+    /// Finds the ring in guest memory and touches none of it.
     ///
     /// # Errors
     /// A text that says what is wrong with the layout.
     pub fn new(
         layout: &Layout,
         features: Features,
-        memory: &GuestMemory,
+        memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
     ) -> Result<Self, String> {
         // Unlike a split ring's, its size need not be a power of two.
@@ -133,6 +135,7 @@ impl PackedRing {
         let driver_event = find_part(memory, "driver event suppression", layout.driver_area, 4, 4)?;
         let device_event = find_part(memory, "device event suppression", layout.device_area, 4, 4)?;
         Ok(Self {
+            memory: Arc::clone(memory),
             size,
             features,
             descriptors,
@@ -268,7 +271,6 @@ impl PackedRing {
     #[inline]
     pub fn take(
         &mut self,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
@@ -279,7 +281,7 @@ impl PackedRing {
         if self.taken == self.size || !is_available(flags, self.next_avail.wrap) {
             return Ok(None);
         }
-        let chain = self.walk(flags, memory, direction, header_length, buffers)?;
+        let chain = self.walk(flags, direction, header_length, buffers)?;
         self.next_avail = self.next_avail.after(chain.slots, self.size);
         self.taken += chain.slots;
         Ok(Some(chain))
@@ -295,12 +297,11 @@ impl PackedRing {
     fn walk(
         &self,
         mut flags: u16,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Chain, RingError> {
-        let mut gathering = Gathering::new(memory, direction, buffers);
+        let mut gathering = Gathering::new(&self.memory, direction, buffers);
         let mut position = self.next_avail;
         let mut slots = 1;
         loop {
@@ -314,7 +315,7 @@ impl PackedRing {
                 if slots > 1 {
                     return Err(RingError::IndirectInChain { index });
                 }
-                let table = Table::indirect(index, &descriptor, has_next, self.features, memory)?;
+                let table = Table::indirect(index, &descriptor, has_next, self.features, &self.memory)?;
                 walk_indirect(&table, &mut gathering)?;
                 return gathering.chain(id, slots, header_length);
             }

@@ -22,8 +22,17 @@ use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
 use crate::sys;
 
-/// Packets moved in one direction before the other gets its turn: some tens of microseconds of TAP work.
-pub(crate) const BATCH_PACKETS: usize = 64;
+/// What one direction may move before the other gets its turn. The packet that reaches the limit of bytes is moved whole.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budget {
+    pub(crate) packets: usize,
+    pub(crate) bytes: u64,
+}
+
+/// Some tens of microseconds of TAP work. For small packets the count decides: a call of the TAP takes its time whatever it
+/// moves. For large ones the bytes do: 64 frames of 64 KiB would be 4 MiB to copy, which is a millisecond; frames of an
+/// Ethernet's MTU never get there.
+pub(crate) const BATCH: Budget = Budget { packets: 64, bytes: 256 << 10 };
 
 /// The length of a virtio-net header with `num_buffers`, its last field.
 const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
@@ -259,7 +268,7 @@ pub(crate) struct Pump {
     memory: Arc<GuestMemory>,
 }
 
-// SAFETY: every pointer in it leads to guest memory, which `memory` keeps mapped and any thread may access.
+// SAFETY: every pointer in it leads to guest memory, which its rings keep mapped and any thread may access.
 unsafe impl Send for Pump {}
 
 impl Pump {
@@ -372,13 +381,25 @@ impl Pump {
         std::mem::take(&mut self.failures)
     }
 
-    /// One turn of up to `packets` for each direction. False if both have to wait.
-    pub(crate) fn turn(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+    /// One turn for each direction. False if both have to wait.
+    pub(crate) fn turn(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) -> bool {
         self.give_up_if_lost();
-        self.transmit(packets, stop, counters);
-        self.receive(packets, stop, counters);
+        self.transmit(budget, stop, counters);
+        self.receive(budget, stop, counters);
         self.give_up_if_lost();
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
+    }
+
+    /// Stops both rings after a panic, which is a bug of ours, and lets go of what they had begun. They stand where the
+    /// guest was told that they do.
+    pub(crate) fn abandon(&mut self, reason: &str) {
+        self.window.clear();
+        for end in self.rx.iter_mut().chain(&mut self.tx).filter(|end| !end.failed) {
+            // What cannot begin there is failed anyhow.
+            let _ = end.ring.begin(None, true);
+            end.start = Some(end.ring.position_before(0, 0));
+            self.failures.push(end.fail(&format_args!("bug in the packet path: {reason}")));
+        }
     }
 
     /// Stops both rings where guest memory is lost, whichever ring or pair met it.
@@ -389,17 +410,18 @@ impl Pump {
         }
     }
 
-    fn transmit(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
+    fn transmit(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(tx) = self.tx.as_mut().filter(|end| !end.failed) else { return };
         let buffers = &mut self.outgoing;
         tx.ring.disarm();
         tx.wait = Wait::Nothing;
-        for _ in 0..packets {
-            if stop.load(Ordering::Relaxed) {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
             buffers.clear();
-            let taken = tx.ring.take(&self.memory, Direction::FromGuest, self.header_length, buffers);
+            let taken = tx.ring.take(Direction::FromGuest, self.header_length, buffers);
             let chain = match taken {
                 Ok(Some(chain)) => chain,
                 Ok(None) => {
@@ -414,7 +436,8 @@ impl Pump {
             let sent = if self.tap_gone {
                 Err(io::Error::from_raw_os_error(libc::ENODEV))
             } else {
-                sys::writev(self.tap_fd, buffers)
+                // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+                unsafe { sys::writev(self.tap_fd, buffers) }
             };
             match sent {
                 Ok(_) => {
@@ -434,13 +457,14 @@ impl Pump {
                 // A packet is lost, as on any wire. A TAP that is gone for good is found by whoever waits for it.
                 Err(error) => dropped(&error, counters).add(1),
             }
+            bytes += chain.length;
             tx.ring.complete(&chain, 0);
             tx.ring.publish();
         }
         tx.call_if_due(counters);
     }
 
-    fn receive(&mut self, packets: usize, stop: &AtomicBool, counters: &LiveCounters) {
+    fn receive(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) {
         let Some(rx) = self.rx.as_mut().filter(|end| !end.failed) else { return };
         if self.tap_gone {
             rx.wait = Wait::Forever;
@@ -450,11 +474,12 @@ impl Pump {
         rx.ring.disarm();
         rx.wait = Wait::Nothing;
         let window = &mut self.window;
-        for _ in 0..packets {
-            if stop.load(Ordering::Relaxed) {
+        let mut bytes = 0;
+        for _ in 0..budget.packets {
+            if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
-            match gather(rx, window, &self.memory, self.mergeable, self.header_length, self.room) {
+            match gather(rx, window, self.mergeable, self.header_length, self.room) {
                 Ok(true) => {}
                 Ok(false) => {
                     rx.wait = Wait::Guest;
@@ -483,6 +508,7 @@ impl Pump {
                     break;
                 }
             };
+            bytes += length;
             // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
             if length > window.length || length < self.header_length as u64 {
                 counters.rx_dropped_length.add(1);
@@ -566,7 +592,6 @@ fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
 fn gather(
     rx: &mut RingEnd,
     window: &mut Window,
-    memory: &GuestMemory,
     mergeable: bool,
     header_length: usize,
     room: u64,
@@ -583,7 +608,7 @@ fn gather(
             return Ok(true);
         }
         let before = window.buffers.len();
-        let taken = rx.ring.take(memory, Direction::ToGuest, header_length, &mut window.buffers);
+        let taken = rx.ring.take(Direction::ToGuest, header_length, &mut window.buffers);
         let Some(chain) = taken? else { return Ok(false) };
         if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
             // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
@@ -599,7 +624,8 @@ fn gather(
 fn read_frame(tap_fd: RawFd, window: &mut Window) -> io::Result<u64> {
     let mut spare = 0u8;
     window.buffers.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
-    let length = sys::readv(tap_fd, &window.buffers[window.used..]);
+    // SAFETY: the buffers lie in guest memory, which the ring keeps mapped, but for the last one, which is `spare`.
+    let length = unsafe { sys::readv(tap_fd, &window.buffers[window.used..]) };
     window.buffers.pop();
     length
 }
@@ -636,5 +662,15 @@ fn write_num_buffers(buffers: &[libc::iovec], count: u16) {
             offset += 1;
         }
         offset -= buffer.iov_len;
+    }
+}
+
+#[cfg(test)]
+impl Pump {
+    /// Breaks an invariant: there is room for a frame, and no chain that it could be delivered by.
+    pub(crate) fn break_window(&mut self) {
+        let room = vec![0u8; 2048].leak();
+        self.window.buffers.push(libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() });
+        self.window.length = room.len() as u64;
     }
 }

@@ -17,6 +17,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -25,16 +26,16 @@ use std::time::Duration;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
-use crate::pump::{Config, Positions, Pump, Side, BATCH_PACKETS, WATCHED};
+use crate::pump::{Budget, Config, Positions, Pump, Side, BATCH, WATCHED};
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
 /// only come from an owner that never takes them.
 const RING_ERRORS_MAX: usize = 16;
 
-/// Packets that `start` moves in each direction before it returns: enough for what waited during a handover of a NIC
-/// that is not flooded, and some tens of microseconds for one that is.
-const START_PACKETS: usize = 16;
+/// What `start` moves in each direction before it returns: enough for what waited during a handover of a NIC that is not
+/// flooded, and some tens of microseconds for one that is.
+const START: Budget = Budget { packets: 16, bytes: 64 << 10 };
 
 /// Where poll(2) has no memory to wait with: a guest hardly notices, and a processor does not spin.
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(1);
@@ -215,12 +216,12 @@ impl QueuePair {
         let shared = &self.shared;
         let mut state = self.idle()?;
         let parked = state.parked;
-        state.pump.as_mut().ok_or(Error::NotConfigured)?.begin();
+        attempt(state.pump.as_mut().ok_or(Error::NotConfigured)?, Pump::begin);
         state.running = true;
         state.starts += 1;
         shared.running.store(true, Ordering::Release);
         let began_ns = sys::monotonic_ns();
-        shared.turn(&mut state, START_PACKETS);
+        shared.turn(&mut state, START);
         Ok(Started { began_ns, parked })
     }
 
@@ -259,7 +260,8 @@ impl QueuePair {
         let running = std::mem::take(&mut state.running);
         shared.running.store(false, Ordering::Release);
         if let Some(pump) = state.pump.as_mut().filter(|_| running) {
-            pump.settle(&shared.counters);
+            attempt(pump, |pump| pump.settle(&shared.counters));
+            shared.report_failures(pump);
         }
         running
     }
@@ -394,7 +396,7 @@ impl Shared {
         let mut state = self.park(lock(&self.state));
         while !state.closing {
             let (wake, watched) = fds.split_first_mut().expect("one more than watched");
-            let sleep = !self.turn(&mut state, BATCH_PACKETS) && self.watch(&mut state, watched);
+            let sleep = !self.turn(&mut state, BATCH) && self.watch(&mut state, watched);
             let starts = state.starts;
             if sleep {
                 *wake = libc::pollfd { fd: self.wake_fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -413,9 +415,9 @@ impl Shared {
     }
 
     /// One turn of the rings; false if there is nothing to do but to wait.
-    fn turn(&self, state: &mut State, packets: usize) -> bool {
+    fn turn(&self, state: &mut State, budget: Budget) -> bool {
         let pump = state.pump.as_mut().expect("a pair that runs is configured");
-        let more = pump.turn(packets, &self.stop_requested, &self.counters);
+        let more = attempt(pump, |pump| pump.turn(budget, &self.stop_requested, &self.counters));
         self.positions.store(pack(pump.next_positions()), Ordering::Relaxed);
         self.report_failures(pump);
         more
@@ -424,7 +426,7 @@ impl Shared {
     /// Prepares to sleep; false if there is something to do after all.
     fn watch(&self, state: &mut State, watched: &mut [libc::pollfd]) -> bool {
         let pump = state.pump.as_mut().expect("a pair that runs is configured");
-        let idle = pump.watch(watched);
+        let idle = attempt(pump, |pump| pump.watch(watched));
         self.report_failures(pump);
         idle
     }
@@ -448,7 +450,7 @@ impl Shared {
             let _ = sys::drain(self.wake_fd.as_raw_fd());
         }
         if let Some(pump) = state.pump.as_mut().filter(|_| state.running && state.starts == starts) {
-            pump.woken(&fds[1..], &self.counters);
+            attempt(pump, |pump| pump.woken(&fds[1..], &self.counters));
         }
     }
 
@@ -471,6 +473,17 @@ impl Shared {
     }
 }
 
+/// Runs one step of a pump. A panic is a bug of ours, and costs the rings of this pair: other pairs go on, and so does
+/// whoever called.
+fn attempt<T: Default>(pump: &mut Pump, step: impl FnOnce(&mut Pump) -> T) -> T {
+    // What the step left half-done is thrown away with the rings' progress.
+    catch_unwind(AssertUnwindSafe(|| step(pump))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        pump.abandon(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panic"));
+        T::default()
+    })
+}
+
 /// Positions as one word: 16 bits each, and a bit above them where there is one.
 fn pack(positions: Positions) -> u64 {
     let half = |position: Option<u16>| position.map_or(0, |position| 1 << 16 | u64::from(position));
@@ -480,4 +493,149 @@ fn pack(positions: Positions) -> u64 {
 fn unpack(word: u64) -> Positions {
     let half = |word: u64| (word >> 16 & 1 != 0).then_some((word & 0xffff) as u16);
     Positions { rx: half(word >> 32), tx: half(word) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::Features;
+    use crate::common::{await_rung, eventfd, memory, send, wire, Queue, MEMORY_START, WRITE};
+    use crate::pump::RingSpec;
+    use crate::ring::Format;
+
+    const BUFFER: u64 = MEMORY_START + 0x10_0000;
+    const FRAME: [u8; 60] = [7; 60];
+
+    struct Bench {
+        queues: [Queue; 2],
+        /// Kick, call and error of each ring.
+        ends: [[OwnedFd; 3]; 2],
+        wire: OwnedFd,
+        tap: OwnedFd,
+        event: OwnedFd,
+        pair: QueuePair,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let memory = memory();
+            let queue = |address| Queue::new(&memory, address, 64, 5);
+            let (wire, tap) = wire();
+            let event = eventfd();
+            let pair = QueuePair::new("test", event.as_raw_fd()).unwrap();
+            let ends = [(); 2].map(|()| [(); 3].map(|()| eventfd()));
+            let bench = Self {
+                queues: [MEMORY_START, MEMORY_START + 0x1_0000].map(queue),
+                ends,
+                wire,
+                tap,
+                event,
+                pair,
+            };
+            bench.configure();
+            bench
+        }
+
+        fn configure(&self) {
+            let spec = |ring: usize| {
+                let [kick, call, error] = self.ends[ring].each_ref().map(AsRawFd::as_raw_fd);
+                Some(RingSpec {
+                    layout: self.queues[ring].layout,
+                    kick_fd: kick,
+                    call_fd: Some(call),
+                    error_fd: Some(error),
+                    next_avail: None,
+                    ledger: None,
+                })
+            };
+            let config = Config {
+                memory: Arc::clone(&self.queues[0].memory),
+                tap_fd: self.tap.as_raw_fd(),
+                header_length: 12,
+                frame_length_max: 1514,
+                format: Format::Split,
+                features: Features { event_index: false, indirect: true },
+                mergeable: true,
+                rx: spec(0),
+                tx: spec(1),
+            };
+            self.pair.configure(&config).unwrap();
+        }
+
+        fn break_window(&self) {
+            lock(&self.pair.shared.state).pump.as_mut().unwrap().break_window();
+        }
+
+        /// What is to be seen of a pair that panicked.
+        fn await_both_failed(&self) {
+            let errors = await_rung(&self.event, || {
+                Some(self.pair.take_ring_errors()).filter(|errors| !errors.is_empty())
+            });
+            let reason = "bug in the packet path: the caller checked that the frame fits".to_string();
+            assert_eq!(errors, [(Side::Rx, reason.clone()), (Side::Tx, reason)]);
+            assert_eq!(self.pair.failed(), (true, true));
+            assert!(self.ends.iter().all(|[.., error]| sys::drain(error.as_raw_fd()).unwrap()));
+        }
+
+        fn deliver_one(&mut self) {
+            self.queues[0].descriptor(0, BUFFER, 2048, WRITE, 0);
+            self.queues[0].offer(0);
+            sys::signal(self.ends[0][0].as_raw_fd());
+            assert!(send(&self.wire, &FRAME));
+            let queue = &mut self.queues[0];
+            assert_eq!(await_rung(&self.ends[0][1], || queue.next_used()), (0, 60));
+        }
+    }
+
+    #[test]
+    fn a_panic_costs_the_rings_of_its_pair_until_they_are_configured_again_and_no_other_pair() {
+        let mut other = Bench::new();
+        other.pair.start().unwrap();
+        let mut bench = Bench::new();
+        bench.pair.start().unwrap();
+        bench.deliver_one();
+        bench.break_window();
+        assert!(send(&bench.wire, &FRAME));
+        sys::signal(bench.ends[0][0].as_raw_fd());
+        bench.await_both_failed();
+        let here = Positions { rx: Some(6), tx: Some(5) };
+        assert_eq!((bench.pair.positions(), bench.pair.stop()), (here, here));
+        bench.pair.start().unwrap();
+        assert_eq!(bench.pair.failed(), (true, true), "as any ring that failed");
+        other.deliver_one();
+        bench.pair.stop();
+        bench.configure();
+        bench.pair.start().unwrap();
+        bench.deliver_one();
+        assert_eq!(bench.pair.failed(), (false, false));
+        bench.pair.close();
+    }
+
+    #[test]
+    fn a_turn_ends_with_the_packet_that_reaches_its_limit_of_bytes() {
+        const LENGTH: u32 = 40_000;
+        let mut bench = Bench::new();
+        for (queue, flags) in bench.queues.iter_mut().zip([WRITE, 0]) {
+            for head in 0..4 {
+                queue.descriptor(head, BUFFER, LENGTH, flags, 0);
+                queue.offer(head);
+            }
+        }
+        (0..4).for_each(|_| assert!(send(&bench.wire, &[7; LENGTH as usize])));
+        // The first half of a start: the thread is not woken, so nobody else takes a turn.
+        bench.pair.scan().unwrap();
+        assert_eq!(bench.queues.each_ref().map(Queue::used_index), [5 + 2; 2]);
+        assert_eq!(bench.pair.stop(), Positions { rx: Some(7), tx: Some(7) });
+    }
+
+    #[test]
+    fn a_panic_in_a_start_is_not_the_callers() {
+        let bench = Bench::new();
+        bench.break_window();
+        assert!(send(&bench.wire, &FRAME));
+        bench.pair.start().unwrap();
+        bench.await_both_failed();
+        assert_eq!(bench.pair.stop(), Positions { rx: Some(5), tx: Some(5) });
+        assert_eq!(bench.pair.take_ring_errors(), []);
+    }
 }

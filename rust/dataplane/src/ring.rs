@@ -3,6 +3,8 @@
 //! Owns:        nothing but the choice. A match per call, which every ring answers the same way all its life.
 //! Read next:   `split`, `packed`.
 
+use std::sync::Arc;
+
 use crate::chain::{Chain, Direction, Features, Layout, RingError};
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
@@ -28,7 +30,7 @@ impl Ring {
         format: Format,
         layout: &Layout,
         features: Features,
-        memory: &GuestMemory,
+        memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
     ) -> Result<Self, String> {
         Ok(match format {
@@ -91,14 +93,13 @@ impl Ring {
     #[inline]
     pub(crate) fn take(
         &mut self,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Option<Chain>, RingError> {
         match self {
-            Self::Split(ring) => ring.take(memory, direction, header_length, buffers),
-            Self::Packed(ring) => ring.take(memory, direction, header_length, buffers),
+            Self::Split(ring) => ring.take(direction, header_length, buffers),
+            Self::Packed(ring) => ring.take(direction, header_length, buffers),
         }
     }
 

@@ -8,6 +8,7 @@
 //! error, never a short chain: the ring stops there.
 
 use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
+use std::sync::Arc;
 
 use crate::chain::{
     find_part, Chain, Direction, Features, Gathering, Layout, RingError, Table, DESCRIPTOR_INDIRECT,
@@ -20,9 +21,10 @@ const USED_NO_NOTIFY: u16 = 1;
 
 /// A split virtqueue. Chains are completed in the order they are taken.
 ///
-/// The memory it was made from must outlive it: that is the caller's duty, as with every raw pointer.
+/// It keeps the memory mapped that it lies in, and that the buffers it finds point into.
 #[derive(Debug)]
 pub struct SplitRing {
+    memory: Arc<GuestMemory>,
     size: u16,
     features: Features,
     descriptors: *const u8,
@@ -43,11 +45,11 @@ pub struct SplitRing {
 }
 
 impl SplitRing {
-    /// Finds the ring in guest memory and touches none of it. `memory` must outlive the ring.
+    /// Finds the ring in guest memory and touches none of it.
     ///
     /// # Errors
     /// A text that says what is wrong with the layout.
-    pub fn new(layout: &Layout, features: Features, memory: &GuestMemory) -> Result<Self, String> {
+    pub fn new(layout: &Layout, features: Features, memory: &Arc<GuestMemory>) -> Result<Self, String> {
         let size =
             u16::try_from(layout.size).ok().filter(|size| size.is_power_of_two() && *size <= RING_SIZE_MAX);
         let size = size.ok_or_else(|| {
@@ -60,6 +62,7 @@ impl SplitRing {
         let avail = find_part(memory, "available ring", layout.driver_area, 6 + 2 * entries, 2)?;
         let used = find_part(memory, "used ring", layout.device_area, 6 + 8 * entries, 4)?;
         Ok(Self {
+            memory: Arc::clone(memory),
             size,
             features,
             descriptors,
@@ -123,7 +126,6 @@ impl SplitRing {
     #[inline]
     pub fn take(
         &mut self,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
@@ -133,7 +135,7 @@ impl SplitRing {
         }
         let slot = 2 + usize::from(self.next_avail & (self.size - 1));
         let head = u16::from_le(self.avail_field(slot).load(Ordering::Relaxed));
-        let chain = self.walk(head, memory, direction, header_length, buffers)?;
+        let chain = self.walk(head, direction, header_length, buffers)?;
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(chain))
     }
@@ -157,12 +159,11 @@ impl SplitRing {
     fn walk(
         &self,
         head: u16,
-        memory: &GuestMemory,
         direction: Direction,
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Chain, RingError> {
-        let mut gathering = Gathering::new(memory, direction, buffers);
+        let mut gathering = Gathering::new(&self.memory, direction, buffers);
         let mut table = Table { start: self.descriptors, size: self.size.into() };
         let mut slots = 0;
         let mut indirect = false;
@@ -183,7 +184,7 @@ impl SplitRing {
                 if indirect {
                     return Err(RingError::IndirectNested { index });
                 }
-                table = Table::indirect(index, &descriptor, has_next, self.features, memory)?;
+                table = Table::indirect(index, &descriptor, has_next, self.features, &self.memory)?;
                 (indirect, visited, index) = (true, 0, 0);
                 continue;
             }

@@ -11,13 +11,9 @@ use std::os::fd::RawFd;
 /// A peer's eventfd may be in blocking mode and full, and O_NONBLOCK is not ours to set: so only a descriptor that can
 /// take the write is written to. (Eventfds know no RWF_NOWAIT for writing.)
 pub fn signal(fd: RawFd) {
-    let mut target = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one valid pollfd; a timeout of 0 does not wait.
-    let ready = unsafe { libc::poll(&raw mut target, 1, 0) };
-    if ready != 1 || target.revents & libc::POLLOUT == 0 {
-        return;
+    if polled(fd, libc::POLLOUT) & libc::POLLOUT != 0 {
+        wake(fd);
     }
-    wake(fd);
 }
 
 /// As `signal`, for an eventfd that nobody else can have made blocking: nothing needs to be asked first, so nothing can
@@ -30,6 +26,9 @@ pub fn wake(fd: RawFd) {
 
 /// Takes what an eventfd has counted: `Ok(true)` if it had been rung, never blocks.
 ///
+/// Kernels that know no RWF_NOWAIT for eventfds (before 5.8) or pipes (before 6.5) are asked whether there is something to
+/// read. Nothing better is left there: a peer that reads its own eventfd just between look and read makes us wait.
+///
 /// # Errors
 /// The descriptor is no eventfd, or is closed.
 pub fn drain(fd: RawFd) -> io::Result<bool> {
@@ -38,7 +37,14 @@ pub fn drain(fd: RawFd) -> io::Result<bool> {
     // A peer's eventfd may be in blocking mode, and O_NONBLOCK is not ours to set: it belongs to the open file
     // description, which the peer shares. RWF_NOWAIT says the same for one call.
     // SAFETY: the iovec describes `count`, which lives across the call.
-    let done = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
+    let mut done = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
+    if done < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
+        if polled(fd, libc::POLLIN) == 0 {
+            return Ok(false);
+        }
+        // SAFETY: `count` is 8 bytes long and lives across the call.
+        done = unsafe { libc::read(fd, (&raw mut count).cast(), 8) };
+    }
     match done {
         8 => Ok(true),
         0.. => Err(io::Error::new(io::ErrorKind::InvalidData, "not an eventfd")),
@@ -48,6 +54,14 @@ pub fn drain(fd: RawFd) -> io::Result<bool> {
             error => Err(error),
         },
     }
+}
+
+/// What a descriptor polls as now: of `events`, and of errors.
+fn polled(fd: RawFd, events: libc::c_short) -> libc::c_short {
+    let mut target = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one valid pollfd; a timeout of 0 does not wait.
+    unsafe { libc::poll(&raw mut target, 1, 0) };
+    target.revents
 }
 
 /// Signals are for the threads that handle them; the calling one would only have its sleep cut short.
@@ -94,30 +108,43 @@ pub fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
 ///
 /// # Errors
 /// As readv(2), but never EINTR.
-pub fn readv(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
-    vectored(libc::SYS_read, libc::SYS_readv, fd, buffers)
+///
+/// # Safety
+/// Each buffer is mapped for the time of the call, and no reference leads into it.
+#[inline]
+pub(crate) unsafe fn readv(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: the caller's.
+    unsafe { vectored(libc::SYS_read, libc::SYS_readv, fd, buffers) }
 }
 
 /// Writes one frame from `buffers`; gives its length.
 ///
 /// # Errors
 /// As writev(2), but never EINTR.
-pub fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
-    vectored(libc::SYS_write, libc::SYS_writev, fd, buffers)
+///
+/// # Safety
+/// Each buffer is mapped for the time of the call.
+#[inline]
+pub(crate) unsafe fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u64> {
+    // SAFETY: the caller's.
+    unsafe { vectored(libc::SYS_write, libc::SYS_writev, fd, buffers) }
 }
 
 /// One system call for each frame, and not by libc's functions of these names: those may be cancelled by
 /// pthread_cancel(3), which nobody does here, and prepare for it each time, which costs a sixth of a small packet. The
 /// kernel has less to do for one buffer where it is not given as a vector.
+///
+/// # Safety
+/// As `readv` or `writev`.
 #[inline]
-fn vectored(
+unsafe fn vectored(
     single: libc::c_long,
     vector: libc::c_long,
     fd: RawFd,
     buffers: &[libc::iovec],
 ) -> io::Result<u64> {
     loop {
-        // SAFETY: each buffer is mapped memory, the caller's or the guest's, which may change at any time.
+        // SAFETY: the caller's.
         let done = unsafe {
             match buffers {
                 [buffer] => libc::syscall(single, fd, buffer.iov_base, buffer.iov_len),

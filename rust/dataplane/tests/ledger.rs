@@ -60,9 +60,9 @@ impl Place {
 }
 
 /// Takes every chain there is and tells the guest of all of them at once.
-fn turn(ring: &mut PackedRing, memory: &GuestMemory, buffers: &mut Vec<libc::iovec>, written: u32) {
+fn turn(ring: &mut PackedRing, buffers: &mut Vec<libc::iovec>, written: u32) {
     buffers.clear();
-    while let Ok(Some(chain)) = ring.take(memory, Direction::ToGuest, HEADER, buffers) {
+    while let Ok(Some(chain)) = ring.take(Direction::ToGuest, HEADER, buffers) {
         ring.complete(&chain, written);
     }
     ring.publish();
@@ -94,7 +94,7 @@ impl Victim {
                 libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
                 for _ in TURNS {
                     libc::raise(libc::SIGSTOP);
-                    turn(&mut ring, &place.memory, &mut buffers, WRITTEN_BEFORE);
+                    turn(&mut ring, &mut buffers, WRITTEN_BEFORE);
                 }
                 libc::raise(libc::SIGSTOP);
                 libc::_exit(0);
@@ -153,7 +153,7 @@ fn succeed(
     let mut successor = spare.ring(guest);
     successor.begin(None, true).map_err(|error| error.to_string())?;
     assert!(successor.call_due(), "a call may have been lost");
-    turn(&mut successor, &spare.memory, &mut Vec::new(), WRITTEN_AFTER);
+    turn(&mut successor, &mut Vec::new(), WRITTEN_AFTER);
     let mut seen = PackedQueue { memory: Arc::clone(&spare.memory), ..*guest };
     let mut served = 0;
     for &(id, slots) in chains {
@@ -227,7 +227,7 @@ fn a_guest_that_offers_its_buffers_again_meanwhile_is_served_on() {
         for id in 0..SIZE {
             guest.offer(BUFFERS, 100, id, WRITE);
         }
-        turn(&mut first, &place.memory, &mut Vec::new(), WRITTEN_BEFORE);
+        turn(&mut first, &mut Vec::new(), WRITTEN_BEFORE);
         for id in 0..SIZE {
             assert_eq!(guest.next_used(1), Some((id, WRITTEN_BEFORE, WRITE)), "lap {lap}");
         }
@@ -238,7 +238,7 @@ fn a_guest_that_offers_its_buffers_again_meanwhile_is_served_on() {
     }
     let mut second = place.ring(&guest);
     second.begin(None, true).unwrap();
-    turn(&mut second, &place.memory, &mut Vec::new(), WRITTEN_AFTER);
+    turn(&mut second, &mut Vec::new(), WRITTEN_AFTER);
     for id in 0..SIZE {
         assert_eq!(guest.next_used(1), Some((id, WRITTEN_AFTER, WRITE)));
     }

@@ -27,7 +27,6 @@ fn at(index: u16, wrap: bool) -> Position {
 }
 
 struct Bench {
-    memory: Arc<GuestMemory>,
     queue: PackedQueue,
     ring: PackedRing,
     buffers: Vec<libc::iovec>,
@@ -44,7 +43,7 @@ impl Bench {
         let mut ring = PackedRing::new(&queue.layout, features, &memory, None).unwrap();
         ring.begin(Some(position.bits()), true).unwrap();
         let _ = ring.call_due(); // the first is always due
-        Self { memory, queue, ring, buffers: Vec::new() }
+        Self { queue, ring, buffers: Vec::new() }
     }
 
     fn take(&mut self) -> Result<Option<Chain>, RingError> {
@@ -53,7 +52,7 @@ impl Bench {
 
     fn take_for(&mut self, direction: Direction) -> Result<Option<Chain>, RingError> {
         self.buffers.clear();
-        self.ring.take(&self.memory, direction, HEADER, &mut self.buffers)
+        self.ring.take(direction, HEADER, &mut self.buffers)
     }
 
     fn lengths(&self) -> Vec<usize> {
@@ -125,11 +124,11 @@ fn a_ring_may_be_full_and_may_have_one_entry() {
                 queue.offer(BUFFERS, 64, id, 0);
             }
             for id in 0..size {
-                let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).unwrap();
+                let chain = ring.take(Direction::FromGuest, HEADER, &mut buffers).unwrap();
                 assert!(chain.is_some(), "lap {lap}, {id} of {size}");
                 ring.complete(&chain.unwrap(), 0);
             }
-            let more = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers);
+            let more = ring.take(Direction::FromGuest, HEADER, &mut buffers);
             assert!(more.unwrap().is_none());
             ring.publish();
             for id in 0..size {
@@ -198,7 +197,7 @@ fn a_buffer_across_two_regions_is_two_buffers() {
     ring.begin(Some(Position::START.bits()), true).unwrap();
     queue.offer(MEMORY_START + half - 100, 300, 0, 0);
     let mut buffers = Vec::new();
-    let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
+    let chain = ring.take(Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
     assert_eq!((chain.buffers, chain.length), (2, 300));
 }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, memfd, memory, memory_of, pipe, readable, receive, send, truncate,
-    wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, memfd, memory, memory_of, pipe, readable, receive, refuse, send,
+    truncate, wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
@@ -788,4 +788,42 @@ fn whoever_asks_a_running_pair_waits_for_no_turn_of_it() {
         assert!(send(&bench.wire, &with_header(b"frame")));
         assert_eq!(told.map(|(failed, _, is_running)| (failed, is_running)), Ok(((false, false), true)));
     });
+}
+
+/// Moves packets both ways, each after a kick, and waits for their calls.
+fn move_packets(bench: &mut Bench) {
+    for head in 0..8 {
+        bench.offer_rx(head, BUFFER_SIZE);
+        bench.rx.kick();
+        assert!(send(&bench.wire, &with_header(b"frame")));
+        assert_eq!(bench.rx.await_used(), (head, 17));
+        bench.offer_tx(head, b"frame");
+        bench.tx.kick();
+        assert_eq!(await_frame(&bench.wire), with_header(b"frame"));
+        assert_eq!(bench.tx.await_used(), (head, 0));
+    }
+}
+
+#[test]
+fn a_kernel_that_reads_no_eventfd_without_waiting_serves_as_well() {
+    refuse(libc::SYS_preadv2, libc::EOPNOTSUPP);
+    let rung = eventfd();
+    assert_eq!(drain(rung.as_raw_fd()).ok(), Some(false));
+    signal(rung.as_raw_fd());
+    assert_eq!(drain(rung.as_raw_fd()).ok(), Some(true));
+    let (reader, writer) = pipe();
+    assert_eq!(drain(reader.as_raw_fd()).ok(), Some(false), "a pipe that blocks");
+    drop(writer);
+    assert!(drain(reader.as_raw_fd()).is_err());
+    let mut bench = Bench::new();
+    bench.start();
+    move_packets(&mut bench);
+}
+
+#[test]
+fn no_call_is_lost_if_the_kernel_has_no_memory_for_asynchronous_operations() {
+    refuse(libc::SYS_io_submit, libc::EAGAIN);
+    let mut bench = Bench::new();
+    bench.start();
+    move_packets(&mut bench);
 }

@@ -16,7 +16,6 @@ const BUFFERS: u64 = MEMORY_START + 0x10_0000;
 const ALL: Features = Features { event_index: true, indirect: true };
 
 struct Bench {
-    memory: Arc<GuestMemory>,
     queue: Queue,
     ring: SplitRing,
     buffers: Vec<libc::iovec>,
@@ -33,12 +32,12 @@ impl Bench {
         let mut ring = SplitRing::new(&queue.layout, features, &memory).unwrap();
         ring.begin(None, true);
         let _ = ring.call_due(); // the first is always due
-        Self { memory, queue, ring, buffers: Vec::new() }
+        Self { queue, ring, buffers: Vec::new() }
     }
 
     fn take(&mut self) -> Result<Option<Chain>, RingError> {
         self.buffers.clear();
-        self.ring.take(&self.memory, Direction::FromGuest, HEADER, &mut self.buffers)
+        self.ring.take(Direction::FromGuest, HEADER, &mut self.buffers)
     }
 
     fn lengths(&self) -> Vec<usize> {
@@ -132,7 +131,7 @@ fn a_buffer_across_two_regions_is_two_buffers() {
     queue.descriptor(0, MEMORY_START + half - 100, 300, 0, 0);
     queue.offer(0);
     let mut buffers = Vec::new();
-    let chain = ring.take(&memory, Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
+    let chain = ring.take(Direction::FromGuest, HEADER, &mut buffers).unwrap().unwrap();
     assert_eq!((chain.buffers, chain.length), (2, 300));
     assert_eq!(buffers.iter().map(|buffer| buffer.iov_len).collect::<Vec<_>>(), [100, 200]);
 }
@@ -241,7 +240,7 @@ fn an_indirect_table_that_was_not_negotiated_is_an_error() {
 fn a_read_only_buffer_in_a_receive_queue_is_an_error() {
     let mut bench = Bench::new(ALL);
     one(&mut bench.queue, BUFFERS, 64, 0);
-    let taken = bench.ring.take(&bench.memory, Direction::ToGuest, HEADER, &mut bench.buffers);
+    let taken = bench.ring.take(Direction::ToGuest, HEADER, &mut bench.buffers);
     assert_eq!(taken.unwrap_err(), RingError::WrongDirection { index: 0, expected: Direction::ToGuest });
 }
 

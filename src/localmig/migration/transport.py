@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import stat
-from errno import EIO, ETIMEDOUT
+from errno import EACCES, EIO, EPERM, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.access import Access, peer_process
@@ -99,9 +99,11 @@ async def connect(address: Address, given: OwnedFd | None = None, *, access: Acc
             f"cannot connect to '{address}': no answer in {CONNECT_TIMEOUT_S:g} s", errno=ETIMEDOUT
         ) from error
     except OSError as error:
+        advice = f"is a daemon with --incoming {address} running?"
+        if error.errno in (EACCES, EPERM):
+            advice = "the daemon there lets other users in by --allow-user and --socket-mode"
         raise KernelError(
-            f"cannot connect to '{address}': {error.strerror}; is a daemon with --incoming {address} running?",
-            errno=error.errno or EIO,
+            f"cannot connect to '{address}': {error.strerror}; {advice}", errno=error.errno or EIO
         ) from error
     if isinstance(address, TcpAddress):
         return Channel(sock)

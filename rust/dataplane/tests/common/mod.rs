@@ -319,3 +319,25 @@ pub fn await_frame(fd: &OwnedFd) -> Vec<u8> {
     assert!(readable(fd.as_raw_fd(), PATIENCE), "no frame came");
     receive(fd).expect("it was readable")
 }
+
+/// From now on a system call of this thread, and of threads that it makes, fails with `error` in the kernel's place.
+pub fn refuse(call: libc::c_long, error: libc::c_int) {
+    let statement = |code: u32, value: u32, [yes, no]: [u8; 2]| libc::sock_filter {
+        code: code.try_into().unwrap(),
+        jt: yes,
+        jf: no,
+        k: value,
+    };
+    let mut program = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, [0, 0]), // the call's number
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call.try_into().unwrap(), [0, 1]),
+        statement(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | error.unsigned_abs(), [0, 0]),
+        statement(libc::BPF_RET, libc::SECCOMP_RET_ALLOW, [0, 0]),
+    ];
+    let filter = libc::sock_fprog { len: program.len().try_into().unwrap(), filter: program.as_mut_ptr() };
+    // SAFETY: the filter describes the program, which the kernel copies.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter), 0);
+    }
+}

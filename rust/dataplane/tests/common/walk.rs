@@ -107,7 +107,7 @@ pub fn walk_split(ring: &mut SplitRing, memory: &GuestMemory, direction: Directi
             Step::Take => {
                 buffers.clear();
                 let position = ring.next_avail();
-                if let Ok(Some(chain)) = ring.take(memory, direction, HEADER, &mut buffers) {
+                if let Ok(Some(chain)) = ring.take(direction, HEADER, &mut buffers) {
                     check_chain(&chain, &buffers);
                     assert!(chain.slots <= ring.size());
                     assert_eq!(ring.next_avail(), position.wrapping_add(1));
@@ -146,7 +146,7 @@ pub fn walk_packed(ring: &mut PackedRing, memory: &GuestMemory, direction: Direc
             Step::Take => {
                 buffers.clear();
                 let position = ring.position_before(0);
-                if let Ok(Some(chain)) = ring.take(memory, direction, HEADER, &mut buffers) {
+                if let Ok(Some(chain)) = ring.take(direction, HEADER, &mut buffers) {
                     check_chain(&chain, &buffers);
                     assert_eq!(ring.position_before(chain.slots), position);
                     taken.push(chain);
