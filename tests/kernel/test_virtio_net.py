@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -17,11 +18,12 @@ from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
-from localmig.trace import Event, RingFailed, SessionClosed, Tracer
-from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.testing.namespace import ip, link
+from localmig.trace import Event, InterfaceChanged, RingFailed, SessionClosed, Tracer
+from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature, header_length
+from localmig.virtio.net import LinkStatus, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -44,7 +46,15 @@ def frame(number: int) -> bytes:
 class Site:
     """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
 
-    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None, packed: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ends: ExitStack,
+        *,
+        reconnect_ms: int | None = None,
+        packed: bool = False,
+        guest_carrier: bool = False,
+    ) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
         self.facts: list[Event] = []
@@ -52,7 +62,7 @@ class Site:
         self._ends = ends
         tracer = Tracer()
         tracer.subscribe(self._note)
-        self.tap = Tap(id="net0", ifname="tap0")
+        self.tap = Tap(id="net0", ifname="tap0", guest_carrier=guest_carrier)
         self.tap.open()
         ends.callback(self.tap.close)
         self.listens = reconnect_ms is None
@@ -72,6 +82,7 @@ class Site:
         self.device.open()
         ends.callback(self.device.close)
         rings.resume()
+        self.tap.thaw()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -93,6 +104,16 @@ class Site:
     def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES) -> Guest:
         """A guest that is not attached yet."""
         return Guest(self, kind, features, self._ends)
+
+    async def changed(self, **expected: object) -> None:
+        """Once the device heard of an interface that is so."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(
+                isinstance(fact, InterfaceChanged) and expected.items() <= dataclasses.asdict(fact).items()
+                for fact in self.facts
+            ):
+                self._new_fact.clear()
+                await self._new_fact.wait()
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -155,12 +176,12 @@ class Guest:
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
-def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False) -> None:
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], **options: bool) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
         with ExitStack() as ends:
-            await scenario(Site(path / "nic0.sock", ends, packed=packed))
+            await scenario(Site(path / "nic0.sock", ends, **options))
 
     asyncio.run(play())
 
@@ -466,6 +487,80 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
         await second.talks()
 
     run(tmp_path, scenario)
+
+
+# -- the interface --------------------------------------------------------------------------------------------
+
+
+async def told(guest: Guest) -> tuple[int, int]:
+    """(link status, MTU) as the frontend reads them from the configuration space."""
+    config = await beside(guest.vmm.frontend.get_config, 0, 12)
+    assert config is not None
+    return int.from_bytes(config[6:8], "little"), int.from_bytes(config[10:12], "little")
+
+
+def test_the_guests_link_and_mtu_follow_the_interface(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.set_protocol_features, PROTOCOL_FEATURES | ProtocolFeature.CONFIG)
+        assert await told(guest) == (LinkStatus.LINK_UP, 1500)
+        ip("link", "set", "tap0", "down")
+        await site.changed(link_is_up=False)
+        assert await told(guest) == (0, 1500)
+        ip("link", "set", "tap0", "mtu", "9000", "up")
+        await site.changed(link_is_up=True, mtu=9000)
+        assert await told(guest) == (LinkStatus.LINK_UP, 9000)
+        site.machine.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that it was down, which it tells once
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_an_mtu_that_was_raised_just_now_can_be_set_and_its_frames_find_room(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        with pytest.raises(PeerError):
+            await beside(guest.vmm.frontend.set_mtu, 9000)
+        ip("link", "set", "tap0", "mtu", "9000")
+        await beside(guest.vmm.frontend.set_mtu, 9000)
+        long = frame(1) + bytes(8900)
+        site.machine.send(long)
+        assert (await beside(guest.near.recv, 10000))[guest.header :] == long
+        ip("link", "set", "tap0", "mtu", "1500")
+        await site.changed(mtu=1500)
+        (note,) = site.tap.info().notes
+        assert note == "'tap0' has MTU 1500, and the guest uses 9000: ip link set tap0 mtu 9000"
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert site.tap.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+def test_the_interface_has_a_carrier_while_a_driver_serves_the_nic(tmp_path: Path) -> None:
+    def has_carrier() -> bool:
+        return "LOWER_UP" in link("tap0")["flags"]
+
+    async def scenario(site: Site) -> None:
+        assert not has_carrier()
+        guest = site.guest()
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        assert has_carrier()
+        await beside(guest.vmm.detach)
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        assert has_carrier()
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert not has_carrier()
+
+    run(tmp_path, scenario, guest_carrier=True)
 
 
 # -- arriving -------------------------------------------------------------------------------------------------

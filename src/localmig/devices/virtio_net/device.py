@@ -34,7 +34,16 @@ from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.netdev.tun import Offload
-from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.trace import (
+    GuestAnnounced,
+    InterfaceChanged,
+    RingFailed,
+    RingsStarted,
+    RingsStopped,
+    SessionClosed,
+    SessionOpened,
+    Tracer,
+)
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -337,9 +346,10 @@ class VirtioNet(Part):
         """The guest is told the interface's MTU and whether its link is up. See `netdev.tap.Observer`."""
         if self._endpoint is None:
             return
-        if self._netdev.is_open and self._netdev.frame_length_max > self._frame_length_laid_out:
+        if self._netdev.frame_length_max > self._frame_length_laid_out:
             self._apply_all()
         self._config_changed()
+        self._tracer.emit(InterfaceChanged(device=self.id, mtu=self._netdev.mtu, link_is_up=self._netdev.link_is_up))
 
     def queues_changed(self) -> None:
         """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
