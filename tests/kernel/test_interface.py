@@ -23,7 +23,7 @@ from localmig.netdev.info import Whereabouts
 from localmig.netdev.network import Networks
 from localmig.netdev.state import TAP
 from localmig.netdev.tun import Flag, Offload
-from localmig.testing.namespace import NetworkNamespace, carrier_changes, ip, link
+from localmig.testing.namespace import CommandError, NetworkNamespace, carrier_changes, ip, link
 from localmig.vmstate import Blob, Reader, load, save
 
 PATIENCE_S: Final = 10.0
@@ -175,7 +175,7 @@ def test_a_carrier_that_somebody_took_is_told() -> None:
         async with serving() as tap:
             ip("link", "set", "tap0", "carrier", "off")
             await tap.until(lambda: tap.note)
-            assert tap.note == "'tap0' has no carrier, because somebody took it: ip link set tap0 carrier on"
+            assert tap.note == "'tap0' has no carrier, so nothing reaches the guest: ip link set tap0 carrier on"
 
     run(scenario)
 
@@ -614,3 +614,26 @@ def test_a_process_without_descriptors_left_opens_no_tap(monkeypatch: pytest.Mon
     monkeypatch.setattr(network, "_open_socket", refuse)
     with pytest.raises(KernelError, match="cannot watch interfaces: Too many open files"):
         Tap(id="net0", ifname="tap0").open()
+
+
+# -- a macvtap ------------------------------------------------------------------------------------------------
+
+
+def test_an_inherited_macvtap_is_seen_as_a_tap_is() -> None:
+    ip("link", "add", "v0", "up", "type", "veth", "peer", "name", "v1")
+    try:
+        ip("link", "add", "link", "v0", "name", "mt0", "type", "macvtap")
+        queue = os.open(f"/dev/tap{link('mt0')['ifindex']}", os.O_RDWR | os.O_CLOEXEC)
+    except (CommandError, OSError) as error:
+        pytest.skip(f"no macvtap here: {error}")
+
+    async def scenario() -> None:
+        async with serving(ifname=None, fds=[queue]) as tap:
+            ip("link", "set", "mt0", "mtu", "1400")
+            await tap.until(lambda: tap.mtu == 1400)
+            successor = await handed_over(tap, ifname=None)
+            ip("link", "del", "mt0")
+            await successor.until(lambda: successor.is_gone)
+            successor.close()
+
+    run(scenario)

@@ -133,7 +133,7 @@ class OpenTap:
         if not self.is_up:
             yield f"'{self.ifname}' is down: ip link set {self.ifname} up"
         elif self.has_carrier and not self.sees_carrier:
-            yield f"'{self.ifname}' has no carrier, because somebody took it: ip link set {self.ifname} carrier on"
+            yield f"'{self.ifname}' has no carrier, so nothing reaches the guest: ip link set {self.ifname} carrier on"
         if wanted.bridge not in (None, self.bridge):
             where = f"in '{self.bridge}'" if self.bridge else "in no bridge"
             yield (

@@ -176,7 +176,10 @@ class Opener:
             tun.set_offloads(first, Offload(0))
             for queue in queues[1:]:
                 tun.detach(queue.fileno())
-            (tun.turn_carrier_off if self._wanted.guest_carrier else tun.turn_carrier_on)(first)
+        if self._wanted.guest_carrier:
+            advice = {errno.EINVAL: "leave guest-carrier= out: only a TAP has one that can be turned off"}
+            with self._kernel_errors(f"cannot turn the carrier of '{ifname}' off", advice):
+                tun.turn_carrier_off(first)
         return has_uso
 
     def _opened_here(self, queues: Sequence[OwnedFd], link: Link, *, has_uso: bool) -> OpenTap:

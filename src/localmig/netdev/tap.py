@@ -504,7 +504,8 @@ class Tap:
                 for queue, attached in zip(tap.queues, tap.attached, strict=True):
                     if tun.is_attached(queue.fileno()) != attached:
                         (tun.attach if attached else tun.detach)(queue.fileno())
-                (tun.turn_carrier_on if tap.has_carrier else tun.turn_carrier_off)(first)
+                with contextlib.suppress(OSError):  # a macvtap has none to turn
+                    (tun.turn_carrier_on if tap.has_carrier else tun.turn_carrier_off)(first)
         except KernelError as error:
             _logger.warning("%s", error)
 

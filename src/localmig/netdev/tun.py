@@ -4,7 +4,7 @@ Owns:        opening the device, its ioctls (linux/if_tun.h), an interface reque
 Never sees:  what a TAP is for; netlink.
 Read next:   tap.py.
 
-Every function raises OSError as the kernel answers: EBADFD where the interface of the descriptor is gone.
+Every function raises OSError as the kernel answers: as a rule EBADFD where the interface of the descriptor is gone.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NAME_SIZE: Final = 16
 _REQUEST: Final = struct.Struct(f"{_NAME_SIZE}s24s")
 """struct ifreq: the name, then a union of 24 bytes on 64-bit machines and less on others (linux/if.h)."""
 
-_NO_INTERFACE: Final = (errno.EBADFD, errno.ENODEV, errno.ENXIO)
-"""What a queue answers whose interface is gone."""
+_NO_INTERFACE: Final = (errno.EBADFD, errno.ENODEV, errno.ENXIO, errno.ENOLINK)
+"""What a queue answers whose interface is gone; the last one a macvtap's."""
 
 
 class Flag(IntFlag):
@@ -119,12 +119,12 @@ def set_offloads(fd: int, offloads: Offload) -> None:
 
 
 def turn_carrier_on(fd: int) -> None:
-    """The interface has a carrier: the network sends into it."""
+    """The interface has a carrier: the network sends into it. EINVAL of what is no TAP but a macvtap."""
     _set(fd, _TUNSETCARRIER, 1)
 
 
 def turn_carrier_off(fd: int) -> None:
-    """It has none."""
+    """It has none. Otherwise as `turn_carrier_on`."""
     _set(fd, _TUNSETCARRIER, 0)
 
 
