@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -21,7 +22,7 @@ from localmig.fds import OwnedFd
 from localmig.netdev import Tap, network, tun
 from localmig.netdev.info import Whereabouts
 from localmig.netdev.network import Networks
-from localmig.netdev.state import TAP
+from localmig.netdev.state import TAP, TapState
 from localmig.netdev.tun import Flag, Offload
 from localmig.testing.namespace import CommandError, NetworkNamespace, carrier_changes, ip, link
 from localmig.vmstate import Blob, Reader, load, save
@@ -83,13 +84,18 @@ async def serving(**options: Any) -> AsyncIterator[SeenTap]:
         tap.close()
 
 
+def travelled(source: SeenTap) -> TapState:
+    """What the next process gets."""
+    blob = Blob()
+    save(TAP, source.save_setup(with_descriptors=True), into=blob)
+    return load(TAP, TAP.version, Reader(bytes(blob.data), [(at, OwnedFd(os.dup(fd))) for at, fd in blob.fds]))
+
+
 async def handed_over(source: SeenTap, **options: Any) -> SeenTap:
     """The TAP in its next process, which has looked at it once."""
     destination = SeenTap(**options)
     source.freeze()
-    blob = Blob()
-    save(TAP, source.save_setup(with_descriptors=True), into=blob)
-    state = load(TAP, TAP.version, Reader(bytes(blob.data), [(at, OwnedFd(os.dup(fd))) for at, fd in blob.fds]))
+    state = travelled(source)
     destination.check_setup(state)
     destination.adopt_setup(state)
     before = destination.info()
@@ -176,6 +182,41 @@ def test_a_carrier_that_somebody_took_is_told() -> None:
             ip("link", "set", "tap0", "carrier", "off")
             await tap.until(lambda: tap.note)
             assert tap.note == "'tap0' has no carrier, so nothing reaches the guest: ip link set tap0 carrier on"
+
+    run(scenario)
+
+
+def test_what_happened_while_nobody_watched_is_seen_by_the_process_that_serves_next() -> None:
+    async def scenario() -> None:
+        async with serving() as tap:
+            tap.freeze()
+            ip("link", "set", "tap0", "mtu", "9000")
+            ip("link", "set", "tap0", "down")
+            tap.thaw()  # the handover came back
+            await tap.until(lambda: tap.mtu == 9000 and not tap.link_is_up)
+            tap.freeze()
+            ip("link", "del", "tap0")
+            make_again()
+            tap.recover()
+            tap.thaw()
+            await tap.until(lambda: tap.info().ifindex == link("tap0")["ifindex"])
+
+    run(scenario)
+
+
+def test_a_source_that_says_that_the_interface_is_gone_is_not_believed() -> None:
+    async def scenario() -> None:
+        async with serving() as tap:
+            tap.freeze()
+            state = travelled(tap)
+            assert state.descriptors is not None
+            lie = dataclasses.replace(state, descriptors=dataclasses.replace(state.descriptors, is_gone=True))
+            successor = SeenTap()
+            successor.adopt_setup(lie)
+            tap.release()
+            successor.thaw()
+            await successor.until(lambda: successor.whereabouts is Whereabouts.HERE)
+            successor.close()
 
     run(scenario)
 

@@ -82,6 +82,8 @@ class Network:
     def __init__(self, fd: OwnedFd, namespace: int) -> None:
         self.namespace = namespace
         self.fd = fd
+        # Nothing is set or asked by that.
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE, fileno=fd.fileno())
         self.users: dict[Watcher, None] = {}
         self._watching: dict[Watcher, None] = {}
         self._due: dict[Watcher, None] = {}
@@ -129,8 +131,8 @@ class Network:
     def _exchange(self, request: bytes) -> Message:
         """Sends a request; its answer. Raises OSError, also as the kernel answers one."""
         for _ in range(ATTEMPTS_MAX):
-            os.write(self.fd.fileno(), request)
-            # The kernel has answered when write(2) returns: nothing is waited for.
+            self._socket.send(request, socket.MSG_DONTWAIT)
+            # The kernel has answered when send(2) returns: nothing is waited for.
             while (datagram := self._receive()) is not None:
                 for message in rtnetlink.messages(datagram):
                     if message.sequence == self._sequence:
@@ -143,7 +145,8 @@ class Network:
     def _receive(self) -> bytes | None:
         """The next datagram, None where there is none."""
         try:
-            return os.read(self.fd.fileno(), DATAGRAM_SIZE_MAX)
+            # One that arrived may be set to block.
+            return self._socket.recv(DATAGRAM_SIZE_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -187,6 +190,7 @@ class Network:
         self.unwatch(user)
         self.users.pop(user, None)
         if not self.users:
+            self._socket.detach()
             self.fd.close()
 
     def _schedule(self) -> None:

@@ -542,16 +542,16 @@ class Tap:
             )
         if len(descriptors.attached) != self.queue_count or not descriptors.attached[0]:
             raise PeerError(f"netdev '{self.id}': its {self.queue_count} queues cannot be attached as told")
+        if "\0" in descriptors.ifname_opened:
+            raise PeerError(f"netdev '{self.id}': {descriptors.ifname_opened!r} is no interface name")
+        if descriptors.ifindex >= 2**31:
+            raise PeerError(f"netdev '{self.id}': {descriptors.ifindex} is no interface's number")
         # As it was when it was opened: what the host did to it since is no reason not to go on.
         opened = descriptors.ifname_opened or state.ifname
         known = (("ifname", self._ifname, opened), ("mtu", self._wanted.mtu, descriptors.mtu_opened))
         for name, wanted, actual in known:
             if wanted is not None and wanted != actual:
                 raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
-        if "\0" in descriptors.ifname_opened:
-            raise PeerError(f"netdev '{self.id}': {descriptors.ifname_opened!r} is no interface name")
-        if descriptors.ifindex >= 2**31:
-            raise PeerError(f"netdev '{self.id}': {descriptors.ifindex} is no interface's number")
         for number, queue in enumerate(descriptors.queues):
             ifname = interface_of(queue.fileno())
             if ifname is not None and ifname != state.ifname:
@@ -620,8 +620,9 @@ class Tap:
         """Notes what the interface is now. Raises OSError where the kernel does not say."""
         known = set(tap.notes(self._wanted, mtu_told=self.mtu_told))
         found = tun.interface(tap.queues[0].fileno())
+        tap.is_gone = found is None
         if found is None:
-            tap.is_gone, tap.ifindex, tap.bridge_ifindex, tap.bridge = True, 0, 0, ""
+            tap.ifindex, tap.bridge_ifindex, tap.bridge = 0, 0, ""
         else:
             tap.see(found[0], find(tap.network, tap.queues[0], found[0], tap.ifindex))
         for note in tap.notes(self._wanted, mtu_told=self.mtu_told):

@@ -77,6 +77,8 @@ class Option:
     required: bool
     fit: Fit
     help: str
+    advice: str
+    """What to do where source and destination do not fit."""
 
     def help_line(self) -> str:
         """The row as help prints it."""
@@ -85,9 +87,9 @@ class Option:
         return f"{left:<29} {self.help}{' (required)' if self.required else note}"
 
 
-def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS) -> dict[str, Any]:
+def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, advice: str = "") -> dict[str, Any]:
     """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'."""
-    return {"value": value, "help": help_text, "fit": fit}
+    return {"value": value, "help": help_text, "fit": fit, "advice": advice}
 
 
 def _offload(help_text: str) -> Any:
@@ -164,6 +166,7 @@ class TapSpec(Spec):
             Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
             "queues of the interface, and queue pairs of the device on it; more than one need a VMM that serves the "
             "control queue itself, as QEMU does: without one the guest's driver refuses the device",
+            advice="; end the daemon and start it with another number",
         ),
     )
     fd: int | None = field(
@@ -355,6 +358,7 @@ def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
             required=row.default is dataclasses.MISSING,
             fit=row.metadata["fit"],
             help=row.metadata["help"],
+            advice=row.metadata["advice"],
         )
         for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
     )
@@ -547,7 +551,9 @@ def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> li
     for option in options_of(type(ours)):
         here, there = getattr(ours, option.attribute), getattr(theirs, option.attribute)
         if option.fit in compared and here != there and here is not None and there is not None:
-            texts.append(f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there")
+            texts.append(
+                f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there{option.advice}"
+            )
     return texts
 
 
