@@ -27,7 +27,7 @@ from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature
+from localmig.virtio.net import NetConfig, NetFeature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -99,6 +99,7 @@ class Sample:
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),

@@ -29,5 +29,5 @@ extern crate self as dataplane; // as `tests/common` calls it
 mod common;
 
 pub use counters::{Counters, DriverCounters};
-pub use pump::{Config, Positions, RingSpec, Side};
+pub use pump::{Config, Correction, Positions, RingSpec, Side};
 pub use ring::Format;

@@ -26,12 +26,15 @@ use std::time::Duration;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
-use crate::pump::{Budget, Config, Positions, Pump, Side, BATCH, WATCHED};
+use crate::pump::{Budget, Config, Correction, Positions, Pump, Side, BATCH, WATCHED};
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
 /// only come from an owner that never takes them.
 const RING_ERRORS_MAX: usize = 16;
+
+/// Corrections kept for `take_corrections`, likewise: two a start.
+const CORRECTIONS_MAX: usize = 16;
 
 /// What `start` moves in each direction before it returns: enough for what waited during a handover of a NIC that is not
 /// flooded, and some tens of microseconds for one that is.
@@ -101,6 +104,7 @@ struct Shared {
     failed: AtomicU8,
     counters: LiveCounters,
     errors: Mutex<Vec<(Side, String)>>,
+    corrections: Mutex<Vec<Correction>>,
     event_fd: RawFd,
     /// An eventfd that ends the thread's sleep.
     wake_fd: OwnedFd,
@@ -119,7 +123,8 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// Creates the pair and its thread. `event_fd` is a borrowed eventfd, signalled when there is a ring error to take.
+    /// Creates the pair and its thread. `event_fd` is a borrowed eventfd, signalled when there is a ring error
+    /// or a correction to take.
     ///
     /// # Errors
     /// The kernel gave no eventfd or no thread.
@@ -139,6 +144,7 @@ impl QueuePair {
             failed: AtomicU8::new(0),
             counters: LiveCounters::default(),
             errors: Mutex::default(),
+            corrections: Mutex::default(),
             event_fd,
             // SAFETY: the descriptor was made just above and has no other owner.
             wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
@@ -216,7 +222,8 @@ impl QueuePair {
         let shared = &self.shared;
         let mut state = self.idle()?;
         let parked = state.parked;
-        attempt(state.pump.as_mut().ok_or(Error::NotConfigured)?, Pump::begin);
+        let corrections = attempt(state.pump.as_mut().ok_or(Error::NotConfigured)?, Pump::begin);
+        shared.note_corrections(corrections);
         state.running = true;
         state.starts += 1;
         shared.running.store(true, Ordering::Release);
@@ -319,6 +326,12 @@ impl QueuePair {
     #[must_use]
     pub fn take_ring_errors(&self) -> Vec<(Side, String)> {
         std::mem::take(&mut lock(&self.shared.errors))
+    }
+
+    /// Each ring that began elsewhere than it was told since the last call.
+    #[must_use]
+    pub fn take_corrections(&self) -> Vec<Correction> {
+        std::mem::take(&mut lock(&self.shared.corrections))
     }
 
     /// Stops and forgets rings, memory and descriptors; the thread is parked afterwards. `configure` makes the pair
@@ -459,6 +472,17 @@ impl Shared {
         let failed = if rx { RX_FAILED } else { 0 } | if tx { TX_FAILED } else { 0 };
         self.failed.store(failed, Ordering::Relaxed);
         self.report(pump.take_failures());
+    }
+
+    fn note_corrections(&self, new: Vec<Correction>) {
+        if new.is_empty() {
+            return;
+        }
+        let mut corrections = lock(&self.corrections);
+        corrections.extend(new);
+        corrections.truncate(CORRECTIONS_MAX);
+        drop(corrections);
+        sys::signal(self.event_fd);
     }
 
     fn report(&self, failures: Vec<(Side, String)>) {

@@ -173,11 +173,12 @@ async def read_settings(source: Client) -> Settings:
 
 
 async def _settings_of(daemon: Client) -> Settings:
-    capabilities = await daemon.execute("query-migrate-capabilities")
-    return Settings(
-        parameters=await daemon.execute("query-migrate-parameters"),
-        capabilities={each["capability"]: each["state"] for each in capabilities},
-    )
+    told = await daemon.execute("query-migrate-capabilities")
+    capabilities = {each["capability"]: each["state"] for each in told}
+    # A daemon that has capabilities among its parameters tells of them twice.
+    parameters = await daemon.execute("query-migrate-parameters")
+    parameters = {name: value for name, value in parameters.items() if name not in capabilities}
+    return Settings(parameters=parameters, capabilities=capabilities)
 
 
 def _capabilities(states: Mapping[str, bool]) -> dict[str, object]:

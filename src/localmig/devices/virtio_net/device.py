@@ -9,10 +9,11 @@ and this process serves. The first two are decided in `_apply` alone; the third 
 rings.py.
 
 A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
-started: a guest that goes to fewer queue pairs leaves packets in rings that its VMM then disables, and its TCP repeats
-nothing that it believes to be in the device, so those connections would stand for good. vhost-user ("Ring states") has
-such packets thrown away; they are sent, as the kernel's vhost does. A frontend that disables the first pair as well
-pauses or leaves, and its packets wait.
+started and the first pair's is enabled: a guest that goes to fewer queue pairs leaves packets in rings that its VMM
+then disables, and its TCP repeats nothing that it believes to be in the device, so those connections would stand for
+good. vhost-user ("Ring states") has such packets thrown away; they are sent, as the kernel's vhost does. A frontend
+that disables the first pair as well pauses, leaves or resets its driver: its packets wait, and none of its rings is
+read, because the guest may have other things in that memory now.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from localmig.netdev.tun import Offload
 from localmig.trace import (
     GuestAnnounced,
     InterfaceChanged,
+    RingCorrected,
     RingFailed,
     RingsStarted,
     RingsStopped,
@@ -130,6 +132,8 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._mtu_there: int | None = None
+        """Of a netdev that is awaited: what the source's had."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
         self._frame_length_laid_out = 0
@@ -178,7 +182,7 @@ class VirtioNet(Part):
             self._netdev.mtu_told = state.mtu
         self._tell_network()
         self._endpoint.thaw()
-        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
+        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -248,6 +252,7 @@ class VirtioNet(Part):
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
+            config=session.backend.config if session is not None else self._endpoint.config,
             socket=socket,
         )
 
@@ -267,6 +272,7 @@ class VirtioNet(Part):
         self._check_acked(state, offered)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
+        _read_config(self.id, state.config)
         if state.socket is None:
             return
         try:
@@ -286,13 +292,15 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
+        self._mtu_there = _read_config(self.id, state.config).mtu
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         if state.socket.connection is not None:
-            self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
+            connection = state.socket.connection
+            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
             try:
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
@@ -375,8 +383,12 @@ class VirtioNet(Part):
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
         match event:
-            case VringChanged(index=vring):
-                self._apply(vring // 2)
+            case VringChanged(index=vring, anew=anew):
+                self._apply(vring // 2, anew=vring if anew else None)
+                assert self._endpoint is not None, self.id
+                for drained, leader in self._endpoint.offer.drained_vrings.items():
+                    if leader == vring:
+                        self._apply(drained // 2)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -416,11 +428,14 @@ class VirtioNet(Part):
         for index in range(len(self._pairs)):
             self._apply(index)
 
-    def _apply(self, index: int) -> None:
-        """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+    def _apply(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair, lays it out as the session says, lets it run if it shall.
+
+        `anew` is a ring of it that the frontend sets up again, so that a failure until now is over.
+        """
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
-        self._stop(index)
+        self._stop(index, anew=anew)
         self._lay_out(index)
         self._settle(index)
         if index == 0:
@@ -433,7 +448,7 @@ class VirtioNet(Part):
         if not self._netdev.is_open:
             return
         state, first = self._session_state(), receive_queue(0)
-        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings[first]):
+        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings):
             self._netdev.driver_begins()
         else:
             self._netdev.driver_ends()
@@ -545,7 +560,7 @@ class VirtioNet(Part):
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
         assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, vring) or vring.failed:
+        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -576,40 +591,62 @@ class VirtioNet(Part):
         pair = self._pairs[index]
         if _has_rings(pair):
             self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
+            # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
+            self._report_corrections(index, logging.DEBUG)
 
-    def _stop(self, index: int) -> None:
-        """Stops the queue pair and writes its positions into the session's state."""
+    def _stop(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair and writes its positions into the session's state. `anew` as in `_apply`."""
         pair, state = self._pairs[index], self._session_state()
         was_running = pair.is_running()
         positions = pair.stop()
-        for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
-            if state is not None and position is not None:
+        rings = zip((receive_queue(index), transmit_queue(index)), positions, pair.failed(), strict=True)
+        for vring, position, failed in rings:
+            if state is None or position is None:
+                continue
+            if vring != anew or (state.vrings[vring].started and not failed):
                 state.vrings[vring].next_avail = position
-        self._note_failed(index)
+        self._note_failed(index, anew=anew)
         if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
 
-    def _note_failed(self, index: int) -> None:
-        """Writes into the session's state which rings of a queue pair stopped for good."""
+    def _note_failed(self, index: int, *, anew: int | None = None) -> None:
+        """Writes into the session's state which rings of a queue pair stopped for good. `anew` as in `_apply`."""
         state = self._session_state()
         pair = self._pairs[index]
         rings = zip((receive_queue(index), transmit_queue(index)), pair.positions(), pair.failed(), strict=True)
         for vring, position, failed in rings:
             # One that the frontend stopped meanwhile begins anew.
-            if failed and position is not None and state is not None and state.vrings[vring].started:
+            if failed and position is not None and state is not None and state.vrings[vring].started and vring != anew:
                 state.vrings[vring].failed = True
                 state.vrings[vring].next_avail = position
 
-    def _report_ring_errors(self) -> None:
+    def _report_rings(self) -> None:
         assert self._ring_errors is not None
         os.read(self._ring_errors.fileno(), 8)
         for index, pair in enumerate(self._pairs):
+            # All pairs started together, so a handover told the positions, or this process itself, which went on.
+            self._report_corrections(index, logging.WARNING)
             for direction, reason in pair.take_ring_errors():
-                vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                vring = _vring_of(index, direction)
                 self._failures[vring] = reason
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+
+    def _report_corrections(self, index: int, level: int) -> None:
+        """Tells of rings that began elsewhere than they were told."""
+        for direction, told, begun in self._pairs[index].take_corrections():
+            vring = _vring_of(index, direction)
+            _logger.log(
+                level,
+                "device '%s': vring %s (%s) goes on at %s, where its used index stands, and was told %s",
+                self.id,
+                vring,
+                direction,
+                begun,
+                told,
+            )
+            self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -663,15 +700,14 @@ class VirtioNet(Part):
             # A link that waits for its interface, in a handover, is not told to be down.
             status=LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0,
             queue_pair_count_max=self._netdev.queue_count,
-            mtu=self._netdev.mtu if self._netdev.is_open else 0,
+            # One that is awaited is most likely the interface that the source has.
+            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
         ).encode()
 
     def _config_changed(self) -> None:
-        """The configuration space becomes what it is now."""
-        assert self._endpoint is not None, self.id
-        self._endpoint.config = self._config()
-        if self._endpoint.session is not None:
-            self._endpoint.session.backend.config = self._endpoint.config
+        """What the configuration space tells of the netdev may differ now: frontends that can hear of that do."""
+        if self._endpoint is not None:
+            self._endpoint.change_config(self._config())
 
     def _set_up_netdev(self) -> None:
         """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
@@ -724,10 +760,21 @@ def _check_connection(connection: ConnectionState, offered: Offer) -> None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
 
 
+def _read_config(device: str, config: bytes) -> NetConfig:
+    try:
+        return NetConfig.decode(config)
+    except PeerError as error:
+        raise PeerError(f"device '{device}': {error}") from error
+
+
 def thread_name(device: str, queue_pair: int) -> str:
     """What the thread of a queue pair is called. A long id is cut, never the number."""
     number = f"/{queue_pair}"
     return device[: THREAD_NAME_LENGTH_MAX - len(number)] + number
+
+
+def _vring_of(pair: int, direction: str) -> int:
+    return receive_queue(pair) if direction == "rx" else transmit_queue(pair)
 
 
 def _has_rings(pair: QueuePair) -> bool:
