@@ -585,11 +585,18 @@ def test_the_guests_link_and_mtu_follow_the_interface(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         guest = site.guest()
         await beside(guest.vmm.attach)
-        await beside(guest.vmm.frontend.set_protocol_features, PROTOCOL_FEATURES | ProtocolFeature.CONFIG)
-        assert await told(guest) == (LinkStatus.LINK_UP, 1500)
-        ip("link", "set", "tap0", "down")
-        await site.changed(link_is_up=False)
-        assert await told(guest) == (0, 1500)
+        wanted = PROTOCOL_FEATURES | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+        await beside(guest.vmm.frontend.set_protocol_features, wanted)
+        near, far = socket.socketpair()
+        with near, far:
+            near.settimeout(PATIENCE_S)
+            await beside(guest.vmm.frontend.set_backend_request_fd, far.fileno())
+            assert await told(guest) == (LinkStatus.LINK_UP, 1500)
+            ip("link", "set", "tap0", "down")
+            # VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
+            assert int.from_bytes((await beside(near.recv, 12))[:4], "little") == 2
+            await site.changed(link_is_up=False)
+            assert await told(guest) == (0, 1500)
         ip("link", "set", "tap0", "mtu", "9000", "up")
         await site.changed(link_is_up=True, mtu=9000)
         assert await told(guest) == (LinkStatus.LINK_UP, 9000)
