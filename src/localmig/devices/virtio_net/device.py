@@ -632,6 +632,8 @@ class VirtioNet(Part):
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+        # A queue pair whose TAP's interface is gone signals too. The netdev knows, and may attach another one.
+        self._netdev.look_soon()
 
     def _report_corrections(self, index: int, level: int) -> None:
         """Tells of rings that began elsewhere than they were told."""
