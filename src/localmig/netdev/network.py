@@ -206,6 +206,8 @@ class Network:
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
+        if len(self._due) > LOOKS_AT_ONCE:
+            self._schedule()
         for watcher in list(self._due)[:LOOKS_AT_ONCE]:
             if watcher not in self._due:
                 continue  # it left because of what another one saw
@@ -215,8 +217,6 @@ class Network:
             if watcher.look() and watcher in self._watching:
                 later = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self.look_soon, watcher)
                 self._later[watcher] = later
-        if self._due:
-            self._schedule()
 
     def _read(self) -> None:
         try:

@@ -355,12 +355,16 @@ class VirtioNet(Part):
         if self._endpoint is None:
             return
         if self._netdev.frame_length_max > self._frame_length_laid_out:
-            self._apply_all()
+            self._lay_out_again()
         self._config_changed()
         self._tracer.emit(InterfaceChanged(device=self.id, mtu=self._netdev.mtu, link_is_up=self._netdev.link_is_up))
 
     def queues_changed(self) -> None:
         """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        self._lay_out_again()
+
+    def _lay_out_again(self) -> None:
+        """As when the frontend sets everything up; a session that cannot go on ends."""
         session = self._endpoint.session if self._endpoint is not None else None
         try:
             if session is not None:
@@ -368,7 +372,7 @@ class VirtioNet(Part):
             self._apply_all()
         except LocalmigError as error:
             for pair in self._pairs:
-                pair.release()  # the old descriptors close next
+                pair.release()  # the TAP's old descriptors may close next
             _logger.warning("device '%s': %s", self.id, error)
             if session is not None:
                 # Not now: this may be in the middle of one of its messages.
