@@ -197,6 +197,8 @@ def test_what_happened_while_nobody_watched_is_seen_by_the_process_that_serves_n
             tap.freeze()
             ip("link", "del", "tap0")
             make_again()
+            tap.look()
+            assert tap.is_gone
             tap.recover()
             tap.thaw()
             await tap.until(lambda: tap.info().ifindex == link("tap0")["ifindex"])

@@ -86,13 +86,14 @@ class OpenTap:
 
         Raises OSError where the kernel does not tell what the bridge is called; the rest is noted.
         """
-        self.ifname, self.ifindex, self.bridge_ifindex = name, 0, 0
+        self.ifname, self.ifindex = name, 0
+        self.bridge, self.bridge_ifindex = "", 0
         if link is None:
             return
         self.ifname, self.ifindex, self.mtu, self.is_up = link.name, link.ifindex, link.mtu, link.is_up
         self.sees_carrier = link.has_carrier
-        bridge = self.network.link(ifindex=link.master) if link.master else None
-        self.bridge, self.bridge_ifindex = ("", 0) if bridge is None else (bridge.name, bridge.ifindex)
+        if link.master and (bridge := self.network.link(ifindex=link.master)) is not None:
+            self.bridge, self.bridge_ifindex = bridge.name, bridge.ifindex
 
     @property
     def whereabouts(self) -> Whereabouts:

@@ -303,7 +303,8 @@ class Tap:
         before = tap.mtu, tap.link_is_up
         try:
             self._see(tap)
-            again = tap.is_gone and self._attach_again(tap)
+            # Not while frozen: the descriptors may be on their way to another process.
+            again = tap.is_gone and self._is_thawed and self._attach_again(tap)
         except OSError as error:
             _logger.warning("netdev '%s': cannot see what became of '%s': %s", self.id, tap.ifname, error.strerror)
             again = True
