@@ -82,6 +82,14 @@ class SessionClosed(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNoted(Event):
+    """Something keeps a device from working, and lasts; each such sentence once."""
+
+    device: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuestAnnounced(Event):
     """The network was told where a device's guest is."""
 

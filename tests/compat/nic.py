@@ -205,6 +205,8 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
                 error=next(fds),
             ),
         ],
+        vring_count_asked=8,
+        was_served=True,
         backend_request_fd=next(fds),
         unparsed=bytes.fromhex("0d000000 09000000 08000000 0000"),
         unparsed_fds=[next(fds)],

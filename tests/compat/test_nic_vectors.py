@@ -82,5 +82,5 @@ def test_the_session_is_one_that_can_be(sample: Sample) -> None:
         assert socket is not None
         assert socket.connection is not None
         count = sample.queue_pairs
-        offer = Offer(features=sample.features, vring_count=2 * count, queue_count=count)
+        offer = Offer(features=sample.features, vring_count=2 * count)
         check_state(socket.connection.session, offer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -13,9 +14,10 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet, notes
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
+from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import (
     CLOUD_HYPERVISOR,
@@ -30,7 +32,7 @@ from localmig.testing.frontend import (
     NetGuest,
 )
 from localmig.testing.namespace import ip, link
-from localmig.trace import Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
+from localmig.trace import DeviceNoted, Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
@@ -65,6 +67,7 @@ class Site:
         reconnect_ms: int | None = None,
         packed: bool = False,
         guest_carrier: bool = False,
+        queues: int = 1,
     ) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
@@ -73,7 +76,7 @@ class Site:
         self._ends = ends
         tracer = Tracer()
         tracer.subscribe(self._note)
-        self.tap = Tap(id="net0", ifname="tap0", guest_carrier=guest_carrier)
+        self.tap = Tap(id="net0", ifname="tap0", queues=queues, guest_carrier=guest_carrier)
         self.tap.open()
         ends.callback(self.tap.close)
         self.listens = reconnect_ms is None
@@ -146,11 +149,13 @@ class Guest:
         self.vmm = ends.enter_context(
             kind(
                 where,
-                tap_fds=[tap.fileno()],
-                queue_size=QUEUE_SIZE,
-                features=features,
-                answer_seconds_max=PATIENCE_S,
-                **more,
+                **{
+                    "tap_fds": [tap.fileno()],
+                    "queue_size": QUEUE_SIZE,
+                    "features": features,
+                    "answer_seconds_max": PATIENCE_S,
+                    **more,
+                },
             )
         )
 
@@ -195,7 +200,7 @@ class Guest:
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
-def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], **options: bool) -> None:
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], **options: Any) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
@@ -406,6 +411,85 @@ def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
     assert "vring 0 (rx) goes on at 17, where its used index stands, and was told 3" in caplog.text
 
 
+# -- what keeps it from working -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("features", [DRIVER_FEATURES, PACKED_FEATURES], ids=["split", "packed"])
+def test_memory_that_is_not_shared_is_told_of_until_it_is(tmp_path: Path, features: int) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=features)
+        await beside(guest.vmm.attach)
+        shared = guest.vmm.memory.region, guest.vmm.memory.fd.fileno()
+        with OwnedFd(os.memfd_create("another")) as another:
+            os.ftruncate(another.fileno(), guest.vmm.memory.region.size)
+            await beside(guest.vmm.frontend.set_mem_table, [(guest.vmm.memory.region, another.fileno())])
+        guest.near.send(bytes(guest.header) + frame(0))
+        noted = await site.fact(DeviceNoted)
+        assert (noted.device, noted.note) == ("nic0", notes.NOT_SHARED)
+        assert site.device.info().notes == (notes.NOT_SHARED,)
+        await beside(guest.vmm.frontend.set_mem_table, [shared])
+        assert await beside(site.machine.recv, 4096) == frame(0)
+        assert site.device.info().notes == ()
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_program_that_says_nothing_is_told_of(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        with await beside(Frontend.connect, site.path) as program:
+            note = (await site.fact(DeviceNoted)).note
+            assert "says nothing" in note
+            assert site.device.info().notes == (note,)
+            await beside(program.get_features)
+            assert site.device.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_too_many_queue_pairs_are_told_of_once_however_often_the_frontend_comes(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as qemu, OwnedFd(os.eventfd(0)) as call:
+                await beside(qemu.set_protocol_features, ProtocolFeature.MQ)
+                assert await beside(qemu.get_queue_num) == 4
+                for index in range(8):
+                    await beside(qemu.set_vring_call, index, call.fileno())
+                note = (await site.fact(DeviceNoted)).note
+                assert note.startswith("QEMU asks for 4 pairs, nic0 has 2")
+            await site.fact(SessionClosed)
+            site.facts = [fact for fact in site.facts if not isinstance(fact, SessionClosed)]
+            assert site.device.info().notes == (note,)
+        assert len([fact for fact in site.facts if isinstance(fact, DeviceNoted)]) == 1
+        guest = site.guest(queue_pairs=2, tap_fds=[])
+        await beside(guest.vmm.attach)
+        assert site.device.info().notes == ()
+
+    run(tmp_path, scenario, queues=2)
+
+
+def test_the_same_mistake_again_and_again_is_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as frontend:
+                await beside(frontend.send, b"\xff" * 12)
+                assert await beside(frontend.is_lost, PATIENCE_S)
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, scenario)
+    assert caplog.text.count("session closed: request 4294967295 is unknown") == 1
+
+
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
@@ -585,7 +669,7 @@ def test_the_guests_link_and_mtu_follow_the_interface(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         guest = site.guest()
         await beside(guest.vmm.attach)
-        wanted = PROTOCOL_FEATURES | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+        wanted = guest.vmm.frontend.protocol_features | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
         await beside(guest.vmm.frontend.set_protocol_features, wanted)
         near, far = socket.socketpair()
         with near, far:

@@ -46,7 +46,13 @@ from localmig.vhost_user.protocol import (
     check_state,
 )
 
-OFFER = Offer(features=0b101, vring_count=2, queue_count=1, vring_size_max=1024, region_count_max=4)
+OFFER = Offer(
+    features=0b101,
+    vring_count=2,
+    protocol_features=PROTOCOL_FEATURES_SERVED & ~ProtocolFeature.MQ,
+    vring_size_max=1024,
+    region_count_max=4,
+)
 CONFIG = bytes(range(24))
 BIT = 1 << PROTOCOL_FEATURES_BIT
 REGION = RegionDescription(guest_address=0, size=0x10000, user_address=0x7F0000000000, mmap_offset=0)
@@ -59,7 +65,7 @@ SETUP: tuple[Message, ...] = (
     (Request.SET_OWNER, None, 0),
     (Request.GET_FEATURES, None, 0),
     (Request.GET_PROTOCOL_FEATURES, None, 0),
-    (Request.SET_PROTOCOL_FEATURES, U64(value=PROTOCOL_FEATURES_SERVED), 0),
+    (Request.SET_PROTOCOL_FEATURES, U64(value=OFFER.protocol_features), 0),
     (Request.GET_QUEUE_NUM, None, 0),
     (Request.GET_MAX_MEM_SLOTS, None, 0),
     (Request.SET_BACKEND_REQ_FD, None, 1),
@@ -130,6 +136,8 @@ def plain(state: SessionState) -> object:
             )
             for v in state.vrings
         ],
+        state.vring_count_asked,
+        state.was_served,
         state.backend_request_fd is not None,
         state.unparsed,
         len(state.unparsed_fds),
@@ -180,8 +188,8 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
     ("request_", "answer"),
     [
         (Request.GET_FEATURES, U64(value=BIT | 0b101)),
-        (Request.GET_PROTOCOL_FEATURES, U64(value=PROTOCOL_FEATURES_SERVED)),
-        (Request.GET_QUEUE_NUM, U64(value=1)),
+        (Request.GET_PROTOCOL_FEATURES, U64(value=OFFER.protocol_features)),
+        (Request.GET_QUEUE_NUM, U64(value=2)),
         (Request.GET_MAX_MEM_SLOTS, U64(value=4)),
         (Request.GET_STATUS, U64(value=15)),
     ],
@@ -267,7 +275,7 @@ def test_an_enable_that_says_nothing_new_is_no_event(served: Backend) -> None:
 
 
 def test_a_region_said_again_for_another_queue_pair_changes_nothing() -> None:
-    backend = Backend(replace(OFFER, vring_count=4, queue_count=2))
+    backend = Backend(replace(OFFER, vring_count=4))
     for request, payload, count in SETUP[:4]:
         converse(backend, request, payload, fd_count=count)
     region = SingleRegion(region=REGION)
@@ -487,6 +495,32 @@ def test_the_configuration_space_is_not_written(served: Backend) -> None:
     assert served.config == CONFIG
 
 
+WIDE = replace(OFFER, vring_count=4, protocol_features=PROTOCOL_FEATURES_SERVED)
+ALL = U64(value=PROTOCOL_FEATURES_SERVED)
+
+
+def test_more_queue_pairs_than_there_are_are_counted_and_passed_over() -> None:
+    backend = Backend(WIDE)
+    try:
+        converse(backend, Request.SET_PROTOCOL_FEATURES, ALL)
+        for index in (4, 5, 7, 6):
+            assert converse(backend, Request.SET_VRING_CALL, VringFile(index=index), fd_count=1) is None
+        before = backend.state.vrings
+        for request, payload, count in SETUP:
+            if isinstance(payload, VringNumber | VringAddress | VringFile):
+                assert converse(backend, request, replace(payload, index=7), fd_count=count) is None
+        assert backend.state.vrings == before
+        assert backend.state.vring_count_asked == 8
+        backend.data_sent(len(backend.data_to_send()))
+        converse(backend, Request.GET_VRING_BASE, VringNumber(index=7))
+        assert take_reply(backend) == VringNumber(index=7, number=0)
+        check_state(backend.state, WIDE)
+        with pytest.raises(PeerError, match="names vring 256, the device has 4 vrings"):
+            converse(backend, Request.SET_VRING_NUM, VringNumber(index=256, number=256))
+    finally:
+        backend.close()
+
+
 # -- split anywhere, moved anywhere -----------------------------------------------------------------------------
 
 
@@ -679,6 +713,7 @@ def spoil_region(**values: int) -> Spoil:
         (spoil(device_status=256), "device status is 256"),
         (spoil(mtu=65536), "mtu is 65536"),
         (spoil(vrings=[]), "session has 0 vrings, the device has 2"),
+        (spoil(vring_count_asked=257), "count of vrings asked for is 257, limit is 256"),
         (spoil_vring(size=0), "vring 0 is started without"),
         (spoil_vring(size=3), "3 entries"),
         (spoil_vring(size=2048), "2048 entries"),

@@ -136,6 +136,12 @@ def test_what_wants_a_look_stands_first_and_says_why() -> None:
     assert lines[8].endswith("net2 stays home: device 'nic2' has local-migration=off")
 
 
+def test_what_keeps_a_nic_from_working_is_shown_in_its_line_and_its_page() -> None:
+    told = facts(device(0), device(1) | {"notes": ["QEMU asks for 4 pairs, nic1 has 2"]})
+    assert show(told).splitlines()[7].endswith("QEMU asks for 4 pairs, nic1 has 2")
+    assert "note       QEMU asks for 4 pairs, nic1 has 2" in show_device(told, "nic1").splitlines()
+
+
 def test_a_daemon_that_took_over_from_a_dead_one_says_so() -> None:
     told = facts(device())
     told["migration"] = {

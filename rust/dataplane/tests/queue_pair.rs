@@ -410,6 +410,34 @@ fn a_split_ring_begins_at_its_used_index_wherever_it_is_told_to_begin() {
 }
 
 #[test]
+fn chains_are_used_in_the_order_they_came_also_those_of_packets_that_are_dropped() {
+    // VIRTIO_F_IN_ORDER is offered.
+    let mut bench = Bench::new();
+    let (heads, (_, broken)) = ([5, 0, 9, 2], wire());
+    for head in heads {
+        bench.offer_tx(head, &[0; 60]);
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    for number in 0..4 {
+        send(&bench.wire, &with_header(&[number; 60]));
+    }
+    bench.start();
+    for head in heads {
+        assert_eq!(bench.tx.await_used().0, head);
+        assert_eq!(bench.rx.await_used().0, head);
+    }
+    bench.pair.stop();
+    for head in heads {
+        bench.offer_tx(head, &[0; 60]);
+    }
+    bench.start_with(|config| config.tap_fd = broken.as_raw_fd());
+    for head in heads {
+        assert_eq!(bench.tx.await_used().0, head);
+    }
+    assert_eq!(tx_dropped(&bench.pair.counters()), 4);
+}
+
+#[test]
 fn a_ring_that_failed_elsewhere_stays_where_it_was_told() {
     let bench = Bench::at(9);
     bench.pair.configure(&bench.config()).unwrap();

@@ -221,6 +221,7 @@ def _dropped(counts: Mapping[str, int]) -> int:
 
 def _notes(facts: Facts, device: Facts) -> Iterator[str]:
     """What wants a look. Drops are no reason: a guest that is not up yet drops what it is sent."""
+    yield from device.get("notes", ())  # a daemon of before has none
     for vring in device["vrings"]:
         if vring["failed"]:
             yield f"vring {vring['index']} failed"

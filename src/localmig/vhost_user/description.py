@@ -57,6 +57,8 @@ SESSION: Final = Description(
         u16("mtu"),
         array("regions", MEMORY_REGION, count_max=REGION_COUNT_MAX),
         array("vrings", VRING, count_max=VRING_INDEX_MAX + 1),
+        u16("vring_count_asked"),
+        boolean("was_served"),
         optional(fd("backend_request_fd", kind="socket")),
         blob("unparsed", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
         array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),

@@ -33,6 +33,7 @@ from localmig.vhost_user.message import (
     RULES,
     TABLE_REGION_COUNT_MAX,
     U64,
+    VRING_INDEX_MAX,
     BackendRequest,
     ConfigSpace,
     Header,
@@ -74,8 +75,8 @@ class Offer:
 
     Attributes:
         features: virtio feature bits of the device; the bit for protocol features comes on top by itself.
-        vring_count: rings the device has.
-        queue_count: what GET_QUEUE_NUM answers; a NIC counts pairs there.
+        vring_count: rings the device has, and what GET_QUEUE_NUM answers: rust-vmm, Cloud Hypervisor and crosvm read
+            it as a number of virtqueues.
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
         vring_size_max: entries a ring may have.
         region_count_max: memory regions a frontend may share.
@@ -86,7 +87,6 @@ class Offer:
 
     features: int
     vring_count: int
-    queue_count: int
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
@@ -152,6 +152,8 @@ class SessionState:
         mtu: from NET_SET_MTU, 0 where none came.
         regions: guest memory.
         vrings: every ring of the device, by index.
+        vring_count_asked: how many the frontend has, where it has more than the device; else 0.
+        was_served: whether one was ever started and enabled.
         backend_request_fd: where the backend may send requests of its own.
         unparsed, unparsed_fds: the beginning of a message and the descriptors that came with it.
         unsent: the rest of a reply the socket had no room for.
@@ -163,6 +165,8 @@ class SessionState:
     mtu: int = 0
     regions: list[MemoryRegion] = field(default_factory=list)
     vrings: list[VringState] = field(default_factory=list)
+    vring_count_asked: int = 0
+    was_served: bool = False
     backend_request_fd: OwnedFd | None = None
     unparsed: bytes = b""
     unparsed_fds: list[OwnedFd] = field(default_factory=list)
@@ -205,6 +209,7 @@ def check_state(state: SessionState, offer: Offer) -> None:
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
         if vring.failed and not vring.started:
             raise PeerError(f"vring {index} has failed and is not started")
+    _check_range("count of vrings asked for", state.vring_count_asked, VRING_INDEX_MAX + 1)
     check_regions(state.regions, count_max=offer.region_count_max)
     _check_unparsed(state.unparsed)
     _check_fd_count(state.unparsed_fds)
@@ -346,12 +351,14 @@ class Backend:
         offer: what GET_FEATURES and the like answer.
         state: the session as plain data. The device reads it, and writes `next_avail` of rings it stopped.
         config: the device's configuration space, what GET_CONFIG reads; at most `CONFIG_SIZE_MAX` bytes.
+        has_spoken: whether the frontend sent a whole message, here or before a handover.
     """
 
     def __init__(self, offer: Offer, *, config: bytes = b"") -> None:
         assert len(config) <= CONFIG_SIZE_MAX, len(config)
         self.offer = offer
         self.config = config
+        self.has_spoken = False
         self.state = SessionState(vrings=[VringState() for _ in range(offer.vring_count)])
         self._header: Header | None = None
         self._payload: Payload | None = None
@@ -371,6 +378,7 @@ class Backend:
         state.regions, state.vrings = list(state.regions), list(state.vrings)
         state.unparsed_fds = list(state.unparsed_fds)
         backend.state = state
+        backend.has_spoken = True
         backend._parse_header()
         return backend
 
@@ -471,6 +479,7 @@ class Backend:
         self._retired.clear()
         self.state.unparsed_fds.clear()
         self.state.unparsed = b""
+        self.has_spoken = True
         self._header = self._payload = self._event = None
 
     def _apply(self, request: Request, payload: Payload | None) -> Event | None:
@@ -497,7 +506,7 @@ class Backend:
                 return self._set_regions(self._regions_of(descriptions))
             case Request.ADD_MEM_REG, SingleRegion(region=description):
                 # QEMU 7.2 says every region once more for each queue pair.
-                if self.offer.queue_count > 1 and description in map(_describe, self.state.regions):
+                if self._has_several_pairs and description in map(_describe, self.state.regions):
                     return None
                 return self._set_regions([*self.state.regions, *self._regions_of((description,))])
             case Request.REM_MEM_REG, SingleRegion(region=description):
@@ -512,9 +521,10 @@ class Backend:
         """As `_apply`, for the requests about one ring."""
         index = payload.index
         if index >= len(self.state.vrings):
-            raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
+            self._pass_over(request, index)
+            return None
         vring = self.state.vrings[index]
-        was_served = self._is_served(index)
+        concerns_device = was_served = self._is_served(index)
         # User-Mode Linux and Cloud Hypervisor reset a driver without GET_VRING_BASE: they disable its rings and set
         # them up again. So a message that only comes with a set-up ends a failure.
         anew = False
@@ -542,7 +552,7 @@ class Backend:
                     return None
                 vring.enabled = bool(number)
                 # Also of a ring that is not started: a device may steer packets by it.
-                return VringChanged(index=index)
+                concerns_device = True
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
                 vring.started = vring.failed = False
@@ -566,7 +576,24 @@ class Backend:
                 vring.call = self._replace(vring.call)
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
-        return VringChanged(index=index, anew=anew) if was_served or self._is_served(index) else None
+        if self._is_served(index):
+            self.state.was_served = concerns_device = True
+        return VringChanged(index=index, anew=anew) if concerns_device else None
+
+    def _pass_over(self, request: Request, index: int) -> None:
+        """A request for a ring that the device does not have.
+
+        QEMU takes the answer to GET_QUEUE_NUM, which counts virtqueues, for a number of pairs, so it may set up more
+        pairs than there are. The session lives, and so do the pairs that are there: a closed one would come again at
+        once, for ever.
+        """
+        if ProtocolFeature.MQ not in ProtocolFeature(self.state.protocol_features_acked) or index > VRING_INDEX_MAX:
+            raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
+        self.state.vring_count_asked = max(self.state.vring_count_asked, index + 1)
+
+    @property
+    def _has_several_pairs(self) -> bool:
+        return self.offer.vring_count > 2
 
     def _is_served(self, index: int) -> bool:
         return self.offer.serves(index, self.state.vrings)
@@ -648,7 +675,7 @@ class Backend:
                 self.state.regions.remove(region)
                 self._retired.append(region.fd)
                 return MemoryChanged()
-        if self.offer.queue_count > 1:
+        if self._has_several_pairs:
             return None  # as in ADD_MEM_REG: taken away for another queue pair already
         raise PeerError(
             f"REM_MEM_REG names {description.size:#x} bytes at guest address {description.guest_address:#x}, user"
@@ -676,13 +703,14 @@ class Backend:
             case Request.GET_PROTOCOL_FEATURES, None:
                 return U64(value=self.offer.protocol_features)
             case Request.GET_QUEUE_NUM, None:
-                return U64(value=self.offer.queue_count)
+                return U64(value=self.offer.vring_count)
             case Request.GET_MAX_MEM_SLOTS, None:
                 return U64(value=self.offer.region_count_max)
             case Request.GET_STATUS, None:
                 return U64(value=self.state.device_status)
             case Request.GET_VRING_BASE, VringNumber(index=index):
-                position = self.state.vrings[index].next_avail
+                # A ring that was passed over stands at the beginning.
+                position = self.state.vrings[index].next_avail if index < len(self.state.vrings) else 0
                 base = packed_ring.base_of(position) if self.state.is_packed else position
                 return VringNumber(index=index, number=base)
             case Request.GET_CONFIG, ConfigSpace(offset=offset, data=data):

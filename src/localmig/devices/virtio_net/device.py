@@ -22,6 +22,7 @@ import asyncio
 import errno
 import logging
 import os
+import select
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -29,6 +30,7 @@ from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
+from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
@@ -36,6 +38,7 @@ from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.netdev.tun import Offload
 from localmig.trace import (
+    DeviceNoted,
     GuestAnnounced,
     InterfaceChanged,
     RingCorrected,
@@ -138,6 +141,12 @@ class VirtioNet(Part):
         """Why a ring failed last, by its vring's number."""
         self._frame_length_laid_out = 0
         """Bytes of the longest frame that the queue pairs have room for."""
+        self._notes = Notes(self._find_notes, self._is_untouched, self._tell_note)
+        self._kicks_before: dict[int, tuple[OwnedFd, int]] = {}
+        """Of the first queue pair's rings: the kick descriptor, and how many kicks are not its driver's."""
+        self._vring_count_asked = 0
+        """As the last session's, if that had too many."""
+        self._closed_because: str | None = None
         rings.join(self)
         netdev.observer = self
 
@@ -170,6 +179,7 @@ class VirtioNet(Part):
 
     def freeze(self) -> None:
         """Leaves socket and connection alone from now on."""
+        self._notes.stop()
         if self._endpoint is not None:
             self._endpoint.freeze()
 
@@ -183,6 +193,8 @@ class VirtioNet(Part):
         self._tell_network()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
+        self._note_kicks()
+        self._notes.expect()
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -208,6 +220,7 @@ class VirtioNet(Part):
                 QueuePairInfo(index=index, running=self._runs(pair), counters=Counters(*pair.counters()))
                 for index, pair in enumerate(self._pairs)
             ),
+            notes=self._notes.get(),
         )
 
     def _runs(self, pair: QueuePair) -> bool:
@@ -383,11 +396,14 @@ class VirtioNet(Part):
     def session_opened(self) -> None:
         """Rings come later, by their events."""
         self._tracer.emit(SessionOpened(device=self.id))
+        self._notes.expect()
 
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
+        self._notes.expect()
         match event:
             case VringChanged(index=vring, anew=anew):
+                self._note_kicks()
                 self._apply(vring // 2, anew=vring if anew else None)
                 assert self._endpoint is not None, self.id
                 for drained, leader in self._endpoint.offer.drained_vrings.items():
@@ -419,11 +435,16 @@ class VirtioNet(Part):
             pair.release()
         self._memory = None
         self._failures.clear()
+        self._kicks_before.clear()
         self._drop_ledger()
         self._netdev.mtu_told = 0
         self._reset_netdev()
+        self._vring_count_asked = self._asked_now()
         if reason is not None:
-            _logger.warning("device '%s': session closed: %s", self.id, reason)
+            # A frontend that comes again and again with the same mistake fills no log.
+            level = logging.WARNING if reason != self._closed_because else logging.DEBUG
+            _logger.log(level, "device '%s': session closed: %s", self.id, reason)
+        self._closed_because = reason
         self._tracer.emit(SessionClosed(device=self.id, reason=reason))
 
     # -- queue pairs --------------------------------------------------------------------------------------------
@@ -654,6 +675,68 @@ class VirtioNet(Part):
             )
             self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
 
+    # -- what keeps it from working -----------------------------------------------------------------------------
+
+    def _find_notes(self) -> Iterator[str]:
+        if asked := self._asked_now():
+            yield excess_note(self.id, self._netdev.id, asked=-(-asked // 2), there=len(self._pairs))
+        if self._endpoint is None or self._endpoint.session is None:
+            return
+        backend = self._endpoint.session.backend
+        yield from set_up_notes(backend.state, has_spoken=backend.has_spoken)
+        kicks = self._kicks()
+        if any(kicks[vring] > before for vring, (_, before) in self._kicks_before.items()) and self._is_untouched():
+            yield NOT_SHARED
+
+    def _tell_note(self, note: str) -> None:
+        _logger.warning("device '%s': %s", self.id, note)
+        self._tracer.emit(DeviceNoted(device=self.id, note=note))
+
+    def _asked_now(self) -> int:
+        """How many vrings the frontend has, or the last one had, where those are too many; else 0."""
+        state = self._session_state()
+        if state is None or not (state.vring_count_asked or state.was_served):
+            return self._vring_count_asked
+        return state.vring_count_asked
+
+    def _is_untouched(self) -> bool:
+        """Whether the first queue pair runs and the driver has written into neither ring, as far as memory tells."""
+        state = self._session_state()
+        if state is None or self._memory is None or not self._pairs or not self._pairs[0].is_running():
+            return False
+        indices = receive_queue(0), transmit_queue(0)
+        if any(state.vrings[index].failed for index in indices):
+            return False
+        return all(
+            position is not None and self._is_vring_untouched(self._memory, state, index, position)
+            for index, position in zip(indices, self._pairs[0].positions(), strict=True)
+        )
+
+    def _is_vring_untouched(self, memory: GuestMemory, state: SessionState, index: int, position: int) -> bool:
+        ring, vring = (packed_ring if state.is_packed else split_ring), state.vrings[index]
+        area, offset = ring.TOUCHED
+        address = (vring.descriptor_area, vring.driver_area, vring.device_area)[area] + offset
+        try:
+            written = memory.read(to_guest_address(state.regions, address, 2), 2)
+        except (PeerError, ValueError, OSError):
+            return False  # its ring fails or stands still, and that is told
+        return position == ring.START and not any(written)
+
+    def _note_kicks(self) -> None:
+        """A new kick descriptor is a new life of a ring. QEMU makes one with a kick in it, whatever the driver does."""
+        state = self._session_state()
+        for vring, count in self._kicks().items():
+            kick = None if state is None else state.vrings[vring].kick
+            if kick is not None and (vring not in self._kicks_before or self._kicks_before[vring][0] is not kick):
+                pending = select.poll()
+                pending.register(kick.fileno(), select.POLLIN)
+                self._kicks_before[vring] = kick, count + len(pending.poll(0))
+
+    def _kicks(self) -> dict[int, int]:
+        """How often each ring of the first queue pair was kicked."""
+        counters = Counters(*self._pairs[0].counters())
+        return {receive_queue(0): counters.rx_kicks, transmit_queue(0): counters.tx_kicks}
+
     # -- small things -------------------------------------------------------------------------------------------
 
     def _make_pairs(self) -> None:
@@ -678,6 +761,7 @@ class VirtioNet(Part):
             asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())
             self._ring_errors.close()
             self._ring_errors = None
+        self._notes.stop()
 
     def _session_state(self) -> SessionState | None:
         return self._endpoint.state if self._endpoint is not None else None

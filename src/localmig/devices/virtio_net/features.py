@@ -11,12 +11,17 @@ from typing import Final
 
 from localmig.errors import PeerError
 from localmig.netdev.tun import Offload
-from localmig.vhost_user.protocol import Offer
+from localmig.vhost_user.message import ProtocolFeature
+from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature, transmit_queue, without_orphans
 
 FEATURES: Final = (
     Feature.VERSION_1
+    # A header may lie in any buffers of its chain, and chains are used in the order in which they were made available,
+    # those of a packet that was dropped too.
+    | Feature.ANY_LAYOUT
+    | Feature.IN_ORDER
     | Feature.RING_EVENT_IDX
     | Feature.RING_INDIRECT_DESC
     | NetFeature.MRG_RXBUF
@@ -57,10 +62,15 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
         features |= NetFeature.MAC
     if packed:
         features |= Feature.RING_PACKED
+    protocol_features = PROTOCOL_FEATURES_SERVED
+    if queue_pair_count == 1:
+        # The specification would have it, because a NIC may have any number of pairs. But QEMU takes the answer to
+        # GET_QUEUE_NUM, 2 here, for a number of pairs; without MQ it knows that there is one.
+        protocol_features &= ~ProtocolFeature.MQ
     return Offer(
         features=features,
         vring_count=2 * queue_pair_count,
-        queue_count=queue_pair_count,
+        protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
 

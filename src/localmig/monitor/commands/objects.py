@@ -68,6 +68,7 @@ _VIRTIO_NET: Final = (
     Member(name="session", attribute="session", type=_SESSION, required=False),
     Member(name="vrings", attribute="vrings", type=Array(_VRING)),
     Member(name="queue-pairs", attribute="queue_pairs", type=Array(_QUEUE_PAIR)),
+    Member(name="notes", attribute="notes", type=Array(String())),
 )
 
 _TAP: Final = (
