@@ -48,6 +48,15 @@ class RingFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InterfaceChanged(Event):
+    """The host did something to a NIC's interface that its guest may notice."""
+
+    device: str
+    mtu: int
+    link_is_up: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RingCorrected(Event):
     """A split ring began at `begun`, where the used index in guest memory stands; it was told to begin at `told`."""
 

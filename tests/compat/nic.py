@@ -22,7 +22,7 @@ from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, Ri
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import OutgoingStream, Section, section_name
-from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.netdev.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
@@ -98,7 +98,7 @@ class Sample:
         """The states, with these descriptors."""
         take = iter(fds)
         return Daemon(
-            tap=_tap(None if self is HOME else _descriptors(tuple(next(take) for _ in range(self.queue_pairs)))),
+            tap=_tap(None if self is HOME else _descriptors(self.queue_pairs, take)),
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
@@ -109,18 +109,32 @@ class Sample:
         )
 
 
-SESSION: Final = Sample(name="nic-session", descriptor_count=12)
-IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
+SESSION: Final = Sample(name="nic-session", descriptor_count=13)
+IDLE: Final = Sample(name="nic-idle", descriptor_count=3)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
-PACKED: Final = Sample(name="nic-packed", descriptor_count=13)
-WIDE: Final = Sample(name="nic-wide", descriptor_count=13)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=12)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=14)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=14)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 
-def _descriptors(queues: tuple[OwnedFd, ...]) -> TapDescriptors:
+def _descriptors(queue_count: int, fds: Iterator[OwnedFd]) -> TapDescriptors:
+    queues = tuple(next(fds) for _ in range(queue_count))
     attached = tuple(queue is queues[0] for queue in queues)
-    return TapDescriptors(queues=queues, attached=attached, downscript="/etc/tap-down")
+    return TapDescriptors(
+        queues=queues,
+        attached=attached,
+        downscript="/etc/tap-down",
+        netlink=next(fds),
+        namespace=0xF0000098,
+        ifname_opened="tap0",
+        mtu_opened=1500,
+        ifindex=7,
+        bridge="br0",
+        is_up=True,
+        is_gone=False,
+        has_carrier=True,
+    )
 
 
 def _tap(descriptors: TapDescriptors | None) -> TapState:

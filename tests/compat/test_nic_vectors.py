@@ -11,7 +11,7 @@ from tests.compat.vmdesc_reader import walk
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream, OutgoingStream
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
 

@@ -440,7 +440,19 @@ LIES: Final = [
             state_of(NET, "descriptors.attached", (False, True)),
             "its 2 queues cannot be attached as told",
         ),
-        ("another interface", state_of(NET, "ifname", "tap7"), "has ifname=tap0 here and tap7 there"),
+        (
+            "another interface",
+            state_of(NET, "descriptors.ifname_opened", "tap7"),
+            "has ifname=tap0 here and tap7 there",
+        ),
+        ("another name", state_of(NET, "ifname", "tap7"), "queue 0 is one of 'tap0', not of 'tap7'"),
+        ("no interface's name", state_of(NET, "descriptors.ifname_opened", "a\0b"), "is no interface name"),
+        ("no interface's number", state_of(NET, "descriptors.ifindex", 1 << 31), "2147483648 is no interface's number"),
+        (
+            "a netlink socket that is none",
+            state_of(NET, "descriptors.netlink", made(small_file)),
+            "is a descriptor of kind 'netlink'",
+        ),
         ("a vnet header of 11 bytes", state_of(NET, "vnet_header_length", 11), "11"),
         (
             "a relative downscript",

@@ -38,7 +38,7 @@ from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
 from localmig.options.specs import (
     AnySpec,

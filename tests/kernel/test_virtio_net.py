@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import socket
@@ -30,11 +31,12 @@ from localmig.testing.frontend import (
     FrontendListener,
     NetGuest,
 )
-from localmig.trace import DeviceNoted, Event, RingCorrected, RingFailed, SessionClosed, Tracer
+from localmig.testing.namespace import ip, link
+from localmig.trace import DeviceNoted, Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetConfig, NetFeature, header_length
+from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -64,6 +66,7 @@ class Site:
         *,
         reconnect_ms: int | None = None,
         packed: bool = False,
+        guest_carrier: bool = False,
         queues: int = 1,
     ) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
@@ -73,7 +76,7 @@ class Site:
         self._ends = ends
         tracer = Tracer()
         tracer.subscribe(self._note)
-        self.tap = Tap(id="net0", ifname="tap0", queues=queues)
+        self.tap = Tap(id="net0", ifname="tap0", queues=queues, guest_carrier=guest_carrier)
         self.tap.open()
         ends.callback(self.tap.close)
         self.listens = reconnect_ms is None
@@ -93,6 +96,7 @@ class Site:
         self.device.open()
         ends.callback(self.device.close)
         self.rings.resume()
+        self.tap.thaw()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -114,6 +118,16 @@ class Site:
     def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES, **more: Any) -> Guest:
         """A guest that is not attached yet; `more` is for its `NetGuest`."""
         return Guest(self, kind, features, self._ends, **more)
+
+    async def changed(self, **expected: object) -> None:
+        """Once the device heard of an interface that is so."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(
+                isinstance(fact, InterfaceChanged) and expected.items() <= dataclasses.asdict(fact).items()
+                for fact in self.facts
+            ):
+                self._new_fact.clear()
+                await self._new_fact.wait()
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -186,14 +200,12 @@ class Guest:
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
-def run(
-    path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False, queues: int = 1
-) -> None:
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], **options: Any) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
         with ExitStack() as ends:
-            await scenario(Site(path / "nic0.sock", ends, packed=packed, queues=queues))
+            await scenario(Site(path / "nic0.sock", ends, **options))
 
     asyncio.run(play())
 
@@ -641,6 +653,88 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
         await second.talks()
 
     run(tmp_path, scenario)
+
+
+# -- the interface --------------------------------------------------------------------------------------------
+
+
+async def told(guest: Guest) -> tuple[int, int]:
+    """(link status, MTU) as the frontend reads them from the configuration space."""
+    config = await beside(guest.vmm.frontend.get_config, 0, 12)
+    assert config is not None
+    return int.from_bytes(config[6:8], "little"), int.from_bytes(config[10:12], "little")
+
+
+def test_the_guests_link_and_mtu_follow_the_interface(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        wanted = guest.vmm.frontend.protocol_features | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+        await beside(guest.vmm.frontend.set_protocol_features, wanted)
+        near, far = socket.socketpair()
+        with near, far:
+            near.settimeout(PATIENCE_S)
+            await beside(guest.vmm.frontend.set_backend_request_fd, far.fileno())
+            assert await told(guest) == (LinkStatus.LINK_UP, 1500)
+            ip("link", "set", "tap0", "down")
+            # VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
+            assert int.from_bytes((await beside(near.recv, 12))[:4], "little") == 2
+            await site.changed(link_is_up=False)
+            assert await told(guest) == (0, 1500)
+        ip("link", "set", "tap0", "mtu", "9000", "up")
+        await site.changed(link_is_up=True, mtu=9000)
+        assert await told(guest) == (LinkStatus.LINK_UP, 9000)
+        site.machine.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that it was down, which it tells once
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_an_mtu_that_was_raised_just_now_can_be_set_and_its_frames_find_room(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        with pytest.raises(PeerError):
+            await beside(guest.vmm.frontend.set_mtu, 9000)
+        ip("link", "set", "tap0", "mtu", "9000")
+        await beside(guest.vmm.frontend.set_mtu, 9000)
+        long = frame(1) + bytes(8900)
+        site.machine.send(long)
+        assert (await beside(guest.near.recv, 10000))[guest.header :] == long
+        ip("link", "set", "tap0", "mtu", "1500")
+        await site.changed(mtu=1500)
+        (note,) = site.tap.info().notes
+        assert note == "'tap0' has MTU 1500, and the guest uses 9000: ip link set tap0 mtu 9000"
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert site.tap.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+def test_the_interface_has_a_carrier_while_a_driver_serves_the_nic(tmp_path: Path) -> None:
+    def has_carrier() -> bool:
+        return "LOWER_UP" in link("tap0")["flags"]
+
+    async def scenario(site: Site) -> None:
+        assert not has_carrier()
+        guest = site.guest()
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.get_features)  # all before it is done
+        assert has_carrier()
+        await beside(guest.vmm.detach)
+        await beside(guest.vmm.frontend.get_features)
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.get_features)  # all before it is done
+        assert has_carrier()
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert not has_carrier()
+
+    run(tmp_path, scenario, guest_carrier=True)
 
 
 # -- arriving -------------------------------------------------------------------------------------------------

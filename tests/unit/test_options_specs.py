@@ -106,9 +106,18 @@ NETDEV_ERRORS = {
     "tap,id=net0,fds=5:6,queues=3": "queues=3 is invalid with fds=, which has 2 descriptors",
     "tap,id=net0,fds=5:6,fd=7": "fd= is invalid with fds=: give every descriptor in fds=",
     "tap,id=net0,fd=5,queues=2": "queues=2 is invalid with fd=: give a descriptor for each queue in fds=",
-    "tap,id=net0,fds=5:6,script=/x": "ifname=, script= and downscript= are invalid with fds=: "
+    "tap,id=net0,fds=5:6,script=/x": "ifname=, script=, downscript= and br= are invalid with fds=: "
     "who opened the TAP set it up",
     "tap,id=net0,fds=" + ":".join(map(str, range(3, 132))): "Parameter 'fds' has 129 descriptors, limit is 128",
+    "tap,id=net0,fd=5,br=br0": "ifname=, script=, downscript= and br= are invalid with fd=: "
+    "who opened the TAP set it up",
+    "tap,id=net0,br=br0,script=/x": "script= and downscript= are invalid with br=: "
+    "say one way to connect the interface",
+    "tap,id=net0,br=br0,downscript=/x": "script= and downscript= are invalid with br=: "
+    "say one way to connect the interface",
+    "tap,id=net0,br=a/b": "Parameter 'br' expects an interface name, not 'a/b': "
+    "no space, '/', ':' or '%', not '.' or '..'",
+    "tap,id=net0,guest-carrier=yes": "Parameter 'guest-carrier' expects 'on' or 'off', not 'yes'",
     "tap,id=net0,fd=2": "Parameter 'fd' expects a value between 3 and 1048575, not 2: "
     "a descriptor beyond the standard streams",
     "tap,id=net0,ifname=": "Parameter 'ifname' expects 1 to 15 bytes, not 0: ''",
@@ -118,9 +127,9 @@ NETDEV_ERRORS = {
     "tap,id=net0,ifname=..": "Parameter 'ifname' expects an interface name, not '..': "
     "no space, '/', ':' or '%', not '.' or '..'",
     "tap,id=net0,script=": "Parameter 'script' expects a path of 1 to 4095 bytes, not 0",
-    "tap,id=net0,fd=5,ifname=tap0": "ifname=, script= and downscript= are invalid with fd=: "
+    "tap,id=net0,fd=5,ifname=tap0": "ifname=, script=, downscript= and br= are invalid with fd=: "
     "who opened the TAP set it up",
-    "tap,id=net0,fd=5,downscript=/x": "ifname=, script= and downscript= are invalid with fd=: "
+    "tap,id=net0,fd=5,downscript=/x": "ifname=, script=, downscript= and br= are invalid with fd=: "
     "who opened the TAP set it up",
     '{"type": "tap", "id": 5}': "Invalid parameter type for 'id', expected: string",
     '{"type": 5}': "Invalid parameter type for 'type', expected: string",

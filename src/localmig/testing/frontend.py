@@ -23,7 +23,7 @@ from localmig import fds
 from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     PROTOCOL_FEATURES_BIT,

@@ -36,10 +36,12 @@ from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload, Tap
+from localmig.netdev.tap import Tap
+from localmig.netdev.tun import Offload
 from localmig.trace import (
     DeviceNoted,
     GuestAnnounced,
+    InterfaceChanged,
     MemoryMapped,
     RingCorrected,
     RingFailed,
@@ -72,6 +74,7 @@ from localmig.virtio import Feature, packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
     OFFLOADS,
+    LinkStatus,
     NetConfig,
     NetFeature,
     header_length,
@@ -146,6 +149,8 @@ class VirtioNet(Part):
         """The configuration space as the source had it, where there was one."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
+        self._frame_length_laid_out = 0
+        """Bytes of the longest frame that the queue pairs have room for."""
         self._notes = Notes(self._find_notes, self._is_untouched, self._tell_note)
         self._kicks_before: dict[int, tuple[OwnedFd, int]] = {}
         """Of the first queue pair's rings: the kick descriptor, and how many kicks are not its driver's."""
@@ -153,6 +158,7 @@ class VirtioNet(Part):
         """As the last session's, if that had too many."""
         self._closed_because: str | None = None
         rings.join(self)
+        netdev.observer = self
 
     @property
     def queue_pair_count(self) -> int:
@@ -192,6 +198,9 @@ class VirtioNet(Part):
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
+        if (state := self._session_state()) is not None:
+            self._netdev.mtu_told = state.mtu
+        self._tell_network()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
         self._note_kicks()
@@ -219,11 +228,15 @@ class VirtioNet(Part):
             session=None if state is None else SessionInfo.of(state),
             vrings=() if state is None else tuple(self._vring_infos(state)),
             queue_pairs=tuple(
-                QueuePairInfo(index=index, running=pair.is_running(), counters=Counters(*pair.counters()))
+                QueuePairInfo(index=index, running=self._runs(pair), counters=Counters(*pair.counters()))
                 for index, pair in enumerate(self._pairs)
             ),
             notes=self._notes.get(),
         )
+
+    def _runs(self, pair: QueuePair) -> bool:
+        """Whether packets move: what a guest sends to an interface that is gone is only taken out of its ring."""
+        return pair.is_running() and not self._netdev.is_gone
 
     def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
         for number, pair in enumerate(self._pairs):
@@ -235,7 +248,7 @@ class VirtioNet(Part):
                     size=vring.size,
                     started=vring.started,
                     enabled=vring.enabled,
-                    running=pair.is_running() and position is not None and not vring.failed,
+                    running=self._runs(pair) and position is not None and not vring.failed,
                     position=vring.next_avail if position is None else position,
                     failed=vring.failed,
                     # Where it failed before a handover, the source's log has the reason.
@@ -361,6 +374,34 @@ class VirtioNet(Part):
         if self._rings.serving and self._known_mac is not None:
             self._send_rarp(self._known_mac)
 
+    def interface_changed(self) -> None:
+        """The guest is told the interface's MTU and whether its link is up. See `netdev.tap.Observer`."""
+        if self._endpoint is None:
+            return
+        if self._netdev.frame_length_max > self._frame_length_laid_out:
+            self._lay_out_again()
+        self._config_changed()
+        self._tracer.emit(InterfaceChanged(device=self.id, mtu=self._netdev.mtu, link_is_up=self._netdev.link_is_up))
+
+    def queues_changed(self) -> None:
+        """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        self._lay_out_again()
+
+    def _lay_out_again(self) -> None:
+        """As when the frontend sets everything up; a session that cannot go on ends."""
+        session = self._endpoint.session if self._endpoint is not None else None
+        try:
+            if session is not None:
+                self._set_up_netdev()
+            self._apply_all()
+        except LocalmigError as error:
+            for pair in self._pairs:
+                pair.release()  # the TAP's old descriptors may close next
+            _logger.warning("device '%s': %s", self.id, error)
+            if session is not None:
+                # Not now: this may be in the middle of one of its messages.
+                asyncio.get_running_loop().call_soon(session.close, str(error))
+
     # -- the frontend's events ----------------------------------------------------------------------------------
 
     def session_opened(self) -> None:
@@ -403,6 +444,7 @@ class VirtioNet(Part):
                 self._rewind()
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
+                self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
                 self._known_mac = mac
                 self._send_rarp(mac)
@@ -418,6 +460,7 @@ class VirtioNet(Part):
         self._failures.clear()
         self._kicks_before.clear()
         self._drop_ledger()
+        self._netdev.mtu_told = 0
         self._reset_netdev()
         self._vring_count_asked = self._asked_now()
         if reason is not None:
@@ -443,8 +486,20 @@ class VirtioNet(Part):
         self._stop(index, anew=anew)
         self._lay_out(index)
         self._settle(index)
+        if index == 0:
+            self._tell_network()
         if self._rings.serving:
             self._start(index)
+
+    def _tell_network(self) -> None:
+        """The interface has a carrier while a driver serves the NIC, where that is asked for."""
+        if not self._netdev.is_open:
+            return
+        state, first = self._session_state(), receive_queue(0)
+        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings):
+            self._netdev.driver_begins()
+        else:
+            self._netdev.driver_ends()
 
     def _steer(self, index: int) -> None:
         """Attaches the pair's TAP queue where the guest receives from it, and detaches it where it does not.
@@ -575,6 +630,7 @@ class VirtioNet(Part):
             return
         assert state is not None, self.id
         assert self._memory is not None, self.id
+        self._frame_length_laid_out = self._netdev.frame_length_max
         try:
             pair.configure(
                 memory=self._memory,
@@ -667,6 +723,8 @@ class VirtioNet(Part):
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+        # A queue pair whose TAP's interface is gone signals too. The netdev knows, and may attach another one.
+        self._netdev.look_soon()
 
     def _report_corrections(self, index: int, level: int) -> None:
         """Tells of rings that began elsewhere than they were told."""
@@ -804,6 +862,8 @@ class VirtioNet(Part):
         return NetConfig(
             # A session that was offered an address goes on with it.
             mac=self._own_mac or self._config_there.mac,
+            # A link that waits for its interface, in a handover, is not told to be down.
+            status=LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0,
             queue_pair_count_max=self._netdev.queue_count,
             # One that is awaited is most likely the interface that the source has.
             mtu=self._netdev.mtu if self._netdev.is_open else self._config_there.mtu,
@@ -848,6 +908,7 @@ class VirtioNet(Part):
             for index in range(1, self._netdev.queue_count):
                 self._netdev.detach(index)
             self._netdev.set_offloads(Offload(0))
+            self._netdev.driver_ends()
         except KernelError as error:
             # The session ends all the same, and the next one sets what it needs.
             _logger.warning("device '%s': %s", self.id, error)
@@ -865,6 +926,8 @@ class VirtioNet(Part):
             vring.next_avail = 0
 
     def _check_mtu(self, mtu: int) -> None:
+        # Whatever the kernel has told of it so far may be late.
+        self._netdev.look()
         if self._netdev.is_open and mtu > self._netdev.mtu:
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"

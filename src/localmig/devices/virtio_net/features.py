@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.errors import PeerError
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
