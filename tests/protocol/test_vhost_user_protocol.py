@@ -733,6 +733,7 @@ def test_an_unsent_rest_of_a_reply_moves(served: Backend) -> None:
 WRONG: tuple[tuple[Message, str], ...] = (
     ((Request.SET_FEATURES, U64(value=BIT | 0b10), 0), "features 0x40000002, of which 0x2 are not among"),
     ((Request.SET_PROTOCOL_FEATURES, U64(value=1 << 19), 0), "protocol features 0x80000, of which 0x80000"),
+    ((Request.SET_PROTOCOL_FEATURES, U64(value=1 << 63), 0), "of which 0x8000000000000000 are not among"),
     ((Request.SET_STATUS, U64(value=256), 0), "device status is 256, limit is 255"),
     ((Request.NET_SET_MTU, U64(value=65536), 0), "mtu is 65536"),
     ((Request.SET_VRING_NUM, VringNumber(index=2, number=256), 0), "names vring 2, the device has 2 vrings"),

@@ -52,6 +52,7 @@ def test_a_closed_tap_says_so_and_ends_quietly() -> None:
         ({"ifname": "a\0b"}, "netdev 'net0': 'a\\x00b' is no interface name"),
         ({"vnet_header_length": 11}, "netdev 'net0': vnet header has 11 bytes, possible are 10 and 12"),
         ({"offloads": 0x11, "has_uso": True}, "netdev 'net0': no TAP has offloads 0x11 (USO: True)"),
+        ({"offloads": 0x81, "has_uso": True}, "netdev 'net0': no TAP has offloads 0x81 (USO: True)"),
         ({"offloads": 0x02}, "netdev 'net0': no TAP has offloads 0x2 (USO: False)"),
         ({"offloads": 0x61}, "netdev 'net0': no TAP has offloads 0x61 (USO: False)"),
         ({"mtu": 67}, "netdev 'net0': MTU of 67 bytes, possible are 68 to 65521"),

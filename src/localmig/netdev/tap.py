@@ -457,7 +457,7 @@ class Tap:
             )
         offloads = Offload(state.offloads)
         if (
-            offloads & ~OFFLOADS
+            state.offloads & ~int(OFFLOADS)
             or (offloads and Offload.CSUM not in offloads)
             or (offloads & USO and not state.has_uso)
         ):

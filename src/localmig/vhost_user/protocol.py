@@ -232,7 +232,8 @@ def check_state(state: SessionState, offer: Offer) -> None:
 
 def check_servable(acked: int, servable: int, name: str) -> None:
     """Raises PeerError where bits were acknowledged elsewhere that are not among the servable ones."""
-    if missing := acked & ~servable:
+    # As numbers, because the complement of a flag has no bits beyond the flag's own.
+    if missing := int(acked) & ~int(servable):
         raise PeerError(f"the guest uses {name} {acked:#x}, of which {missing:#x} cannot be served here")
 
 
@@ -259,10 +260,10 @@ def _check_fd_count(fds: Sequence[OwnedFd]) -> None:
 
 
 def _check_acked(acked: int, offered: int, name: str) -> None:
-    if acked & ~offered:
+    # As in `check_servable`.
+    if missing := int(acked) & ~int(offered):
         raise PeerError(
-            f"frontend acknowledged {name} {acked:#x}, of which {acked & ~offered:#x} are not among the offered"
-            f" {offered:#x}"
+            f"frontend acknowledged {name} {acked:#x}, of which {missing:#x} are not among the offered {offered:#x}"
         )
 
 
