@@ -48,6 +48,7 @@ class Daemon:
     tap: TapState
     nic: VirtioNetState
     rings: RingsState
+    waiting: OwnedFd | None
 
     @property
     def setup(self) -> list[Section]:
@@ -60,7 +61,8 @@ class Daemon:
 
     @property
     def _queue_pairs(self) -> RingsSetup:
-        return RingsSetup(queue_pairs=tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets))))
+        names = tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets)))
+        return RingsSetup(queue_pairs=names, waiting=self.waiting)
 
     @property
     def switchover(self) -> list[Section]:
@@ -102,15 +104,16 @@ class Sample:
                 socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
+            waiting=None if self is HOME else next(take),
         )
 
 
-SESSION: Final = Sample(name="nic-session", descriptor_count=12)
-IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
+SESSION: Final = Sample(name="nic-session", descriptor_count=13)
+IDLE: Final = Sample(name="nic-idle", descriptor_count=3)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
-PACKED: Final = Sample(name="nic-packed", descriptor_count=13)
-WIDE: Final = Sample(name="nic-wide", descriptor_count=13)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=12)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=14)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=14)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 
@@ -203,9 +206,12 @@ def _rings(next_avail: tuple[int, int], *, queue_pairs: int) -> RingsState:
         rx_next_avail=(rx_next_avail,),
         tx_next_avail=(tx_next_avail,),
         failed=(2,),
+        rx_waiting=(0,),
         rx_packets=(1 << 40,),
         rx_bytes=(3 << 50,),
         rx_dropped_length=(1,),
+        rx_dropped_stale=(9,),
+        rx_dropped_error=(10,),
         rx_kicks=(2,),
         rx_calls=(3,),
         tx_packets=(77,),

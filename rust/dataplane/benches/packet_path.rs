@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{eventfd, memory, receive, wire, PackedQueue, Queue, MEMORY_START, NEXT};
+use common::{eventfd, memory, receive, wire, PackedQueue, Queue, ALL_OFFLOADS, MEMORY_START, NEXT};
 use dataplane::chain::{Direction, Features};
 use dataplane::ledger::Ledger;
 use dataplane::packed::{PackedRing, Position};
@@ -112,6 +112,7 @@ fn stop_under_load() {
         tap_fd: tap.as_raw_fd(),
         header_length: 12,
         frame_length_max: 1514,
+        offloads: ALL_OFFLOADS,
         format: Format::Split,
         features: FEATURES,
         mergeable: true,

@@ -473,6 +473,7 @@ class VirtioNet(Part):
                 tap_fd=self._netdev.fileno(index if self._receives(index) else 0),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
+                offloads=int(tap_offloads(state.features_acked)),
                 event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
                 indirect=bool(state.features_acked & Feature.RING_INDIRECT_DESC),
                 mergeable=bool(state.features_acked & NetFeature.MRG_RXBUF),
@@ -551,6 +552,8 @@ class VirtioNet(Part):
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+        if any(pair.interface_gone() for pair in self._pairs):
+            _logger.warning("device '%s': the interface of netdev '%s' is gone", self.id, self._netdev.id)
 
     # -- small things -------------------------------------------------------------------------------------------
 
