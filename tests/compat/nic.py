@@ -18,6 +18,7 @@ from typing import Final
 
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 
+from localmig.devices.virtio_net.heir import ANYONE, NOBODY, Heir, HeirKind
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
@@ -101,12 +102,16 @@ class Sample:
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                heirs=() if self is HOME else (_HEIRS[self is IDLE],) + (ANYONE,) * (self.queue_pairs - 1),
                 socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
             waiting=None if self is HOME else next(take),
         )
 
+
+_HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), NOBODY)
+"""Of a NIC with a session, and without."""
 
 SESSION: Final = Sample(name="nic-session", descriptor_count=13)
 IDLE: Final = Sample(name="nic-idle", descriptor_count=3)

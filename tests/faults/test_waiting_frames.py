@@ -1,4 +1,4 @@
-"""Frames that a guest has no buffers for, while daemons change."""
+"""Frames that a guest has no buffers for, or no driver, while daemons and drivers change."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.faults.test_handover_processes import hand_over
 
 from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, NetGuest
 from localmig.virtio import Feature
+from localmig.virtio.net import NetFeature
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
@@ -29,6 +30,7 @@ LARGE: Final = 5000
 HEADER: Final = 12
 
 PACKED: Final = DRIVER_FEATURES | Feature.RING_PACKED
+TSO: Final = DRIVER_FEATURES | NetFeature.GUEST_CSUM | NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6
 
 
 def frame(number: int, length: int = 60) -> bytes:
@@ -221,3 +223,32 @@ def test_a_driver_that_is_paused_or_whose_vmm_reconnects_gets_what_waited(site: 
         guest.vmm.reconnect()
         assert guest.receive() == frame(5)
         assert counter(destination, "rx-dropped-stale") == 0
+
+
+@pytest.mark.parametrize("upgraded", [False, True], ids=["", "by another daemon"])
+def test_a_driver_that_begins_gets_nothing_that_waited_for_another_one(site: Site, upgraded: bool) -> None:
+    serving = serve(site)
+    with machine_of(site) as machine:
+        first = machine.guest(TSO)
+        first.vmm.attach()
+        machine.send(frame(1))
+        assert first.receive() == frame(1)
+        first.vmm.close()
+        await_that(lambda: serving.execute("query-devices")[0].get("session") is None)
+        if upgraded:
+            destination = site.destination()
+            assert hand_over(site, serving, destination)["status"] == "completed"
+            serving = destination
+        machine.send(*(frame(number) for number in range(2, 200)))
+        second = machine.guest()
+        second.vmm.attach()
+        await_that(lambda: counter(serving, "rx-dropped-stale") >= 198)
+        machine.send(frame(200))
+        assert second.receive() == frame(200)
+        # Nor one whose driver is reset.
+        second.vmm.detach()
+        machine.send(frame(201))
+        second.vmm.reset_driver()
+        await_that(lambda: counter(serving, "rx-dropped-stale") >= 199)
+        machine.send(frame(202))
+        assert second.receive() == frame(202)

@@ -473,7 +473,7 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
 
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", heirs=(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

@@ -27,6 +27,7 @@ from typing import Final
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
+from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind, heir_of
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
@@ -119,6 +120,10 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._receiving: dict[int, int] = {}
+        """Queue pairs whose receive ring is served, and where a ring of its format begins."""
+        self._heirs: dict[int, Heir] = {}
+        """Whom the waiting frames of other queue pairs are for."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
         rings.join(self)
@@ -227,6 +232,7 @@ class VirtioNet(Part):
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
+            heirs=self._saved_heirs() if with_descriptors else (),
             socket=socket,
         )
 
@@ -248,6 +254,8 @@ class VirtioNet(Part):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
         if state.socket is None:
             return
+        if len(state.heirs) != self.queue_pair_count or any(heir.kind > max(HeirKind) for heir in state.heirs):
+            raise PeerError(f"device '{self.id}': {state.heirs} is not an heir for each queue pair")
         try:
             self._socket.check(state.socket.listener)
             if state.socket.connection is not None:
@@ -270,6 +278,7 @@ class VirtioNet(Part):
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
+        self._heirs = dict(enumerate(state.heirs))
         if state.socket.connection is not None:
             self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
             try:
@@ -341,6 +350,8 @@ class VirtioNet(Part):
                 self._change_memory()
             case DeviceReset():
                 self._set_up_netdev()
+                for index in range(len(self._pairs)):
+                    self._end_receiving(index, goes_on=False)
                 self._apply_all()
                 self._rewind()
             case MtuSet(mtu=mtu):
@@ -355,6 +366,7 @@ class VirtioNet(Part):
         """Every ring stops: its descriptors close next."""
         for index, pair in enumerate(self._pairs):
             self._stop(index)
+            self._end_receiving(index, goes_on=False)
             pair.release()
         self._memory = None
         self._failures.clear()
@@ -375,7 +387,12 @@ class VirtioNet(Part):
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
         self._stop(index)
+        is_received = self._is_received(index)
+        if not is_received:
+            self._end_receiving(index)
         self._lay_out(index)
+        if is_received:
+            self._begin_receiving(index)
         self._settle(index)
         if self._rings.serving:
             self._start(index)
@@ -397,6 +414,41 @@ class VirtioNet(Part):
         state = self._session_state()
         vring = state.vrings[receive_queue(index)] if state is not None else VringState()
         return index == 0 or (vring.enabled and vring.is_configured)
+
+    def _is_received(self, index: int) -> bool:
+        """Whether the pair's receive ring is the device's to serve."""
+        state, vring = self._session_state(), receive_queue(index)
+        return (
+            state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings[vring])
+        )
+
+    def _begin_receiving(self, index: int) -> None:
+        """A driver receives from now on: what waits is for this one, or the queue pair reads it out."""
+        state = self._session_state()
+        assert state is not None, self.id
+        if index in self._receiving:
+            return
+        self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
+        heir = self._heirs.pop(index, ANYONE)
+        if heir.kind != HeirKind.ANYONE:
+            self._pairs[index].reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
+
+    def _end_receiving(self, index: int, *, goes_on: bool | None = None) -> None:
+        """No driver receives from now on.
+
+        `goes_on` is `heir_of`'s; None: whether its frontend asked for the position.
+        """
+        state = self._session_state()
+        start = self._receiving.pop(index, None)
+        if start is None or state is None:
+            return
+        vring = state.vrings[receive_queue(index)]
+        self._heirs[index] = heir_of(
+            vring.next_avail, start=start, goes_on=not vring.started if goes_on is None else goes_on
+        )
+
+    def _saved_heirs(self) -> tuple[Heir, ...]:
+        return tuple(self._heirs.get(index, ANYONE) for index in range(self._netdev.queue_count))
 
     def _change_memory(self) -> None:
         for index, pair in enumerate(self._pairs):
