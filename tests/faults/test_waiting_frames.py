@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -46,6 +47,8 @@ class Machine:
         self._site = site
         self._ends = ends
         with site.namespace.entered():
+            # The kernel's own frames would take the guest's buffers.
+            Path("/proc/sys/net/ipv6/conf/tap0/disable_ipv6").write_text("1\n")
             self._socket = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, ETH_P_ALL))
             self._socket.bind(("tap0", 0))
 
@@ -104,15 +107,15 @@ def machine_of(site: Site) -> Iterator[Machine]:
         yield Machine(site, ends)
 
 
-def let_one_wait(machine: Machine, guest: Guest, daemon: DaemonProcess, *, of: int) -> int:
-    """Fills all the guest's buffers but two, then sends a frame that needs three; gives the frames it has."""
+def let_one_wait(machine: Machine, guest: Guest, daemon: DaemonProcess, *, of: int) -> None:
+    """Fills all the guest's buffers but two, then sends a frame that needs three."""
+    machine.send(frame(250))
+    assert guest.receive() == frame(250)
     guest.freeze()
     before = counter(daemon, "rx-packets")
     machine.send(*(frame(number) for number in range(ENTRIES - 2)))
     await_that(lambda: counter(daemon, "rx-packets") >= before + ENTRIES - 2)
-    has = counter(daemon, "rx-packets")
     machine.send(frame(of, LARGE))
-    return has - before
 
 
 def serve(site: Site, *, device: str = "", fault: str | None = None) -> DaemonProcess:
