@@ -78,6 +78,14 @@ def user_id(user: str) -> int:
         raise ConfigError(f"there is no user '{user}' on this machine") from None
 
 
+def user_name(number: int) -> str:
+    """A user as people know it: the name, or the number of one who has none here."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
 def group_id(group: str) -> int:
     """The number of a group, which may be given by it. Raises ConfigError where there is no such group."""
     if group.isascii() and group.isdigit():

@@ -48,6 +48,16 @@ class RingFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RingCorrected(Event):
+    """A split ring began at `begun`, where the used index in guest memory stands; it was told to begin at `told`."""
+
+    device: str
+    vring: int
+    told: int
+    begun: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SessionOpened(Event):
     """A frontend connected to the device's socket."""
 

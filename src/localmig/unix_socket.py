@@ -11,6 +11,7 @@ successor took over is left alone.
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import socket
@@ -19,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Final, Self
 
-from localmig.access import PRIVATE_MODE, group_id
+from localmig import unix_diag
+from localmig.access import PRIVATE_MODE, group_id, user_name
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
 
@@ -28,6 +30,15 @@ PATH_BYTES_MAX: Final = 107
 
 INCOMING_SUFFIX: Final = ".incoming"
 """What a process that may succeed another one appends to the paths that the other one still has."""
+
+_REMOVE: Final = "remove it as that user or as root, or choose another path"
+
+_ADVICE: Final = {
+    errno.ENOENT: "; make its directory first",
+    errno.EACCES: "; this process's user must be able to write to its directory",
+    errno.EADDRINUSE: "; another process began to listen there just now",
+}
+"""What to do about an error of bind(2)."""
 
 _BACKLOG: Final = 16
 """Connections that may wait while the process is busy: more than come at once to one VM's sockets."""
@@ -94,8 +105,8 @@ class ListeningSocket:
             group: the path's group, by name or number; None: as the directory says.
 
         Raises:
-            ConfigError: the path is too long, a living process listens there, it is something else than a socket, or
-                there is no such group. Nothing was changed.
+            ConfigError: the path is too long, a living process has it, it is a socket of another user or no socket at
+                all, or there is no such group. Nothing was changed.
             KernelError: the kernel refused. Nobody can connect to `path`.
         """
         return cls._bind(path, path, mode, group)
@@ -113,13 +124,11 @@ class ListeningSocket:
     def _bind(cls, path: str, bound_path: str, mode: int, group: str | None) -> Self:
         check_path(bound_path)
         gid = None if group is None else group_id(group)
-        if is_listening(bound_path):
-            raise ConfigError(f"socket '{bound_path}' is in use by a living process: end it, or choose another path")
+        _clear(bound_path)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # The path gets the mode that its socket has, less the umask.
             os.fchmod(listening.fileno(), PRIVATE_MODE)
-            Path(bound_path).unlink(missing_ok=True)  # dead, or there would be a holder
             listening.bind(bound_path)
             if gid is not None:
                 os.chown(bound_path, -1, gid, follow_symlinks=False)
@@ -132,7 +141,8 @@ class ListeningSocket:
                 Path(bound_path).unlink(missing_ok=True)
             listening.close()
             raise KernelError(
-                f"cannot listen at '{bound_path}': {error.strerror}", errno=error.errno or errno.EIO
+                f"cannot listen at '{bound_path}': {error.strerror}{_ADVICE.get(error.errno or 0, '')}",
+                errno=error.errno or errno.EIO,
             ) from error
         assert identity is not None, bound_path
         return cls(OwnedFd(listening.detach()), path=path, identity=identity, bound_path=bound_path)
@@ -175,21 +185,80 @@ class ListeningSocket:
                 Path(self.bound_path).unlink()
 
 
+class _Use(enum.Enum):
+    """What a socket's file is still for."""
+
+    NONE = "the process that made it is dead"
+    HELD = "a process has it"
+    STALE = "this process may not connect to it; no process of this network namespace has it"
+    UNKNOWN = "this process may not connect to it, and the kernel does not say whether a process has it"
+
+
 def is_listening(path: str) -> bool:
-    """Whether a living process has the socket at `path`; it does not notice being asked about.
+    """Whether a process has the socket at `path`, which does not notice; also where that cannot be known.
 
     Raises:
         ConfigError: something that is no socket is there.
     """
+    status = _socket_status(path)
+    return status is not None and _use_of(path, status) is not _Use.NONE
+
+
+def _clear(path: str) -> None:
+    """Removes a socket that a dead process left at `path`. ConfigError where something else is there, or it stays."""
+    status = _socket_status(path)
+    if status is None:
+        return
+    owner = user_name(status.st_uid)
+    match _use_of(path, status):
+        case _Use.NONE:
+            try:
+                Path(path).unlink(missing_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"socket '{path}' was left by a dead process of user '{owner}' and cannot be removed: "
+                    f"{error.strerror}; {_REMOVE}"
+                ) from error
+        case _Use.HELD:
+            raise ConfigError(
+                f"socket '{path}' is in use by a living process of user '{owner}': end it, or choose another path"
+            )
+        case _Use.STALE:
+            raise ConfigError(
+                f"socket '{path}' of user '{owner}' is stale, no process of this network namespace has it; {_REMOVE}"
+            )
+        case _Use.UNKNOWN:
+            raise ConfigError(
+                f"socket '{path}' belongs to user '{owner}', and whether a process has it cannot be seen; if none has, "
+                f"{_REMOVE}"
+            )
+
+
+def _socket_status(path: str) -> os.stat_result | None:
+    """What lstat(2) says of the socket at `path`, None where nothing is there. ConfigError for anything else."""
     try:
-        mode = os.lstat(path).st_mode
+        status = os.lstat(path)
     except OSError:
-        return False  # nothing there, or binding will say what is wrong
-    if not stat.S_ISSOCK(mode):
+        return None  # or binding will say what is wrong
+    if stat.S_ISLNK(status.st_mode):
+        raise ConfigError(f"'{path}' is a symbolic link: name the path it leads to, or remove it")
+    if not stat.S_ISSOCK(status.st_mode):
         raise ConfigError(f"'{path}' exists and is no socket: remove it, or choose another path")
+    return status
+
+
+def _use_of(path: str, status: os.stat_result) -> _Use:
     # A datagram socket cannot connect to a stream socket, so nobody is disturbed; the dead refuse in another way.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        return probe.connect_ex(path) != errno.ECONNREFUSED
+        error = probe.connect_ex(path)
+    if error in (errno.ECONNREFUSED, errno.ENOENT):
+        return _Use.NONE
+    if error in (0, errno.EPROTOTYPE):
+        return _Use.HELD
+    try:
+        return _Use.HELD if unix_diag.is_held(path, status) else _Use.STALE
+    except OSError:
+        return _Use.UNKNOWN
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from typing import Final
 
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 
-from localmig.devices.virtio_net.heir import ANYONE, NOBODY, Heir, HeirKind
+from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
@@ -28,7 +28,7 @@ from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature
+from localmig.virtio.net import NetConfig, NetFeature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -102,6 +102,7 @@ class Sample:
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 heirs=() if self is HOME else (_HEIRS[self is IDLE],) + (ANYONE,) * (self.queue_pairs - 1),
                 socket=None if self is HOME else _socket(self, take),
             ),
@@ -110,7 +111,7 @@ class Sample:
         )
 
 
-_HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), NOBODY)
+_HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), Heir(kind=HeirKind.NOBODY))
 """Of a NIC with a session, and without."""
 
 SESSION: Final = Sample(name="nic-session", descriptor_count=13)

@@ -413,6 +413,7 @@ LIES: Final = [
             "0x10000000000 are not among the offered",
         ),
         ("a short address", state_of(NIC, "mac", b"\1\2\3"), "Ethernet address of 3 bytes, must be 6"),
+        ("a short config", state_of(NIC, "config", b"\1\2\3"), "configuration space has 3 bytes, expected 24"),
         (
             "fewer vrings",
             state_of(NIC, f"{SESSION}.vrings", lambda v, _: v[:2]),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from localmig import unix_diag
 from localmig.access import peer_credentials
 from localmig.errors import ConfigError, KernelError
 from localmig.unix_socket import INCOMING_SUFFIX, PATH_BYTES_MAX, ListeningSocket, is_listening
@@ -102,6 +103,40 @@ def test_what_is_no_socket_is_refused_and_kept(path: str) -> None:
     assert Path(path).read_text() == "precious"
 
 
+def test_a_symbolic_link_is_refused_and_kept(path: str, tmp_path: Path) -> None:
+    Path(path).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a symbolic link: name the path it leads to"):
+        ListeningSocket.bind(path)
+    assert Path(path).is_symlink()
+
+
+def test_a_socket_of_another_kind_that_a_process_has_is_in_use(path: str) -> None:
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as bound:
+            bound.bind(path)
+            with pytest.raises(ConfigError, match="in use by a living process of user"):
+                ListeningSocket.bind(path)
+        Path(path).unlink()
+
+
+def test_a_path_that_was_removed_under_its_owner_can_be_had(path: str) -> None:
+    old = ListeningSocket.bind(path)
+    Path(path).unlink()
+    new = ListeningSocket.bind(path)
+    assert reaches(path, new)
+    old.close()
+    assert reaches(path, new)
+    new.close()
+
+
+def test_the_kernels_list_has_a_bound_socket_by_its_file_whatever_it_is_called(path: str) -> None:
+    listening = ListeningSocket.bind_beside(path)
+    listening.claim()
+    assert unix_diag.is_held(path, os.lstat(path))
+    listening.release()
+    assert not unix_diag.is_held(path, os.lstat(path))
+
+
 @pytest.mark.parametrize("size", [0, PATH_BYTES_MAX + 1])
 def test_a_path_of_an_impossible_length_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match=r"invalid Unix socket address|108 bytes, limit is 107"):
@@ -109,7 +144,7 @@ def test_a_path_of_an_impossible_length_is_refused(size: int) -> None:
 
 
 def test_a_directory_that_is_not_there_is_the_kernels_answer(path: str) -> None:
-    with pytest.raises(KernelError, match="No such file or directory"):
+    with pytest.raises(KernelError, match="No such file or directory; make its directory first"):
         ListeningSocket.bind(f"{path}/x")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
@@ -300,6 +301,74 @@ def test_a_program_that_is_never_ready_is_given_up_in_time(machine: Machine) -> 
     served_on(machine, old)
 
 
+OLDER = """\
+    import sys
+    from localmig.monitor import schema
+    from localmig.monitor.commands import migration
+
+    KNOWN = ("--qmp", "--incoming", "--migration-parameter", "--log", "--ready-fd")
+    for word in sys.argv[2:]:
+        if word.startswith("--") and word not in KNOWN:
+            sys.exit(f"unrecognized arguments: {word}")
+    parameters = [each for each in schema.PARAMETERS.members if each.name in ("local", "downtime-limit")]
+    object.__setattr__(schema.PARAMETERS, "members", tuple(parameters))
+    schema.CAPABILITIES.pop("pause-before-switchover")
+    status = [each for each in schema.CAPABILITY_STATUS.members if each.name != "capability"]
+    word = schema.Member(name="capability", attribute="capability", type=schema.Enumeration(("events",)))
+    object.__setattr__(schema.CAPABILITY_STATUS, "members", (word, *status))
+
+    from localmig.cli import main
+    sys.exit(main())
+    """
+"""A program that has fewer parameters, capabilities and options than this one."""
+
+
+def test_an_older_program_is_told_nothing_that_stands_at_its_default(machine: Machine) -> None:
+    machine.start()
+    older = machine.program("older", OLDER)
+    code, report, said = machine.upgrade("--exec", str(older))
+    assert code == 0, said
+    assert report["notes"] == []
+    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+    # And back to this one.
+    code, report, said = machine.upgrade()
+    assert (code, report["notes"]) == (0, []), said
+    assert machine.has_the_operators_parameters()
+
+
+def test_what_an_older_program_does_not_take_is_a_note_and_the_rest_is_given_to_it(machine: Machine) -> None:
+    machine.start()
+    machine.localmig("qmp", str(machine.qmp), "migrate-set-parameters", "announce-rounds=3")
+    code, report, said = machine.upgrade("--exec", str(machine.program("older", OLDER)))
+    assert code == 0, said
+    (note,) = report["notes"]
+    assert note.endswith(
+        "does not take 'announce-rounds' as it was set before: Parameter 'announce-rounds' is unexpected"
+    )
+    assert machine.parameters() == {"downtime-limit": 250, "local": False}
+
+
+def test_an_older_program_that_lacks_what_the_handover_needs_does_not_start(machine: Machine) -> None:
+    old = machine.start()
+    machine.localmig("qmp", str(machine.qmp), "migrate-set-parameters", "commit-timeout=9000")
+    code, _, said = machine.upgrade("--exec", str(machine.program("older", OLDER)))
+    assert code == 1
+    assert "Parameter 'commit-timeout' is unexpected" in said
+    served_on(machine, old)
+    assert machine.parameters()["commit-timeout"] == 9000
+
+
+def test_a_source_that_came_by_a_handover_and_refuses_the_next_one_serves_on(machine: Machine) -> None:
+    machine.start()
+    code, report, _ = machine.upgrade()
+    assert code == 0
+    pid = report["new-pid"]
+    code, report, said = machine.upgrade("--record", "x" * 5000)
+    assert (code, report["outcome"], report["old-pid"]) == (1, "rolled-back", pid), said
+    assert report["reason"].startswith("Option record expects a path")
+    assert machine.status()["pid"] == pid
+
+
 def test_a_program_that_is_not_there_is_named(machine: Machine) -> None:
     old = machine.start()
     code, _, said = machine.upgrade("--exec", "/nonexistent/localmig")
@@ -335,6 +404,37 @@ def test_an_interrupted_upgrade_is_rolled_back_and_a_hanging_new_daemon_is_ended
     assert "interrupted" in said
     assert not Path(f"/proc/{json.loads(report)['new-pid']}").exists()
     served_on(machine, old)
+
+
+def test_a_terminal_that_is_closed_in_the_middle_stops_neither_the_upgrade_nor_a_daemon(machine: Machine) -> None:
+    old = machine.start()
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        ["setsid", "--ctty", *LOCALMIG, "upgrade", str(machine.qmp)], stdin=theirs, stdout=theirs, stderr=theirs
+    ) as upgrade:
+        os.close(theirs)
+        said = b""
+        while b"handover: active" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert upgrade.wait(PATIENCE_S) == 0
+    assert old.wait(PATIENCE_S) == 0
+    facts = machine.status()
+    assert facts["status"] == "running"
+    os.kill(facts["pid"], signal.SIGHUP)
+    assert machine.status()["pid"] == facts["pid"]
+    assert machine.has_the_operators_parameters()
+
+
+def test_the_log_of_a_new_daemon_can_be_moved_away(machine: Machine) -> None:
+    machine.start()
+    _, report, _ = machine.upgrade()
+    log = Path(f"{machine.qmp}.log")
+    log.rename(f"{log}.1")
+    os.kill(report["new-pid"], signal.SIGHUP)
+    machine.status()
+    assert "opened" in log.read_text()
+    assert Path(f"/proc/{report['new-pid']}/fd/2").readlink() == log
 
 
 def test_an_old_daemon_that_dies_in_the_middle_is_succeeded_all_the_same(machine: Machine) -> None:

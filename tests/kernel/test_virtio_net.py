@@ -16,12 +16,23 @@ from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import DRIVER_FEATURES, PROTOCOL_FEATURES, RX, TX, Frontend, FrontendListener, NetGuest
-from localmig.trace import Event, RingFailed, SessionClosed, Tracer
-from localmig.vhost_user.message import RegionDescription, Request, VringNumber, encode_request
+from localmig.testing.frontend import (
+    CLOUD_HYPERVISOR,
+    DRIVER_FEATURES,
+    PROTOCOL_FEATURES,
+    QEMU,
+    RX,
+    TX,
+    USER_MODE_LINUX,
+    Frontend,
+    FrontendListener,
+    NetGuest,
+)
+from localmig.trace import Event, RingCorrected, RingFailed, SessionClosed, Tracer
+from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature, header_length
+from localmig.virtio.net import NetConfig, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -59,19 +70,19 @@ class Site:
         plan = (
             ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
         )
-        rings = Rings(tracer)
+        self.rings = Rings(tracer)
         self.device = VirtioNet(
             id="nic0",
             netdev=self.tap,
             socket=plan,
             local_migration=True,
             packed=packed,
-            rings=rings,
+            rings=self.rings,
             tracer=tracer,
         )
         self.device.open()
         ends.callback(self.device.close)
-        rings.resume()
+        self.rings.resume()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -90,9 +101,9 @@ class Site:
                 await self._new_fact.wait()
         return found[-1]
 
-    def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES) -> Guest:
-        """A guest that is not attached yet."""
-        return Guest(self, kind, features, self._ends)
+    def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES, **more: Any) -> Guest:
+        """A guest that is not attached yet; `more` is for its `NetGuest`."""
+        return Guest(self, kind, features, self._ends, **more)
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -103,7 +114,7 @@ async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
 class Guest:
     """A guest whose own TAP is a socket: frames go in and come out of `near`, behind their header."""
 
-    def __init__(self, site: Site, kind: type[NetGuest], features: int, ends: ExitStack) -> None:
+    def __init__(self, site: Site, kind: type[NetGuest], features: int, ends: ExitStack, **more: Any) -> None:
         self._site = site
         self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends.enter_context(self.near)
@@ -118,6 +129,7 @@ class Guest:
                 queue_size=QUEUE_SIZE,
                 features=features,
                 answer_seconds_max=PATIENCE_S,
+                **more,
             )
         )
 
@@ -152,6 +164,13 @@ class Guest:
         index = int.from_bytes(memory.read(avail + 2, 2), "little")
         memory.write(avail + 4 + 2 * (index % QUEUE_SIZE), bytes(2))
         memory.write(avail + 2, ((index + 1) % (1 << 16)).to_bytes(2, "little"))
+        os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
+
+    def write_packed_descriptor(self, ring: int, *, address: int, length: int) -> None:
+        """Makes the first descriptor of a packed ring available, which nobody used yet, and kicks."""
+        table, _, _ = self.vmm._drivers[0].ring_addresses()[ring]
+        descriptor = address.to_bytes(8, "little") + length.to_bytes(4, "little") + bytes(2)
+        self.vmm.memory.mapping.write(table, descriptor + DESCRIPTOR_AVAIL.to_bytes(2, "little"))
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
@@ -286,11 +305,7 @@ def test_a_packed_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_res
     async def scenario(site: Site) -> None:
         guest = site.guest(features=PACKED_FEATURES)
         await beside(guest.vmm.attach)
-        assert guest.vmm._drivers
-        ring, _, _ = guest.vmm._drivers[0].ring_addresses()[TX]
-        descriptor = (0x10).to_bytes(8, "little") + (64).to_bytes(4, "little") + bytes(2)
-        guest.vmm.memory.mapping.write(ring, descriptor + DESCRIPTOR_AVAIL.to_bytes(2, "little"))
-        os.eventfd_write(guest.vmm._vrings[TX].kick.fileno(), 1)
+        guest.write_packed_descriptor(TX, address=0x10, length=64)
         failed = await site.fact(RingFailed)
         assert (failed.vring, failed.reason) == (TX, "0x40 bytes at 0x10 are not inside guest memory")
         assert await beside(guest.vmm.ring_error, TX, PATIENCE_S)
@@ -301,6 +316,73 @@ def test_a_packed_chain_that_cannot_be_stops_its_ring_alone_until_the_driver_res
         await guest.talks()
 
     run(tmp_path, scenario, packed=True)
+
+
+# -- what frontends do ----------------------------------------------------------------------------------------
+
+FRONTENDS: Final = {"qemu": QEMU, "user-mode-linux": USER_MODE_LINUX, "cloud-hypervisor": CLOUD_HYPERVISOR}
+
+
+@pytest.mark.parametrize("features", [DRIVER_FEATURES, PACKED_FEATURES], ids=["split", "packed"])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_driver_reset_ends_a_failure_whatever_the_frontend_sends_for_it(
+    tmp_path: Path, frontend: str, features: int
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=features, habits=FRONTENDS[frontend])
+        await beside(guest.vmm.attach)
+        if features & Feature.RING_PACKED:
+            guest.write_packed_descriptor(TX, address=0x10, length=64)
+        else:
+            guest.write_descriptor(TX, address=0x10, length=64)
+        assert (await site.fact(RingFailed)).vring == TX
+        await beside(guest.vmm.reset_driver)
+        await guest.talks()
+        assert not any(vring.failed for vring in site.device.info().vrings)
+        await beside(guest.vmm.reset_driver)
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_driver_that_fills_its_ring_first_receives_whatever_position_the_frontend_tells(
+    tmp_path: Path, frontend: str
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(habits=FRONTENDS[frontend], fills_first=True)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        corrected = [(fact.vring, fact.told, fact.begun) for fact in site.facts if isinstance(fact, RingCorrected)]
+        tells_another = FRONTENDS[frontend].base_is_avail_index
+        assert corrected == ([(RX, QUEUE_SIZE, 0)] if tells_another else [])
+        await beside(guest.vmm.detach)
+        assert guest.vmm._bases == [QUEUE_SIZE + 1] * 2
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        await beside(guest.vmm.reconnect)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        site.rings.stop()
+        state = site.rings.save_switchover()
+        site.rings.adopt_switchover(state._replace(rx_next_avail=(3,)))
+        site.rings.resume()
+        fact = await site.fact(RingCorrected)
+        assert (fact.device, fact.vring, fact.told, fact.begun) == ("nic0", RX, 3, QUEUE_SIZE + 1)
+        await guest.talks()
+
+    run(tmp_path, scenario)
+    assert "vring 0 (rx) goes on at 17, where its used index stands, and was told 3" in caplog.text
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
@@ -414,7 +496,7 @@ def test_the_header_has_the_length_the_guest_knows(tmp_path: Path) -> None:
     ("message", "complaint"),
     [
         (b"\xff" * 12, "unknown"),
-        (encode_request(Request.SET_VRING_NUM, VringNumber(index=TX, number=8)), "which is running"),
+        (encode_request(Request.SET_VRING_BASE, VringNumber(index=TX, number=8)), "which is running"),
         (encode_request(Request.GET_QUEUE_NUM)[:4] + b"\2\0\0\0\0\0\0\0", "version"),
     ],
 )
@@ -471,9 +553,35 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
 # -- arriving -------------------------------------------------------------------------------------------------
 
 
+def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
+    config = NetConfig(mtu=1400)
+
+    async def scenario(site: Site) -> None:
+        with ExitStack() as ends:
+            tracer = Tracer()
+            tap = Tap(id="net1", ifname="tap1")
+            path = str(tmp_path / "nic1.sock")
+            rings = Rings(tracer)
+            device = VirtioNet(
+                id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
+            )
+            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), heirs=(), socket=None))
+            ends.callback(device.close)
+            device.thaw()
+            frontend = ends.enter_context(await beside(Frontend.connect, path))
+            await beside(frontend.set_protocol_features, ProtocolFeature.CONFIG)
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)) == config
+            tap.open()
+            ends.callback(tap.close)
+            device.source_released()
+            assert NetConfig.decode(await beside(frontend.get_config, 0, 24)).mtu == 1500
+
+    run(tmp_path, scenario)
+
+
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", heirs=(), socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), heirs=(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

@@ -15,7 +15,7 @@ from localmig.access import Access
 from localmig.cli.handover import Settings
 from localmig.confinement import SandboxState
 from localmig.daemon import RunState
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Parameters
 from localmig.migration.status import MigrationInfo
 from localmig.options import Address
 from localmig.trace import MigrationStatusChanged, RunStateChanged, Tracer
@@ -25,10 +25,7 @@ NEVER_S: Final = 1000.0
 
 SETTINGS = Settings(
     parameters={"local": False, "downtime-limit": 123},
-    capabilities=[
-        {"capability": "events", "state": False},
-        {"capability": "pause-before-switchover", "state": True},
-    ],
+    capabilities={"events": False, "pause-before-switchover": True},
 )
 
 
@@ -40,15 +37,14 @@ class ScriptedDaemon:
         self.sandbox = SandboxState(option="on", enabled=True, spawn=False)
         self.tracer = Tracer()
         self.run_state = run_state
-        self.parameters = Parameters(downtime_limit_ms=123)
-        self.capabilities = Capabilities(pause_before_switchover=True)
+        self.parameters = Parameters(downtime_limit_ms=123, pause_before_switchover=True)
         self.status = "none"
         self.calls: list[str] = []
         self.asked = asyncio.Event()
         self.asked_migration = asyncio.Event()
         self.on_migrate: Callable[[], None] = lambda: None
         self.on_cancel: Callable[[], None] = lambda: None
-        self.at_migrate: tuple[Parameters, Capabilities] | None = None
+        self.at_migrate: Parameters | None = None
 
     def become(self, *, run_state: RunState | None = None, status: str | None = None) -> None:
         if run_state is not None:
@@ -61,9 +57,6 @@ class ScriptedDaemon:
     def set_parameters(self, parameters: Parameters) -> None:
         self.parameters = parameters
 
-    def set_capabilities(self, capabilities: Capabilities) -> None:
-        self.capabilities = capabilities
-
     def migration_info(self) -> MigrationInfo:
         self.asked_migration.set()
         return MigrationInfo(status=self.status, error_desc="as scripted" if self.status == "failed" else None)
@@ -71,7 +64,7 @@ class ScriptedDaemon:
     def migrate(self, address: Address) -> None:
         self.calls.append(f"migrate {address}")
         self.asked.set()
-        self.at_migrate = (self.parameters, self.capabilities)
+        self.at_migrate = self.parameters
         self.on_migrate()
 
     def migrate_cancel(self) -> None:
@@ -86,8 +79,8 @@ def settings_of(daemon: ScriptedDaemon) -> tuple[int, bool, bool, bool]:
     return (
         daemon.parameters.downtime_limit_ms,
         daemon.parameters.local,
-        daemon.capabilities.events,
-        daemon.capabilities.pause_before_switchover,
+        daemon.parameters.events,
+        daemon.parameters.pause_before_switchover,
     )
 
 

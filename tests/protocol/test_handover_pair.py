@@ -48,7 +48,7 @@ from localmig.migration.handover import (
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, Revocation
 from localmig.migration.progress import Progress
 from localmig.migration.recording import write_recording
@@ -448,7 +448,6 @@ class World:
         self.outgoing = outgoing = Outgoing(
             connect=connect,
             parameters=Parameters(local=True, commit_timeout_ms=500, record=self.record),
-            capabilities=Capabilities(),
             parts=self.source.parts,
             objects=(),
             running=self.running,

@@ -21,7 +21,7 @@ from localmig.cli.client import connect
 from localmig.cli.handover import Handover, Outcome, Report
 from localmig.daemon import Daemon, RunState
 from localmig.errors import StateError
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
 
 
@@ -75,9 +75,8 @@ def test_completed_is_committed_with_the_operators_parameters_and_his_pause(run:
         report = await it.play()
         assert (report.outcome, report.reason, report.notes) == (Outcome.COMMITTED, None, [])
         assert it.source.calls == ["migrate unix:/nowhere"], "the daemon is not ended"
-        assert it.source.at_migrate == (
-            Parameters(local=True, downtime_limit_ms=7),
-            Capabilities(events=True, pause_before_switchover=True),
+        assert it.source.at_migrate == Parameters(
+            local=True, downtime_limit_ms=7, events=True, pause_before_switchover=True
         )
         assert settings_of(it.source) == AS_BEFORE
 
@@ -224,7 +223,9 @@ def test_detached_it_begins_and_leaves(tmp_path: Path) -> None:
         assert process.returncode == 0, said
         assert b"begun: 'localmig status" in said
         assert source.calls == ["migrate unix:/nowhere"]
-        assert source.parameters == Parameters(local=True, downtime_limit_ms=7)
+        assert source.parameters == Parameters(
+            local=True, downtime_limit_ms=7, events=True, pause_before_switchover=True
+        )
 
     asyncio.run(scenario())
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from localmig.cli.client import connected
+from localmig.migration.parameters import Parameters
+from localmig.monitor.schema import parameters_to_qmp
 
 PATIENCE_S = 60
-
-ANNOUNCE = {"announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100}
 
 LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
 
@@ -102,13 +102,13 @@ def test_every_fact_is_a_line_of_the_trace_file_at_once(launcher: Launcher, tmp_
 
 
 def test_a_daemon_may_be_started_with_migration_parameters(launcher: Launcher) -> None:
-    launcher.start("--migration-parameter", "local=on")
+    launcher.start("--migration-parameter", "local=on", "--migration-parameter", "pause-before-switchover=on")
 
     async def ask() -> object:
         async with connected(str(launcher.qmp)) as client:
             return await client.execute("query-migrate-parameters")
 
-    assert asyncio.run(ask()) == ANNOUNCE | {"commit-timeout": 5000, "downtime-limit": 300, "local": True, "record": ""}
+    assert asyncio.run(ask()) == parameters_to_qmp(Parameters(local=True, pause_before_switchover=True))
 
 
 def test_the_log_goes_to_its_file(launcher: Launcher, tmp_path: Path) -> None:

@@ -31,7 +31,18 @@ from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, INCOMING_SUFFI
 
 PATIENCE_S = 20.0
 
-ANNOUNCE = {"announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100}
+DEFAULTS: dict[str, object] = {
+    "announce-initial": 50,
+    "announce-max": 550,
+    "announce-rounds": 5,
+    "announce-step": 100,
+    "commit-timeout": 5000,
+    "downtime-limit": 300,
+    "local": False,
+    "record": "",
+    "events": False,
+    "pause-before-switchover": False,
+}
 
 COMMANDS = [
     "announce-self",
@@ -183,7 +194,7 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
     async def scenario(it: Rig) -> None:
         client = await it.client()
         before = await client.execute("query-migrate-parameters")
-        assert before == ANNOUNCE | {"commit-timeout": 5000, "downtime-limit": 300, "local": False, "record": ""}
+        assert before == DEFAULTS
         for limit in (-1, 2_000_001):
             assert await refused(client, "migrate-set-parameters", {"local": True, "downtime-limit": limit}) == (
                 "GenericError",
@@ -211,7 +222,7 @@ def test_parameters_are_set_all_or_none(run: Run) -> None:
         assert await client.execute("migrate-set-parameters", {"commit-timeout": 100}) == {}
         assert await client.execute("migrate-set-parameters", {}) == {}
         assert await client.execute("migrate-set-parameters", {"record": "/tmp/stream"}) == {}
-        assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
+        assert await client.execute("query-migrate-parameters") == DEFAULTS | {
             "commit-timeout": 100,
             "downtime-limit": 2_000_000,
             "local": True,
@@ -236,12 +247,7 @@ def test_an_announcement_has_qemus_bounds_and_qemus_words(run: Run, name: str, w
         client = await it.client()
         text = f"Option {name} expects a value between 0 and {highest}"
         assert await refused(client, "migrate-set-parameters", {"local": True, name: wrong}) == ("GenericError", text)
-        assert await client.execute("query-migrate-parameters") == ANNOUNCE | {
-            "commit-timeout": 5000,
-            "downtime-limit": 300,
-            "local": False,
-            "record": "",
-        }
+        assert await client.execute("query-migrate-parameters") == DEFAULTS
         assert await client.execute("migrate-set-parameters", {name: highest}) == {}
         schedule = {"initial": 0, "max": 0, "rounds": 0, "step": 1} | {name.removeprefix("announce-"): wrong}
         assert await refused(client, "announce-self", schedule) == ("GenericError", text)
@@ -276,6 +282,28 @@ def test_capabilities_are_set_all_or_none(run: Run) -> None:
             {"capability": "events", "state": True},
             {"capability": "pause-before-switchover", "state": False},
         ]
+
+    run(scenario)
+
+
+def test_capabilities_are_parameters_too_and_a_wrong_parameter_keeps_all_as_they_were(run: Run) -> None:
+    async def scenario(it: Rig) -> None:
+        client = await it.client()
+        for wrong, text in (
+            ({"events": True, "downtime-limit": -1}, "Option downtime-limit expects an integer in the range of 0 to"),
+            ({"events": True, "bogus": 1}, "Parameter 'bogus' is unexpected"),
+            ({"local": True, "events": "on"}, "Invalid parameter type for 'events', expected: boolean"),
+        ):
+            assert (await refused(client, "migrate-set-parameters", wrong))[1].startswith(text)
+        assert await client.execute("query-migrate-parameters") == DEFAULTS
+        changed = {"pause-before-switchover": True, "local": True}
+        assert await client.execute("migrate-set-parameters", changed) == {}
+        assert await client.execute("query-migrate-capabilities") == [
+            {"capability": "events", "state": False},
+            {"capability": "pause-before-switchover", "state": True},
+        ]
+        await client.execute("migrate-set-capabilities", EVENTS_ON)
+        assert await client.execute("query-migrate-parameters") == DEFAULTS | changed | {"events": True}
 
     run(scenario)
 

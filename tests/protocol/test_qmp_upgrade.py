@@ -18,7 +18,7 @@ from localmig.cli.handover import Handover, Outcome, Report
 from localmig.cli.upgrade import UNPAUSED, Upgrade
 from localmig.daemon import Daemon, RunState
 from localmig.errors import StateError
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer
 from localmig.monitor import QmpServer
 
@@ -109,7 +109,7 @@ def test_completed_and_served_by_the_new_daemon_is_committed(run: Run) -> None:
         report = await it.play()
         assert (report.outcome, report.reason, report.notes) == (Outcome.COMMITTED, None, [])
         assert it.old.calls == ["migrate unix:/nowhere", "quit"]
-        assert it.old.at_migrate == (Parameters(local=True, downtime_limit_ms=123), Capabilities(events=True))
+        assert it.old.at_migrate == Parameters(local=True, downtime_limit_ms=123, events=True)
         assert settings_of(it.new) == AS_BEFORE
 
     run(scenario)

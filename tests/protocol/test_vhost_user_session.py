@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -19,9 +22,11 @@ from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, ListeningSocke
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     U64,
+    ConfigSpace,
     Header,
     MemoryTable,
     Payload,
+    ProtocolFeature,
     RegionDescription,
     Request,
     decode_reply,
@@ -340,6 +345,92 @@ def test_closing_the_endpoint_tells_the_device_and_the_frontend(path: str) -> No
     run(scenario())
 
 
+# -- the configuration space changes ----------------------------------------------------------------------------
+
+CONFIG_CHANGE = struct.pack("<III", 2, 1, 0)
+"""VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, which wants no answer."""
+
+DEAF = PROTOCOL_FEATURES_SERVED & ~ProtocolFeature.CONFIG
+"""What QEMU acknowledges for a NIC."""
+
+
+@contextmanager
+def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with near, far:
+        near.setblocking(False)
+        yield near, far
+
+
+@pytest.mark.parametrize(("acknowledged", "told"), [(PROTOCOL_FEATURES_SERVED, CONFIG_CHANGE * 2), (DEAF, b"")])
+def test_a_frontend_that_can_hear_is_told_of_each_change(path: str, acknowledged: int, told: bytes) -> None:
+    async def scenario() -> None:
+        endpoint = new_endpoint(path, Device())
+        endpoint.thaw()
+        with Frontend.to(path) as frontend, channel() as (near, far):
+            await frontend.ask(Request.SET_PROTOCOL_FEATURES, U64(value=acknowledged))
+            endpoint.change_config(b"before the channel is there")
+            await frontend.ask(Request.SET_BACKEND_REQ_FD, None, [far.fileno()])
+            far.close()
+            for config in (b"first", b"first", b"second"):
+                endpoint.change_config(config)
+            if acknowledged & ProtocolFeature.CONFIG:
+                answer = await frontend.ask(Request.GET_CONFIG, ConfigSpace(offset=0, data=bytes(8)))
+                assert answer == ConfigSpace(offset=0, data=b"second\0\0")
+            endpoint.close()
+            assert near.recv(4096) == told
+
+    run(scenario())
+
+
+def test_a_channel_that_is_full_or_dead_or_none_costs_nobody_anything(path: str) -> None:
+    async def scenario() -> None:
+        endpoint = new_endpoint(path, Device())
+        endpoint.thaw()
+        with Frontend.to(path) as frontend, channel() as (near, far), null_fd() as odd:
+            await frontend.negotiate()
+            await frontend.ask(Request.SET_BACKEND_REQ_FD, None, [far.fileno()])
+            # Blocking, as the frontend made it.
+            assert far.getblocking()
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    far.send(bytes(4096), socket.MSG_DONTWAIT)
+            endpoint.change_config(b"full")
+            near.close()
+            endpoint.change_config(b"dead")
+            await frontend.ask(Request.SET_BACKEND_REQ_FD, None, [odd.fileno()])
+            endpoint.change_config(b"none")
+            assert await frontend.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_a_change_during_a_handover_is_told_by_who_serves_then(path: str) -> None:
+    async def scenario() -> None:
+        source, destination = Device(), Device()
+        endpoint = new_endpoint(path, source)
+        endpoint.change_config(b"old")
+        endpoint.thaw()
+        with Frontend.to(path) as frontend, channel() as (near, far):
+            await frontend.negotiate()
+            await frontend.ask(Request.SET_BACKEND_REQ_FD, None, [far.fileno()])
+            far.close()
+            taker = hand_over(endpoint, destination)
+            endpoint.change_config(b"unheard")
+            taker.change_config(b"new")
+            with pytest.raises(BlockingIOError):
+                near.recv(4096)
+            endpoint.release()
+            taker.thaw()
+            assert near.recv(4096) == CONFIG_CHANGE
+            answer = await frontend.ask(Request.GET_CONFIG, ConfigSpace(offset=0, data=bytes(3)))
+            assert answer == ConfigSpace(offset=0, data=b"new")
+        taker.close()
+
+    run(scenario())
+
+
 # -- frozen, and moved ------------------------------------------------------------------------------------------
 
 
@@ -367,7 +458,7 @@ def hand_over(endpoint: Endpoint, device: Device, *, plan: ListenAt | ConnectTo 
     taker = Endpoint((plan or ListenAt(path="unused")).adopt(listener), device, OFFER)
     if endpoint.session is not None:
         state = travelled(endpoint.session.backend.state)
-        taker.adopt_session(endpoint.session.connection.duplicate(), state)
+        taker.adopt_session(endpoint.session.connection.duplicate(), state, config=endpoint.session.backend.config)
     return taker
 
 
@@ -478,7 +569,7 @@ def test_a_state_that_cannot_be_served_leaves_its_descriptors_with_the_caller(pa
     with null_fd() as connection, null_fd() as waiting:
         state = SessionState(unparsed=b"\0" * HEADER_SIZE, unparsed_fds=[waiting])
         with pytest.raises(PeerError):
-            endpoint.adopt_session(connection, state)
+            endpoint.adopt_session(connection, state, config=b"")
         assert connection.is_open
         assert waiting.is_open
     endpoint.close()

@@ -48,6 +48,42 @@ def test_a_device_that_stays_home_keeps_its_netdev_there_too() -> None:
     assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off", None]
 
 
+@pytest.mark.parametrize("device", [None, False])
+def test_what_a_netdev_says_of_local_migration_is_its_devices_and_travels_as_that(device: bool | None) -> None:
+    nic = dataclasses.replace(NIC, local_migration=device)
+    said = Objects(netdevs=(dataclasses.replace(TAP, local_migration_supported=False),), devices=(nic,))
+    assert [part.local_migration_blocker() is None for part in said.build(Tracer())] == [False, False, True]
+    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
+    assert said.for_hello() == home.for_hello()
+    assert (said.fit(hello(home)), home.fit(hello(said))) == (said, home)
+    with pytest.raises(PeerError, match="device 'nic0' has local-migration=off here and on there"):
+        said.fit(hello(BOTH))
+
+
+@pytest.mark.parametrize("device", [None, True])
+@pytest.mark.parametrize("netdev", [None, True])
+def test_local_migration_that_is_on_does_not_travel(netdev: bool | None, device: bool | None) -> None:
+    said = Objects(
+        netdevs=(dataclasses.replace(TAP, local_migration_supported=netdev),),
+        devices=(dataclasses.replace(NIC, local_migration=device),),
+    )
+    assert said.for_hello() == BOTH.for_hello()
+
+
+@pytest.mark.parametrize(("netdev", "device"), [(True, False), (False, True)])
+def test_a_netdev_and_its_device_that_disagree_about_local_migration_are_refused(netdev: bool, device: bool) -> None:
+    words = {True: "on", False: "off"}
+    with pytest.raises(ConfigError) as caught:
+        Objects(
+            netdevs=(dataclasses.replace(TAP, local_migration_supported=netdev),),
+            devices=(dataclasses.replace(NIC, local_migration=device),),
+        )
+    assert str(caught.value) == (
+        f"device 'nic0' has local-migration={words[device]} and its netdev 'net0' has "
+        f"local-migration-supported={words[netdev]}: they are one switch, leave one out"
+    )
+
+
 # -- at the destination ---------------------------------------------------------------------------------------
 
 

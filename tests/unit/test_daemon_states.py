@@ -19,7 +19,6 @@ from localmig.migration.parameters import (
     COMMIT_TIMEOUT_MS_MAX,
     COMMIT_TIMEOUT_MS_MIN,
     DOWNTIME_LIMIT_MS_MAX,
-    Capabilities,
     Parameters,
 )
 from localmig.migration.status import LocalMigrationReport
@@ -256,13 +255,15 @@ def test_what_does_not_fit_a_migration_under_way_is_refused(calls: list[str]) ->
             with pytest.raises(StateError, match="There's a migration process in progress"):
                 daemon.migrate(NOBODY)
             with pytest.raises(StateError, match="There's a migration process in progress"):
-                daemon.set_capabilities(Capabilities(events=True))
+                daemon.set_parameters(Parameters(events=True, downtime_limit_ms=1))
+            # What is no capability may be set for the next one.
+            daemon.set_parameters(Parameters(downtime_limit_ms=2))
             for call in (daemon.stop, daemon.cont):
                 with pytest.raises(StateError, match="while a handover is under way"):
                     call()
             with pytest.raises(StateError, match="Migration not in expected state: none"):
                 daemon.migrate_continue("pre-switchover")
-            assert daemon.capabilities == Capabilities()
+            assert daemon.parameters == Parameters(downtime_limit_ms=2)
 
     run(migrate)
 
@@ -291,11 +292,57 @@ def test_cancelling_and_continuing_without_a_migration(calls: list[str]) -> None
 def test_local_over_tcp_is_refused_before_anything_begins(calls: list[str]) -> None:
     async def migrate(daemon: Daemon) -> None:
         daemon.set_parameters(Parameters(local=True))
-        with pytest.raises(ConfigError, match="cannot carry descriptors"):
+        with pytest.raises(ConfigError, match=LOCAL_NEEDS):
             daemon.migrate(TcpAddress(host="127.0.0.1", port=4444))
         assert daemon.migration_info() is None
 
     run(migrate)
+
+
+LOCAL_NEEDS: Final = "^local migration requires a UNIX domain socket channel$"
+TCP: Final = TcpAddress(host="127.0.0.1", port=0)
+
+
+def test_local_is_refused_at_once_by_a_daemon_that_is_to_wait_at_tcp_which_may_wait_elsewhere(tmp_path: Path) -> None:
+    async def wait() -> None:
+        daemon = Daemon(incoming=Defer())
+        await daemon.start()
+        daemon.set_parameters(Parameters(local=True))
+        with pytest.raises(ConfigError, match=LOCAL_NEEDS):
+            daemon.migrate_incoming(TCP)
+        assert daemon.migration_info() is None
+        daemon.migrate_incoming(UnixAddress(path=str(tmp_path / "m")))
+        daemon.quit()
+        assert await daemon.wait_quit() is None
+
+    asyncio.run(wait())
+
+
+def test_local_cannot_be_switched_on_while_a_daemon_waits_at_tcp() -> None:
+    async def wait() -> None:
+        daemon = Daemon(incoming=TCP)
+        await daemon.start()
+        before = daemon.parameters
+        with pytest.raises(ConfigError, match=LOCAL_NEEDS):
+            daemon.set_parameters(Parameters(local=True, downtime_limit_ms=1))
+        assert daemon.parameters is before
+        daemon.set_parameters(Parameters(downtime_limit_ms=1))
+        daemon.quit()
+        assert await daemon.wait_quit() is None
+
+    asyncio.run(wait())
+
+
+def test_a_daemon_that_is_to_wait_at_tcp_with_local_on_does_not_start() -> None:
+    async def wait() -> None:
+        daemon = Daemon(incoming=TCP)
+        daemon.set_parameters(Parameters(local=True))
+        with pytest.raises(ConfigError, match=LOCAL_NEEDS):
+            await daemon.start()
+        daemon.quit()
+        await daemon.wait_quit()
+
+    asyncio.run(wait())
 
 
 # -- parameters and reports -----------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=20,
 )
-MARKS = st.sampled_from([b"{", b"}", b'"', b"\\", b"[", b" ", b"1e999 ", b"nan "])
 
 
 def decode(pieces: Iterable[bytes]) -> list[object]:
@@ -70,7 +69,8 @@ def test_what_is_encoded_is_decoded(messages: list[object], step: int) -> None:
 
 @given(
     st.lists(
-        st.binary(max_size=40) | st.sampled_from([b"{", b"}", b'"', b"\\", b"[", b" ", b"1e999 ", b"nan "]), max_size=20
+        st.binary(max_size=40) | st.sampled_from([b"{", b"}", b'"', b"'", b"\\", b"[", b" ", b"1e999 ", b"nan "]),
+        max_size=20,
     )
 )
 def test_rubbish_gives_values_or_errors_and_nothing_else(pieces: list[bytes]) -> None:
@@ -96,6 +96,43 @@ def test_what_is_no_json_says_why(text: bytes, error: str) -> None:
     value = decode_one(text)
     assert isinstance(value, JsonSyntaxError)
     assert str(value) == f"JSON parse error, {error}"
+
+
+QEMUS = b"""{'a':'}"{'}['\\'', "\\'", '\\"', "it's", 'say "it"']{'b':{"c'":'\\\\'}} 5'word'{}"""
+"""What QEMU's parser takes besides JSON."""
+
+
+def test_strings_and_names_may_stand_in_single_quotes_cut_anywhere() -> None:
+    whole = decode([QEMUS])
+    assert whole == [{"a": '}"{'}, ["'", "'", '"', "it's", 'say "it"'], {"b": {"c'": "\\"}}, 5, "word", {}]
+    for offset in range(len(QEMUS)):
+        assert decode([QEMUS[:offset], QEMUS[offset:]]) == whole, offset
+    assert decode(bytes([byte]) for byte in QEMUS) == whole
+
+
+def in_single_quotes(value: object) -> str:
+    """JSON with every string in single quotes."""
+    match value:
+        case dict():
+            return (
+                "{" + ",".join(f"{in_single_quotes(key)}:{in_single_quotes(each)}" for key, each in value.items()) + "}"
+            )
+        case list():
+            return "[" + ",".join(map(in_single_quotes, value)) + "]"
+        case str():
+            return "'" + json.dumps(value)[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
+        case _:
+            return json.dumps(value)
+
+
+@given(JSON.filter(lambda value: isinstance(value, dict | list | str)))
+def test_single_quotes_say_the_same(value: object) -> None:
+    assert decode_one(in_single_quotes(value).encode()) == value
+
+
+@pytest.mark.parametrize("text", [b"['a\nb']", b"['\\x']", b"['a' 'b']", b"{'a' 1}", b"['a'b]"])
+def test_single_quotes_excuse_nothing_else(text: bytes) -> None:
+    assert isinstance(decode_one(text), JsonSyntaxError)
 
 
 def test_a_value_may_be_as_long_as_the_limit_and_no_longer() -> None:

@@ -148,6 +148,13 @@ impl QueuePair {
         self.inner.take_ring_errors().into_iter().map(|(side, reason)| (side.to_string(), reason)).collect()
     }
 
+    fn take_corrections(&self) -> Vec<(String, u16, u16)> {
+        let corrections = self.inner.take_corrections().into_iter();
+        corrections
+            .map(|correction| (correction.side.to_string(), correction.told, correction.begun))
+            .collect()
+    }
+
     fn release(&self, py: Python<'_>) {
         py.detach(|| self.inner.release());
     }

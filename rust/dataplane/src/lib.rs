@@ -33,6 +33,6 @@ mod common;
 
 pub use backlog::FRAME_SIZE_MAX;
 pub use counters::{Counters, DriverCounters};
-pub use pump::{Config, Positions, RingSpec, Side};
+pub use pump::{Config, Correction, Positions, RingSpec, Side};
 pub use ring::Format;
 pub use window::Offloads;

@@ -76,7 +76,7 @@ pub struct RingSpec {
     pub kick_fd: RawFd,
     pub call_fd: Option<RawFd>,
     pub error_fd: Option<RawFd>,
-    /// Where to start; None is the used index in guest memory, or what the ledger says.
+    /// Where it was told to start; None is what the ledger says. A split ring starts at the used index in guest memory.
     pub next_avail: Option<u16>,
     /// Where a packed ring keeps its position for a successor.
     pub ledger: Option<Slot>,
@@ -108,6 +108,14 @@ pub struct Positions {
     pub tx: Option<u16>,
 }
 
+/// A ring that began elsewhere than it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Correction {
+    pub side: Side,
+    pub told: u16,
+    pub begun: u16,
+}
+
 /// What one direction waits for after its turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
@@ -129,8 +137,10 @@ struct RingEnd {
     kick_fd: RawFd,
     call: Option<Bell>,
     error: Option<Bell>,
-    /// Where `begin` starts it.
+    /// Where it was told to begin, or where it stopped.
     start: Option<u16>,
+    /// Whether `ring` has a position of its own.
+    begun: bool,
     /// Whether `begin` calls the guest, for a call may have been lost.
     call_at_start: bool,
     failed: bool,
@@ -152,24 +162,46 @@ impl RingEnd {
             call: spec.call_fd.map(|fd| bell("call", fd)).transpose()?,
             error: spec.error_fd.map(|fd| bell("error", fd)).transpose()?,
             start: spec.next_avail,
+            begun: false,
             call_at_start: true,
             failed: false,
             wait: Wait::Nothing,
         })
     }
 
-    fn begin(&mut self) -> Result<(), RingError> {
+    /// Lets a ring that did not fail run from its position. Says where a split ring began if it was told elsewhere.
+    ///
+    /// Nothing is in flight here between two turns, so a split ring goes on at the used index in guest memory, whatever
+    /// a frontend, a stream or this process says: Cloud Hypervisor tells the avail index, and a driver that fills its
+    /// receive ring before it is ready would then never see a buffer of it used.
+    fn begin(&mut self) -> Result<Option<Correction>, RingError> {
         self.wait = Wait::Forever;
-        if !self.failed {
-            self.ring.begin(self.start, self.call_at_start)?;
-            self.wait = Wait::Nothing;
+        if self.failed {
+            return Ok(None);
         }
-        Ok(())
+        let told = self.start;
+        if let Some(used) = self.ring.used_index() {
+            self.start = Some(used);
+        }
+        self.ring.begin(self.start, self.call_at_start)?;
+        self.begun = true;
+        self.wait = Wait::Nothing;
+        let correction = told.zip(self.start).filter(|(told, begun)| told != begun);
+        Ok(correction.map(|(told, begun)| Correction { side: self.side, told, begun }))
     }
 
     /// Where `begin` would go on.
     fn position(&self) -> u16 {
         self.start.unwrap_or_else(|| self.ring.standing())
+    }
+
+    /// Where it would go on if the last `chains` chains, of `slots` together, had not been taken.
+    fn position_before(&self, chains: u16, slots: u16) -> u16 {
+        if self.begun {
+            self.ring.position_before(chains, slots)
+        } else {
+            self.position()
+        }
     }
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
@@ -258,14 +290,17 @@ impl Pump {
         })
     }
 
-    /// Makes both rings ready to run from their positions.
-    pub(crate) fn begin(&mut self) {
+    /// Makes both rings ready to run from their positions. Gives those that began elsewhere than they were told.
+    pub(crate) fn begin(&mut self) -> Vec<Correction> {
         self.tap_is_empty = false;
+        let mut corrections = Vec::new();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
-            if let Err(error) = end.begin() {
-                self.failures.push(end.fail(&explain(error, &self.memory)));
+            match end.begin() {
+                Ok(correction) => corrections.extend(correction),
+                Err(error) => self.failures.push(end.fail(&explain(error, &self.memory))),
             }
         }
+        corrections
     }
 
     /// Ends what `begin` began: no chain is held, the guest knows of every used one.
@@ -277,7 +312,7 @@ impl Pump {
         self.window.clear();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
-            end.start = Some(end.ring.position_before(0, 0));
+            end.start = Some(end.position_before(0, 0));
         }
     }
 
@@ -285,8 +320,8 @@ impl Pump {
     pub(crate) fn next_positions(&self) -> Positions {
         let (chains, slots) = self.window.held();
         Positions {
-            rx: self.rx.as_ref().map(|rx| rx.ring.position_before(chains, slots)),
-            tx: self.tx.as_ref().map(|tx| tx.ring.position_before(0, 0)),
+            rx: self.rx.as_ref().map(|rx| rx.position_before(chains, slots)),
+            tx: self.tx.as_ref().map(|tx| tx.position_before(0, 0)),
         }
     }
 

@@ -27,12 +27,15 @@ use crate::backlog::Backlog;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
-use crate::pump::{Budget, Config, Positions, Pump, Side, Sleep, BATCH, WATCHED};
+use crate::pump::{Budget, Config, Correction, Positions, Pump, Side, Sleep, BATCH, WATCHED};
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
 /// only come from an owner that never takes them.
 const RING_ERRORS_MAX: usize = 16;
+
+/// Corrections kept for `take_corrections`, likewise: two a start.
+const CORRECTIONS_MAX: usize = 16;
 
 /// What `start` moves in each direction before it returns: enough for what waited during a handover of a NIC that is not
 /// flooded, and some tens of microseconds for one that is.
@@ -105,6 +108,7 @@ struct Shared {
     interface_gone: AtomicBool,
     counters: LiveCounters,
     errors: Mutex<Vec<(Side, String)>>,
+    corrections: Mutex<Vec<Correction>>,
     event_fd: RawFd,
     /// An eventfd that ends the thread's sleep.
     wake_fd: OwnedFd,
@@ -123,7 +127,8 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// Creates the pair and its thread. `event_fd` is a borrowed eventfd, signalled when there is a ring error to take.
+    /// Creates the pair and its thread. `event_fd` is a borrowed eventfd, signalled when there is a ring error
+    /// or a correction to take.
     ///
     /// # Errors
     /// The kernel gave no eventfd or no thread.
@@ -144,6 +149,7 @@ impl QueuePair {
             interface_gone: AtomicBool::new(false),
             counters: LiveCounters::default(),
             errors: Mutex::default(),
+            corrections: Mutex::default(),
             event_fd,
             // SAFETY: the descriptor was made just above and has no other owner.
             wake_fd: unsafe { OwnedFd::from_raw_fd(wake_fd) },
@@ -224,7 +230,7 @@ impl QueuePair {
         let parked = state.parked;
         let State { pump, backlog, .. } = &mut *state;
         let pump = pump.as_mut().ok_or(Error::NotConfigured)?;
-        attempt(pump, Pump::begin);
+        shared.note_corrections(attempt(pump, Pump::begin));
         backlog.begin();
         if let Some(position) = pump.next_positions().rx {
             shared.counters.rx_dropped_stale.add(backlog.claim(position).into());
@@ -362,6 +368,12 @@ impl QueuePair {
     #[must_use]
     pub fn take_ring_errors(&self) -> Vec<(Side, String)> {
         std::mem::take(&mut lock(&self.shared.errors))
+    }
+
+    /// Each ring that began elsewhere than it was told since the last call.
+    #[must_use]
+    pub fn take_corrections(&self) -> Vec<Correction> {
+        std::mem::take(&mut lock(&self.shared.corrections))
     }
 
     /// Stops and forgets rings, memory and descriptors; the thread is parked afterwards. `configure` makes the pair
@@ -507,6 +519,17 @@ impl Shared {
             sys::signal(self.event_fd);
         }
         self.report(pump.take_failures());
+    }
+
+    fn note_corrections(&self, new: Vec<Correction>) {
+        if new.is_empty() {
+            return;
+        }
+        let mut corrections = lock(&self.corrections);
+        corrections.extend(new);
+        corrections.truncate(CORRECTIONS_MAX);
+        drop(corrections);
+        sys::signal(self.event_fd);
     }
 
     fn report(&self, failures: Vec<(Side, String)>) {

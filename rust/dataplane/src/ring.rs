@@ -74,6 +74,14 @@ impl Ring {
         }
     }
 
+    /// The used index in guest memory; None for a packed ring, which has none.
+    pub(crate) fn used_index(&self) -> Option<u16> {
+        match self {
+            Self::Split(ring) => Some(ring.used_index()),
+            Self::Packed(_) => None,
+        }
+    }
+
     /// Where a ring that was told no position would begin. One that cannot tell has not begun.
     pub(crate) fn standing(&self) -> u16 {
         match self {

@@ -15,7 +15,7 @@ use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::sys::{drain, signal};
-use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
+use dataplane::{Config, Correction, Counters, Format, Positions, RingSpec, Side};
 
 const SIZE: u16 = 64;
 const HEADER: usize = 12;
@@ -333,6 +333,40 @@ fn positions_are_told_kept_and_taken_from_guest_memory_where_none_are_given() {
     assert_eq!(bench.pair.positions(), position(7, 0));
     bench.pair.configure(&Config { rx: None, ..bench.config() }).unwrap();
     assert_eq!(bench.pair.stop(), Positions { rx: None, tx: Some(0) });
+}
+
+#[test]
+fn a_split_ring_begins_at_its_used_index_wherever_it_is_told_to_begin() {
+    let mut bench = Bench::at(0xfffe);
+    for head in 0..3 {
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    // The avail index, as Cloud Hypervisor tells it.
+    bench.start_with(|config| config.rx.as_mut().unwrap().next_avail = Some(1));
+    assert_eq!(bench.pair.take_corrections(), [Correction { side: Side::Rx, told: 1, begun: 0xfffe }]);
+    assert!(readable(bench.event.as_raw_fd(), PATIENCE));
+    assert_eq!(bench.pair.take_corrections(), []);
+    for number in 0..3 {
+        send(&bench.wire, &with_header(&[number; 60]));
+        assert_eq!(bench.rx.await_used(), (number.into(), 72));
+    }
+    // A stream tells the position as well.
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(1), tx: Some(0xfffe) });
+    bench.pair.set_positions(Some(1), Some(7)).unwrap();
+    bench.pair.start().unwrap();
+    assert_eq!(bench.pair.take_corrections(), [Correction { side: Side::Tx, told: 7, begun: 0xfffe }]);
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(1), tx: Some(0xfffe) });
+}
+
+#[test]
+fn a_ring_that_failed_elsewhere_stays_where_it_was_told() {
+    let bench = Bench::at(9);
+    bench.pair.configure(&bench.config()).unwrap();
+    bench.pair.set_positions(Some(9), Some(9)).unwrap();
+    bench.pair.set_failed(Side::Rx).unwrap();
+    bench.pair.start().unwrap();
+    assert_eq!(bench.pair.positions(), Positions { rx: Some(9), tx: Some(9) });
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(9), tx: Some(9) });
 }
 
 #[test]

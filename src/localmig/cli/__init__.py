@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from localmig.cli import analyze, migrate, qmp, run, status, upgrade
+from localmig.cli.text import tell
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, 3 unknown (`upgrade`, `migrate`).
     """
+    _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:
         # Another program, whose options are its own: it needs what only tests and demonstrations need.
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_status: int = arguments.execute(arguments)
         sys.stdout.flush()
     except LocalmigError as error:
-        print(f"localmig: error: {error}", file=sys.stderr)
+        tell(f"localmig: error: {error}")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -66,6 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return exit_status
+
+
+def _open_standard_streams() -> None:
+    """Descriptors 0, 1 and 2 are open from now on: a TAP that got such a number would send what is meant for people."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, the lowest that is free
+    # Python has None for a stream whose descriptor was not open when it started.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,15 +15,16 @@ import contextlib
 import enum
 import json
 import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from localmig.cli.client import Client
-from localmig.cli.text import milliseconds, table
+from localmig.cli.client import Client, CommandError
+from localmig.cli.text import milliseconds, put, table, tell
 from localmig.errors import LocalmigError, PeerError, StateError
+from localmig.migration.parameters import Parameters
+from localmig.monitor.schema import parameters_to_qmp
 
 SETTLE_TIMEOUT_S: Final = 15.0
 """How long the daemons have to settle who serves, once a handover was cancelled or one of them was lost. They fence
@@ -38,6 +39,12 @@ TIMEOUT_S: Final = 60.0
 SERVING: Final = ("running", "paused")
 TAKEN_BACK: Final = (None, "none", "failed", "cancelled")
 UNDER_WAY: Final = ("setup", "active", "pre-switchover", "device", "cancelling", "failing")
+
+
+PARAMETER_DEFAULTS: Final = parameters_to_qmp(Parameters())
+"""What a migration parameter is in a daemon that does not know it: it behaves as ours does at these values."""
+
+CAPABILITY_DEFAULT: Final = False
 
 
 class Outcome(enum.Enum):
@@ -88,14 +95,14 @@ class Report:
             as_json: whether stdout gets JSON in place of text.
         """
         if as_json:
-            print(self.to_json())
+            put(self.to_json())
         elif self.outcome is Outcome.COMMITTED:
-            print("\n".join((committed, *_measured(self.migration))))
+            put("\n".join((committed, *_measured(self.migration))))
         for note in self.notes:
             say(f"note: {note}")
         if self.outcome is not Outcome.COMMITTED:
             said = "rolled back" if self.outcome is Outcome.ROLLED_BACK else "outcome unknown"
-            print(f"localmig: error: {said}: {self.reason}", file=sys.stderr)
+            tell(f"localmig: error: {said}: {self.reason}")
         return self.outcome.value
 
 
@@ -115,7 +122,7 @@ def _measured(migration: Mapping[str, Any]) -> list[str]:
 
 def say(line: str) -> None:
     """Tells people how it goes."""
-    print(f"localmig: {line}", file=sys.stderr, flush=True)
+    tell(f"localmig: {line}")
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +137,11 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 
 def let_signals_cancel() -> None:
-    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told."""
+    """Ctrl-C and SIGTERM cancel this task: the handover is taken back, and how that went is told.
+
+    SIGHUP ends nothing, here and in programs started from here: nothing stops half-way because a terminal was closed.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -148,7 +159,7 @@ class Settings:
     """What a handover changes for its own purpose, as the operator had it."""
 
     parameters: Mapping[str, Any]
-    capabilities: Sequence[Mapping[str, Any]]
+    capabilities: Mapping[str, bool]
 
 
 async def read_settings(source: Client) -> Settings:
@@ -158,10 +169,29 @@ async def read_settings(source: Client) -> Settings:
         raise StateError(f"daemon {source.pid} has nothing to hand over, its run state is '{state}'")
     if (await source.execute("query-migrate")).get("status") in UNDER_WAY:
         raise StateError(f"daemon {source.pid} is in a migration already: see 'localmig status {source.path}'")
-    return Settings(
-        parameters=await source.execute("query-migrate-parameters"),
-        capabilities=await source.execute("query-migrate-capabilities"),
-    )
+    return await _settings_of(source)
+
+
+async def _settings_of(daemon: Client) -> Settings:
+    told = await daemon.execute("query-migrate-capabilities")
+    capabilities = {each["capability"]: each["state"] for each in told}
+    # A daemon that has capabilities among its parameters tells of them twice.
+    parameters = await daemon.execute("query-migrate-parameters")
+    parameters = {name: value for name, value in parameters.items() if name not in capabilities}
+    return Settings(parameters=parameters, capabilities=capabilities)
+
+
+def _capabilities(states: Mapping[str, bool]) -> dict[str, object]:
+    """The arguments of migrate-set-capabilities."""
+    return {"capabilities": [{"capability": name, "state": state} for name, state in states.items()]}
+
+
+async def _set(client: Client, report: Report, command: str, name: str, arguments: Mapping[str, object]) -> None:
+    """Sets one thing; where the daemon does not take it, the report has a note."""
+    try:
+        await client.execute(command, arguments)
+    except CommandError as error:
+        report.notes.append(f"daemon {client.pid} does not take '{name}' as it was set before: {error}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,6 +204,7 @@ class Handover:
         parameters: what is set for the attempt.
         capabilities: likewise; `events` is on besides.
         trouble: what ended the watching early.
+        may_have_begun: whether the source was asked to hand over, and did not refuse.
     """
 
     source: Client
@@ -181,6 +212,7 @@ class Handover:
     parameters: Mapping[str, object]
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     trouble: str | None = None
+    may_have_begun: bool = False
 
     async def run(self, uri: str, timeout_s: float) -> None:
         """Lets the source hand over and watches until that ends. Whatever goes wrong is kept in `trouble`."""
@@ -200,20 +232,33 @@ class Handover:
             self.trouble = str(error)
 
     async def start(self, uri: str) -> None:
-        """Sets what is to be set, and begins."""
-        capabilities = {"events": True, **self.capabilities}
-        await self.source.execute(
-            "migrate-set-capabilities",
-            {"capabilities": [{"capability": name, "state": state} for name, state in capabilities.items()]},
-        )
+        """Sets what is to be set and is not, and begins."""
+        wanted = {"events": True, **self.capabilities}
+        have = self.settings.capabilities
+        changed = {name: state for name, state in wanted.items() if state != have.get(name, CAPABILITY_DEFAULT)}
+        await self.source.execute("migrate-set-capabilities", _capabilities(changed))
         await self.source.execute("migrate-set-parameters", self.parameters)
-        await self.source.execute("migrate", {"uri": uri})
+        self.may_have_begun = True
+        try:
+            await self.source.execute("migrate", {"uri": uri})
+        except CommandError:
+            self.may_have_begun = False
+            raise
+
+    async def migration(self) -> Mapping[str, Any]:
+        """What the source knows of this attempt: nothing if it did not begin, or cannot be asked any more."""
+        return await migration_of(self.source) if self.may_have_begun else {}
 
     async def restore(self, client: Client, report: Report) -> None:
-        """Gives a daemon the operator's settings."""
+        """Gives a daemon the operator's settings. An older one need not know those that are at their default."""
         try:
-            await client.execute("migrate-set-capabilities", {"capabilities": self.settings.capabilities})
-            await client.execute("migrate-set-parameters", self.settings.parameters)
+            have = await _settings_of(client)
+            for name, state in self.settings.capabilities.items():
+                if state != have.capabilities.get(name, CAPABILITY_DEFAULT):
+                    await _set(client, report, "migrate-set-capabilities", name, _capabilities({name: state}))
+            for name, value in self.settings.parameters.items():
+                if value != have.parameters.get(name, PARAMETER_DEFAULTS.get(name)):
+                    await _set(client, report, "migrate-set-parameters", name, {name: value})
         except PeerError as error:
             report.notes.append(f"daemon {client.pid} keeps the settings of the handover: {error}")
 

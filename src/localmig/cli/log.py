@@ -2,19 +2,19 @@
 
 Owns:        the handler, the bound on floods.
 Never sees:  what is logged.
-Read next:   run.py, its user.
+Read next:   appended.py for the file; run.py, its user.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.errors import KernelError
+from localmig.cli.appended import AppendedFile, write_to_stderr
 
 LINES_BURST: Final = 30
 """Lines of one kind that come as they happen: one thing gone wrong has fewer, and a person reads no more of them."""
@@ -72,12 +72,31 @@ class FloodFilter(logging.Filter):
         return kind
 
 
-def set_up_log(path: str | None, level: int) -> None:
-    """Lets this process log to the file at `path`, else to stderr. KernelError where it cannot."""
-    try:
-        handler = logging.FileHandler(path) if path else logging.StreamHandler()
-    except OSError as error:
-        raise KernelError(f"--log {path}: {error.strerror}", errno=error.errno or errno.EIO) from error
+class LogHandler(logging.Handler):
+    """Hands each record, as one text, to `write`, and goes on if that raises OSError.
+
+    A full disk or a closed terminal is no reason to stop serving, and there is nowhere to say it.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record."""
+        try:
+            self._write(self.format(record))
+        except OSError:
+            pass
+        except Exception:  # noqa: BLE001 - a line that cannot be written as it is must not end what logs it
+            self.handleError(record)
+
+
+def set_up_log(path: str | None, level: int) -> AppendedFile | None:
+    """Lets this process log to the file at `path`, which is returned, else to stderr. KernelError where it cannot."""
+    file = AppendedFile("--log", path, mode=0o666) if path else None
+    handler = LogHandler(file.write if file else write_to_stderr)
     handler.addFilter(FloodFilter())
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("localmig").setLevel(level)
+    return file

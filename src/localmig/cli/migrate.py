@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from typing import Any, Final
 
-from localmig.cli.client import Client, connected
+from localmig.cli.client import connected
 from localmig.cli.handover import (
     SERVING,
     SETTLE_STEP_S,
@@ -25,7 +25,6 @@ from localmig.cli.handover import (
     add_record_option,
     ignore_signals,
     let_signals_cancel,
-    migration_of,
     read_settings,
     run_state,
     say,
@@ -126,8 +125,8 @@ async def conclude(handover: Handover) -> Report:
     """Asks the source who serves, once that is settled, and gives it the operator's settings."""
     ignore_signals()
     source = handover.source
-    report = Report(outcome=await _settle(source), old_pid=source.pid)
-    report.migration = await migration_of(source)
+    report = Report(outcome=await _settle(handover), old_pid=source.pid)
+    report.migration = await handover.migration()
     if note := report.migration.get("local", {}).get("note"):
         report.notes.append(note)
     if report.outcome is not Outcome.COMMITTED:
@@ -138,12 +137,13 @@ async def conclude(handover: Handover) -> Report:
     return report
 
 
-async def _settle(source: Client) -> Outcome:
+async def _settle(handover: Handover) -> Outcome:
     """What the source knows in the end."""
+    source = handover.source
     with contextlib.suppress(TimeoutError, PeerLostError):
         async with asyncio.timeout(SETTLE_TIMEOUT_S):
             while True:
-                state, status = await run_state(source), (await migration_of(source)).get("status")
+                state, status = await run_state(source), (await handover.migration()).get("status")
                 # Not where it is completed: that is said a moment before the run state follows.
                 if state in SERVING and status in TAKEN_BACK:
                     return Outcome.ROLLED_BACK

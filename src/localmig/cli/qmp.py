@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from localmig.cli.client import connected
 from localmig.errors import ConfigError
+from localmig.options.json_text import standard_json
 
 _EXAMPLES: Final = """\
 examples:
@@ -64,7 +65,7 @@ def read_arguments(words: Sequence[str]) -> dict[str, object]:
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
-            read: dict[str, object] = json.loads(words[0])
+            read: dict[str, object] = json.loads(standard_json(words[0]))
         except ValueError as error:
             raise ConfigError(f"'{words[0]}' is no JSON object: {error}") from error
         return read

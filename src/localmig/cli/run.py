@@ -1,8 +1,9 @@
 """`localmig run`: one daemon, from its command line to its end.
 
-Owns:        the process: signals, the trace file, the order of starting and ending.
+Owns:        the process: the trace, the order of starting and ending.
 Never sees:  devices, migrations, QMP's text.
-Read next:   daemon/ and monitor/server.py, which it puts together; log.py for what it logs to.
+Read next:   daemon/ and monitor/server.py, which it puts together; log.py for what it logs to, signals.py for what each
+             signal does.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import logging
 import os
 import re
 import resource
-import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
 
 from localmig.access import Access, nameless_user_id, user_id
+from localmig.cli.appended import AppendedFile
 from localmig.cli.log import set_up_log
+from localmig.cli.signals import ignore_until_handled, signals_handled
+from localmig.cli.text import tell
 from localmig.confinement import Privileges, RunAs, Sandbox
 from localmig.daemon import Daemon
 from localmig.errors import ConfigError, KernelError
@@ -159,49 +161,43 @@ def execute(arguments: argparse.Namespace) -> int:
             if (help_text := help_for(kind, text)) is not None:
                 print(help_text)
                 return 0
-    set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
+    ignore_until_handled()
+    log = set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
     _raise_descriptor_limit()
     with contextlib.ExitStack() as resources:
         tracer = Tracer()
         tracer.subscribe(_log_fact)
+        trace = None
         if arguments.trace is not None:
-            tracer.subscribe(resources.enter_context(TraceFile(arguments.trace)).write)
+            trace = resources.enter_context(TraceFile(arguments.trace))
+            tracer.subscribe(trace.write)
         ready = resources.enter_context(Readiness(arguments.ready_fd))
-        failure = asyncio.run(_serve(arguments, tracer, ready))
+        failure = asyncio.run(_serve(arguments, tracer, ready, [file for file in (log, trace) if file is not None]))
     if failure is not None:
-        print(f"localmig: error: {failure}", file=sys.stderr)
+        tell(f"localmig: error: {failure}")
     return 1 if failure else 0
 
 
-async def _serve(arguments: argparse.Namespace, tracer: Tracer, ready: Readiness) -> str | None:
-    """Serves until the end; gives the reason where the daemon failed."""
+async def _serve(
+    arguments: argparse.Namespace, tracer: Tracer, ready: Readiness, files: Sequence[AppendedFile | TraceFile]
+) -> str | None:
+    """Serves until the end; gives the reason where the daemon failed. `files` are those that SIGHUP opens again."""
     daemon, server = _build(arguments, tracer)
-    with _ended_by_signals(daemon) as signals:
+    with signals_handled(daemon, reopen=lambda: _reopen(files)) as signals:
         return await _serve_until_quit(daemon, server, ready, signals)
 
 
-@contextlib.contextmanager
-def _ended_by_signals(daemon: Daemon) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT end the daemon inside; gives those that came."""
-    signals: list[int] = []
-    loop = asyncio.get_running_loop()
-
-    def end(number: int, frame: object) -> None:
-        del frame
-        signals.append(number)
-        # Python calls this between any two instructions; a handler of the loop's would wait for the end of a takeover.
-        daemon.foretell_quit()
-        loop.call_soon_threadsafe(daemon.quit)
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        signal.signal(number, end)
-        signal.siginterrupt(number, False)
-    try:
-        yield signals
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # it is ending, and its exit status says how
+def _reopen(files: Sequence[AppendedFile | TraceFile]) -> None:
+    """Opens log and trace again. Where one cannot be, lines go on into the old file, and the log says so."""
+    for file in files:
+        try:
+            file.reopen()
+        except KernelError as error:
+            _log.warning("SIGHUP: cannot open again what %s", error)
+        else:
+            _log.info("SIGHUP: opened %s again", file.path)
+    if not files:
+        _log.info("SIGHUP: nothing to open again, there is neither --log nor --trace")
 
 
 async def _serve_until_quit(
@@ -347,30 +343,37 @@ def read_parameters(words: Sequence[str], parameters: Parameters) -> Parameters:
 
 
 class TraceFile:
-    """A file that gets every fact as one line of JSON, whole and at once, so that it can be read beside a crash."""
+    """A file that gets every fact as one line of JSON."""
 
     def __init__(self, path: str) -> None:
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _kernel_error(f"--trace {path}", error) from error
-        self._fd = OwnedFd(fd)
+        self._file = AppendedFile("--trace", path, mode=0o600)
+        self._is_full = False
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self._file.path
 
     def write(self, fact: Event) -> None:
-        """Appends `fact`. Where the file takes no more, it gets no more, and the daemon serves on."""
-        if not self._fd.is_open:
+        """Appends `fact`. A file that takes no more gets no more until it is opened again; the daemon serves on."""
+        if self._is_full:
             return
         try:
-            os.write(self._fd.fileno(), to_json(fact).encode() + b"\n")
+            self._file.write(to_json(fact))
         except OSError as error:
             _log.warning("the trace ends here: %s", error)
-            self._fd.close()
+            self._is_full = True
+
+    def reopen(self) -> None:
+        """As `AppendedFile.reopen`."""
+        self._file.reopen()
+        self._is_full = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._fd.close()
+        self._file.close()
 
 
 class Readiness:

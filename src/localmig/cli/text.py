@@ -1,4 +1,4 @@
-"""How numbers and tables are written on a terminal, and durations read from the command line.
+"""How numbers and tables are written on a terminal, which may be gone, and durations read from the command line.
 
 Owns:        the forms.
 Never sees:  what the numbers are of.
@@ -7,10 +7,28 @@ Read next:   status.py, its main user.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TextIO
 
 _THOUSANDS: Final = ("", "k", "M", "G", "T", "P", "E")
+
+
+def put(text: str, file: TextIO | None = None) -> None:
+    """Prints `text` on `file`, stdout by default. If nobody reads that any more, this is no error."""
+    stream = file or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        # What is buffered must not fail again when Python ends, and change the exit status.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def tell(line: str) -> None:
+    """As `put`, on stderr: for people."""
+    put(line, sys.stderr)
 
 
 def seconds(text: str) -> float:

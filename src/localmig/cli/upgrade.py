@@ -31,6 +31,7 @@ from typing import Any, Final
 from localmig.access import PRIVATE_MODE
 from localmig.cli.client import Client, connect
 from localmig.cli.handover import (
+    PARAMETER_DEFAULTS,
     SERVING,
     SETTLE_STEP_S,
     SETTLE_TIMEOUT_S,
@@ -243,6 +244,8 @@ class Successor:
         said = os.read(self._ready.fileno(), 1)
         self._ready.close()
         if not said:
+            # What it says of the reason comes last.
+            await self._peer.wait_dead(timeout_s=END_UNUSED_TIMEOUT_S)
             raise PeerError(f"the new daemon did not start{self._tail()}")
 
     async def end(self) -> None:
@@ -302,11 +305,14 @@ def _start(
     """Starts the new daemon, which outlives this program and its terminal."""
     command = [*_program(arguments.program), "run", "--qmp", f"unix:{path}", "--incoming", f"unix:{address}"]
     command += ["--migration-parameter", "local=on"]
+    # Only what differs from the defaults: an older program need not know the rest.
     for name in ("downtime-limit", "commit-timeout"):
-        if name in settings.parameters:
-            command += ["--migration-parameter", f"{name}={settings.parameters[name]}"]
+        if (value := settings.parameters.get(name, PARAMETER_DEFAULTS[name])) != PARAMETER_DEFAULTS[name]:
+            command += ["--migration-parameter", f"{name}={value}"]
     command += options_of(security)
     log = str(Path(arguments.log or f"{path}.log").absolute())
+    # Its output goes there too; the option lets SIGHUP open the file again.
+    command += ["--log", log]
     ready, ready_there = os.pipe()
     try:
         with open(log, "ab") as output:
@@ -362,7 +368,7 @@ class Upgrade:
         report = Report(
             outcome=await self._settle(), old_pid=self.old.pid, new_pid=self.new.pid, reason=self.handover.trouble
         )
-        report.migration = await migration_of(self.old) or await migration_of(self.new)
+        report.migration = await self.handover.migration() or await migration_of(self.new)
         if note := report.migration.get("local", {}).get("note"):
             report.notes.append(note)
         if report.outcome is Outcome.COMMITTED:
@@ -381,7 +387,7 @@ class Upgrade:
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 while True:
                     old_state = await run_state(self.old)
-                    status = (await migration_of(self.old)).get("status")
+                    status = (await self.handover.migration()).get("status")
                     # Not where it is completed: that is said a moment before the run state follows.
                     if old_state in SERVING and status in TAKEN_BACK:
                         return Outcome.ROLLED_BACK

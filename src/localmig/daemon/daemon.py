@@ -27,7 +27,7 @@ from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceS
 from localmig.migration.hello import Hello, program_version
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
-from localmig.migration.parameters import Announcement, Capabilities, Parameters
+from localmig.migration.parameters import Announcement, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, TapSpec, VirtioNetSpec
@@ -81,7 +81,6 @@ class Daemon:
         self.tracer = tracer or Tracer()
         program_version()  # while it is this one's
         self.parameters = Parameters()
-        self.capabilities = Capabilities()
         self.descriptors = NamedDescriptors()
         self._objects = Objects(netdevs=tuple(netdevs), devices=tuple(devices))
         if incoming is None and self._objects.is_empty:
@@ -237,26 +236,26 @@ class Daemon:
     # -- migration ----------------------------------------------------------------------------------------------
 
     def set_parameters(self, parameters: Parameters) -> None:
-        """Sets all parameters at once. ConfigError where one is out of range; nothing is changed then."""
-        parameters.check()
-        self.parameters = parameters
-
-    def set_capabilities(self, capabilities: Capabilities) -> None:
-        """Sets all capabilities at once.
+        """Sets all parameters at once.
 
         Raises:
-            StateError: a migration is under way.
+            ConfigError: one is out of range, or `local` does not fit where this daemon waits for a source. Nothing was
+                changed.
+            StateError: a capability differs, and a migration is under way. Nothing was changed.
         """
-        if self._is_migrating():
+        parameters.check()
+        if self._is_migrating() and parameters.capabilities != self.parameters.capabilities:
             raise StateError("There's a migration process in progress")
-        self.capabilities = capabilities
+        if self._listener is not None:
+            self._listener.check_local(local=parameters.local)
+        self.parameters = parameters
 
     def migrate(self, address: Address) -> None:
         """Begins to hand everything over to the daemon at `address`; `migration_info` tells how it goes.
 
         Raises:
             StateError: another migration is under way, or this daemon does not have the guest.
-            ConfigError: `local` is on and the address cannot carry descriptors. Nothing was stopped.
+            ConfigError: `local` is on and the address is no UNIX socket. Nothing was stopped.
         """
         if self._is_ending:
             raise StateError("this daemon was told to end, and does that")
@@ -276,7 +275,6 @@ class Daemon:
         self._outgoing = Outgoing(
             connect=lambda: transport.connect(address, given, access=self.access),
             parameters=self.parameters,
-            capabilities=self.capabilities,
             parts=self._parts,
             objects=self._objects.for_hello(),
             running=self._run_state is RunState.RUNNING,
@@ -290,13 +288,15 @@ class Daemon:
 
         Raises:
             StateError: the daemon was not started with --incoming, or waits already.
-            ConfigError, KernelError: the address cannot be listened on.
+            ConfigError: `local` is on and the address is no UNIX socket, or it cannot be listened on.
+            KernelError: it cannot be listened on.
         """
         if self._incoming_address is None:
             raise StateError("'-incoming' was not specified on the command line")
-        if self._listener is not None or self._run_state is not RunState.INMIGRATE:
+        if self._incoming is not None or self._run_state is not RunState.INMIGRATE:
             raise StateError("The incoming migration has already been started")
         given = self.descriptors.lent_for(address)
+        transport.check_local(address, given, local=self.parameters.local)
         self._listener = transport.Listener(address, given, access=self.access)
         self.descriptors.give_away(given)
         self._incoming = Incoming(
@@ -392,6 +392,7 @@ class Daemon:
             return
         finally:
             listener.close()
+            self._listener = None
         state = await incoming.run(channel)
         self._spawn("thaw", self._thaw_late(incoming))
         if state is DestinationState.COMPLETED:

@@ -25,7 +25,7 @@ from localmig.options import (
     from_mapping,
     to_mapping,
 )
-from localmig.options.specs import OFFLOADS
+from localmig.options.specs import OFFLOADS, settle_local_migration
 from localmig.options.values import mac_bytes
 from localmig.trace import Tracer
 from localmig.vhost_user.session import ConnectTo, ListenAt
@@ -41,6 +41,7 @@ class Objects:
 
     def __post_init__(self) -> None:
         check_together(self.netdevs, self.devices)
+        object.__setattr__(self, "devices", settle_local_migration(self.netdevs, self.devices))
 
     @property
     def specs(self) -> tuple[AnySpec, ...]:
@@ -66,7 +67,7 @@ class Objects:
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
             for device in self.devices
-            if not device.local_migration
+            if device.stays_home
         }
         taps = {
             spec.id: Tap(
@@ -87,7 +88,7 @@ class Objects:
                 id=spec.id,
                 netdev=taps[spec.netdev],
                 socket=_socket(spec),
-                local_migration=spec.local_migration,
+                local_migration=not spec.stays_home,
                 offloads=_offloads(spec),
                 mac=mac_bytes(spec.mac) if spec.mac is not None else None,
                 packed=spec.packed,
@@ -113,8 +114,7 @@ class Objects:
             *(f"'{each}' is here but not in the source" for each in ours_by_id.keys() - theirs_by_id.keys()),
             *(f"'{each}' is in the source but not here" for each in theirs_by_id.keys() - ours_by_id.keys()),
         ]
-        home = {device.netdev for device in theirs.devices if not device.local_migration}
-        home |= {device.id for device in theirs.devices if not device.local_migration}
+        home = {each for device in theirs.devices if device.stays_home for each in (device.id, device.netdev)}
         for each in ours_by_id.keys() & theirs_by_id.keys():
             problems += differences(
                 ours_by_id[each], theirs_by_id[each], with_descriptors=hello.local and each not in home

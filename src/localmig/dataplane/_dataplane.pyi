@@ -120,9 +120,9 @@ class Ring:
     The areas are virtio's: descriptor table, available and used ring of a split virtqueue; descriptor ring, driver's
     and device's event suppression of a packed one.
 
-    `next_avail` is the position to start from: of a packed ring the index with the wrap counter in bit 15. None means
-    the used index that stands in guest memory, or for a packed ring what `ledger` says: a ledger and the ring's number
-    in it.
+    `next_avail` is the position that was told: of a packed ring the index with the wrap counter in bit 15. None means
+    what `ledger` says: a ledger and the ring's number in it. A split ring begins at the used index that stands in guest
+    memory in any case; see `QueuePair.take_corrections`.
     """
 
     def __new__(
@@ -151,7 +151,8 @@ class QueuePair:
 
     Args:
         name: the thread's name, cut to 15 bytes.
-        event_fd: a borrowed eventfd, signalled when there is a ring error to take or the TAP's interface is gone.
+        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take, and when the TAP's
+            interface is found to be gone.
     """
 
     def __new__(cls, name: str, event_fd: int) -> QueuePair: ...
@@ -237,6 +238,12 @@ class QueuePair:
 
     def take_ring_errors(self) -> list[tuple[str, str]]:
         """("rx" or "tx", reason) of each ring that failed since the last call."""
+
+    def take_corrections(self) -> list[tuple[str, int, int]]:
+        """("rx" or "tx", where it was told to begin, where it began) of each such ring since the last call.
+
+        Only split rings are corrected: nothing is in flight, so they begin at the used index in guest memory.
+        """
 
     def release(self) -> None:
         """Stops and forgets rings, memory and descriptors; the thread is parked. `configure` makes it usable again."""

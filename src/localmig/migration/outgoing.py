@@ -38,7 +38,7 @@ from localmig.migration.hello import (
     encode_reason,
     program_version,
 )
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.recording import write_recording
@@ -72,7 +72,6 @@ class Outgoing:
     Args:
         connect: opens the channel.
         parameters: as they were when the migration began.
-        capabilities: likewise.
         parts: what is handed over, netdevs before the devices on them.
         objects: the same as HELLO tells them.
         running: whether rings run; where they do not, the destination leaves them stopped too.
@@ -85,7 +84,6 @@ class Outgoing:
         *,
         connect: Callable[[], Awaitable[Channel]],
         parameters: Parameters,
-        capabilities: Capabilities,
         parts: Sequence[Part],
         objects: Sequence[HandoverObject],
         running: bool,
@@ -114,7 +112,7 @@ class Outgoing:
         self._last_heard: str | None = None
         """Why a destination that has the guest is not trusted with it any more."""
         self._continued = asyncio.Event()
-        if not capabilities.pause_before_switchover:
+        if not parameters.pause_before_switchover:
             self._continued.set()
         self._pausing = False
         self._cancelling = False

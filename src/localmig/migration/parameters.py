@@ -1,6 +1,6 @@
-"""Migration parameters and capabilities: what the operator set, validated as a whole.
+"""Migration parameters, capabilities among them: what the operator set, validated as a whole.
 
-Owns:        the two sets, their defaults, ranges and the texts of range errors.
+Owns:        the set, its defaults, ranges and the texts of range errors.
 Never sees:  QMP's spelling of types (monitor/schema.py), a running migration.
 Read next:   outgoing.py for what each one does.
 """
@@ -67,6 +67,10 @@ _ANNOUNCEMENT: Final = Announcement()
 """QEMU's defaults."""
 
 
+CAPABILITIES: Final = ("events", "pause_before_switchover")
+"""The parameters that QEMU calls capabilities, and has commands of their own for. None changes during a migration."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
     """The migration parameters.
@@ -80,6 +84,9 @@ class Parameters:
             default of five seconds hangs, and by then a guest's TCP has barely begun to retransmit slowly.
         record: the file that the source writes the migration stream to once the guest is served again; "" for none.
         announce_initial_ms, announce_max_ms, announce_rounds, announce_step_ms: of `announcement`.
+        events: a capability: MIGRATION events are sent to QMP clients.
+        pause_before_switchover: a capability: the source waits in `pre-switchover`, rings running, for
+            migrate-continue.
     """
 
     local: bool = False
@@ -90,6 +97,8 @@ class Parameters:
     announce_max_ms: int = _ANNOUNCEMENT.max_ms
     announce_rounds: int = _ANNOUNCEMENT.rounds
     announce_step_ms: int = _ANNOUNCEMENT.step_ms
+    events: bool = False
+    pause_before_switchover: bool = False
 
     @property
     def announcement(self) -> Announcement:
@@ -101,6 +110,11 @@ class Parameters:
             step_ms=self.announce_step_ms,
         )
 
+    @property
+    def capabilities(self) -> tuple[bool, ...]:
+        """Those of `CAPABILITIES`, in that order."""
+        return tuple(getattr(self, name) for name in CAPABILITIES)
+
     def check(self) -> None:
         """Raises ConfigError where a value is out of range."""
         if not 0 <= self.downtime_limit_ms <= DOWNTIME_LIMIT_MS_MAX:
@@ -109,16 +123,3 @@ class Parameters:
             raise ConfigError("Option commit-timeout expects an integer in the range of 100 to (2000 * 1000) ms")
         self.announcement.check()
         check_path(self.record)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Capabilities:
-    """The migration capabilities.
-
-    Attributes:
-        events: MIGRATION events are sent to QMP clients.
-        pause_before_switchover: the source waits in `pre-switchover`, rings running, for migrate-continue.
-    """
-
-    events: bool = False
-    pause_before_switchover: bool = False

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import stat
-from errno import EIO, ETIMEDOUT
+from errno import EACCES, EIO, EPERM, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.access import Access, peer_process
@@ -35,26 +35,32 @@ _CONNECT_RETRY_S: Final = 0.01
 
 
 def check_local(address: Address, given: OwnedFd | None = None, *, local: bool) -> None:
-    """Raises ConfigError where `local` is on and the address cannot carry descriptors.
+    """Raises ConfigError where `local` is on and the address is no UNIX socket, in QEMU's words, or no stream socket.
 
     Args:
-        address: where a migration is to go.
+        address: where a migration is to go, or to come from.
         given: the descriptor that `fd:NAME` means, lent.
         local: the parameter.
     """
-    if not local:
-        return
-    if isinstance(address, TcpAddress):
-        raise ConfigError(
-            f"parameter 'local' is on, but '{address}' cannot carry descriptors: use unix:PATH, or set local to false"
-        )
-    if isinstance(address, FdAddress):
-        with _borrow(address, given) as sock:
-            if sock.family != socket.AF_UNIX:
-                raise ConfigError(
-                    f"parameter 'local' is on, but '{address}' is no UNIX socket and cannot carry descriptors: "
-                    "pass a UNIX stream socket, or set local to false"
-                )
+    if local and not _is_unix_socket(address, given):
+        raise ConfigError("local migration requires a UNIX domain socket channel")
+
+
+def _is_unix_socket(address: Address, given: OwnedFd | None) -> bool:
+    match address:
+        case UnixAddress():
+            return True
+        case TcpAddress():
+            return False
+        case FdAddress():
+            sock = _copy(address, given)
+            if sock is None:
+                return False
+            with sock:
+                if sock.family == socket.AF_UNIX:
+                    _check_stream(address, sock)
+                    return True
+                return False
 
 
 async def connect(address: Address, given: OwnedFd | None = None, *, access: Access | None = None) -> Channel:
@@ -99,9 +105,11 @@ async def connect(address: Address, given: OwnedFd | None = None, *, access: Acc
             f"cannot connect to '{address}': no answer in {CONNECT_TIMEOUT_S:g} s", errno=ETIMEDOUT
         ) from error
     except OSError as error:
+        advice = f"is a daemon with --incoming {address} running?"
+        if error.errno in (EACCES, EPERM):
+            advice = "the daemon there lets other users in by --allow-user and --socket-mode"
         raise KernelError(
-            f"cannot connect to '{address}': {error.strerror}; is a daemon with --incoming {address} running?",
-            errno=error.errno or EIO,
+            f"cannot connect to '{address}': {error.strerror}; {advice}", errno=error.errno or EIO
         ) from error
     if isinstance(address, TcpAddress):
         return Channel(sock)
@@ -156,6 +164,10 @@ class Listener:
                     raise KernelError(f"cannot listen at '{address}': {error}", errno=error.errno or EIO) from error
                 self._sock.setblocking(False)
 
+    def check_local(self, *, local: bool) -> None:
+        """As the function: whether `local` may be set so while this waits."""
+        check_local(self._address, self._given, local=local)
+
     async def accept(self) -> Channel:
         """The channel to the first source that may connect; others are turned away. Waits as long as the operator."""
         if self._sock is None:
@@ -204,22 +216,34 @@ def _checked(sock: socket.socket, access: Access) -> Channel:
 
 
 def _borrow(address: FdAddress, given: OwnedFd | None) -> socket.socket:
-    """A copy of the inherited or given socket, to look at."""
+    """A copy of the inherited or given stream socket, to look at."""
+    sock = _copy(address, given)
+    if sock is None:
+        raise ConfigError(f"'{address}' is no socket: pass a connected stream socket")
+    try:
+        _check_stream(address, sock)
+    except ConfigError:
+        sock.close()
+        raise
+    return sock
+
+
+def _check_stream(address: FdAddress, sock: socket.socket) -> None:
+    if sock.type != socket.SOCK_STREAM:
+        raise ConfigError(f"'{address}' is no stream socket")
+
+
+def _copy(address: FdAddress, given: OwnedFd | None) -> socket.socket | None:
+    """A copy of the inherited or given socket; None for a descriptor that is none."""
     number = address.number if given is None else given.fileno()
     if number is None:
         raise ConfigError(
             f"'{address}': no descriptor has this name, getfd gives it one; a number is an inherited one's"
         )
     try:
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):
-            raise ConfigError(f"'{address}' is no socket: pass a connected stream socket")
-        sock = socket.socket(fileno=os.dup(number))
+        return socket.socket(fileno=os.dup(number)) if stat.S_ISSOCK(os.fstat(number).st_mode) else None
     except OSError as error:
         raise ConfigError(f"'{address}' is no open descriptor: pass it to this process when it starts") from error
-    if sock.type != socket.SOCK_STREAM:
-        sock.close()
-        raise ConfigError(f"'{address}' is no stream socket")
-    return sock
 
 
 def _take(address: FdAddress, given: OwnedFd | None) -> socket.socket:

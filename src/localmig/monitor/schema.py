@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from localmig.errors import ConfigError
-from localmig.migration.parameters import Capabilities, Parameters
+from localmig.migration import parameters as migration_parameters
+from localmig.migration.parameters import Parameters
 
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
@@ -259,17 +260,20 @@ PARAMETERS: Final = Struct(
         Member(name="announce-step", attribute="announce_step_ms", type=Uint64(), required=False),
         Member(name="commit-timeout", attribute="commit_timeout_ms", type=Uint64(), required=False),
         Member(name="downtime-limit", attribute="downtime_limit_ms", type=Uint64(), required=False),
+        Member(name="events", attribute="events", type=Boolean(), required=False),
         Member(name="local", attribute="local", type=Boolean(), required=False),
+        Member(name="pause-before-switchover", attribute="pause_before_switchover", type=Boolean(), required=False),
         Member(name="record", attribute="record", type=String(), required=False),
     )
 )
 """The migration parameters, each a field of `Parameters`."""
 
 CAPABILITIES: Final[Mapping[str, str]] = {
-    "events": "events",
-    "pause-before-switchover": "pause_before_switchover",
+    member.name: member.attribute
+    for member in PARAMETERS.members
+    if member.attribute in migration_parameters.CAPABILITIES
 }
-"""The migration capabilities, each a field of `Capabilities`."""
+"""The migration capabilities: parameters that commands of their own set and tell as well."""
 
 CAPABILITY_STATUS: Final = Struct(
     (
@@ -339,6 +343,6 @@ def parameters_changed(parameters: Parameters, changes: Mapping[str, object]) ->
     return dataclasses.replace(parameters, **changes)  # type: ignore[arg-type]  # PARAMETERS read them
 
 
-def capabilities_to_qmp(capabilities: Capabilities) -> list[dict[str, object]]:
+def capabilities_to_qmp(parameters: Parameters) -> list[dict[str, object]]:
     """The capabilities under QMP's names."""
-    return [{"capability": name, "state": getattr(capabilities, attribute)} for name, attribute in CAPABILITIES.items()]
+    return [{"capability": name, "state": getattr(parameters, attribute)} for name, attribute in CAPABILITIES.items()]

@@ -190,7 +190,7 @@ class QmpServer:
         if isinstance(fact, trace.RunStateChanged) and fact.state in (RunState.RUNNING, RunState.PAUSED):
             # Before anybody hears of it: who hears RESUME finds this daemon at the path.
             self._claim()
-        event = self._event_source.translate(fact, at_s=time.time(), migration_events=self._daemon.capabilities.events)
+        event = self._event_source.translate(fact, at_s=time.time(), migration_events=self._daemon.parameters.events)
         if event is not None:
             if not self._events:
                 # Not here: this may be inside the downtime, where every microsecond is the guest's.

@@ -1,4 +1,4 @@
-"""QMP's wire: JSON values back to back, in bytes that may be cut anywhere.
+"""QMP's wire: JSON values back to back, as QEMU reads them, in bytes that may be cut anywhere.
 
 Owns:        where one value ends and the next begins, the limits of a value.
 Never sees:  sockets, what a value means.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from localmig.errors import PeerError
+from localmig.options.json_text import standard_json
 
 VALUE_BYTES_MAX: Final = 64 * 1024
 """Bytes of one value. The longest command, a migrate with every kind of channel, has less than one kilobyte."""
@@ -25,9 +26,10 @@ DIGITS_MAX: Final = 309
 """Digits of a number. The largest double has so many; reading a number takes time that grows with their square."""
 
 _BLANK: Final = b" \t\r\n"
-_STRUCTURE: Final = re.compile(rb'["{}\[\]]')
-_STRING_EVENT: Final = re.compile(rb'["\\]')
-_SCALAR_END: Final = re.compile(rb'[ \t\r\n{\["]')
+_STRUCTURE: Final = re.compile(rb"""["'{}\[\]]""")
+_STRING_EVENTS: Final = {quote: re.compile(rb"[\\" + quote + rb"]") for quote in (b'"', b"'")}
+"""A string in either quotes ends with those it began with."""
+_SCALAR_END: Final = re.compile(rb"""[ \t\r\n{\["']""")
 
 
 class JsonSyntaxError(PeerError):
@@ -45,7 +47,8 @@ class Decoder:
         self._buffer = bytearray()
         self._scanned = 0
         self._depth = 0
-        self._in_string = False
+        self._quote = b""
+        """What ends the string that the scan is in; empty outside of strings."""
 
     def feed(self, data: bytes) -> None:
         """Adds bytes from the stream."""
@@ -60,7 +63,7 @@ class Decoder:
         while (end := self._find_end()) is not None:
             text = bytes(self._buffer[:end])
             del self._buffer[:end]
-            self._scanned, self._depth, self._in_string = 0, 0, False
+            self._scanned, self._depth, self._quote = 0, 0, b""
             yield _decode(text)
         if len(self._buffer) > VALUE_BYTES_MAX:
             raise PeerError(f"JSON value has more than {VALUE_BYTES_MAX} bytes, which is the limit")
@@ -72,13 +75,13 @@ class Decoder:
             del self._buffer[:blank]
         if not self._buffer:
             return None
-        if self._buffer[0] not in b'{["':
+        if self._buffer[0] not in b"""{["'""":
             # A number, a word or rubbish, which no command is: its end is where something else begins.
             end = _SCALAR_END.search(self._buffer, max(self._scanned, 1))
             self._scanned = len(self._buffer)
             return end.start() if end else None
         while True:
-            pattern = _STRING_EVENT if self._in_string else _STRUCTURE
+            pattern = _STRING_EVENTS[self._quote] if self._quote else _STRUCTURE
             mark = pattern.search(self._buffer, self._scanned)
             if mark is None:
                 self._scanned = len(self._buffer)
@@ -91,13 +94,13 @@ class Decoder:
                 self._scanned = mark.end() + 1
                 continue
             self._scanned = mark.end()
-            if mark[0] == b'"':
-                self._in_string = not self._in_string
+            if mark[0] in _STRING_EVENTS:
+                self._quote = b"" if self._quote else mark[0]
             else:
                 self._depth += 1 if mark[0] in b"{[" else -1
             if self._depth > DEPTH_MAX:
                 raise PeerError(f"JSON nesting depth limit exceeded, it is {DEPTH_MAX}")
-            if self._depth <= 0 and not self._in_string:
+            if self._depth <= 0 and not self._quote:
                 return self._scanned
 
 
@@ -111,7 +114,7 @@ def _decode(text: bytes) -> object:
         return JsonSyntaxError(f"JSON value has {len(text)} bytes, limit is {VALUE_BYTES_MAX}")
     try:
         value = json.loads(
-            text.decode("utf-8"),
+            standard_json(text.decode("utf-8")),
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_int=_integer,

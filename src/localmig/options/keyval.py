@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from localmig.errors import ConfigError
+from localmig.options.json_text import standard_json
 
 _KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9_\-.]*", re.ASCII)
 
@@ -44,13 +45,13 @@ def parse_keyval(text: str, implied_key: str) -> dict[str, str]:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a JSON object, as QEMU writes it too: in single quotes.
 
     Raises:
         ConfigError: it is not JSON, no object, or a key is there twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)  # type: ignore[no-any-return]
+        return json.loads(standard_json(text), object_pairs_hook=_object)  # type: ignore[no-any-return]
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"JSON parse error, {error}") from error
 

@@ -77,17 +77,22 @@ class Option:
     required: bool
     fit: Fit
     help: str
+    unsaid: Value | None = None
+    """What it means where it was not given: its default, if it has one."""
 
     def help_line(self) -> str:
         """The row as help prints it."""
         left = f"  {self.name}={self.value.word}"
-        note = "" if self.default is None else f" (default: {_text(self.default)})"
+        note = "" if self.unsaid is None else f" (default: {_text(self.unsaid)})"
         return f"{left:<29} {self.help}{' (required)' if self.required else note}"
 
 
-def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS) -> dict[str, Any]:
-    """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'."""
-    return {"value": value, "help": help_text, "fit": fit}
+def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: Value | None = None) -> dict[str, Any]:
+    """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'.
+
+    `unsaid` is for one whose default is None, because it makes a difference whether it was given.
+    """
+    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid}
 
 
 def _offload(help_text: str) -> Any:
@@ -191,6 +196,15 @@ class TapSpec(Spec):
             fit=Fit.WITH_DESCRIPTORS,
         ),
     )
+    local_migration_supported: bool | None = field(
+        default=None,
+        metadata=_option(
+            Switch(),
+            "QEMU's place for local-migration= of the device on this netdev",
+            # As the device's.
+            fit=Fit.NEVER,
+        ),
+    )
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
@@ -264,12 +278,13 @@ class VirtioNetSpec(Spec):
             GroupName(), "with server=on, the socket's group, by name or number", fit=Fit.WITH_DESCRIPTORS
         ),
     )
-    local_migration: bool = field(
-        default=True,
+    local_migration: bool | None = field(
+        default=None,
         metadata=_option(
             Switch(),
             "whether a local migration moves this device's descriptors; off: its plain state only",
             fit=Fit.WITH_DESCRIPTORS,
+            unsaid=True,
         ),
     )
     mac: str | None = field(
@@ -297,6 +312,11 @@ class VirtioNetSpec(Spec):
     guest_ecn: bool = _offload("TCP with explicit congestion notification")
     guest_uso4: bool = _offload("UDP over IPv4, together with guest_uso6, where the kernel has it")
     guest_uso6: bool = _offload("UDP over IPv6, together with guest_uso4, where the kernel has it")
+
+    @property
+    def stays_home(self) -> bool:
+        """Whether a local migration leaves its descriptors behind."""
+        return self.local_migration is False
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
@@ -336,6 +356,7 @@ def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
             required=row.default is dataclasses.MISSING,
             fit=row.metadata["fit"],
             help=row.metadata["help"],
+            unsaid=row.metadata["unsaid"] if row.default in (None, dataclasses.MISSING) else row.default,
         )
         for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
     )
@@ -526,7 +547,9 @@ def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> li
     compared = {Fit.ALWAYS, Fit.WITH_DESCRIPTORS} if with_descriptors else {Fit.ALWAYS}
     texts = []
     for option in options_of(type(ours)):
-        here, there = getattr(ours, option.attribute), getattr(theirs, option.attribute)
+        here, there = (
+            option.unsaid if (value := getattr(spec, option.attribute)) is None else value for spec in (ours, theirs)
+        )
         if option.fit in compared and here != there and here is not None and there is not None:
             texts.append(f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there")
     return texts
@@ -576,6 +599,7 @@ def check_together(
             raise ConfigError(
                 f"device '{device.id}': can't take netdev '{device.netdev}', it's in use by device '{user}'"
             )
+    _check_local_migration(netdevs, devices)
     _check_distinct("interface", [(f"netdev '{netdev.id}'", netdev.ifname) for netdev in netdevs])
     _check_distinct(
         "descriptor", [(f"netdev '{netdev.id}'", number) for netdev in netdevs for number in netdev.descriptors]
@@ -587,6 +611,27 @@ def check_together(
             ("--qmp", monitor.path if monitor else None),
             ("--incoming", incoming.path if isinstance(incoming, UnixAddress) else None),
         ],
+    )
+
+
+def _check_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> None:
+    """Raises ConfigError where a device and its netdev were given different values."""
+    said = {netdev.id: netdev.local_migration_supported for netdev in netdevs}
+    for device in devices:
+        ours, netdevs_word = device.local_migration, said[device.netdev]
+        if ours is not None and netdevs_word is not None and ours != netdevs_word:
+            raise ConfigError(
+                f"device '{device.id}' has local-migration={_text(ours)} and its netdev '{device.netdev}' has "
+                f"local-migration-supported={_text(netdevs_word)}: they are one switch, leave one out"
+            )
+
+
+def settle_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> tuple[DeviceSpec, ...]:
+    """The devices with their netdevs' word on local migration as their own: off, or not said."""
+    home = {netdev.id for netdev in netdevs if netdev.local_migration_supported is False}
+    return tuple(
+        dataclasses.replace(device, local_migration=False if device.stays_home or device.netdev in home else None)
+        for device in devices
     )
 
 

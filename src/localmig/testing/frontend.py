@@ -262,11 +262,11 @@ class Frontend:
 
     # -- the device --
 
-    def get_config(self, offset: int, size: int) -> bytes | None:
-        """A piece of the configuration space; None where the backend has none."""
+    def get_config(self, offset: int, size: int) -> bytes:
+        """A piece of the configuration space."""
         answer = self.call(Request.GET_CONFIG, ConfigSpace(offset=offset, data=bytes(size)))
-        assert answer is None or isinstance(answer, ConfigSpace), answer
-        return None if answer is None else answer.data
+        assert isinstance(answer, ConfigSpace), answer
+        return answer.data
 
     def set_mtu(self, mtu: int) -> None:
         """Tells the MTU the driver was told."""
@@ -419,6 +419,58 @@ RX: Final = 0
 TX: Final = 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Habits:
+    """What one frontend does that another does not.
+
+    Attributes:
+        set_up: the requests that set up rings. Each tuple is sent for every ring before the next tuple is.
+        resets_by_base: whether GET_VRING_BASE tells that the guest's driver resets; otherwise its rings are disabled,
+            and a question makes sure that the backend has done it.
+        base_is_avail_index: whether SET_VRING_BASE of a split ring tells the avail index that stands in memory.
+    """
+
+    set_up: tuple[tuple[Request, ...], ...]
+    resets_by_base: bool = True
+    base_is_avail_index: bool = False
+
+
+QEMU: Final = Habits(
+    set_up=(
+        (
+            Request.SET_VRING_NUM,
+            Request.SET_VRING_BASE,
+            Request.SET_VRING_ADDR,
+            Request.SET_VRING_ERR,
+            Request.SET_VRING_KICK,
+            Request.SET_VRING_CALL,
+        ),
+    )
+)
+
+USER_MODE_LINUX: Final = Habits(
+    set_up=(
+        (
+            Request.SET_VRING_NUM,
+            Request.SET_VRING_BASE,
+            Request.SET_VRING_ADDR,
+            Request.SET_VRING_CALL,
+            Request.SET_VRING_KICK,
+        ),
+    ),
+    resets_by_base=False,
+)
+
+CLOUD_HYPERVISOR: Final = Habits(
+    set_up=(
+        (Request.SET_VRING_NUM,),
+        (Request.SET_VRING_ADDR, Request.SET_VRING_BASE, Request.SET_VRING_CALL, Request.SET_VRING_KICK),
+    ),
+    resets_by_base=False,
+    base_is_avail_index=True,
+)
+
+
 class NetGuest:
     """A guest with one NIC: memory, a driver for each queue pair, and the VMM's part of the bring-up.
 
@@ -435,6 +487,8 @@ class NetGuest:
         features: virtio features to acknowledge where they are offered. VERSION_1 must be among both.
         protocol_features: vhost-user features to acknowledge where they are offered.
         answer_seconds_max: how long the backend may take for each answer.
+        habits: whose requests it sends.
+        fills_first: whether the driver fills its receive rings before the backend is told of them, as FreeBSD's does.
     """
 
     def __init__(
@@ -447,8 +501,12 @@ class NetGuest:
         features: int = DRIVER_FEATURES,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
+        habits: Habits = QEMU,
+        fills_first: bool = False,
     ) -> None:
         self._where = where
+        self._habits = habits
+        self._fills_first = fills_first
         assert len(tap_fds) in (0, queue_pairs), (tap_fds, queue_pairs)
         self._tap_fds: Sequence[int | None] = tap_fds or [None] * queue_pairs
         self._queue_pairs = queue_pairs
@@ -477,6 +535,9 @@ class NetGuest:
             if self._frontend is None:
                 self._frontend = self._meet()
                 self._negotiate(self._frontend)
+            if self._fills_first:
+                for driver in self._drivers_here():
+                    driver.start()
             self._set_up(self._frontend)
         except PeerError:
             self.disconnect()
@@ -516,7 +577,12 @@ class NetGuest:
         """What a backend sees when the guest's driver resets the device and begins again: new, empty rings."""
         frontend = self.frontend
         self._drop_drivers()
-        self.detach()
+        if self._habits.resets_by_base:
+            self.detach()
+        else:
+            for index in reversed(range(2 * self._queue_pairs)):
+                frontend.disable_vring(index)
+            frontend.get_features()
         if ProtocolFeature.STATUS in frontend.protocol_features:
             frontend.set_status(0)
         self._bases = [None] * (2 * self._queue_pairs)
@@ -585,8 +651,13 @@ class NetGuest:
         """The used index of a split ring as it stands in guest memory; 0 before there is a ring."""
         if not self._drivers:
             return 0
-        _, _, device_area = self._drivers[index // 2].ring_addresses()[index % 2]
+        _, _, device_area = self._ring_addresses(index)
         return int.from_bytes(self.memory.mapping.read(device_area + 2, 2), "little")
+
+    def avail_index(self, index: int) -> int:
+        """The avail index of a split ring as it stands in guest memory."""
+        _, driver_area, _ = self._ring_addresses(index)
+        return int.from_bytes(self.memory.mapping.read(driver_area + 2, 2), "little")
 
     def counters(self) -> DriverCounters:
         """What the drivers of all pairs moved since their last reset.
@@ -647,28 +718,44 @@ class NetGuest:
         extra = 1 << PROTOCOL_FEATURES_BIT if protocol else 0
         frontend.set_features(self._features | extra)
         frontend.set_mem_table([(self.memory.region, self.memory.fd.fileno())])
-        addresses = [rings for driver in self._drivers_here() for rings in driver.ring_addresses()]
-        for index, rings in enumerate(addresses):
-            descriptor_area, driver_area, device_area = map(self.memory.user_address, rings)
-            vring = self._vrings[index]
-            frontend.set_vring_num(index, self._queue_size)
-            frontend.set_vring_base(index, self._base(index))
-            frontend.set_vring_addr(
-                VringAddress(
-                    index=index,
-                    descriptor_area=descriptor_area,
-                    device_area=device_area,
-                    driver_area=driver_area,
-                )
-            )
-            frontend.set_vring_err(index, vring.error.fileno())
-            frontend.set_vring_kick(index, vring.kick.fileno())
-            frontend.set_vring_call(index, vring.call.fileno())
+        for requests in self._habits.set_up:
+            for index in range(2 * self._queue_pairs):
+                for request in requests:
+                    self._set_up_vring(frontend, index, request)
         if protocol:
             for index in range(2 * self._enabled_pairs):
                 frontend.enable_vring(index)
         if ProtocolFeature.STATUS in protocol:
             frontend.set_status(_DRIVER_OK)
+
+    def _set_up_vring(self, frontend: Frontend, index: int, request: Request) -> None:
+        vring = self._vrings[index]
+        match request:
+            case Request.SET_VRING_NUM:
+                frontend.set_vring_num(index, self._queue_size)
+            case Request.SET_VRING_BASE:
+                frontend.set_vring_base(index, self._base(index))
+            case Request.SET_VRING_ADDR:
+                descriptor_area, driver_area, device_area = map(self.memory.user_address, self._ring_addresses(index))
+                frontend.set_vring_addr(
+                    VringAddress(
+                        index=index,
+                        descriptor_area=descriptor_area,
+                        device_area=device_area,
+                        driver_area=driver_area,
+                    )
+                )
+            case Request.SET_VRING_ERR:
+                frontend.set_vring_err(index, vring.error.fileno())
+            case Request.SET_VRING_KICK:
+                frontend.set_vring_kick(index, vring.kick.fileno())
+            case Request.SET_VRING_CALL:
+                frontend.set_vring_call(index, vring.call.fileno())
+            case _:
+                raise AssertionError(request)
+
+    def _ring_addresses(self, index: int) -> tuple[int, int, int]:
+        return self._drivers_here()[index // 2].ring_addresses()[index % 2]
 
     @property
     def _is_packed(self) -> bool:
@@ -677,6 +764,8 @@ class NetGuest:
     def _base(self, index: int) -> int:
         """Where a ring goes on, in the words of SET_VRING_BASE."""
         base = self._bases[index]
+        if self._habits.base_is_avail_index and not self._is_packed:
+            return self.avail_index(index)
         if base is None:
             return packed_ring.base_of(packed_ring.START) if self._is_packed else split_ring.START
         return base

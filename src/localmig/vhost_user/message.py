@@ -31,7 +31,7 @@ TABLE_REGION_COUNT_MAX: Final = 8
 """Regions one SET_MEM_TABLE may carry: the specification's layout ends at region7."""
 
 CONFIG_SIZE_MAX: Final = 256
-"""Bytes of configuration space one message may carry: QEMU's VHOST_USER_MAX_CONFIG_SIZE."""
+"""Bytes of configuration space one message may carry, and a space may have: QEMU's VHOST_USER_MAX_CONFIG_SIZE."""
 
 VRING_INDEX_MAX: Final = 0xFF
 """The highest vring index: SET_VRING_KICK, _CALL and _ERR have eight bits for it."""
@@ -85,6 +85,12 @@ class Request(IntEnum):
     CHECK_DEVICE_STATE = 43
     GET_SHMEM_CONFIG = 44
     GET_VRING_BASE_SKIP_DRAIN = 45
+
+
+class BackendRequest(IntEnum):
+    """What a backend tells over the socket of SET_BACKEND_REQ_FD (vhost-user, "Back-end message types")."""
+
+    CONFIG_CHANGE = 2
 
 
 class ProtocolFeature(IntFlag):
@@ -290,15 +296,15 @@ class ConfigSpace(Payload):
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Reads the piece; `PeerError` where it announces another length, or ends behind the space."""
+        """Reads the piece, wherever it begins; `PeerError` if it announces another length, or too long a one."""
         content = data[cls._HEAD.size :]
         if len(data) < cls._HEAD.size:
             raise PeerError(f"payload has {len(data)} bytes, expected {cls._HEAD.size} or more")
         offset, size, flags = cls._HEAD.unpack_from(data)
         if size != len(content):
             raise PeerError(f"config space access announces {size} bytes and carries {len(content)}")
-        if offset + size > CONFIG_SIZE_MAX:
-            raise PeerError(f"config space access ends at byte {offset + size}, limit is {CONFIG_SIZE_MAX}")
+        if size > CONFIG_SIZE_MAX:
+            raise PeerError(f"config space access has {size} bytes, limit is {CONFIG_SIZE_MAX}")
         return cls(offset=offset, flags=flags, data=content)
 
 
@@ -379,6 +385,9 @@ PAYLOAD_SIZE_MAX: Final = max(8 + TABLE_REGION_COUNT_MAX * RegionDescription.LAY
 # -- messages -----------------------------------------------------------------------------------------------
 
 
+_HEADER_LAYOUT: Final = struct.Struct("=III")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
     """The twelve bytes every message begins with."""
@@ -386,8 +395,6 @@ class Header:
     request: Request
     flags: int
     size: int
-
-    _LAYOUT: ClassVar = struct.Struct("=III")
 
     @property
     def is_reply(self) -> bool:
@@ -401,7 +408,7 @@ class Header:
 
     def encode(self) -> bytes:
         """The header's twelve bytes."""
-        return self._LAYOUT.pack(self.request, self.flags, self.size)
+        return _HEADER_LAYOUT.pack(self.request, self.flags, self.size)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -410,7 +417,7 @@ class Header:
         Raises:
             PeerError: the request has no rule here, version or flags are unknown, or the payload is too long.
         """
-        number, flags, size = cls._LAYOUT.unpack(data)
+        number, flags, size = _HEADER_LAYOUT.unpack(data)
         try:
             request = Request(number)
         except ValueError:
@@ -434,9 +441,14 @@ def encode_request(request: Request, payload: Payload | None = None, *, needs_re
     return _encode(request, flags, payload)
 
 
-def encode_reply(request: Request, payload: Payload | None) -> bytes:
-    """The backend's reply to `request`, header included. An empty reply to GET_CONFIG says that it failed."""
+def encode_reply(request: Request, payload: Payload) -> bytes:
+    """The backend's reply to `request`, header included."""
     return _encode(request, VERSION | FLAG_REPLY, payload)
+
+
+def encode_backend_request(request: BackendRequest) -> bytes:
+    """A request of the backend's own, which carries nothing and wants no answer."""
+    return _HEADER_LAYOUT.pack(request, VERSION, 0)
 
 
 def _encode(request: Request, flags: int, payload: Payload | None) -> bytes:
@@ -472,8 +484,6 @@ def decode_reply(header: Header, data: bytes) -> Payload | None:
     name = header.request.name
     if header.flags != VERSION | FLAG_REPLY:
         raise PeerError(f"reply to {name} has flags {header.flags:#x}, expected {VERSION | FLAG_REPLY:#x}")
-    if header.request is Request.GET_CONFIG and not data:
-        return None
     return _decode(name, rule.reply or U64, data)
 
 

@@ -18,7 +18,7 @@ Descriptors a message replaced are open until `complete`, so that a device may s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
@@ -26,12 +26,14 @@ from localmig.errors import PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_regions
 from localmig.vhost_user.message import (
+    CONFIG_SIZE_MAX,
     HEADER_SIZE,
     PAYLOAD_SIZE_MAX,
     PROTOCOL_FEATURES_BIT,
     RULES,
     TABLE_REGION_COUNT_MAX,
     U64,
+    BackendRequest,
     ConfigSpace,
     Header,
     MemoryTable,
@@ -44,6 +46,7 @@ from localmig.vhost_user.message import (
     VringFile,
     VringNumber,
     decode_request,
+    encode_backend_request,
     encode_reply,
 )
 from localmig.virtio import Feature, packed_ring, split_ring
@@ -76,7 +79,9 @@ class Offer:
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
         vring_size_max: entries a ring may have.
         region_count_max: memory regions a frontend may share.
-        drained_vrings: rings that the device goes on serving while they are disabled, until they are stopped.
+        drained_vrings: rings that the device goes on serving while they are disabled, until they are stopped; behind
+            each the ring that must be enabled meanwhile. A frontend that disables that one too pauses, leaves or resets
+            its driver, and may use the memory of both for something else.
     """
 
     features: int
@@ -85,11 +90,12 @@ class Offer:
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
-    drained_vrings: frozenset[int] = frozenset()
+    drained_vrings: Mapping[int, int] = field(default_factory=dict)
 
-    def serves(self, index: int, vring: VringState) -> bool:
-        """Whether a ring in this state is the device's to serve."""
-        return vring.started and (vring.enabled or index in self.drained_vrings)
+    def serves(self, index: int, vrings: Sequence[VringState]) -> bool:
+        """Whether the ring `index`, with all rings in these states, is the device's to serve."""
+        leader = self.drained_vrings.get(index)
+        return vrings[index].started and (vrings[index].enabled or (leader is not None and vrings[leader].enabled))
 
     @property
     def all_features(self) -> int:
@@ -112,7 +118,9 @@ class VringState:
         started: a kick descriptor came and GET_VRING_BASE did not.
         enabled: what SET_VRING_ENABLE said last.
         failed: the device gave the running ring up: what the guest wrote cannot be, or its memory is gone. So it stays
-            until the frontend stops the ring.
+            until the frontend stops the ring or sets it up again.
+        base_told: GET_VRING_BASE told the frontend where the ring stands, so that it can go on there. The device clears
+            it once a receive ring runs.
         kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
             the guest polls.
     """
@@ -125,6 +133,7 @@ class VringState:
     started: bool = False
     enabled: bool = False
     failed: bool = False
+    base_told: bool = False
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
@@ -297,10 +306,16 @@ class MemoryChanged(Event):
 class VringChanged(Event):
     """A ring looks different: it started, stopped, moved, has other descriptors, is enabled or not.
 
-    The device stops it, writes `next_avail`, and where the offer says that it `serves` it lets it go on from there.
+    The device stops it, writes `next_avail`, and if the offer says that it `serves` the ring, the ring goes on from
+    there. So do rings that are drained while this one is enabled.
+
+    Attributes:
+        anew: the frontend sets the ring up again, so a failure until now is over: the device does not write `failed`,
+            and writes `next_avail` only if the ring did not fail and stays started.
     """
 
     index: int
+    anew: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,10 +348,11 @@ class Backend:
     Attributes:
         offer: what GET_FEATURES and the like answer.
         state: the session as plain data. The device reads it, and writes `next_avail` of rings it stopped.
-        config: the device's configuration space, what GET_CONFIG reads.
+        config: the device's configuration space, what GET_CONFIG reads; at most `CONFIG_SIZE_MAX` bytes.
     """
 
     def __init__(self, offer: Offer, *, config: bytes = b"") -> None:
+        assert len(config) <= CONFIG_SIZE_MAX, len(config)
         self.offer = offer
         self.config = config
         self.state = SessionState(vrings=[VringState() for _ in range(offer.vring_count)])
@@ -414,6 +430,21 @@ class Backend:
         """The first `count` bytes of `data_to_send` are on their way."""
         self.state.unsent = self.state.unsent[count:]
 
+    def change_config(self, config: bytes) -> bytes:
+        """The configuration space is `config` now. Returns what goes to the frontend over its channel.
+
+        That is nothing if the space was so before, or if the frontend listens to no change of it: QEMU and Cloud
+        Hypervisor serve a NIC's space by themselves and acknowledge no CONFIG.
+        """
+        assert len(config) <= CONFIG_SIZE_MAX, len(config)
+        if config == self.config:
+            return b""
+        self.config = config
+        listens = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+        if listens & ~ProtocolFeature(self.state.protocol_features_acked) or self.state.backend_request_fd is None:
+            return b""
+        return encode_backend_request(BackendRequest.CONFIG_CHANGE)
+
     def close(self) -> None:
         """Closes every descriptor of the session. Bears being called twice."""
         self.state.close()
@@ -486,15 +517,27 @@ class Backend:
         if index >= len(self.state.vrings):
             raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
         vring = self.state.vrings[index]
-        was_served = self.offer.serves(index, vring)
+        was_served = self._is_served(index)
+        # User-Mode Linux and Cloud Hypervisor reset a driver without GET_VRING_BASE: they disable its rings and set
+        # them up again. So a message that only comes with a set-up ends a failure.
+        anew = False
         match request, payload:
             case Request.SET_VRING_NUM, VringNumber(number=size):
                 _check_vring_size(index, size, self.offer, is_packed=self.state.is_packed)
-                self._check_not_served(request, index)
                 vring.size = size
+                if self.state.is_packed and packed_ring.index_of(vring.next_avail) >= size:
+                    vring.next_avail = packed_ring.START
+                vring.failed = False
+                anew = True
+                if was_served:
+                    # Addresses and position follow, so it stops until the kick descriptor comes.
+                    vring.started = False
+                    vring.kick = self._replace(vring.kick)
             case Request.SET_VRING_BASE, VringNumber(number=base):
                 position = self._position_of(index, base)
-                self._check_not_served(request, index)
+                if was_served:
+                    # A set-up begins with SET_VRING_NUM, and that has stopped the ring.
+                    raise PeerError(f"{request.name} for vring {index}, which is running")
                 vring.next_avail = position
             case Request.SET_VRING_ENABLE, VringNumber(number=number):
                 _check_range(f"enable of vring {index}", number, 1)
@@ -506,21 +549,31 @@ class Backend:
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
                 vring.started = vring.failed = False
+                vring.base_told = True
                 vring.kick = self._replace(vring.kick)
             case Request.SET_VRING_ADDR, VringAddress():
-                self._set_addresses(vring, payload)
+                if not self._set_addresses(vring, payload):
+                    # QEMU sends the same addresses again to switch logging, to rings that run.
+                    return None
+                anew = not vring.enabled
+                vring.failed &= vring.enabled
             case Request.SET_VRING_KICK, VringFile(has_fd=True):
                 if not vring.is_configured:
                     raise PeerError(f"{request.name} starts vring {index}, which has no size or no addresses")
+                anew = True
                 vring.kick = self._replace(vring.kick)
                 vring.started = True
+                vring.failed = False
             case Request.SET_VRING_KICK, _:
                 raise PeerError(f"{request.name} wants vring {index} to be polled, which is not supported")
             case Request.SET_VRING_CALL, _:
                 vring.call = self._replace(vring.call)
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
-        return VringChanged(index=index) if was_served or self.offer.serves(index, vring) else None
+        return VringChanged(index=index, anew=anew) if was_served or self._is_served(index) else None
+
+    def _is_served(self, index: int) -> bool:
+        return self.offer.serves(index, self.state.vrings)
 
     def _set_features(self, features: int) -> Event:
         _check_acked(features, self.offer.all_features, "features")
@@ -553,7 +606,8 @@ class Backend:
         _check_packed_position(index, position, self.state.vrings[index].size)
         return position
 
-    def _set_addresses(self, vring: VringState, address: VringAddress) -> None:
+    def _set_addresses(self, vring: VringState, address: VringAddress) -> bool:
+        """Writes down where a ring is; whether that is new."""
         if address.flags:
             raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
         areas = address.descriptor_area, address.driver_area, address.device_area
@@ -562,13 +616,10 @@ class Backend:
             # 0 is what none was told; no successor would believe in a started ring without them.
             told = ", ".join(f"{area:#x}" for area in areas)
             raise PeerError(f"SET_VRING_ADDR for vring {address.index}, which is started, has addresses {told}")
-        vring.descriptor_area = address.descriptor_area
-        vring.driver_area = address.driver_area
-        vring.device_area = address.device_area
-
-    def _check_not_served(self, request: Request, index: int) -> None:
-        if self.offer.serves(index, self.state.vrings[index]):
-            raise PeerError(f"{request.name} for vring {index}, which is running")
+        if areas == (vring.descriptor_area, vring.driver_area, vring.device_area):
+            return False
+        vring.descriptor_area, vring.driver_area, vring.device_area = areas
+        return True
 
     def _regions_of(self, descriptions: Iterable[RegionDescription]) -> list[MemoryRegion]:
         # The descriptors keep their owner in `unparsed_fds` until the whole table is known to be right.
@@ -621,7 +672,7 @@ class Backend:
         self._retired.append(old)
         return self.state.unparsed_fds.pop() if self.state.unparsed_fds else None
 
-    def _reply(self, request: Request, payload: Payload | None) -> Payload | None:
+    def _reply(self, request: Request, payload: Payload | None) -> Payload:
         """What the frontend asked for."""
         match request, payload:
             case Request.GET_FEATURES, None:
@@ -643,7 +694,6 @@ class Backend:
             case _:
                 raise AssertionError(f"{request.name} has no reply")
 
-    def _read_config(self, offset: int, size: int) -> ConfigSpace | None:
-        if offset + size > len(self.config):
-            return None
-        return ConfigSpace(offset=offset, data=self.config[offset : offset + size])
+    def _read_config(self, offset: int, size: int) -> ConfigSpace:
+        # A frontend may know a longer space than this device: it reads zeros there, what a field has that is not.
+        return ConfigSpace(offset=offset, data=self.config[offset : offset + size].ljust(size, b"\0"))

@@ -22,6 +22,7 @@ from typing import Final, Protocol, Self
 from localmig import fds
 from localmig.access import PRIVATE_MODE
 from localmig.errors import KernelError, LocalmigError, PeerError, is_shortage, reason_of
+from localmig.fd_kind import FdKind, is_of_kind
 from localmig.fds import OwnedFd
 from localmig.unix_socket import AcceptPace, ListeningSocket
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
@@ -456,6 +457,24 @@ class Session:
         self.backend.close()
         self._on_closed()
 
+    def change_config(self, config: bytes) -> None:
+        """The device's configuration space is `config` now; a frontend that listens to changes is told.
+
+        A frontend that does not read what it is told, or gave something else than a socket, misses the change.
+        """
+        request = self.backend.change_config(config)
+        channel = self.backend.state.backend_request_fd
+        if not request or channel is None or not is_of_kind(channel.fileno(), FdKind.SOCKET):
+            return
+        sock = _wrap(channel)
+        try:
+            # It may be a blocking socket, and the frontend's.
+            sock.send(request, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            _logger.debug("a frontend was not told of its configuration space: %s", error.strerror)
+        finally:
+            sock.detach()
+
     def _watch(self, *, reading: bool, writing: bool) -> None:
         # The loop is asked for nothing where nothing changes: a session that never ran needs none.
         if reading != self._reading:
@@ -530,7 +549,7 @@ class Endpoint:
         contact: brings frontends.
         session: the frontend that is served, None while there is none.
         offer: what the device offers.
-        config: the configuration space that sessions to come begin with.
+        config: the device's configuration space.
     """
 
     def __init__(self, contact: Contact, handler: SessionHandler, offer: Offer, *, config: bytes = b"") -> None:
@@ -546,20 +565,29 @@ class Endpoint:
         """The session's state, None while there is no session."""
         return self.session.backend.state if self.session else None
 
-    def adopt_session(self, connection: OwnedFd, state: SessionState) -> None:
+    def adopt_session(self, connection: OwnedFd, state: SessionState, *, config: bytes) -> None:
         """Takes over a session that began elsewhere, without touching its socket.
+
+        `config` is the configuration space it had there; a frontend that can hear of a difference does at `thaw`.
 
         Raises:
             PeerError: the state cannot be served (see `check_state`), or `connection` is no socket; connection and
                 state still own their descriptors.
         """
-        backend = Backend.from_state(state, self.offer, config=self.config)
+        backend = Backend.from_state(state, self.offer, config=config)
         self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
+
+    def change_config(self, config: bytes) -> None:
+        """The device's configuration space is `config` now. A session's frontend is told, at the latest at `thaw`."""
+        self.config = config
+        if self.session is not None and not self._frozen:
+            self.session.change_config(config)
 
     def thaw(self) -> None:
         """Serves the session, or waits for one. Calling it again does nothing."""
         self._frozen = False
         if self.session is not None:
+            self.session.change_config(self.config)
             self.session.thaw()
         else:
             self.contact.accept_connections(self._on_connection)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import IntFlag
 from functools import reduce
 from operator import or_
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
+from localmig.errors import PeerError
 from localmig.virtio import Feature
 
 
@@ -136,6 +137,21 @@ class NetConfig:
     duplex: int = DUPLEX_UNKNOWN
 
     _LAYOUT: ClassVar = struct.Struct("<6sHHHIBBHI")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Reads what `encode` wrote. PeerError if it has another length."""
+        if len(data) != cls._LAYOUT.size:
+            raise PeerError(f"configuration space has {len(data)} bytes, expected {cls._LAYOUT.size}")
+        mac, status, queue_pair_count_max, mtu, speed, duplex, *_ = cls._LAYOUT.unpack(data)
+        return cls(
+            mac=mac,
+            status=status,
+            queue_pair_count_max=queue_pair_count_max,
+            mtu=mtu,
+            speed=speed,
+            duplex=duplex,
+        )
 
     def encode(self) -> bytes:
         """All 24 bytes, little-endian as VERSION_1 has them; the three RSS fields at the end are 0."""

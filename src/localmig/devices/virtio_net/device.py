@@ -9,10 +9,11 @@ and this process serves. The first two are decided in `_apply` alone; the third 
 rings.py.
 
 A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
-started: a guest that goes to fewer queue pairs leaves packets in rings that its VMM then disables, and its TCP repeats
-nothing that it believes to be in the device, so those connections would stand for good. vhost-user ("Ring states") has
-such packets thrown away; they are sent, as the kernel's vhost does. A frontend that disables the first pair as well
-pauses or leaves, and its packets wait.
+started and the first pair's is enabled: a guest that goes to fewer queue pairs leaves packets in rings that its VMM
+then disables, and its TCP repeats nothing that it believes to be in the device, so those connections would stand for
+good. vhost-user ("Ring states") has such packets thrown away; they are sent, as the kernel's vhost does. A frontend
+that disables the first pair as well pauses, leaves or resets its driver: its packets wait, and none of its rings is
+read, because the guest may have other things in that memory now.
 """
 
 from __future__ import annotations
@@ -27,14 +28,23 @@ from typing import Final
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
-from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind, heir_of
+from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.netdev.tap import Offload, Tap
-from localmig.trace import GuestAnnounced, RingFailed, RingsStarted, RingsStopped, SessionClosed, SessionOpened, Tracer
+from localmig.trace import (
+    GuestAnnounced,
+    RingCorrected,
+    RingFailed,
+    RingsStarted,
+    RingsStopped,
+    SessionClosed,
+    SessionOpened,
+    Tracer,
+)
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
@@ -120,6 +130,8 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
+        self._mtu_there: int | None = None
+        """Of a netdev that is awaited: what the source's had."""
         self._receiving: dict[int, int] = {}
         """Queue pairs whose receive ring is served, and where a ring of its format begins."""
         self._heirs: dict[int, Heir] = {}
@@ -166,7 +178,7 @@ class VirtioNet(Part):
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
         self._endpoint.thaw()
-        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_ring_errors)
+        asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -232,6 +244,7 @@ class VirtioNet(Part):
         return VirtioNetState(
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
+            config=session.backend.config if session is not None else self._endpoint.config,
             heirs=self._saved_heirs() if with_descriptors else (),
             socket=socket,
         )
@@ -252,6 +265,7 @@ class VirtioNet(Part):
         self._check_acked(state, offered)
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
+        _read_config(self.id, state.config)
         if state.socket is None:
             return
         if len(state.heirs) != self.queue_pair_count or any(heir.kind > max(HeirKind) for heir in state.heirs):
@@ -273,6 +287,7 @@ class VirtioNet(Part):
         self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
+        self._mtu_there = _read_config(self.id, state.config).mtu
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
@@ -280,7 +295,8 @@ class VirtioNet(Part):
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         self._heirs = dict(enumerate(state.heirs))
         if state.socket.connection is not None:
-            self._endpoint.adopt_session(state.socket.connection.connection, state.socket.connection.session)
+            connection = state.socket.connection
+            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
             try:
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
@@ -302,9 +318,8 @@ class VirtioNet(Part):
         if self._awaits_netdev and self._netdev.is_open:
             self._awaits_netdev = False
             assert self._endpoint is not None, self.id
-            self._endpoint.config = self._config()
+            self._config_changed()
             if self._endpoint.session is not None:
-                self._endpoint.session.backend.config = self._endpoint.config
                 self._set_up_netdev()
             self._apply_all()
 
@@ -340,8 +355,12 @@ class VirtioNet(Part):
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
         match event:
-            case VringChanged(index=vring):
-                self._apply(vring // 2)
+            case VringChanged(index=vring, anew=anew):
+                self._apply(vring // 2, anew=vring if anew else None)
+                assert self._endpoint is not None, self.id
+                for drained, leader in self._endpoint.offer.drained_vrings.items():
+                    if leader == vring:
+                        self._apply(drained // 2)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -351,7 +370,7 @@ class VirtioNet(Part):
             case DeviceReset():
                 self._set_up_netdev()
                 for index in range(len(self._pairs)):
-                    self._end_receiving(index, goes_on=False)
+                    self._end_receiving(index)
                 self._apply_all()
                 self._rewind()
             case MtuSet(mtu=mtu):
@@ -366,7 +385,8 @@ class VirtioNet(Part):
         """Every ring stops: its descriptors close next."""
         for index, pair in enumerate(self._pairs):
             self._stop(index)
-            self._end_receiving(index, goes_on=False)
+            self._end_receiving(index)
+            self._note_asked(index)
             pair.release()
         self._memory = None
         self._failures.clear()
@@ -382,11 +402,14 @@ class VirtioNet(Part):
         for index in range(len(self._pairs)):
             self._apply(index)
 
-    def _apply(self, index: int) -> None:
-        """Stops the queue pair, lays it out as the session says, lets it run if it shall."""
+    def _apply(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair, lays it out as the session says, lets it run if it shall.
+
+        `anew` is a ring of it that the frontend sets up again, so that a failure until now is over.
+        """
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
-        self._stop(index)
+        self._stop(index, anew=anew)
         is_received = self._is_received(index)
         if not is_received:
             self._end_receiving(index)
@@ -418,9 +441,7 @@ class VirtioNet(Part):
     def _is_received(self, index: int) -> bool:
         """Whether the pair's receive ring is the device's to serve."""
         state, vring = self._session_state(), receive_queue(index)
-        return (
-            state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings[vring])
-        )
+        return state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings)
 
     def _begin_receiving(self, index: int) -> None:
         """A driver receives from now on: what waits is for this one, or the queue pair reads it out."""
@@ -428,24 +449,24 @@ class VirtioNet(Part):
         assert state is not None, self.id
         if index in self._receiving:
             return
+        self._note_asked(index)
+        state.vrings[receive_queue(index)].base_told = False
         self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
         heir = self._heirs.pop(index, ANYONE)
         if heir.kind != HeirKind.ANYONE:
             self._pairs[index].reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
 
-    def _end_receiving(self, index: int, *, goes_on: bool | None = None) -> None:
-        """No driver receives from now on.
+    def _end_receiving(self, index: int) -> None:
+        """No driver receives from now on."""
+        state, start = self._session_state(), self._receiving.pop(index, None)
+        if start is not None and state is not None:
+            self._heirs[index] = heir_of(state.vrings[receive_queue(index)].next_avail, start=start)
 
-        `goes_on` is `heir_of`'s; None: whether its frontend asked for the position.
-        """
+    def _note_asked(self, index: int) -> None:
+        """Takes note that the frontend has asked where the receive ring stood."""
         state = self._session_state()
-        start = self._receiving.pop(index, None)
-        if start is None or state is None:
-            return
-        vring = state.vrings[receive_queue(index)]
-        self._heirs[index] = heir_of(
-            vring.next_avail, start=start, goes_on=not vring.started if goes_on is None else goes_on
-        )
+        if state is not None and state.vrings[receive_queue(index)].base_told and index in self._heirs:
+            self._heirs[index] = once_asked(self._heirs[index])
 
     def _saved_heirs(self) -> tuple[Heir, ...]:
         return tuple(self._heirs.get(index, ANYONE) for index in range(self._netdev.queue_count))
@@ -539,7 +560,7 @@ class VirtioNet(Part):
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
         assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, vring) or vring.failed:
+        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -570,42 +591,64 @@ class VirtioNet(Part):
         pair = self._pairs[index]
         if _has_rings(pair):
             self._tracer.emit(RingsStarted(device=self.id, queue_pair=index, at_ns=pair.start()))
+            # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
+            self._report_corrections(index, logging.DEBUG)
 
-    def _stop(self, index: int) -> None:
-        """Stops the queue pair and writes its positions into the session's state."""
+    def _stop(self, index: int, *, anew: int | None = None) -> None:
+        """Stops the queue pair and writes its positions into the session's state. `anew` as in `_apply`."""
         pair, state = self._pairs[index], self._session_state()
         was_running = pair.is_running()
         positions = pair.stop()
-        for vring, position in zip((receive_queue(index), transmit_queue(index)), positions, strict=True):
-            if state is not None and position is not None:
+        rings = zip((receive_queue(index), transmit_queue(index)), positions, pair.failed(), strict=True)
+        for vring, position, failed in rings:
+            if state is None or position is None:
+                continue
+            if vring != anew or (state.vrings[vring].started and not failed):
                 state.vrings[vring].next_avail = position
-        self._note_failed(index)
+        self._note_failed(index, anew=anew)
         if was_running:
             self._tracer.emit(RingsStopped(device=self.id, queue_pair=index))
 
-    def _note_failed(self, index: int) -> None:
-        """Writes into the session's state which rings of a queue pair stopped for good."""
+    def _note_failed(self, index: int, *, anew: int | None = None) -> None:
+        """Writes into the session's state which rings of a queue pair stopped for good. `anew` as in `_apply`."""
         state = self._session_state()
         pair = self._pairs[index]
         rings = zip((receive_queue(index), transmit_queue(index)), pair.positions(), pair.failed(), strict=True)
         for vring, position, failed in rings:
             # One that the frontend stopped meanwhile begins anew.
-            if failed and position is not None and state is not None and state.vrings[vring].started:
+            if failed and position is not None and state is not None and state.vrings[vring].started and vring != anew:
                 state.vrings[vring].failed = True
                 state.vrings[vring].next_avail = position
 
-    def _report_ring_errors(self) -> None:
+    def _report_rings(self) -> None:
         assert self._ring_errors is not None
         os.read(self._ring_errors.fileno(), 8)
         for index, pair in enumerate(self._pairs):
+            # All pairs started together, so a handover told the positions, or this process itself, which went on.
+            self._report_corrections(index, logging.WARNING)
             for direction, reason in pair.take_ring_errors():
-                vring = receive_queue(index) if direction == "rx" else transmit_queue(index)
+                vring = _vring_of(index, direction)
                 self._failures[vring] = reason
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
         if any(pair.interface_gone() for pair in self._pairs):
             _logger.warning("device '%s': the interface of netdev '%s' is gone", self.id, self._netdev.id)
+
+    def _report_corrections(self, index: int, level: int) -> None:
+        """Tells of rings that began elsewhere than they were told."""
+        for direction, told, begun in self._pairs[index].take_corrections():
+            vring = _vring_of(index, direction)
+            _logger.log(
+                level,
+                "device '%s': vring %s (%s) goes on at %s, where its used index stands, and was told %s",
+                self.id,
+                vring,
+                direction,
+                begun,
+                told,
+            )
+            self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -657,8 +700,14 @@ class VirtioNet(Part):
         return NetConfig(
             mac=self._own_mac or bytes(MAC_LENGTH),
             queue_pair_count_max=self._netdev.queue_count,
-            mtu=self._netdev.mtu if self._netdev.is_open else 0,
+            # One that is awaited is most likely the interface that the source has.
+            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
         ).encode()
+
+    def _config_changed(self) -> None:
+        """What the configuration space tells of the netdev may differ now: frontends that can hear of that do."""
+        if self._endpoint is not None:
+            self._endpoint.change_config(self._config())
 
     def _set_up_netdev(self) -> None:
         """The TAP's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
@@ -708,10 +757,21 @@ def _check_connection(connection: ConnectionState, offered: Offer) -> None:
         raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
 
 
+def _read_config(device: str, config: bytes) -> NetConfig:
+    try:
+        return NetConfig.decode(config)
+    except PeerError as error:
+        raise PeerError(f"device '{device}': {error}") from error
+
+
 def thread_name(device: str, queue_pair: int) -> str:
     """What the thread of a queue pair is called. A long id is cut, never the number."""
     number = f"/{queue_pair}"
     return device[: THREAD_NAME_LENGTH_MAX - len(number)] + number
+
+
+def _vring_of(pair: int, direction: str) -> int:
+    return receive_queue(pair) if direction == "rx" else transmit_queue(pair)
 
 
 def _has_rings(pair: QueuePair) -> bool:

@@ -61,7 +61,7 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
         features=features,
         vring_count=2 * queue_pair_count,
         queue_count=queue_pair_count,
-        drained_vrings=frozenset(transmit_queue(index) for index in range(1, queue_pair_count)),
+        drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
 
 

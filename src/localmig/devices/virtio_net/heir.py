@@ -11,7 +11,7 @@ offloads that it did not take.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -26,19 +26,18 @@ class HeirKind(IntEnum):
     RING = 1
     """A driver whose receive ring goes on at a position."""
     NOBODY = 2
-    """No driver that comes."""
+    """No driver that comes, unless its frontend had asked for the position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heir:
-    """Whom the waiting frames of a queue pair are for; `position` means something for `RING` alone."""
+    """Whom the waiting frames of a queue pair are for; `position` is where its receive ring stood."""
 
     kind: int
     position: int = 0
 
 
 ANYONE: Final = Heir(kind=HeirKind.ANYONE)
-NOBODY: Final = Heir(kind=HeirKind.NOBODY)
 
 HEIR: Final = Description(
     name="virtio-net-heir",
@@ -49,15 +48,17 @@ HEIR: Final = Description(
 )
 
 
-def heir_of(position: int, *, start: int, goes_on: bool) -> Heir:
+def heir_of(position: int, *, start: int) -> Heir:
     """Whom frames are for once a receive ring has stopped.
 
     Args:
         position: where it stands; of a packed ring with the wrap counter in bit 15.
         start: where a ring of its format begins.
-        goes_on: whether its frontend asked for the position, to go on there later.
     """
-    # A ring that a new driver begins stands at its start, too.
-    if position == start and not goes_on:
-        return NOBODY
-    return Heir(kind=HeirKind.RING, position=position)
+    # There a new driver begins as well, so the position does not tell one from the other.
+    return Heir(kind=HeirKind.NOBODY if position == start else HeirKind.RING, position=position)
+
+
+def once_asked(heir: Heir) -> Heir:
+    """Whom they are for if the frontend has asked where the ring stands: it pauses, and will go on there."""
+    return replace(heir, kind=HeirKind.RING) if heir.kind == HeirKind.NOBODY else heir

@@ -14,6 +14,7 @@ from localmig.devices.virtio_net.heir import HEIR, Heir
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
 from localmig.vhost_user.description import LISTENER, SESSION
+from localmig.vhost_user.message import CONFIG_SIZE_MAX
 from localmig.vhost_user.protocol import SessionState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio.net import MAC_LENGTH
@@ -53,12 +54,14 @@ class VirtioNetState:
     Attributes:
         features_acked: virtio feature bits of the present session, 0 where there is none.
         mac: the guest's Ethernet address where it is known, else empty.
+        config: the configuration space, as a frontend read it last or was told of it.
         heirs: for each queue pair whom the frames are for that wait; empty where descriptors stay home.
         socket: None where descriptors stay home: the frontend then connects anew and says everything again.
     """
 
     features_acked: int
     mac: bytes
+    config: bytes
     heirs: tuple[Heir, ...]
     socket: SocketState | None
 
@@ -91,6 +94,7 @@ VIRTIO_NET: Final = Description(
     fields=(
         u64("features_acked"),
         blob("mac", size_max=MAC_LENGTH),
+        blob("config", size_max=CONFIG_SIZE_MAX),
         array("heirs", HEIR, count_max=QUEUE_PAIR_COUNT_MAX),
         optional(struct("socket", SOCKET)),
     ),

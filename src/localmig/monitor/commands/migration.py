@@ -7,7 +7,6 @@ Read next:   daemon/ for what the commands do.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -112,13 +111,12 @@ def announce_self(
 def set_capabilities(daemon: Daemon, *, capabilities: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """Changes all the given capabilities, or none."""
     changes = {CAPABILITIES[str(item["capability"])]: item["state"] for item in capabilities}
-    daemon.set_capabilities(dataclasses.replace(daemon.capabilities, **changes))  # type: ignore[arg-type]  # checked
-    return {}
+    return set_parameters(daemon, **changes)
 
 
 def query_capabilities(daemon: Daemon) -> list[dict[str, object]]:
     """All capabilities."""
-    return capabilities_to_qmp(daemon.capabilities)
+    return capabilities_to_qmp(daemon.parameters)
 
 
 def query_local_migration(daemon: Daemon) -> list[dict[str, object]]:
