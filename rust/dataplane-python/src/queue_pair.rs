@@ -132,6 +132,10 @@ impl QueuePair {
         self.inner.reserve_waiting(position).map_err(refused)
     }
 
+    fn refuse_waiting(&self, position: u16) -> PyResult<()> {
+        self.inner.refuse_waiting(position).map_err(refused)
+    }
+
     fn is_running(&self) -> bool {
         self.inner.is_running()
     }

@@ -33,6 +33,8 @@ enum Heir {
     Whoever,
     /// A driver whose receive ring goes on there.
     At(u16),
+    /// A driver whose receive ring goes on anywhere else.
+    NotAt(u16),
     Nobody,
 }
 
@@ -121,10 +123,20 @@ impl Backlog {
         self.heir = position.map_or(Heir::Nobody, Heir::At);
     }
 
+    /// It is for a driver whose receive ring goes on anywhere but at `position`.
+    pub(crate) fn refuse(&mut self, position: u16) {
+        self.heir = Heir::NotAt(position);
+    }
+
     /// A driver comes whose receive ring goes on at `position`. Whether a frame waited that is not for this one.
     pub(crate) fn claim(&mut self, position: u16) -> bool {
-        let heir = std::mem::take(&mut self.heir);
-        if heir == Heir::Whoever || heir == Heir::At(position) {
+        let is_heir = match std::mem::take(&mut self.heir) {
+            Heir::Whoever => true,
+            Heir::At(place) => place == position,
+            Heir::NotAt(place) => place != position,
+            Heir::Nobody => false,
+        };
+        if is_heir {
             return false;
         }
         self.stale = STALE_MAX;

@@ -329,6 +329,15 @@ impl QueuePair {
         Ok(())
     }
 
+    /// As `reserve_waiting`, for a driver whose receive ring goes on anywhere but at `position`.
+    ///
+    /// # Errors
+    /// The pair runs. Nothing changed.
+    pub fn refuse_waiting(&self, position: u16) -> Result<(), Error> {
+        self.idle()?.backlog.refuse(position);
+        Ok(())
+    }
+
     /// The frame that was read and waits for buffers, with its header of 12 bytes. None also while the pair runs, which may
     /// deliver it at any time.
     #[must_use]

@@ -469,7 +469,24 @@ fn what_waited_is_for_the_driver_that_goes_on_where_the_ring_stood() {
         guest.start_with(|config| config.rx.as_mut().unwrap().next_avail = position);
         assert_eq!(guest.receive(), (packet(80, 2), vec![1]));
         assert_eq!(guest.receive(), (packet(60, 3), vec![2]));
+        // Or that goes on anywhere but at the beginning.
+        let position = guest.pair.stop().rx;
+        assert!(send(&guest.wire, &packet(60, 4)));
+        guest.post(3, 100);
+        guest.pair.refuse_waiting(guest.config().rx.unwrap().next_avail.unwrap_or(0)).unwrap();
+        guest.start_with(|config| config.rx.as_mut().unwrap().next_avail = position);
+        assert_eq!(guest.receive(), (packet(60, 4), vec![3]));
         assert_eq!(guest.pair.counters().rx_dropped_stale, 0);
+        guest.pair.stop();
+        assert!(send(&guest.wire, &packet(60, 5)));
+        guest.pair.refuse_waiting(position.unwrap().wrapping_add(1)).unwrap();
+        guest.start_with(|config| {
+            let rx = config.rx.as_mut().unwrap();
+            rx.next_avail = position.map(|position| position.wrapping_add(1));
+        });
+        while guest.pair.counters().rx_dropped_stale == 0 {
+            std::thread::yield_now();
+        }
     }
 }
 

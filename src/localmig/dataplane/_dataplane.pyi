@@ -229,6 +229,9 @@ class QueuePair:
         The start does not wait for that. RuntimeError if the pair runs.
         """
 
+    def refuse_waiting(self, position: int) -> None:
+        """As `reserve_waiting`, for a driver whose receive ring goes on anywhere but at `position`."""
+
     def is_running(self) -> bool: ...
     def counters(self) -> tuple[int, ...]:
         """What was counted, as `Counters(*pair.counters())` names it. Waits for nothing."""

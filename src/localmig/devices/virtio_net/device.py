@@ -28,7 +28,7 @@ from typing import Final
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
-from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind, heir_of, once_asked
+from localmig.devices.virtio_net.heir import ANYONE, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
@@ -451,10 +451,12 @@ class VirtioNet(Part):
             return
         self._note_asked(index)
         state.vrings[receive_queue(index)].base_told = False
-        self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
-        heir = self._heirs.pop(index, ANYONE)
-        if heir.kind != HeirKind.ANYONE:
-            self._pairs[index].reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
+        start = self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
+        pair, heir = self._pairs[index], self._heirs.pop(index, STRANGER)
+        if heir.kind == HeirKind.STRANGER:
+            pair.refuse_waiting(start)
+        elif heir.kind != HeirKind.ANYONE:
+            pair.reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
 
     def _end_receiving(self, index: int) -> None:
         """No driver receives from now on."""
@@ -469,7 +471,10 @@ class VirtioNet(Part):
             self._heirs[index] = once_asked(self._heirs[index])
 
     def _saved_heirs(self) -> tuple[Heir, ...]:
-        return tuple(self._heirs.get(index, ANYONE) for index in range(self._netdev.queue_count))
+        return tuple(
+            ANYONE if index in self._receiving else self._heirs.get(index, STRANGER)
+            for index in range(self._netdev.queue_count)
+        )
 
     def _change_memory(self) -> None:
         for index, pair in enumerate(self._pairs):

@@ -22,11 +22,13 @@ class HeirKind(IntEnum):
     """Whom frames are for. The values travel."""
 
     ANYONE = 0
-    """The driver that receives, or the next one: nothing is known of any before it."""
+    """The driver that receives."""
     RING = 1
     """A driver whose receive ring goes on at a position."""
     NOBODY = 2
     """No driver that comes, unless its frontend had asked for the position."""
+    STRANGER = 3
+    """A driver that does not begin: it was served by another daemon, of which nothing is known. None was here yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,7 @@ class Heir:
 
 
 ANYONE: Final = Heir(kind=HeirKind.ANYONE)
+STRANGER: Final = Heir(kind=HeirKind.STRANGER)
 
 HEIR: Final = Description(
     name="virtio-net-heir",
