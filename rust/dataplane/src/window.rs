@@ -163,14 +163,14 @@ impl Window {
                 if self.length >= bytes {
                     return Ok(Room::Enough);
                 }
-                // One that does not merge puts each frame into one chain. One that does has no more than its ring.
-                if !mergeable || self.slots >= usize::from(ring.size()) {
+                if !mergeable {
                     return Ok(Room::Never);
                 }
             }
             let before = self.buffers.len();
             let Some(chain) = ring.take(Direction::ToGuest, header_length, &mut self.buffers)? else {
-                return Ok(Room::NotYet);
+                let is_whole_ring = self.slots >= usize::from(ring.size());
+                return Ok(if is_whole_ring { Room::Never } else { Room::NotYet });
             };
             if self.buffers.len() - self.used > CHAIN_BUFFERS_MAX {
                 // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
