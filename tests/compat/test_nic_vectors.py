@@ -11,7 +11,7 @@ from tests.compat.vmdesc_reader import walk
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream, OutgoingStream
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
 
@@ -82,5 +82,5 @@ def test_the_session_is_one_that_can_be(sample: Sample) -> None:
         assert socket is not None
         assert socket.connection is not None
         count = sample.queue_pairs
-        offer = Offer(features=sample.features, vring_count=2 * count, queue_count=count)
+        offer = Offer(features=sample.features, vring_count=2 * count)
         check_state(socket.connection.session, offer)

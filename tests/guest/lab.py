@@ -294,19 +294,18 @@ class Lab:
         argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
         return self.start(argv, name="pinger")
 
-    def boot_qemu(
-        self, netdev: Sequence[str], *, packed: bool = False, queue_pairs: int = 1, mergeable: bool = True
-    ) -> Guest:
-        """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
+    def boot_qemu(self, netdev: Sequence[str], **nic: Any) -> Guest:
+        """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define.
+
+        `nic` is what `qemu.command` knows of it.
+        """
         with _lab_errors():
             argv = qemu.command(
                 netdev,
                 address=GUEST_ADDRESS + PREFIX,
                 folder=self.folder,
                 kernel_package=UNPACKED_KERNEL,
-                packed=packed,
-                queue_pairs=queue_pairs,
-                mergeable=mergeable,
+                **nic,
             )
         return self._booting(argv)
 

@@ -127,7 +127,13 @@ def test_without_local_the_frontend_reconnects_and_the_guest_talks_on(
 
 
 @pytest.mark.parametrize(
-    ("boot", "device"), [pytest.param(boot_qemu, "", id="split"), pytest.param(boot_packed, ",packed=on", id="packed")]
+    ("boot", "device"),
+    [
+        pytest.param(boot_qemu, "", id="split"),
+        pytest.param(boot_packed, ",packed=on", id="packed"),
+        # It never asks where a ring stands; without mac= each of its drivers makes up an address.
+        pytest.param(boot_uml, ",mac=52:54:00:12:34:56", id="uml"),
+    ],
 )
 def test_a_driver_reset_during_handovers_leaves_a_working_guest(
     lab: Lab, boot: Callable[[Lab, Service], Guest], device: str

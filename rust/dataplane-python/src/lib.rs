@@ -26,6 +26,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(queue_pair::fail_rings, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::swap_memory, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::check_positions, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)?;

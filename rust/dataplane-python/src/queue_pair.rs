@@ -159,6 +159,22 @@ impl QueuePair {
             .collect()
     }
 
+    #[pyo3(signature = (direction, *, call_fd, error_fd))]
+    fn set_notifiers(
+        &self,
+        py: Python<'_>,
+        direction: &str,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+    ) -> PyResult<()> {
+        let side = match direction {
+            "rx" => Side::Rx,
+            "tx" => Side::Tx,
+            _ => return Err(PyValueError::new_err(format!("a ring is rx or tx, not {direction}"))),
+        };
+        py.detach(|| self.inner.set_notifiers(side, call_fd, error_fd)).map_err(refused)
+    }
+
     fn release(&self, py: Python<'_>) {
         py.detach(|| self.inner.release());
     }
@@ -177,6 +193,13 @@ fn lent(pairs: &[Py<QueuePair>]) -> Vec<&dataplane::queue_pair::QueuePair> {
 pub fn start_all(py: Python<'_>, pairs: Vec<Py<QueuePair>>) -> Vec<Option<u64>> {
     let pairs = lent(&pairs);
     py.detach(|| dataplane::queue_pair::start_all(&pairs))
+}
+
+/// Lets every configured pair go on with other memory where its rings are in the same place there; gives which did.
+#[pyfunction]
+pub fn swap_memory(py: Python<'_>, pairs: Vec<Py<QueuePair>>, memory: &GuestMemory) -> Vec<bool> {
+    let pairs = lent(&pairs);
+    py.detach(|| dataplane::queue_pair::swap_memory(&pairs, &memory.inner))
 }
 
 /// Stops every pair; gives which of them ran.

@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{
-    eventfd, memory, receive, send, wire, PackedQueue, Queue, ALL_OFFLOADS, MEMORY_START, NEXT, WRITE,
+    eventfd, memfd, memory, receive, region, send, wire, PackedQueue, Queue, ALL_OFFLOADS, MEMORY_START,
+    NEXT, WRITE,
 };
 use dataplane::chain::{Direction, Features};
 use dataplane::ledger::Ledger;
+use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::QueuePair;
 use dataplane::split::SplitRing;
@@ -23,6 +25,7 @@ use dataplane::{Config, Format, RingSpec};
 
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
+const REGION_SIZE: u64 = 0x1000;
 const BUFFERS: u64 = MEMORY_START + 0x10_0000;
 const FEATURES: Features = Features { event_index: true, indirect: true };
 
@@ -92,6 +95,37 @@ fn packed_ring_work() {
     }
     let packets = f64::from(LAPS) * f64::from(PACKETS);
     println!("packed ring: {:.1} ns a packet of two buffers", spent.as_nanos() as f64 / packets);
+}
+
+/// A look-up of guest addresses that lie anywhere in the first, in some, or in all of so many regions.
+fn look_up() {
+    const ROUNDS: usize = 1_000_000;
+    for (regions, used) in [(1, 1), (8, 1), (8, 8), (509, 1), (509, 8), (509, 509)] {
+        let fd = memfd(regions * REGION_SIZE);
+        let specs = (0..regions).map(|index| {
+            region(&fd, MEMORY_START + 2 * index * REGION_SIZE, REGION_SIZE, index * REGION_SIZE)
+        });
+        let memory = GuestMemory::new(&specs.collect::<Vec<_>>()).expect("good regions");
+        // A multiplier of full period: the same addresses in every run.
+        let address = |round: u64| {
+            let random = round.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+            MEMORY_START + 2 * (random % used) * REGION_SIZE + (random >> 9) % 0x800
+        };
+        let addresses: Vec<_> = (0..4096).map(address).collect();
+        let began = Instant::now();
+        for round in 0..ROUNDS {
+            std::hint::black_box(memory.host(addresses[round % addresses.len()], 1500));
+        }
+        let look_up = began.elapsed().as_nanos() as f64 / ROUNDS as f64;
+        let began = Instant::now();
+        for _ in 0..ROUNDS {
+            std::hint::black_box(memory.lost());
+        }
+        let lost = began.elapsed().as_nanos() as f64 / ROUNDS as f64;
+        println!(
+            "{regions} regions, {used} in use: {look_up:.1} ns a look-up, {lost:.1} ns to ask for a loss"
+        );
+    }
 }
 
 fn stop_under_load() {
@@ -208,6 +242,7 @@ fn receiving(frame_length: usize, frame_length_max: usize, rounds: u32) {
 }
 
 fn main() {
+    look_up();
     ring_work();
     packed_ring_work();
     for frame_length_max in [1518, 65554] {

@@ -8,6 +8,7 @@
 //! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
 //!              `queue_pair` (the thread); `driver` is the guest's side.
 
+mod backing;
 mod backlog;
 mod bell;
 pub mod chain;

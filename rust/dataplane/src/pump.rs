@@ -133,10 +133,10 @@ enum Wait {
 #[derive(Debug)]
 struct RingEnd {
     side: Side,
+    layout: Layout,
     ring: Ring,
     kick_fd: RawFd,
-    call: Option<Bell>,
-    error: Option<Bell>,
+    notifiers: Notifiers,
     /// Where it was told to begin, or where it stopped.
     start: Option<u16>,
     /// Whether `ring` has a position of its own.
@@ -152,15 +152,14 @@ impl RingEnd {
         let (layout, ledger) = (&spec.layout, spec.ledger.clone());
         let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
         let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
-        let bell =
-            |what, fd| Bell::of(fd).map_err(|reason| format!("{side} ring: {what} descriptor {reason}"));
+        let notifiers = Notifiers::of(side, spec.call_fd, spec.error_fd)?;
         check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
         Ok(Self {
             side,
+            layout: *layout,
             ring,
             kick_fd: spec.kick_fd,
-            call: spec.call_fd.map(|fd| bell("call", fd)).transpose()?,
-            error: spec.error_fd.map(|fd| bell("error", fd)).transpose()?,
+            notifiers,
             start: spec.next_avail,
             begun: false,
             call_at_start: true,
@@ -206,7 +205,7 @@ impl RingEnd {
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
         if self.ring.call_due() {
-            if let Some(call) = self.call {
+            if let Some(call) = self.notifiers.call {
                 call.ring();
                 self.side.calls(counters).add(1);
             }
@@ -217,10 +216,31 @@ impl RingEnd {
     fn fail(&mut self, reason: &impl fmt::Display) -> (Side, String) {
         self.failed = true;
         self.wait = Wait::Forever;
-        if let Some(error) = self.error {
+        if let Some(error) = self.notifiers.error {
             error.ring();
         }
         (self.side, reason.to_string())
+    }
+}
+
+/// By what a ring's driver is called, and told that the ring failed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Notifiers {
+    call: Option<Bell>,
+    error: Option<Bell>,
+}
+
+impl Notifiers {
+    /// Looks at what the borrowed descriptors are.
+    ///
+    /// # Errors
+    /// One of them cannot be one.
+    pub(crate) fn of(side: Side, call_fd: Option<RawFd>, error_fd: Option<RawFd>) -> Result<Self, String> {
+        let bell = |what, fd: Option<RawFd>| {
+            let reason = |reason| format!("{side} ring: {what} descriptor {reason}");
+            fd.map(|fd| Bell::of(fd).map_err(reason)).transpose()
+        };
+        Ok(Self { call: bell("call", call_fd)?, error: bell("error", error_fd)? })
     }
 }
 
@@ -303,16 +323,63 @@ impl Pump {
         corrections
     }
 
-    /// Ends what `begin` began: no chain is held, the guest knows of every used one.
-    pub(crate) fn settle(&mut self, counters: &LiveCounters) {
+    /// Gives chains back that wait for a frame: nothing points into their buffers any more.
+    fn empty_window(&mut self) {
         if let Some(rx) = &mut self.rx {
             let (chains, slots) = self.window.held();
             rx.ring.untake(chains, slots);
         }
         self.window.clear();
+    }
+
+    /// Ends what `begin` began: no chain is held, the guest knows of every used one.
+    pub(crate) fn settle(&mut self, counters: &LiveCounters) {
+        self.empty_window();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
             end.start = Some(end.position_before(0, 0));
+        }
+    }
+
+    /// Goes on with other memory, if the rings are in the same place there; gives the memory that is no longer used, which
+    /// is the other one if they are not.
+    pub(crate) fn swap_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+    ) -> Result<Arc<GuestMemory>, Arc<GuestMemory>> {
+        if !self.rx.iter().chain(&self.tx).all(|end| end.ring.is_in(&memory, &end.layout)) {
+            return Err(memory);
+        }
+        self.empty_window();
+        self.rx.iter_mut().chain(&mut self.tx).for_each(|end| end.ring.set_memory(&memory));
+        Ok(std::mem::replace(&mut self.memory, memory))
+    }
+
+    /// Calls a configured ring's driver by other descriptors from now on. A call that went to the former one may not have
+    /// been heard, or there was none, so the new one is called at once, or by `begin`.
+    pub(crate) fn set_notifiers(
+        &mut self,
+        side: Side,
+        notifiers: Notifiers,
+        is_running: bool,
+        counters: &LiveCounters,
+    ) {
+        let Some(end) = self.end_mut(side) else { return };
+        let former = std::mem::replace(&mut end.notifiers, notifiers);
+        if former.call == notifiers.call {
+            return;
+        }
+        end.call_at_start = true;
+        if let Some(call) = notifiers.call.filter(|_| is_running && !end.failed) {
+            call.ring();
+            side.calls(counters).add(1);
+        }
+    }
+
+    fn end_mut(&mut self, side: Side) -> Option<&mut RingEnd> {
+        match side {
+            Side::Rx => self.rx.as_mut(),
+            Side::Tx => self.tx.as_mut(),
         }
     }
 
@@ -360,11 +427,7 @@ impl Pump {
 
     /// Takes note that a ring, where it is configured, stopped for good elsewhere, and everybody was told.
     pub(crate) fn set_failed(&mut self, side: Side) {
-        let end = match side {
-            Side::Rx => &mut self.rx,
-            Side::Tx => &mut self.tx,
-        };
-        if let Some(end) = end {
+        if let Some(end) = self.end_mut(side) {
             end.failed = true;
         }
     }

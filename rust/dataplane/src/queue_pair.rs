@@ -27,7 +27,8 @@ use crate::backlog::Backlog;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
-use crate::pump::{Budget, Config, Correction, Positions, Pump, Side, Sleep, BATCH, WATCHED};
+use crate::memory::GuestMemory;
+use crate::pump::{Budget, Config, Correction, Notifiers, Positions, Pump, Side, Sleep, BATCH, WATCHED};
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
@@ -260,6 +261,42 @@ impl QueuePair {
         self.shared.stop_requested.store(true, Ordering::Relaxed);
     }
 
+    /// Does something to a configured pair between two packets. Rings that run go on, for all that anybody sees.
+    fn between_packets<T>(&self, act: impl FnOnce(&mut Pump, bool) -> T) -> Option<T> {
+        let shared = &self.shared;
+        self.ask_to_stop();
+        let mut state = lock(&shared.state);
+        shared.stop_requested.store(false, Ordering::Relaxed);
+        let is_running = state.running;
+        let result = state.pump.as_mut().map(|pump| act(pump, is_running));
+        let is_held_up = is_running && state.parked;
+        drop(state);
+        if is_held_up {
+            shared.resumed.notify_one();
+        }
+        result
+    }
+
+    /// Calls the driver of a ring, and tells it that the ring failed, by other borrowed descriptors from now on. The former
+    /// ones are not used any more; a new call descriptor of a ring that runs is called once. The rings go on. A ring that
+    /// is not configured has no descriptors.
+    ///
+    /// # Errors
+    /// A descriptor is of another kind. Nothing changed.
+    pub fn set_notifiers(
+        &self,
+        side: Side,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+    ) -> Result<(), Error> {
+        // Looked at before the rings wait.
+        let notifiers = Notifiers::of(side, call_fd, error_fd).map_err(Error::Invalid)?;
+        self.between_packets(|pump, is_running| {
+            pump.set_notifiers(side, notifiers, is_running, &self.shared.counters);
+        });
+        Ok(())
+    }
+
     /// Stops between two packets; gives where the rings would go on.
     ///
     /// Afterwards no ring, no TAP and no eventfd is touched, every used buffer was told to the guest, and no packet
@@ -432,6 +469,16 @@ pub fn start_all(pairs: &[&QueuePair]) -> Vec<Option<u64>> {
 pub fn stop_all(pairs: &[&QueuePair]) -> Vec<bool> {
     pairs.iter().for_each(|pair| pair.ask_to_stop());
     pairs.iter().map(|pair| pair.halt()).collect()
+}
+
+/// Lets every configured pair whose rings are in the same place of `memory` go on with that: gives which did. The others
+/// go on with what they had.
+///
+/// Rings that run wait for no longer than it takes to compare addresses and swap a pointer. No pair that did uses the former memory any more.
+pub fn swap_memory(pairs: &[&QueuePair], memory: &Arc<GuestMemory>) -> Vec<bool> {
+    let swap = |pair: &&QueuePair| pair.between_packets(|pump, _| pump.swap_memory(Arc::clone(memory)));
+    // What comes back is dropped with no lock held: this may unmap memory, which takes a while.
+    pairs.iter().map(|pair| swap(pair).is_some_and(|unused| unused.is_ok())).collect()
 }
 
 impl Drop for QueuePair {

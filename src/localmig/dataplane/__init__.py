@@ -28,6 +28,7 @@ from localmig.dataplane._dataplane import (
     set_dumpable,
     start_all,
     stop_all,
+    swap_memory,
 )
 from localmig.dataplane.counters import Counters, DriverCounters
 
@@ -53,4 +54,5 @@ __all__ = [
     "set_dumpable",
     "start_all",
     "stop_all",
+    "swap_memory",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "set_dumpable",
     "start_all",
     "stop_all",
+    "swap_memory",
 ]
 
 COUNTER_NAMES: Final[tuple[str, ...]]
@@ -48,13 +49,18 @@ class GuestMemory:
     Args:
         regions: (guest_address, size, user_address, mmap_offset, fd) of each region, in bytes. `fd` is only used
             during the call; the mapping keeps the memory alive.
+        previous: regions that it has as well, which are the same bytes of the same file at the same addresses, keep
+            their mapping, page tables and all. One of them that is lost is mapped again if that can be.
 
     Raises:
-        ValueError: regions overlap, are empty, wrap around, or the file behind `fd` is smaller than announced.
-        OSError: `mmap` failed.
+        ValueError: regions overlap, are empty, wrap around, or the file behind `fd` is smaller than announced or on a
+            file system whose pages may never come. `previous` is as before.
+        OSError: `mmap` failed. As above.
     """
 
-    def __new__(cls, regions: list[tuple[int, int, int, int, int]]) -> GuestMemory: ...
+    def __new__(
+        cls, regions: list[tuple[int, int, int, int, int]], previous: GuestMemory | None = None
+    ) -> GuestMemory: ...
     @staticmethod
     def adopt(regions: list[tuple[int, int, int, int, int]]) -> GuestMemory:
         """Maps what another process had mapped, as it is now.
@@ -70,7 +76,8 @@ class GuestMemory:
     def populate(self, seconds_max: float) -> int:
         """Maps the pages that already exist (it creates none), so that the first packets meet no page fault.
 
-        Returns the number of bytes populated; what there was no time for comes by page faults. Releases the GIL.
+        Returns the number of bytes populated; what there was no time for comes by page faults. The time is looked at
+        every 256 MiB. Mappings that were populated before, in a previous memory too, take none. Releases the GIL.
         """
 
     def translate(self, user_address: int, size: int) -> int:
@@ -248,6 +255,17 @@ class QueuePair:
         Only split rings are corrected: nothing is in flight, so they begin at the used index in guest memory.
         """
 
+    def set_notifiers(self, direction: str, *, call_fd: int | None, error_fd: int | None) -> None:
+        """Calls the driver of the "rx" or "tx" ring, and tells it of a failure, by other descriptors from now on.
+
+        Rings that run go on. The former descriptors are not used any more when this returns; a new call descriptor of a
+        ring that runs is called once, because a call by the former one may have gone unheard. A ring that is not
+        configured has no descriptors.
+
+        Raises:
+            ValueError: a descriptor is neither eventfd nor pipe nor UNIX socket. Nothing changed.
+        """
+
     def release(self) -> None:
         """Stops and forgets rings, memory and descriptors; the thread is parked. `configure` makes it usable again."""
 
@@ -262,6 +280,13 @@ def start_all(pairs: list[QueuePair]) -> list[int | None]:
 
 def stop_all(pairs: list[QueuePair]) -> list[bool]:
     """As `QueuePair.stop` for each; all threads are asked before one is waited for. Gives which of the pairs ran."""
+
+def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
+    """Lets every configured pair go on with `memory` where both its rings are in the same place there: gives which did.
+
+    Rings that run wait for a moment between two packets. A pair that went on does not use the former memory any more;
+    the others are as they were.
+    """
 
 def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[int]]]:
     """(next_avail of each rx ring, of each tx ring, a list for each counter): a place for each pair in every list.

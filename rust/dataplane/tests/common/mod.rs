@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +55,13 @@ pub fn memory_of(fd: &OwnedFd) -> Arc<GuestMemory> {
 pub fn truncate(fd: &OwnedFd, size: u64) {
     // SAFETY: plain system call on our descriptor.
     assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size.try_into().unwrap()) }, 0);
+}
+
+/// Whether this process maps the file.
+pub fn is_mapped(fd: &OwnedFd) -> bool {
+    let inode = std::fs::File::from(fd.try_clone().unwrap()).metadata().unwrap().ino().to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains("memfd:")).any(|line| line.split(' ').nth(4) == Some(&inode))
 }
 
 /// One ring as its driver writes it.
