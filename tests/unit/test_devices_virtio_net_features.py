@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmig.devices.virtio_net.features import offer, tap_offloads
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.protocol import Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetFeature
