@@ -18,6 +18,7 @@ from typing import Final
 
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 
+from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
@@ -51,6 +52,7 @@ class Daemon:
     tap: TapState
     nic: VirtioNetState
     rings: RingsState
+    waiting: OwnedFd | None
 
     @property
     def setup(self) -> list[Section]:
@@ -63,7 +65,8 @@ class Daemon:
 
     @property
     def _queue_pairs(self) -> RingsSetup:
-        return RingsSetup(queue_pairs=tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets))))
+        names = tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets)))
+        return RingsSetup(queue_pairs=names, waiting=self.waiting)
 
     @property
     def switchover(self) -> list[Section]:
@@ -102,19 +105,24 @@ class Sample:
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                heirs=() if self is HOME else (_HEIRS[self is IDLE],) + (ANYONE,) * (self.queue_pairs - 1),
                 config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
+            waiting=None if self is HOME else next(take),
         )
 
 
-SESSION: Final = Sample(name="nic-session", descriptor_count=13)
-IDLE: Final = Sample(name="nic-idle", descriptor_count=3)
+_HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), Heir(kind=HeirKind.NOBODY))
+"""Of a NIC with a session, and without."""
+
+SESSION: Final = Sample(name="nic-session", descriptor_count=14)
+IDLE: Final = Sample(name="nic-idle", descriptor_count=4)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-CONNECTED: Final = Sample(name="nic-connected", descriptor_count=12)
-PACKED: Final = Sample(name="nic-packed", descriptor_count=14)
-WIDE: Final = Sample(name="nic-wide", descriptor_count=14)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=13)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=15)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=15)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 
@@ -225,9 +233,12 @@ def _rings(next_avail: tuple[int, int], *, queue_pairs: int) -> RingsState:
         rx_next_avail=(rx_next_avail,),
         tx_next_avail=(tx_next_avail,),
         failed=(2,),
+        rx_waiting=(0,),
         rx_packets=(1 << 40,),
         rx_bytes=(3 << 50,),
         rx_dropped_length=(1,),
+        rx_dropped_stale=(9,),
+        rx_dropped_error=(10,),
         rx_kicks=(2,),
         rx_calls=(3,),
         tx_packets=(77,),

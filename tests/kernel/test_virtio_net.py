@@ -759,7 +759,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
             device = VirtioNet(
                 id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
             )
-            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), socket=None))
+            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), heirs=(), socket=None))
             ends.callback(device.close)
             device.thaw()
             frontend = ends.enter_context(await beside(Frontend.connect, path))
@@ -775,7 +775,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
 
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), heirs=(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use common::{
     await_frame, await_rung, eventfd, is_mapped, memfd, memory, memory_of, pipe, readable, receive, refuse,
-    region, send, truncate, wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
+    region, send, truncate, wire, Queue, ALL_OFFLOADS, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE,
+    WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
@@ -93,6 +94,7 @@ impl Bench {
             tap_fd: self.tap.as_raw_fd(),
             header_length: HEADER,
             frame_length_max: 1514,
+            offloads: ALL_OFFLOADS,
             format: Format::Split,
             // Calls for every packet keep the tests simple; the event index has its own in split.rs.
             features: Features { event_index: false, indirect: true },
@@ -177,9 +179,10 @@ fn a_header_of_ten_bytes_has_no_count() {
         config.header_length = 10;
         config.mergeable = false;
     });
-    assert!(send(&bench.wire, b"ten bytes.a frame"));
+    let packet = [&[0; 10], &b"a frame"[..]].concat();
+    assert!(send(&bench.wire, &packet));
     assert_eq!(bench.rx.await_used(), (0, 17));
-    assert_eq!(bench.rx.queue.get::<17>(rx_buffer(0)), *b"ten bytes.a frame");
+    assert_eq!(bench.rx.queue.get::<17>(rx_buffer(0)), *packet);
 }
 
 #[test]
@@ -215,47 +218,6 @@ fn the_count_of_buffers_may_lie_across_descriptors() {
 }
 
 #[test]
-fn a_frame_waits_in_the_tap_until_the_guest_has_room() {
-    let mut bench = Bench::new();
-    bench.offer_rx(0, 100); // too little for the longest frame
-    bench.start();
-    assert!(send(&bench.wire, &with_header(b"a frame")));
-    // Its first scan found no room, so it sleeps or is about to; either way it may not read.
-    assert!(readable(bench.tap.as_raw_fd(), A_MOMENT));
-    assert_eq!(bench.rx.queue.next_used(), None);
-    bench.offer_rx(1, BUFFER_SIZE);
-    bench.rx.kick();
-    assert_eq!(bench.rx.await_used(), (0, 19));
-    assert_eq!(bench.pair.stop().rx, Some(1), "the second buffer stays available");
-}
-
-#[test]
-fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does_not() {
-    let mut bench = Bench::new();
-    for head in 0..SIZE {
-        bench.offer_rx(head, 16);
-    }
-    bench.start();
-    assert!(send(&bench.wire, &with_header(&[1; 1025 - HEADER])));
-    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
-    assert_eq!(bench.rx.await_used(), (0, 16));
-    assert_eq!(bench.rx.await_used(), (1, 4));
-    assert_eq!(bench.pair.counters().rx_dropped_length, 1);
-}
-
-#[test]
-fn half_a_ring_is_room_enough_for_a_guest_that_fills_it_up_as_packets_come() {
-    let mut bench = Bench::new();
-    for head in 0..SIZE / 2 {
-        bench.offer_rx(head, 16);
-    }
-    bench.start();
-    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
-    assert_eq!(bench.rx.await_used(), (0, 16));
-    assert_eq!(bench.rx.await_used(), (1, 4));
-}
-
-#[test]
 fn more_buffers_than_one_read_takes_are_left_for_the_next() {
     let mut bench = Bench::new();
     // Sixteen chains of a hundred buffers each, by one indirect table that all of them share.
@@ -273,18 +235,6 @@ fn more_buffers_than_one_read_takes_are_left_for_the_next() {
     let used: Vec<_> = (0..10).map(|_| bench.rx.await_used()).collect();
     assert_eq!(used, (0..10).map(|head| (head, 100)).collect::<Vec<_>>());
     assert_eq!(bench.pair.stop().rx, Some(10));
-}
-
-#[test]
-fn without_merging_a_frame_longer_than_its_buffer_is_dropped() {
-    let mut bench = Bench::new();
-    bench.offer_rx(0, 64);
-    bench.start_with(|config| config.mergeable = false);
-    assert!(send(&bench.wire, &with_header(&[1; 53])));
-    assert!(send(&bench.wire, &with_header(&[2; 52])));
-    assert_eq!(bench.rx.await_used(), (0, 64));
-    let counters = bench.pair.counters();
-    assert_eq!((counters.rx_packets, counters.rx_dropped_length), (1, 1));
 }
 
 #[test]
@@ -738,14 +688,14 @@ fn an_index_that_jumps_while_the_pair_sleeps_stops_the_ring() {
 }
 
 #[test]
-fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
+fn a_tap_that_goes_away_is_no_rings_failure_and_packets_to_it_are_dropped() {
     let mut bench = Bench::new();
     bench.pair = QueuePair::new("gone", bench.event.as_raw_fd()).unwrap();
     bench.offer_rx(0, BUFFER_SIZE);
     bench.start();
     let (other, _) = wire();
     drop(std::mem::replace(&mut bench.wire, other));
-    assert_eq!(bench.await_error(), [(Side::Rx, "TAP: the interface is gone".to_string())]);
+    await_rung(&bench.event, || bench.pair.interface_gone().then_some(()));
     for head in 0..4 {
         bench.offer_tx(head, b"frame");
         bench.tx.kick();
@@ -754,7 +704,35 @@ fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
     assert_sleeps("gone");
     let counters = bench.pair.counters();
     assert_eq!((counters.tx_dropped_interface, tx_dropped(&counters)), (4, 4));
-    assert_eq!(bench.pair.take_ring_errors(), []);
+    assert_eq!((bench.pair.take_ring_errors(), bench.pair.failed()), (vec![], (false, false)));
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(0), tx: Some(4) });
+    bench.pair.start().unwrap();
+    assert!(bench.pair.interface_gone(), "until it is configured again");
+    bench.pair.stop();
+    (bench.wire, bench.tap) = wire();
+    bench.start();
+    assert!(!bench.pair.interface_gone());
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+}
+
+#[test]
+fn reads_that_always_fail_are_counted_and_do_not_spin() {
+    let mut bench = Bench::new();
+    bench.pair = QueuePair::new("unreadable", bench.event.as_raw_fd()).unwrap();
+    // It always polls as readable, and no read of it succeeds.
+    let unreadable = std::fs::File::options().write(true).open("/dev/null").unwrap();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.start_with(|config| config.tap_fd = unreadable.as_raw_fd());
+    assert_sleeps("unreadable");
+    assert!(bench.pair.counters().rx_dropped_error >= 64);
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    assert_eq!(bench.tx.await_used(), (0, 0));
+    assert_eq!(bench.pair.counters().tx_packets, 1);
+    assert!(!bench.pair.interface_gone());
+    assert_eq!(bench.pair.failed(), (false, false));
+    assert_eq!(bench.pair.stop().rx, Some(0));
 }
 
 #[test]

@@ -39,7 +39,14 @@ _QUEUE_PAIRS_MAX: Final = 6
 
 _WIDTH: Final = 100
 
-_DROPS: Final = ("rx-dropped-length", "tx-dropped-interface", "tx-dropped-header", "tx-dropped-memory")
+_DROPS: Final = (
+    "rx-dropped-length",
+    "rx-dropped-stale",
+    "rx-dropped-error",
+    "tx-dropped-interface",
+    "tx-dropped-header",
+    "tx-dropped-memory",
+)
 
 Facts = Mapping[str, Any]
 """JSON objects as the daemon answers them."""

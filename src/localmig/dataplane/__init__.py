@@ -9,6 +9,7 @@ Read next:   `_dataplane.pyi` for the contract, counters.py for what is counted,
 from __future__ import annotations
 
 from localmig.dataplane._dataplane import (
+    FRAME_SIZE_MAX,
     DriverPair,
     GuestMemory,
     Ledger,
@@ -21,7 +22,9 @@ from localmig.dataplane._dataplane import (
     forbid_unneeded,
     keep_capabilities,
     load_all,
+    load_waiting,
     save_all,
+    save_waiting,
     set_dumpable,
     start_all,
     stop_all,
@@ -30,6 +33,7 @@ from localmig.dataplane._dataplane import (
 from localmig.dataplane.counters import Counters, DriverCounters
 
 __all__ = [
+    "FRAME_SIZE_MAX",
     "Counters",
     "DriverCounters",
     "DriverPair",
@@ -44,7 +48,9 @@ __all__ = [
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
+    "load_waiting",
     "save_all",
+    "save_waiting",
     "set_dumpable",
     "start_all",
     "stop_all",

@@ -11,6 +11,7 @@ from typing import Final, final
 __all__ = [
     "COUNTER_NAMES",
     "DRIVER_COUNTER_NAMES",
+    "FRAME_SIZE_MAX",
     "DriverPair",
     "GuestMemory",
     "Ledger",
@@ -23,7 +24,9 @@ __all__ = [
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
+    "load_waiting",
     "save_all",
+    "save_waiting",
     "set_dumpable",
     "start_all",
     "stop_all",
@@ -35,6 +38,9 @@ COUNTER_NAMES: Final[tuple[str, ...]]
 
 DRIVER_COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `DriverPair.counters` is: the fields of `dataplane.DriverCounters`."""
+
+FRAME_SIZE_MAX: Final[int]
+"""Bytes of the longest frame that a TAP delivers, with its virtio-net header."""
 
 @final
 class GuestMemory:
@@ -145,11 +151,15 @@ class QueuePair:
     """One queue pair of a NIC and its thread, which runs without the GIL.
 
     The thread is created at once and parks until `start`. A ring the guest broke stops alone: its error eventfd
-    fires, `event_fd` is signalled, and `take_ring_errors` tells the reason.
+    fires, `event_fd` is signalled, and `take_ring_errors` tells the reason. So do both rings after a panic.
+
+    A frame that does not fit into what the driver has posted waits until it posts more, for 10 seconds. It is dropped
+    if the whole ring could not take it. It is the pair's, whatever is configured meanwhile.
 
     Args:
         name: the thread's name, cut to 15 bytes.
-        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take.
+        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take, and when the TAP's
+            interface is found to be gone.
     """
 
     def __new__(cls, name: str, event_fd: int) -> QueuePair: ...
@@ -160,6 +170,7 @@ class QueuePair:
         tap_fd: int,
         header_length: int,
         frame_length_max: int,
+        offloads: int,
         event_index: bool,
         indirect: bool,
         mergeable: bool,
@@ -170,7 +181,9 @@ class QueuePair:
         """Sets all there is to know; None is a ring that does not run. Touches neither the TAP nor guest memory.
 
         `header_length` is the virtio-net header's, 10 or 12 bytes, and the TAP's vnet header has the same;
-        `frame_length_max` is the longest frame the TAP may deliver, without that header. `packed` is the rings' format.
+        `frame_length_max` is the longest frame the TAP is expected to deliver, without that header. `offloads` are the
+        bits (TUN_F_…, linux/if_tun.h) of what the driver takes over from who sends to it: a frame that asks for more is
+        dropped and counted. `packed` is the rings' format.
 
         Raises:
             ValueError: a ring's size or alignment is wrong, or it lies outside guest memory. Nothing changed.
@@ -208,6 +221,23 @@ class QueuePair:
 
     def failed(self) -> tuple[bool, bool]:
         """Whether each ring, rx first, stopped for good since it was configured; exact while stopped."""
+
+    def interface_gone(self) -> bool:
+        """Whether the TAP's interface was deleted since the pair was configured, as the kernel confirmed.
+
+        No ring has failed by that: what the guest sends is counted as dropped, and nothing is received any more.
+        """
+
+    def reserve_waiting(self, position: int | None) -> None:
+        """What waits is for a driver whose receive ring goes on at `position` (of a packed ring with the wrap counter).
+
+        None is for no driver that comes. The next start with a receive ring decides, once. The frame that waits for
+        buffers and up to 65536 in the TAP are read out, dropped and counted before another driver receives anything.
+        The start does not wait for that. RuntimeError if the pair runs.
+        """
+
+    def refuse_waiting(self, position: int) -> None:
+        """As `reserve_waiting`, for a driver whose receive ring goes on anywhere but at `position`."""
 
     def is_running(self) -> bool: ...
     def counters(self) -> tuple[int, ...]:
@@ -279,6 +309,24 @@ def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int]
     Raises:
         ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
         OverflowError: a number is out of range. Nothing changed.
+        RuntimeError: a pair runs. Those before it are set.
+    """
+
+def save_waiting(pairs: list[QueuePair], fd: int) -> list[int]:
+    """Writes the frame that waits in each pair that is stopped into a memory file.
+
+    Returns the length of each, 0 where none waits. Each pair has a place of its own in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+def load_waiting(pairs: list[QueuePair], fd: int, lengths: Sequence[int]) -> None:
+    """Lets what `save_waiting` wrote wait here.
+
+    Raises:
+        ValueError: `lengths` has not a place for each pair (nothing changed), or one is more than `FRAME_SIZE_MAX`.
+        OSError: the file has not so many bytes.
         RuntimeError: a pair runs. Those before it are set.
     """
 

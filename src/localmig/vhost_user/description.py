@@ -39,6 +39,7 @@ VRING: Final = Description(
         boolean("started"),
         boolean("enabled"),
         boolean("failed"),
+        boolean("base_told"),
         optional(fd("kick", kind="eventfd")),
         optional(fd("call", kind="eventfd")),
         optional(fd("error", kind="eventfd")),

@@ -126,6 +126,8 @@ class VringState:
         enabled: what SET_VRING_ENABLE said last.
         failed: the device gave the running ring up: what the guest wrote cannot be, or its memory is gone. So it stays
             until the frontend stops the ring or sets it up again.
+        base_told: GET_VRING_BASE told the frontend where the ring stands, so that it can go on there. The device clears
+            it once a receive ring runs.
         kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
             the guest polls.
     """
@@ -138,6 +140,7 @@ class VringState:
     started: bool = False
     enabled: bool = False
     failed: bool = False
+    base_told: bool = False
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
@@ -627,6 +630,7 @@ class Backend:
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
                 vring.started = vring.failed = False
+                vring.base_told = True
                 vring.kick = self._replace(vring.kick)
             case Request.SET_VRING_ADDR, VringAddress():
                 if not self._set_addresses(vring, payload):

@@ -10,6 +10,7 @@ use std::time::Duration;
 use dataplane::chain::Layout;
 use dataplane::memory::{GuestMemory, RegionSpec};
 use dataplane::packed::Position;
+use dataplane::Offloads;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -18,6 +19,9 @@ pub const INDIRECT: u16 = 4;
 /// Where guest memory starts, and its size.
 pub const MEMORY_START: u64 = 0x10_0000;
 pub const MEMORY_SIZE: u64 = 0x40_0000;
+
+/// A driver that takes whatever the kernel leaves to it.
+pub const ALL_OFFLOADS: Offloads = Offloads(0x6f);
 
 /// Longer than anything here takes; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);

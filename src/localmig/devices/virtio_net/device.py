@@ -30,6 +30,7 @@ from localmig import dataplane, trace
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
+from localmig.devices.virtio_net.heir import ANYONE, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
@@ -147,6 +148,10 @@ class VirtioNet(Part):
         self._awaits_netdev = False
         self._config_there = NetConfig()
         """The configuration space as the source had it, where there was one."""
+        self._receiving: dict[int, int] = {}
+        """Queue pairs whose receive ring is served, and where a ring of its format begins."""
+        self._heirs: dict[int, Heir] = {}
+        """Whom the waiting frames of other queue pairs are for."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
         self._frame_length_laid_out = 0
@@ -277,6 +282,7 @@ class VirtioNet(Part):
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
             config=session.backend.config if session is not None else self._endpoint.config,
+            heirs=self._saved_heirs() if with_descriptors else (),
             socket=socket,
         )
 
@@ -299,6 +305,8 @@ class VirtioNet(Part):
         _read_config(self.id, state.config)
         if state.socket is None:
             return
+        if len(state.heirs) != self.queue_pair_count or any(heir.kind > max(HeirKind) for heir in state.heirs):
+            raise PeerError(f"device '{self.id}': {state.heirs} is not an heir for each queue pair")
         try:
             self._socket.check(state.socket.listener)
             if state.socket.connection is not None:
@@ -322,6 +330,7 @@ class VirtioNet(Part):
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
+        self._heirs = dict(enumerate(state.heirs))
         if state.socket.connection is not None:
             connection = state.socket.connection
             self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
@@ -440,6 +449,8 @@ class VirtioNet(Part):
                 self._change_memory()
             case DeviceReset():
                 self._set_up_netdev()
+                for index in range(len(self._pairs)):
+                    self._end_receiving(index)
                 self._apply_all()
                 self._rewind()
             case MtuSet(mtu=mtu):
@@ -455,6 +466,8 @@ class VirtioNet(Part):
         """Every ring stops: its descriptors close next."""
         for index, pair in enumerate(self._pairs):
             self._stop(index)
+            self._end_receiving(index)
+            self._note_asked(index)
             pair.release()
         self._memory = None
         self._failures.clear()
@@ -484,7 +497,12 @@ class VirtioNet(Part):
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
         self._stop(index, anew=anew)
+        is_received = self._is_received(index)
+        if not is_received:
+            self._end_receiving(index)
         self._lay_out(index)
+        if is_received:
+            self._begin_receiving(index)
         self._settle(index)
         if index == 0:
             self._tell_network()
@@ -518,6 +536,44 @@ class VirtioNet(Part):
         state = self._session_state()
         vring = state.vrings[receive_queue(index)] if state is not None else VringState()
         return index == 0 or (vring.enabled and vring.is_configured)
+
+    def _is_received(self, index: int) -> bool:
+        """Whether the pair's receive ring is the device's to serve."""
+        state, vring = self._session_state(), receive_queue(index)
+        return state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings)
+
+    def _begin_receiving(self, index: int) -> None:
+        """A driver receives from now on: what waits is for this one, or the queue pair reads it out."""
+        state = self._session_state()
+        assert state is not None, self.id
+        if index in self._receiving:
+            return
+        self._note_asked(index)
+        state.vrings[receive_queue(index)].base_told = False
+        start = self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
+        pair, heir = self._pairs[index], self._heirs.pop(index, STRANGER)
+        if heir.kind == HeirKind.STRANGER:
+            pair.refuse_waiting(start)
+        elif heir.kind != HeirKind.ANYONE:
+            pair.reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
+
+    def _end_receiving(self, index: int) -> None:
+        """No driver receives from now on."""
+        state, start = self._session_state(), self._receiving.pop(index, None)
+        if start is not None and state is not None:
+            self._heirs[index] = heir_of(state.vrings[receive_queue(index)].next_avail, start=start)
+
+    def _note_asked(self, index: int) -> None:
+        """Takes note that the frontend has asked where the receive ring stood."""
+        state = self._session_state()
+        if state is not None and state.vrings[receive_queue(index)].base_told and index in self._heirs:
+            self._heirs[index] = once_asked(self._heirs[index])
+
+    def _saved_heirs(self) -> tuple[Heir, ...]:
+        return tuple(
+            ANYONE if index in self._receiving else self._heirs.get(index, STRANGER)
+            for index in range(self._netdev.queue_count)
+        )
 
     def _change_memory(self) -> None:
         """Goes on with the session's new table. Queue pairs whose rings stay where they are do not stop for it.
@@ -638,6 +694,8 @@ class VirtioNet(Part):
                 tap_fd=self._netdev.fileno(index if self._receives(index) else 0),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
+                # What waits may come with all that this driver took, also if the options allow less since.
+                offloads=int(tap_offloads(state.features_acked, OFFLOADS)),
                 event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
                 indirect=bool(state.features_acked & Feature.RING_INDIRECT_DESC),
                 mergeable=bool(state.features_acked & NetFeature.MRG_RXBUF),
