@@ -163,6 +163,7 @@ def capture_rings(features: int) -> Iterator[tuple[str, bytes]]:
             tap_fd=tap.fileno(),
             header_length=12,
             frame_length_max=1514,
+            offloads=0x6F,
             event_index=True,
             indirect=True,
             mergeable=True,

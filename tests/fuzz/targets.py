@@ -38,7 +38,7 @@ from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
 from localmig.options.specs import (
     AnySpec,
@@ -199,6 +199,8 @@ def _receive(served: _Served, message: bytes, control: int) -> None:
 def _plain(state: SessionState) -> tuple[object, ...]:
     """All but the message that is under way."""
     return (
+        state.features_offered,
+        state.protocol_features_offered,
         state.features_acked,
         state.protocol_features_acked,
         state.device_status,

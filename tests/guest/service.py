@@ -68,10 +68,11 @@ class Service:
             os.close(ready)
         return daemon
 
-    def upgrade(self) -> dict[str, Any]:
-        """Hand over to a new daemon as an operator does; what `localmig upgrade --json` reports."""
+    def upgrade(self, *options: str) -> dict[str, Any]:
+        """Hand over to a new daemon as an operator does, with more options; what `localmig upgrade --json` reports."""
         self._daemon_count += 1
-        upgrade = self._lab.start([*LOCALMIG, "upgrade", str(self.qmp), "--json"], name=f"upgrade{self._daemon_count}")
+        command = [*LOCALMIG, "upgrade", str(self.qmp), "--json", "--", *options]
+        upgrade = self._lab.start(command, name=f"upgrade{self._daemon_count}")
         status = upgrade.wait(seconds_max=HANDOVER_SECONDS_MAX)
         upgrade.stop()
         text = upgrade.log.read_text()

@@ -57,10 +57,14 @@ def netdev(number: int = 0) -> dict[str, Any]:
         "open": True,
         "queues": 1,
         "attached-queues": 1,
+        "interface": "here",
         "ifname": f"tap{number}",
+        "ifindex": 2 + number,
         "mtu": 1500,
+        "up": True,
         "vnet-header-length": 12,
         "offloads": ["TUN_F_CSUM"],
+        "notes": [],
     }
 
 
@@ -180,7 +184,7 @@ def test_one_device_is_shown_with_all_there_is() -> None:
         "migration  none yet",
         "device     nic0, virtio-net, 52:54:00:12:34:56",
         "socket     /run/vm1/nic0.sock, listens",
-        "netdev     net0, tap tap0, MTU 1500, 1 of 1 queues attached, header of 12 bytes, offloads CSUM",
+        "netdev     net0, tap tap0, up, MTU 1500, 1 of 1 queues attached, header of 12 bytes, offloads CSUM",
         "note       vring 1 failed",
         "frontend   connected, 512 MiB in 2 regions",
         "driver     DRIVER_OK",
@@ -208,7 +212,29 @@ def without_frontend(told: dict[str, Any]) -> None:
 
 
 def closed(told: dict[str, Any]) -> None:
-    told["netdevs"][0] = {"id": "net0", "type": "tap", "open": False, "queues": 1, "attached-queues": 0, "offloads": []}
+    told["netdevs"][0] = {
+        "id": "net0",
+        "type": "tap",
+        "open": False,
+        "queues": 1,
+        "attached-queues": 0,
+        "offloads": [],
+        "notes": [],
+    }
+
+
+def bridged(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"up": False, "bridge": "br0"}
+
+
+def moved(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"interface": "elsewhere"}
+    del told["netdevs"][0]["up"], told["netdevs"][0]["ifindex"]
+
+
+def gone(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"interface": "gone", "attached-queues": 0, "notes": ["'tap0' was deleted: make it again"]}
+    del told["netdevs"][0]["up"], told["netdevs"][0]["ifindex"]
 
 
 def nameless(told: dict[str, Any]) -> None:
@@ -221,6 +247,28 @@ def nameless(told: dict[str, Any]) -> None:
     [
         (without_frontend, "frontend   none"),
         (closed, "netdev     net0, closed"),
+        (
+            bridged,
+            (
+                "netdev     net0, tap tap0, down, MTU 1500, in bridge br0, 1 of 1 queues attached, header of 12 bytes, "
+                "offloads CSUM"
+            ),
+        ),
+        (
+            moved,
+            (
+                "netdev     net0, tap tap0, MTU 1500, whether it is up is unknown (another network namespace), "
+                "1 of 1 queues attached, header of 12 bytes, offloads CSUM"
+            ),
+        ),
+        (
+            gone,
+            (
+                "netdev     net0, tap tap0, gone: the interface was deleted, 0 of 1 queues attached, "
+                "header of 12 bytes, offloads CSUM"
+            ),
+        ),
+        (gone, "note       'tap0' was deleted: make it again"),
         (nameless, "device     nic0, virtio-net"),
         (nameless, "socket     /run/vm1/nic0.sock, connects"),
     ],

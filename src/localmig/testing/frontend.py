@@ -23,7 +23,7 @@ from localmig import fds
 from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     PROTOCOL_FEATURES_BIT,
@@ -200,7 +200,9 @@ class Frontend:
         """Sends bytes as they are, descriptors with the first of them: also what no frontend should send."""
         try:
             sent = fds.send(self._socket, data, lent)
-            self._socket.sendall(data[sent:])
+            if rest := data[sent:]:
+                # Nothing at all would fail as well, once the backend closed the connection.
+                self._socket.sendall(rest)
         except TimeoutError:
             raise PeerLostError(f"backend did not take {what} in time") from None
         except OSError as error:

@@ -39,6 +39,7 @@ VRING: Final = Description(
         boolean("started"),
         boolean("enabled"),
         boolean("failed"),
+        boolean("base_told"),
         optional(fd("kick", kind="eventfd")),
         optional(fd("call", kind="eventfd")),
         optional(fd("error", kind="eventfd")),
@@ -51,6 +52,8 @@ SESSION: Final = Description(
     oldest_version=1,
     state=SessionState,
     fields=(
+        u64("features_offered"),
+        u64("protocol_features_offered"),
         u64("features_acked"),
         u64("protocol_features_acked"),
         u8("device_status"),
