@@ -106,6 +106,12 @@ class Chain:
         assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
         self.prepare()
 
+    def reset_driver(self) -> None:
+        """The guest's driver begins again. What was in its rings is gone, so the frames begin again too."""
+        self.frames.stop()
+        self.guest.reset_driver()
+        self._stream()
+
     @property
     def _netdev(self) -> str:
         return ""

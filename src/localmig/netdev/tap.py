@@ -25,7 +25,7 @@ import fcntl
 import logging
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import partial
@@ -251,6 +251,8 @@ class Tap:
         self._open: _OpenTap | None = None
         self._awaited: TapState | None = None
         """What to open once the source has let go of it."""
+        self._changing: Callable[[], None] = _do_nothing
+        """Called before anything changes that `save_setup` saves."""
 
     # -- for the device on the other side ------------------------------------------------------------------
 
@@ -311,6 +313,7 @@ class Tap:
         assert length in VNET_HEADER_LENGTHS, length
         tap = self._opened()
         if length != tap.vnet_header_length:
+            self._changing()
             with self._kernel_errors(f"cannot set the vnet header of TAP '{tap.ifname}' to {length} bytes"):
                 _set_int(tap.queues[0], _TUNSETVNETHDRSZ, length)
             tap.vnet_header_length = length
@@ -327,6 +330,7 @@ class Tap:
         assert Offload.CSUM in offloads or not offloads, offloads
         tap = self._opened()
         if offloads != tap.offloads:
+            self._changing()
             with self._kernel_errors(f"cannot set the offloads of TAP '{tap.ifname}' to {int(offloads):#x}"):
                 fcntl.ioctl(tap.queues[0].fileno(), _TUNSETOFFLOAD, int(offloads))
             tap.offloads = offloads
@@ -339,6 +343,7 @@ class Tap:
         """
         tap = self._opened()
         if not tap.attached[queue]:
+            self._changing()
             with self._kernel_errors(f"cannot attach queue {queue} of TAP '{tap.ifname}'"):
                 _set_queue(tap.queues[queue], _IFF_ATTACH_QUEUE)
             tap.attached[queue] = True
@@ -352,6 +357,7 @@ class Tap:
         assert queue > 0, queue
         tap = self._opened()
         if tap.attached[queue]:
+            self._changing()
             with self._kernel_errors(f"cannot detach queue {queue} of TAP '{tap.ifname}'"):
                 _set_queue(tap.queues[queue], _IFF_DETACH_QUEUE)
             tap.attached[queue] = False
@@ -424,6 +430,14 @@ class Tap:
         """What it was told, and: a TAP that is not open cannot move."""
         return self._stays_home or (None if self._open is not None else "its TAP is not open")
 
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """As a part's: called before the device on the other side changes how the TAP is set."""
+        self._changing = changing or _do_nothing
+
+    def frontend_waits(self) -> bool:
+        """Never: a TAP has no frontend."""
+        return False
+
     def save_setup(self, *, with_descriptors: bool) -> TapState:
         """The TAP as it is, or as it is awaited. StateError if it is not open, and not awaited."""
         if self._awaited is not None:
@@ -477,15 +491,16 @@ class Tap:
             self._check_arriving(state, state.descriptors)
 
     def adopt_setup(self, state: TapState) -> None:
-        """Takes the TAP out of `state`, or opens one of its own where none came.
+        """Takes the TAP out of `state`, or opens one of its own where none came. Again: what arrived is replaced.
 
         Raises:
             ConfigError: as `open`, for a TAP of its own.
             KernelError: the TAP of its own cannot be opened. One the source has open still is no error:
                 `source_released` opens it.
         """
-        assert self._open is None, self.id
         if state.descriptors is not None:
+            if self._open is not None:
+                close_all(self._open.queues)
             self._open = _OpenTap(
                 queues=tuple(queue.take() for queue in state.descriptors.queues),
                 attached=list(state.descriptors.attached),
@@ -498,6 +513,8 @@ class Tap:
                 arrived=True,
             )
             return
+        if self._open is not None:
+            return  # its own, which no frontend has changed
         if self._inherited_fds:
             self._open = self._take_inherited()
             return
@@ -742,6 +759,10 @@ class Tap:
             hint = (advice or {}).get(number)
             reason = f"{error.strerror}; {hint}" if hint else f"{error.strerror}"
             raise KernelError(f"netdev '{self.id}': {what}: {reason}", errno=number) from error
+
+
+def _do_nothing() -> None:
+    """Nobody wants to know of changes."""
 
 
 def _set_int(queue: OwnedFd, request: int, value: int) -> None:

@@ -224,6 +224,15 @@ class VirtioNet(Part):
         """Only the user's word keeps this device's descriptors home."""
         return None if self._local_migration else "local-migration=off"
 
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """Its frontend, and whether there is one, is what changes."""
+        if self._endpoint is not None:
+            self._endpoint.watch(changing)
+
+    def frontend_waits(self) -> bool:
+        """Whether its frontend waits for an answer, or a frontend to be let in."""
+        return self._endpoint is not None and self._endpoint.frontend_waits()
+
     def save_setup(self, *, with_descriptors: bool) -> VirtioNetState:
         """The session as it stands; its descriptors stay this device's."""
         assert self._endpoint is not None, self.id
@@ -272,11 +281,13 @@ class VirtioNet(Part):
     def adopt_setup(self, state: VirtioNetState) -> None:
         """Takes over socket and session, maps guest memory and lays out the queue pairs, parked.
 
-        Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
+        Without descriptors it listens beside the path, which is the source's until `thaw` claims it. Again: queue pairs
+        stay, and so does memory that is the same.
         """
-        if state.socket is not None and state.socket.connection is not None:
-            self._ledger_file = state.socket.connection.ledger
-        self._make_pairs()
+        memory, regions = self._memory, _identities(self._session_state())
+        self._drop_adopted()
+        if not self._pairs:
+            self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
         self._mtu_there = _read_config(self.id, state.config).mtu
@@ -285,19 +296,23 @@ class VirtioNet(Part):
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
-        if state.socket.connection is not None:
-            connection = state.socket.connection
-            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
-            try:
+        try:
+            if state.socket.connection is not None:
+                connection = state.socket.connection
+                self._ledger_file = connection.ledger
+                self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
                 self._map_ledger()
-                # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
-                self._map_memory(GuestMemory.adopt)
-                for index in range(len(self._pairs)):
-                    self._lay_out(index)
-            except PeerError as error:
-                raise PeerError(f"device '{self.id}': {error}") from error
-            if self._memory is not None:
-                self._rings.populate(self._memory)
+                if _identities(self._session_state()) == regions:
+                    self._memory = memory
+                else:
+                    # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
+                    self._map_memory(GuestMemory.adopt)
+                    if self._memory is not None:
+                        self._rings.populate(self._memory)
+            for index in range(len(self._pairs)):
+                self._lay_out(index)
+        except PeerError as error:
+            raise PeerError(f"device '{self.id}': {error}") from error
 
     def recover(self) -> None:
         """Sees to it that frontends find it: who died may have claimed the socket's path. For the rings see `Rings`."""
@@ -316,9 +331,16 @@ class VirtioNet(Part):
 
     def discard(self) -> None:
         """Drops what was adopted; a socket of our own, beside the source's, goes too."""
+        self._drop_adopted()
+        self.release()
+
+    def _drop_adopted(self) -> None:
+        """Drops what was adopted, all but the queue pairs, which keep their memory until they are laid out again."""
         if self._endpoint is not None:
             self._endpoint.discard()
-        self.release()
+            self._endpoint = None
+        self._memory = None
+        self._drop_ledger()
 
     # -- the network --------------------------------------------------------------------------------------------
 
@@ -694,6 +716,16 @@ class VirtioNet(Part):
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"
             )
+
+
+def _identities(state: SessionState | None) -> list[tuple[int, ...]]:
+    """Of each memory region the file and the numbers, by which two sessions have the same memory."""
+    identities: list[tuple[int, ...]] = []
+    for region in state.regions if state is not None else ():
+        file = os.fstat(region.fd.fileno())
+        numbers = region.guest_address, region.size, region.user_address, region.mmap_offset
+        identities.append((file.st_dev, file.st_ino, *numbers))
+    return identities
 
 
 def _check_connection(connection: ConnectionState, offered: Offer) -> None:
