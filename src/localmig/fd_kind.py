@@ -37,6 +37,8 @@ class FdKind(StrEnum):
     """A UNIX stream socket that does not listen."""
     LISTENING_SOCKET = "listening-socket"
     """A UNIX stream socket that listens."""
+    NETLINK = "netlink"
+    """A socket of route netlink, which asks about interfaces."""
     MEMORY = "memory"
     """What memfd_create(2), tmpfs and hugetlbfs make: it alone has seals."""
 
@@ -47,9 +49,11 @@ def is_of_kind(fd: int, kind: FdKind) -> bool:
         case FdKind.TAP:
             return _is_tap(os.fstat(fd))
         case FdKind.SOCKET:
-            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, False)
+            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, 0, False)
         case FdKind.LISTENING_SOCKET:
-            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, True)
+            return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, 0, True)
+        case FdKind.NETLINK:
+            return _socket_facts(fd) == (socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE, False)
         case FdKind.MEMORY:
             return _seals(fd) is not None
     assert_never(kind)
@@ -119,13 +123,14 @@ def _driver(major: int) -> str | None:
     return names.get(str(major))
 
 
-def _socket_facts(fd: int) -> tuple[int, int, bool] | None:
-    """Family, type and whether it listens; None of what is no socket."""
+def _socket_facts(fd: int) -> tuple[int, int, int, bool] | None:
+    """Family, type, protocol and whether it listens; None of what is no socket."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     sock = socket.socket(fileno=fd)
     try:
-        return sock.family, sock.type, bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return sock.family, sock.type, sock.proto, listens
     finally:
         sock.detach()
 

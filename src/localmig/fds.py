@@ -8,9 +8,12 @@ Read next:   migration/channel.py and vhost_user/session.py, the two places desc
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
+import fcntl
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Final, Self
@@ -19,6 +22,9 @@ from localmig.errors import KernelError, StateError
 
 FD_COUNT_MAX: Final = 253
 """Descriptors one message may carry: the kernel's SCM_MAX_FD; one more is EINVAL."""
+
+_CLOSE_SECONDS: Final = 0.01
+"""For a file of this machine to be closed, which takes microseconds. Whoever calls waits no longer."""
 
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FD_COUNT_MAX * array.array("i").itemsize)
 
@@ -92,6 +98,48 @@ def close_all(fds: Iterable[OwnedFd | None]) -> None:
     for fd in fds:
         if fd is not None:
             fd.close()
+
+
+def close_foreign(fds: Iterable[OwnedFd | None]) -> None:
+    """Closes descriptors that a stranger sent, which may be of any file, and waits for no file's server.
+
+    close(2) of a file on FUSE or NFS waits until its server has taken note, and a signal does not end that. So files
+    are closed in a thread, which is left alone if it takes longer than files of this machine do.
+    """
+    files = []
+    for fd in fds:
+        if fd is None or not fd.is_open:
+            continue
+        if _is_served_by_kernel(fd.fileno()):
+            fd.close()
+        else:
+            files.append(fd.release())
+    if files:
+        closing = threading.Thread(target=_close_files, args=(files,), daemon=True)
+        try:
+            closing.start()
+        except RuntimeError:  # this process may have no further thread
+            _close_files(files)
+        else:
+            closing.join(_CLOSE_SECONDS)
+
+
+def _close_files(files: Iterable[int]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):  # what its file system has to say; the descriptor is gone all the same
+            os.close(file)
+
+
+def _is_served_by_kernel(fd: int) -> bool:
+    """Whether the file behind a descriptor is an eventfd, pipe, socket or memory. Asks nobody but the kernel."""
+    # What has no path has a name that begins with its kind; a path begins with a slash, wherever it was opened.
+    try:
+        name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - with each message; a Path takes ten times as long
+        if name.startswith("/"):
+            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory has seals
+    except OSError:
+        return False
+    return True
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:

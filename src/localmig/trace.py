@@ -48,6 +48,15 @@ class RingFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InterfaceChanged(Event):
+    """The host did something to a NIC's interface that its guest may notice."""
+
+    device: str
+    mtu: int
+    link_is_up: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RingCorrected(Event):
     """A split ring began at `begun`, where the used index in guest memory stands; it was told to begin at `told`."""
 
@@ -55,6 +64,30 @@ class RingCorrected(Event):
     vring: int
     told: int
     begun: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRefused(Event):
+    """A frontend asked for what cannot be, and was told so by its reply. Its session goes on."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryMapped(Event):
+    """The device goes on with another table of guest memory.
+
+    Attributes:
+        regions: how many it has.
+        populated_bytes: pages of new regions that were mapped before.
+        undisturbed_queue_pairs: those that did not stop for it.
+    """
+
+    device: str
+    regions: int
+    populated_bytes: int
+    undisturbed_queue_pairs: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +103,14 @@ class SessionClosed(Event):
 
     device: str
     reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNoted(Event):
+    """Something keeps a device from working, and lasts; each such sentence once."""
+
+    device: str
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,16 +19,17 @@ from typing import Final
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
+from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import Section, section_name
-from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.netdev.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
-from localmig.virtio.net import NetConfig, NetFeature
+from localmig.virtio.net import OFFLOADS, NetConfig, NetFeature
 from localmig.vmstate import Blob
 
 VECTORS: Final = Path(__file__).parent / "vectors"
@@ -41,6 +42,9 @@ RINGS_NAME: Final = section_name("*", RINGS)
 FEATURES: Final = 0x1_7001_8008
 """VERSION_1, EVENT_IDX, INDIRECT_DESC, protocol features, STATUS, MRG_RXBUF, MTU."""
 
+OFFERED: Final = FEATURES | OFFLOADS | NetFeature.MQ | Feature.RING_PACKED
+"""More than the guest took."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Daemon:
@@ -49,6 +53,7 @@ class Daemon:
     tap: TapState
     nic: VirtioNetState
     rings: RingsState
+    waiting: OwnedFd | None
 
     @property
     def setup(self) -> list[Section]:
@@ -61,7 +66,8 @@ class Daemon:
 
     @property
     def _queue_pairs(self) -> RingsSetup:
-        return RingsSetup(queue_pairs=tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets))))
+        names = tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets)))
+        return RingsSetup(queue_pairs=names, waiting=self.waiting)
 
     @property
     def switchover(self) -> list[Section]:
@@ -96,29 +102,48 @@ class Sample:
         """The states, with these descriptors."""
         take = iter(fds)
         return Daemon(
-            tap=_tap(None if self is HOME else _descriptors(tuple(next(take) for _ in range(self.queue_pairs)))),
+            tap=_tap(None if self is HOME else _descriptors(self.queue_pairs, take)),
             nic=VirtioNetState(
                 features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
+                heirs=() if self is HOME else (_HEIRS[self is IDLE],) + (ANYONE,) * (self.queue_pairs - 1),
                 config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 socket=None if self is HOME else _socket(self, take),
             ),
             rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
+            waiting=None if self is HOME else next(take),
         )
 
 
-SESSION: Final = Sample(name="nic-session", descriptor_count=12)
-IDLE: Final = Sample(name="nic-idle", descriptor_count=2)
+_HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), Heir(kind=HeirKind.NOBODY))
+"""Of a NIC with a session, and without."""
+
+SESSION: Final = Sample(name="nic-session", descriptor_count=14)
+IDLE: Final = Sample(name="nic-idle", descriptor_count=4)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-CONNECTED: Final = Sample(name="nic-connected", descriptor_count=11)
-PACKED: Final = Sample(name="nic-packed", descriptor_count=13)
-WIDE: Final = Sample(name="nic-wide", descriptor_count=13)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=13)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=15)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=15)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
 
 
-def _descriptors(queues: tuple[OwnedFd, ...]) -> TapDescriptors:
+def _descriptors(queue_count: int, fds: Iterator[OwnedFd]) -> TapDescriptors:
+    queues = tuple(next(fds) for _ in range(queue_count))
     attached = tuple(queue is queues[0] for queue in queues)
-    return TapDescriptors(queues=queues, attached=attached, downscript="/etc/tap-down")
+    return TapDescriptors(
+        queues=queues,
+        attached=attached,
+        downscript="/etc/tap-down",
+        netlink=next(fds),
+        namespace=0xF0000098,
+        ifname_opened="tap0",
+        mtu_opened=1500,
+        ifindex=7,
+        bridge="br0",
+        is_up=True,
+        is_gone=False,
+        has_carrier=True,
+    )
 
 
 def _tap(descriptors: TapDescriptors | None) -> TapState:
@@ -150,6 +175,8 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
 def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
     """A session with something in every field, in the middle of a SET_VRING_CALL."""
     return SessionState(
+        features_offered=OFFERED,
+        protocol_features_offered=0x1_A22F,
         features_acked=FEATURES,
         protocol_features_acked=0x1_A02D,
         device_status=0x0F,
@@ -192,6 +219,8 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
                 error=next(fds),
             ),
         ],
+        vring_count_asked=8,
+        was_served=True,
         backend_request_fd=next(fds),
         unparsed=bytes.fromhex("0d000000 09000000 08000000 0000"),
         unparsed_fds=[next(fds)],
@@ -205,9 +234,12 @@ def _rings(next_avail: tuple[int, int], *, queue_pairs: int) -> RingsState:
         rx_next_avail=(rx_next_avail,),
         tx_next_avail=(tx_next_avail,),
         failed=(2,),
+        rx_waiting=(0,),
         rx_packets=(1 << 40,),
         rx_bytes=(3 << 50,),
         rx_dropped_length=(1,),
+        rx_dropped_stale=(9,),
+        rx_dropped_error=(10,),
         rx_kicks=(2,),
         rx_calls=(3,),
         tx_packets=(77,),

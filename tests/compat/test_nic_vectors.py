@@ -12,7 +12,7 @@ from tests.compat.writing import begun
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
 
@@ -36,20 +36,20 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
     )
     with open_descriptors(sample.descriptor_count) as fds:
         incoming.description(pieces.description)
-        tap, device, _ = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
+        tap, device, queue_pairs = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
         (rings,) = incoming.switchover(pieces.switchover)
         if device.state.socket is not None and device.state.socket.connection is not None:
             session = device.state.socket.connection.session
             # A stream brings tuples.
             session.regions, session.vrings = list(session.regions), list(session.vrings)
             session.unparsed_fds = list(session.unparsed_fds)
-        arrived = Daemon(tap=tap.state, nic=device.state, rings=rings.state)
+        arrived = Daemon(tap=tap.state, nic=device.state, rings=rings.state, waiting=queue_pairs.state.waiting)
         assert arrived == sample.daemon(fds)
         outgoing, piece = begun(arrived.setup)
         assert piece.data == pieces.setup
         assert outgoing.describe(arrived.switchover) == pieces.description
         assert outgoing.switchover(arrived.switchover).data == pieces.switchover
-        for section in (tap, device):
+        for section in (tap, device, queue_pairs):
             close_descriptors(section.description, section.state)
         assert not any(fd.is_open for fd in fds)
 
@@ -83,5 +83,5 @@ def test_the_session_is_one_that_can_be(sample: Sample) -> None:
         assert socket is not None
         assert socket.connection is not None
         count = sample.queue_pairs
-        offer = Offer(features=sample.features, vring_count=2 * count, queue_count=count)
+        offer = Offer(features=sample.features, vring_count=2 * count)
         check_state(socket.connection.session, offer)

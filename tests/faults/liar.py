@@ -31,7 +31,7 @@ from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.hello import read_setup, setup_payload
 from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.vmstate import Blob, close_descriptors, explain, save
 
 PATIENCE_S: Final = 20.0

@@ -46,6 +46,10 @@ def set_mtu(chain: Chain) -> None:
     chain.guest.frontend.set_mtu(1400)
 
 
+def make_tap_again(chain: Chain) -> None:
+    chain.make_tap_again()
+
+
 CHANGES: Final = (unmask, set_mtu, reset, reconnect)
 
 
@@ -75,7 +79,7 @@ def end(chain: Chain, destination: Daemon) -> None:
     assert chain.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", (*CHANGES, make_tap_again), ids=lambda change: change.__name__)
 def test_what_a_frontend_changes_while_the_operator_is_awaited_moves(
     chain: Chain, change: Callable[[Chain], None]
 ) -> None:

@@ -292,6 +292,14 @@ NET: Final = "net0/tap"
 RINGS: Final = "*/virtio-net-rings"
 SESSION: Final = "socket.connection.session"
 
+
+def of_another_program(session: Any, _: object) -> Any:
+    """A session that was offered, and took, what this program does not know."""
+    session.features_offered |= 1 << 40
+    session.features_acked |= 1 << 40
+    return session
+
+
 # -- the table --------------------------------------------------------------------------------------------------
 
 LIES: Final = [
@@ -435,14 +443,19 @@ LIES: Final = [
         ("a small ledger", state_of(NIC, "socket.connection.ledger", made(small_file)), "ledger"),
         # What they are told to be.
         (
-            "features that nobody offered",
+            "features that nobody can serve",
             state_of(NIC, "features_acked", 1 << 40),
-            "features 0x10000000000, of which 0x10000000000 are not offered",
+            "features 0x10000000000, of which 0x10000000000 cannot be served here",
         ),
         (
-            "features of the session",
+            "features that the session was not offered",
             state_of(NIC, f"{SESSION}.features_acked", 1 << 40),
             "0x10000000000 are not among the offered",
+        ),
+        (
+            "a session of a program that knows more",
+            state_of(NIC, SESSION, of_another_program),
+            "of which 0x10000000000 cannot be served here",
         ),
         ("a short address", state_of(NIC, "mac", b"\1\2\3"), "Ethernet address of 3 bytes, must be 6"),
         ("a short config", state_of(NIC, "config", b"\1\2\3"), "configuration space has 3 bytes, expected 24"),
@@ -459,7 +472,19 @@ LIES: Final = [
             state_of(NET, "descriptors.attached", (False, True)),
             "its 2 queues cannot be attached as told",
         ),
-        ("another interface", state_of(NET, "ifname", "tap7"), "has ifname=tap0 here and tap7 there"),
+        (
+            "another interface",
+            state_of(NET, "descriptors.ifname_opened", "tap7"),
+            "has ifname=tap0 here and tap7 there",
+        ),
+        ("another name", state_of(NET, "ifname", "tap7"), "queue 0 is one of 'tap0', not of 'tap7'"),
+        ("no interface's name", state_of(NET, "descriptors.ifname_opened", "a\0b"), "is no interface name"),
+        ("no interface's number", state_of(NET, "descriptors.ifindex", 1 << 31), "2147483648 is no interface's number"),
+        (
+            "a netlink socket that is none",
+            state_of(NET, "descriptors.netlink", made(small_file)),
+            "is a descriptor of kind 'netlink'",
+        ),
         ("a vnet header of 11 bytes", state_of(NET, "vnet_header_length", 11), "11"),
         (
             "a relative downscript",

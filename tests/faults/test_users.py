@@ -194,6 +194,13 @@ def test_a_socket_of_another_user_is_stale_or_in_use_as_it_really_is(site: Site,
     assert f"{names} was left by a dead process of user 'root' and cannot be removed" in refusal()
 
 
+def test_whoever_may_not_ask_a_daemon_is_told_who_may(site: Site) -> None:
+    daemon = site.source()
+    done = localmig(OTHER, "status", str(daemon.qmp))
+    assert done.returncode == 1
+    assert "Permission denied; be root or the daemon's user, which lets others in by --allow-user" in done.stderr
+
+
 def test_a_directory_that_the_user_may_not_write_to_is_named(site: Site) -> None:
     os.chown(site.folder, 0, 0)
     done = localmig(USER, "run", "--incoming", f"unix:{site.folder}/m")

@@ -12,11 +12,12 @@ import pytest
 from tests.faults.test_handover_processes import assert_undisturbed, hand_over
 
 from localmig.netdev.tap import Tap
-from localmig.testing.frontend import Frontend, NetGuest
+from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, PROTOCOL_FEATURES, Frontend, NetGuest
 from localmig.testing.namespace import ip, link
 from localmig.testing.traffic import StreamReceiver, StreamReport, StreamSender
 from localmig.vhost_user.message import ProtocolFeature
-from localmig.virtio.net import NetFeature
+from localmig.virtio import Feature
+from localmig.virtio.net import OFFLOADS, NetFeature
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
@@ -95,9 +96,9 @@ def queues(site: Site) -> tuple[int, int]:
     return info["numqueues"], info["numdisabled"]
 
 
-def serve_on(site: Site, serving: DaemonProcess) -> DaemonProcess:
-    """A handover; who serves then."""
-    destination = site.destination()
+def serve_on(site: Site, serving: DaemonProcess, *objects: str) -> DaemonProcess:
+    """A handover to a daemon that was given these objects, or none; who serves then."""
+    destination = site.destination(*objects)
     info = hand_over(site, serving, destination)
     assert info["status"] == "completed", info
     assert serving.quit() == 0
@@ -159,10 +160,120 @@ def test_an_offload_that_is_switched_off_is_not_offered_and_stays_off(site: Site
         assert theirs["tx-tcp6-segmentation"]
         assert not theirs["tx-udp-segmentation"]
         serving = serve_on(site, serving)
-    refusing = site.destination(*site.objects())
-    info = hand_over(site, serving, refusing)
+    assert_undisturbed(site)
+
+
+RECEIVE_OFFLOADS = (
+    "tx-checksum-ip-generic",
+    "tx-tcp-segmentation",
+    "tx-tcp6-segmentation",
+    "tx-tcp-ecn-segmentation",
+    "tx-udp-segmentation",
+)
+
+
+def left_to_guest(site: Site) -> set[str]:
+    """Which of `RECEIVE_OFFLOADS` the kernel leaves to the guest."""
+    told = features(site.namespace)
+    return {name for name in RECEIVE_OFFLOADS if told[name]}
+
+
+@pytest.mark.parametrize(
+    ("option", "lost"),
+    [
+        ("guest_csum", RECEIVE_OFFLOADS),
+        ("guest_tso4", ("tx-tcp-segmentation",)),
+        ("guest_tso6", ("tx-tcp6-segmentation",)),
+        ("guest_ecn", ("tx-tcp-ecn-segmentation",)),
+        ("guest_uso4", ("tx-udp-segmentation",)),
+        ("guest_uso6", ("tx-udp-segmentation",)),
+    ],
+)
+def test_a_new_daemon_leaves_less_to_a_guest_that_acknowledged_more_and_the_next_one_more_again(
+    site: Site, option: str, lost: tuple[str, ...]
+) -> None:
+    serving = site.source()
+    guest = site.attach(offloads=True)
+    whole, told = left_to_guest(site), features(guest.namespace, "gtap0")
+    less = whole - set(lost)
+    assert "tx-checksum-ip-generic" in whole
+    with ExitStack() as ends:
+        traffic = Traffic(site, ends)
+        traffic.wait_progress()
+        serving = serve_on(site, serving, *site.objects(device=f",{option}=off"))
+        traffic.wait_progress()
+        assert left_to_guest(site) == less
+        # What it is told of travels, and the session keeps what it was offered: a driver may take it all again.
+        serving = serve_on(site, serving)
+        assert left_to_guest(site) == less
+        guest.reset_driver()
+        assert left_to_guest(site) == less
+        traffic.wait_progress()
+        serving = serve_on(site, serving, *site.objects())
+        assert left_to_guest(site) == whole
+        traffic.wait_progress()
+        for report in traffic.stop():
+            assert report.intact, report
+    assert features(guest.namespace, "gtap0") == told
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_recovers_leaves_no_more_to_the_guest_than_its_options_allow(site: Site) -> None:
+    source = site.source(*site.objects(), fault="after-receive:READY=kill")
+    destination = site.destination(*site.objects(device=",guest_csum=off"))
+    site.attach(offloads=True)
+    assert features(site.namespace)["tx-checksum-ip-generic"]
+    source.execute("migrate", uri=site.address)
+    destination.wait_event("MigrationStatusChanged", status="completed")
+    assert not features(site.namespace)["tx-checksum-ip-generic"]
+    assert_undisturbed(site)
+
+
+def test_a_destination_that_fails_has_not_touched_what_is_left_to_the_guest(site: Site) -> None:
+    source = site.source()
+    site.attach(offloads=True)
+    whole = left_to_guest(site)
+    for fault in ("after-receive:SETUP=kill", "before-send:READY=kill", "before-send:DONE=kill"):
+        site.destination(*site.objects(device=",guest_csum=off"), fault=fault)
+        source.execute("migrate", uri=site.address)
+        assert source.wait_migration()["status"] == "failed", fault
+        assert left_to_guest(site) == whole
+    assert_undisturbed(site)
+
+
+def test_a_session_goes_on_with_what_it_was_offered_and_the_next_one_is_offered_less(site: Site) -> None:
+    def offered() -> int:
+        with Frontend.connect(str(site.socket)) as frontend:
+            return frontend.get_features()
+
+    serving = site.source(*site.objects(device=f",packed=on,mac={MAC}"))
+    less = site.objects(device=",packed=off,csum=off,guest_csum=off")
+    with NetGuest(
+        str(site.socket),
+        features=DRIVER_FEATURES | OFFLOAD_FEATURES | Feature.RING_PACKED,
+        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.CONFIG,
+    ) as guest:
+        guest.attach()
+        before = guest.frontend.get_features()
+        assert before & Feature.RING_PACKED
+        serving = serve_on(site, serving, *less)
+        for _ in range(2):
+            assert guest.frontend.get_features() == before
+            assert guest.frontend.get_config(0, 6) == bytes.fromhex(MAC.replace(":", ""))
+            guest.reset_driver()
+            serving = serve_on(site, serving)
+    serving.wait_event("SessionClosed")
+    lost = before & ~offered()
+    assert lost == Feature.RING_PACKED | NetFeature.MAC | OFFLOADS & before
+
+
+def test_a_guest_whose_frontend_has_to_connect_again_must_be_offered_what_it_took(site: Site) -> None:
+    source = site.source(local=False)
+    site.attach(offloads=True)
+    site.destination(*site.objects(netdev="", device=",guest_csum=off"), local=False)
+    info = hand_over(site, source, source)
     assert info["status"] == "failed"
-    assert "device 'nic0' has guest_tso4=on here and off there" in str(info["error-desc"])
+    assert "are not offered here" in str(info["error-desc"])
     assert_undisturbed(site)
 
 

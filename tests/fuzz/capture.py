@@ -25,11 +25,26 @@ from tests.kernel.guest_side import GuestSide, socket_pair
 
 from localmig.dataplane import QueuePair
 from localmig.fds import receive
-from localmig.testing.frontend import DRIVER_FEATURES, NetGuest
+from localmig.testing.frontend import (
+    CLOUD_HYPERVISOR,
+    DRIVER_FEATURES,
+    PROTOCOL_FEATURES,
+    QEMU,
+    USER_MODE_LINUX,
+    Habits,
+    NetGuest,
+)
+from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import Backend
 from localmig.virtio import Feature
 
 FORMATS: Final = {"split": DRIVER_FEATURES, "packed": DRIVER_FEATURES | Feature.RING_PACKED}
+
+SESSIONS: Final = {
+    **{name: (features, QEMU) for name, features in FORMATS.items()},
+    "cloud-hypervisor": (DRIVER_FEATURES, CLOUD_HYPERVISOR),
+    "user-mode-linux": (DRIVER_FEATURES, USER_MODE_LINUX),
+}
 
 
 def serve(listener: socket.socket, captured: bytearray) -> None:
@@ -53,8 +68,8 @@ def serve(listener: socket.socket, captured: bytearray) -> None:
     backend.close()
 
 
-def capture(features: int) -> bytes:
-    """A guest's life: it comes, pauses, goes on, its driver begins anew."""
+def capture(features: int, habits: Habits) -> bytes:
+    """A guest's life: it comes, pauses, goes on, its driver begins anew; at last it asks for a pair too many."""
     captured = bytearray()
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = f"{folder}/nic.sock"
@@ -62,13 +77,20 @@ def capture(features: int) -> bytes:
         listener.listen(1)
         server = threading.Thread(target=serve, args=(listener, captured))
         server.start()
-        with NetGuest(path, queue_pairs=2, features=features) as guest:
+        protocol_features = PROTOCOL_FEATURES | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+        with NetGuest(
+            path, queue_pairs=2, features=features, protocol_features=protocol_features, habits=habits
+        ) as guest:
             guest.attach()
+            guest.frontend.set_backend_request_fd(guest.memory.fd.fileno())
             guest.detach()
             guest.attach()
+            guest.set_queue_pairs(1)
             guest.reset_driver()
+            guest.frontend.get_config(0, 60)
             guest.frontend.set_mtu(1500)
             guest.frontend.send_rarp(bytes(6))
+            guest.frontend.set_vring_call(5, None)
             guest.detach()
         server.join()
     return bytes(captured)
@@ -141,6 +163,7 @@ def capture_rings(features: int) -> Iterator[tuple[str, bytes]]:
             tap_fd=tap.fileno(),
             header_length=12,
             frame_length_max=1514,
+            offloads=0x6F,
             event_index=True,
             indirect=True,
             mergeable=True,
@@ -174,8 +197,9 @@ def main() -> None:
     """Writes them."""
     folder = SEEDS / "vhost-user"
     folder.mkdir(exist_ok=True)
+    for name, (features, habits) in SESSIONS.items():
+        Path(folder / name).write_bytes(capture(features, habits))
     for name, features in FORMATS.items():
-        Path(folder / name).write_bytes(capture(features))
         rings = SEEDS / name
         rings.mkdir(exist_ok=True)
         for ring, data in capture_rings(features):

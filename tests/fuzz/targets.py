@@ -39,7 +39,7 @@ from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
 from localmig.options.specs import (
     AnySpec,
@@ -52,7 +52,7 @@ from localmig.options.specs import (
     to_mapping,
 )
 from localmig.vhost_user.description import SESSION
-from localmig.vhost_user.message import HEADER_SIZE, Header, decode_reply
+from localmig.vhost_user.message import HEADER_SIZE, Header, ProtocolFeature, decode_reply
 from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
 from localmig.virtio import Feature
 from localmig.vmstate import Blob, Description, Reader, check_descriptors, close_descriptors, load, save
@@ -103,9 +103,9 @@ def _lines(name: str) -> Iterator[bytes]:
 OFFER: Final = Offer(
     features=Feature.VERSION_1 | Feature.RING_EVENT_IDX | Feature.RING_PACKED | 1 << 15,
     vring_count=4,
-    queue_count=2,
     vring_size_max=1024,
     region_count_max=10,
+    drained_vrings={3: 1},
 )
 """The bit 15 is VIRTIO_NET_F_MRG_RXBUF, without which the kit's frontend does not go on."""
 
@@ -115,8 +115,10 @@ FD_COUNT_MASK: Final = 0x0F
 CUT: Final = 0x10
 REFUSE: Final = 0x20
 MOVE: Final = 0x40
+CHANGE: Final = 0x80
 """Bits of the byte before each message: how many descriptors come with it, whether it comes in two pieces, whether the
-device says no, whether the session moves to another process in its middle."""
+device says no, whether the session moves to another process in its middle, whether the configuration space changes
+before it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,6 +145,8 @@ def vhost_user(data: bytes) -> None:
                 size += struct.unpack_from("=I", data, 8)[0]
             message, data = data[:size], data[size:]
             before = served.backend, _plain(served.backend.state)
+            if control & CHANGE:
+                _change_config(served.backend)
             try:
                 _receive(served, message, control)
             except PeerError:
@@ -155,6 +159,16 @@ def vhost_user(data: bytes) -> None:
             assert all(vring.is_configured and vring.kick for vring in state.vrings if vring.started)
     finally:
         served.backend.close()
+
+
+def _change_config(backend: Backend) -> None:
+    """A frontend is told of it if it can hear, and once."""
+    config = bytes(byte ^ 1 for byte in backend.config)
+    listens = ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+    hears = not listens & ~ProtocolFeature(backend.state.protocol_features_acked)
+    told = backend.change_config(config)
+    assert bool(told) == (hears and backend.state.backend_request_fd is not None)
+    assert backend.change_config(config) == b""
 
 
 def _receive(served: _Served, message: bytes, control: int) -> None:
@@ -186,12 +200,16 @@ def _receive(served: _Served, message: bytes, control: int) -> None:
 def _plain(state: SessionState) -> tuple[object, ...]:
     """All but the message that is under way."""
     return (
+        state.features_offered,
+        state.protocol_features_offered,
         state.features_acked,
         state.protocol_features_acked,
         state.device_status,
         state.mtu,
         tuple(state.regions),
         tuple(repr(vring) for vring in state.vrings),
+        state.vring_count_asked,
+        state.was_served,
         state.backend_request_fd,
         state.unsent,
     )

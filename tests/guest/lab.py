@@ -28,7 +28,7 @@ from localmig.errors import ConfigError
 from localmig.testing import qemu, uml
 from localmig.testing.initramfs import ECHO_PORT, READY_LINE
 from localmig.testing.linux_guest import GuestShell
-from localmig.testing.namespace import NetworkNamespace, configure, create_tap
+from localmig.testing.namespace import NetworkNamespace, configure, create_tap, ip
 from localmig.testing.traffic import STALL_SECONDS_MAX, STREAM_WINDOW_BYTES, PingReport, StreamReport
 
 UNPACKED_KERNEL: Final = Path(__file__).resolve().parents[2] / ".lab/kernel"
@@ -289,24 +289,34 @@ class Lab:
         with self.namespace.entered():
             configure(ifname, address=HOST_ADDRESS + PREFIX)
 
+    def set_down(self, ifname: str = "tap0") -> None:
+        """Bring an interface down and take its addresses, as before `set_up`."""
+        with self.namespace.entered():
+            ip("address", "flush", "dev", ifname)
+            ip("link", "set", ifname, "down")
+
+    def delete(self, ifname: str = "tap0") -> None:
+        """Delete an interface."""
+        with self.namespace.entered():
+            ip("link", "del", ifname)
+
     def start_pinger(self) -> Process:
         """Ping the guest every millisecond, in a process of its own so that nothing here delays it."""
         argv = [sys.executable, "-m", "localmig.testing.traffic", "ping", GUEST_ADDRESS]
         return self.start(argv, name="pinger")
 
-    def boot_qemu(
-        self, netdev: Sequence[str], *, packed: bool = False, queue_pairs: int = 1, mergeable: bool = True
-    ) -> Guest:
-        """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define."""
+    def boot_qemu(self, netdev: Sequence[str], **nic: Any) -> Guest:
+        """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define.
+
+        `nic` is what `qemu.command` knows of it.
+        """
         with _lab_errors():
             argv = qemu.command(
                 netdev,
                 address=GUEST_ADDRESS + PREFIX,
                 folder=self.folder,
                 kernel_package=UNPACKED_KERNEL,
-                packed=packed,
-                queue_pairs=queue_pairs,
-                mergeable=mergeable,
+                **nic,
             )
         return self._booting(argv)
 

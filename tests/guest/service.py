@@ -68,15 +68,17 @@ class Service:
             os.close(ready)
         return daemon
 
-    def upgrade(self) -> dict[str, Any]:
-        """Hand over to a new daemon as an operator does; what `localmig upgrade --json` reports."""
+    def upgrade(self, *options: str) -> dict[str, Any]:
+        """Hand over to a new daemon as an operator does, with more options; what `localmig upgrade --json` reports."""
         self._daemon_count += 1
-        upgrade = self._lab.start([*LOCALMIG, "upgrade", str(self.qmp), "--json"], name=f"upgrade{self._daemon_count}")
+        command = [*LOCALMIG, "upgrade", str(self.qmp), "--json", "--", *options]
+        upgrade = self._lab.start(command, name=f"upgrade{self._daemon_count}")
         status = upgrade.wait(seconds_max=HANDOVER_SECONDS_MAX)
         upgrade.stop()
         text = upgrade.log.read_text()
         assert status == 0, f"upgrade ended with {status}: {text}"
-        report: dict[str, Any] = json.loads(text[text.index("{") :])  # after the lines that showed progress
+        # After the lines that showed progress, before those that are notes.
+        report: dict[str, Any] = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
         return report
 
 

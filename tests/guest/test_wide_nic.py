@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Final
 
@@ -144,6 +145,68 @@ def test_a_guest_leaves_segmentation_to_the_host_and_the_host_to_the_guest(
     for (packets_before, bytes_before), (packets_after, bytes_after) in zip(before, packets(lab), strict=True):
         # Acknowledgements of the other direction are among them.
         assert (bytes_after - bytes_before) / (packets_after - packets_before) > LONGEST_UNSEGMENTED
+
+
+RESETS_DONE: Final = "guest: resets done"
+
+TAP_OFFLOADS: Final = ("tx-checksum-ip-generic", "tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-udp-segmentation")
+
+
+def left_to_guest(lab: Lab) -> set[str]:
+    """What the host's kernel leaves to the guest: a frame whose checksum is not done is never among what it is not."""
+    with lab.namespace.entered():
+        told = subprocess.run(["ethtool", "-k", "tap0"], capture_output=True, text=True, check=True).stdout
+    return {name for name in TAP_OFFLOADS if re.search(rf"^\s*{name}: on", told, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    ("boot", "resets"),
+    [pytest.param(boot_qemu, True, id="qemu"), pytest.param(boot_uml, False, id="uml")],
+)
+def test_checksums_are_no_more_left_to_a_running_guest_after_an_upgrade_nor_after_its_driver_was_reset(
+    lab: Lab, boot: Callable[[Lab, Service], Guest], resets: bool
+) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    guest = boot(lab, service)
+    guest.wait_ready()
+    before, told = left_to_guest(lab), guest.run("ethtool -k eth0")
+    assert "tx-checksum-ip-generic" in before
+    carrier_changes = guest.carrier_changes()
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(500_000)
+        service.upgrade(*service.objects(device=",guest_csum=off,host_tso4=off"))
+        assert left_to_guest(lab) == set()
+        transfer.wait_progress(500_000)
+        service.upgrade()
+        assert left_to_guest(lab) == set()
+        transfer.wait_progress(500_000)
+        assert transfer.finish().intact
+    assert guest.carrier_changes() == carrier_changes
+    assert guest.run("ethtool -k eth0") == told
+    if not resets:
+        return
+    # Unbinding resets the device, and the driver acknowledges again what it was once offered.
+    guest.run(
+        f"""(
+        echo virtio0 >/sys/bus/virtio/drivers/virtio_net/unbind
+        echo virtio0 >/sys/bus/virtio/drivers/virtio_net/bind
+        ip address add 10.9.0.2/24 dev eth0; ip link set eth0 up
+        echo "{RESETS_DONE}"
+        ) >/dev/console 2>&1 </dev/null &"""
+    )
+    guest.process.wait_for(RESETS_DONE, seconds_max=CHANGE_SECONDS_MAX)
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(500_000)
+        assert transfer.finish().intact
+    assert guest.run("ethtool -k eth0") == told
+    assert left_to_guest(lab) == set()
+    service.upgrade(*service.objects())
+    assert left_to_guest(lab) == before
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(500_000)
+        assert transfer.finish().intact
 
 
 def packets(lab: Lab) -> list[tuple[int, int]]:

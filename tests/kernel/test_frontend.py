@@ -46,6 +46,7 @@ class Wire(GuestSide):
             tap_fd=self.host_tap.fileno(),
             header_length=header_length(self.features),
             frame_length_max=1518,
+            offloads=0,
             event_index=bool(self.features & Feature.RING_EVENT_IDX),
             indirect=False,
             mergeable=bool(self.features & NetFeature.MRG_RXBUF),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -69,6 +70,7 @@ class Nic(GuestSide):
             "tap_fd": self.tap.fileno(),
             "header_length": header_length(DRIVER_FEATURES),
             "frame_length_max": self.tap.frame_length_max,
+            "offloads": 0,
             "event_index": True,
             "indirect": True,
             "mergeable": True,
@@ -236,19 +238,38 @@ def test_a_frame_longer_than_was_agreed_is_dropped(nic: Nic) -> None:
     assert sum(dropped(counters).values()) == 1
 
 
-def test_a_tap_that_is_deleted_is_told_once_without_spinning(nic: Nic) -> None:
+def test_a_tap_that_is_deleted_is_told_once_without_spinning_and_fails_no_ring(nic: Nic) -> None:
     nic.pair.start()
     ip("link", "delete", "tap0")
-    errors = nic.await_ring_errors()
-    assert [side for side, _ in errors] == ["rx"]
-    assert errors[0][1].startswith("TAP: ")
+    assert nic.await_ring_errors() == []
+    assert nic.pair.interface_gone()
     for number in range(3):
         nic.send_from_guest(frame(number))
     nic.await_counters(lambda counters: counters.tx_dropped_interface == 3)
-    assert nic.pair.take_ring_errors() == []
     before = time.process_time()
-    select.select([nic.event_fd], [], [], 0.2)
+    told_again, _, _ = select.select([nic.event_fd], [], [], 0.2)
+    assert not told_again
     assert time.process_time() - before < 0.1
+    assert (nic.pair.take_ring_errors(), nic.pair.failed()) == ([], (False, False))
+    nic.pair.stop()
+    nic.pair.start()
+    assert nic.pair.interface_gone()
+
+
+def test_an_interface_that_goes_down_renamed_and_up_is_not_gone(nic: Nic) -> None:
+    nic.pair.start()
+    ip("link", "set", "tap0", "down")
+    nic.send_from_guest(frame(0))
+    nic.await_counters(lambda counters: counters.tx_dropped_interface == 1)
+    ip("link", "set", "tap0", "name", "tap1")
+    ip("link", "set", "tap1", "up")
+    nic.send_from_guest(frame(1))
+    nic.await_counters(lambda counters: counters.tx_packets == 1)
+    # It was told that its interface went down.
+    assert nic.network.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ENETDOWN
+    nic.network.send(frame(2))
+    assert number_of(nic.receive_in_guest()) == 2
+    assert not nic.pair.interface_gone()
 
 
 def test_a_released_pair_lets_the_tap_go(nic: Nic) -> None:

@@ -158,6 +158,15 @@ def test_a_signal_that_means_nothing_ends_nothing(daemon: Daemon, number: int) -
     assert daemon.end() == 0
 
 
+def test_a_flood_of_signals_ends_nothing(daemon: Daemon) -> None:
+    daemon.start()
+    for _ in range(5000):
+        daemon.send(signal.SIGHUP)
+        daemon.send(signal.SIGUSR1)
+    assert daemon.ask()["status"] == "inmigrate"
+    assert daemon.end() == 0
+
+
 def test_a_hang_up_ends_nothing_before_the_daemon_listens_to_it_nor_while_it_ends(daemon: Daemon) -> None:
     # As `upgrade` starts one: from exec on.
     daemon.start(launcher=("sh", "-c", 'trap "" HUP; kill -HUP $$; exec "$@"', "sh"))

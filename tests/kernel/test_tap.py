@@ -17,9 +17,8 @@ import pytest
 
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
-from localmig.netdev import Tap, script
-from localmig.netdev import tap as tap_module
-from localmig.netdev.tap import TAP, TapState
+from localmig.netdev import Tap, script, tun
+from localmig.netdev.state import TAP, TapState
 from localmig.testing.namespace import NetworkNamespace, ip, link
 from localmig.vmstate import Blob, Reader, load, save
 
@@ -140,15 +139,25 @@ def test_a_busy_name_says_so_and_disturbs_nobody() -> None:
     [
         ("link", "set", "lo", "name", "tap0"),
         ("tuntap", "add", "tap0", "mode", "tun"),
-        ("tuntap", "add", "tap0", "mode", "tap", "multi_queue"),
     ],
 )
-def test_an_interface_that_is_no_tap_of_one_queue_is_refused(arguments: tuple[str, ...]) -> None:
+def test_an_interface_that_is_no_tap_is_refused(arguments: tuple[str, ...]) -> None:
     ip(*arguments)
-    with pytest.raises(
-        KernelError, match="an interface of that name exists and is no TAP, or one made with multi_queue"
-    ):
+    with pytest.raises(KernelError, match="an interface of that name exists and is no TAP; look at it"):
         Tap(id="net0", ifname="tap0").open()
+
+
+def test_a_tap_made_for_several_queues_serves_one() -> None:
+    ip("tuntap", "add", "tap0", "mode", "tap", "multi_queue")
+    with opened() as tap:
+        assert queues_in_use() == (1, 0)
+        assert len(receive_frame(tap)) == 12 + len(FRAME)
+        with pytest.raises(KernelError, match="another process has it open; stop that process"):
+            Tap(id="net1", ifname="tap0").open()
+        assert queues_in_use() == (1, 0)
+    # More of them later, after a restart.
+    with opened(queues=2):
+        assert queues_in_use() == (1, 1)
 
 
 def test_one_made_for_one_queue_does_not_get_several() -> None:
@@ -158,7 +167,7 @@ def test_one_made_for_one_queue_does_not_get_several() -> None:
 
 
 def test_a_machine_without_tun_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tap_module, "_DEVICE", str(tmp_path / "tun"))
+    monkeypatch.setattr(tun, "DEVICE", str(tmp_path / "tun"))
     with pytest.raises(KernelError, match="No such file or directory; load the kernel module: modprobe tun"):
         Tap(id="net0", ifname="tap0").open()
 
@@ -252,7 +261,7 @@ def test_an_inherited_tap_of_another_namespace_needs_its_mtu_said() -> None:
 def test_a_descriptor_that_is_no_tap_of_ours_is_refused_and_left_alone() -> None:
     plain = os.open("/dev/net/tun", os.O_RDWR)
     request = b"tap9".ljust(16, b"\0") + (0x1002).to_bytes(2, sys.byteorder) + bytes(22)
-    fcntl.ioctl(plain, tap_module._TUNSETIFF, request)
+    fcntl.ioctl(plain, tun._TUNSETIFF, request)
     null = os.open("/dev/null", os.O_RDWR)
     try:
         for number, error in (

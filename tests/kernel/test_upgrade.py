@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from localmig.testing.namespace import unavailable_reason
+from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
 
 PATIENCE_S = 60
 """For one program to do its part: it takes a second, a machine under load gets much more."""
@@ -189,6 +189,58 @@ def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(
     assert machine.files() == {"qmp.sock", "qmp.sock.log", "nic0.sock", "first.log"}
 
 
+def test_what_the_host_did_to_the_interface_is_told_by_each_upgrade_and_undone_after_it(machine: Machine) -> None:
+    with NetworkNamespace.of_process(machine.start().pid) as namespace, namespace.entered():
+        ip("link", "set", "tap0", "name", "tap9")
+        ip("link", "set", "tap9", "mtu", "9000", "down")
+        for _ in range(2):
+            code, report, said = machine.upgrade()
+            assert code == 0, said
+            renamed, down = report["notes"]
+            assert renamed.startswith("netdev 'net0': 'tap0' was renamed to 'tap9': ")
+            assert down == "netdev 'net0': 'tap9' is down: ip link set tap9 up"
+        ip("link", "del", "tap9")
+        for _ in range(2):
+            code, report, said = machine.upgrade()
+            assert code == 0, said
+            (gone,) = report["notes"]
+            assert gone == (
+                "netdev 'net0': 'tap9' (it was 'tap0' when it was opened) was deleted: make it again and it is "
+                f"attached by itself: ip tuntap add dev tap0 mode tap vnet_hdr user {os.geteuid()} && "
+                "ip link set tap0 up"
+            )
+            (netdev,) = machine.status()["netdevs"]
+            assert (netdev["interface"], netdev["ifname"]) == ("gone", "tap9")
+        ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+        ip("link", "set", "tap0", "up")
+        code, report, said = machine.upgrade()
+        assert (code, report["notes"]) == (0, []), said
+        (netdev,) = machine.status()["netdevs"]
+        assert (netdev["interface"], netdev["ifname"], netdev["mtu"], netdev["up"]) == ("here", "tap0", 1500, True)
+
+
+def test_a_daemon_in_another_namespace_sees_the_interface_and_says_that_it_cannot_attach_one(machine: Machine) -> None:
+    with NetworkNamespace.of_process(machine.start().pid) as namespace:
+        for mtu in (2000, 3000):
+            code, report, said = machine.upgrade()
+            assert (code, report["notes"]) == (0, []), said
+            with namespace.entered():
+                ip("link", "set", "tap0", "mtu", str(mtu))
+            assert machine.status()["netdevs"][0]["mtu"] == mtu
+        with namespace.entered():
+            ip("link", "del", "tap0")
+            ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+        (note,) = machine.status()["netdevs"][0]["notes"]
+        assert note == (
+            "'tap0' was deleted, and the one made again cannot be attached: it is in another network namespace than "
+            "this daemon; hand over to one that is started there"
+        )
+        with namespace.entered():
+            code, report, said = machine.upgrade()
+            assert (code, report["notes"]) == (0, []), said
+        assert machine.status()["netdevs"][0]["interface"] == "here"
+
+
 def test_the_report_tells_phases_downtime_and_descriptors(machine: Machine) -> None:
     machine.start()
     code, report, said = machine.upgrade()
@@ -210,7 +262,7 @@ def test_what_moved_is_recorded_and_explained(machine: Machine) -> None:
     setup, switchover = explained["sections"][:2], explained["sections"][2:]
     assert [section["name"] for section in setup] == ["net0/tap", "nic0/virtio-net"]
     assert "virtio-net-rings" in {section["description"] for section in switchover}
-    assert explained["descriptors"] == {"listening-socket": 1, "tap": 1}
+    assert explained["descriptors"] == {"listening-socket": 1, "netlink": 1, "tap": 1}
     tap = {field["name"]: field for field in explained["sections"][0]["fields"]}
     assert tap["ifname"]["text"] == "tap0"
     # For this upgrade only.

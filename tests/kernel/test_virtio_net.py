@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -12,9 +14,10 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.devices.virtio_net import Rings, VirtioNet, notes
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
+from localmig.fds import OwnedFd
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import (
     CLOUD_HYPERVISOR,
@@ -28,11 +31,12 @@ from localmig.testing.frontend import (
     FrontendListener,
     NetGuest,
 )
-from localmig.trace import Event, RingCorrected, RingFailed, SessionClosed, Tracer
+from localmig.testing.namespace import ip, link
+from localmig.trace import DeviceNoted, Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
-from localmig.virtio.net import NetConfig, NetFeature, header_length
+from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
@@ -55,7 +59,16 @@ def frame(number: int) -> bytes:
 class Site:
     """A device on a TAP, the machine's side of the TAP, and the facts that were traced."""
 
-    def __init__(self, path: Path, ends: ExitStack, *, reconnect_ms: int | None = None, packed: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ends: ExitStack,
+        *,
+        reconnect_ms: int | None = None,
+        packed: bool = False,
+        guest_carrier: bool = False,
+        queues: int = 1,
+    ) -> None:
         """The device listens at `path`, or connects there, where `reconnect_ms` is given."""
         self.path = str(path)
         self.facts: list[Event] = []
@@ -63,7 +76,7 @@ class Site:
         self._ends = ends
         tracer = Tracer()
         tracer.subscribe(self._note)
-        self.tap = Tap(id="net0", ifname="tap0")
+        self.tap = Tap(id="net0", ifname="tap0", queues=queues, guest_carrier=guest_carrier)
         self.tap.open()
         ends.callback(self.tap.close)
         self.listens = reconnect_ms is None
@@ -83,6 +96,7 @@ class Site:
         self.device.open()
         ends.callback(self.device.close)
         self.rings.resume()
+        self.tap.thaw()
         self.device.thaw()
         self.machine = ends.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         self.machine.bind(("tap0", ETH_P_ALL))
@@ -101,9 +115,29 @@ class Site:
                 await self._new_fact.wait()
         return found[-1]
 
+    async def note(self, text: str) -> str:
+        """The note with `text` in it, once there is one. On a slow machine there may be others before."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                for fact in self.facts:
+                    if isinstance(fact, DeviceNoted) and text in fact.note:
+                        return fact.note
+                self._new_fact.clear()
+                await self._new_fact.wait()
+
     def guest(self, kind: type[NetGuest] = NetGuest, *, features: int = DRIVER_FEATURES, **more: Any) -> Guest:
         """A guest that is not attached yet; `more` is for its `NetGuest`."""
         return Guest(self, kind, features, self._ends, **more)
+
+    async def changed(self, **expected: object) -> None:
+        """Once the device heard of an interface that is so."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not any(
+                isinstance(fact, InterfaceChanged) and expected.items() <= dataclasses.asdict(fact).items()
+                for fact in self.facts
+            ):
+                self._new_fact.clear()
+                await self._new_fact.wait()
 
 
 async def beside(work: Callable[..., Result], *arguments: Any) -> Result:
@@ -125,11 +159,13 @@ class Guest:
         self.vmm = ends.enter_context(
             kind(
                 where,
-                tap_fds=[tap.fileno()],
-                queue_size=QUEUE_SIZE,
-                features=features,
-                answer_seconds_max=PATIENCE_S,
-                **more,
+                **{
+                    "tap_fds": [tap.fileno()],
+                    "queue_size": QUEUE_SIZE,
+                    "features": features,
+                    "answer_seconds_max": PATIENCE_S,
+                    **more,
+                },
             )
         )
 
@@ -174,12 +210,12 @@ class Guest:
         os.eventfd_write(self.vmm._vrings[ring].kick.fileno(), 1)
 
 
-def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], *, packed: bool = False) -> None:
+def run(path: Path, scenario: Callable[[Site], Coroutine[Any, Any, None]], **options: Any) -> None:
     """Serves the device while the scenario plays."""
 
     async def play() -> None:
         with ExitStack() as ends:
-            await scenario(Site(path / "nic0.sock", ends, packed=packed))
+            await scenario(Site(path / "nic0.sock", ends, **options))
 
     asyncio.run(play())
 
@@ -385,6 +421,82 @@ def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
     assert "vring 0 (rx) goes on at 17, where its used index stands, and was told 3" in caplog.text
 
 
+# -- what keeps it from working -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("features", [DRIVER_FEATURES, PACKED_FEATURES], ids=["split", "packed"])
+def test_memory_that_is_not_shared_is_told_of_until_it_is(tmp_path: Path, features: int) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=features)
+        await beside(guest.vmm.attach)
+        shared = guest.vmm.memory.region, guest.vmm.memory.fd.fileno()
+        with OwnedFd(os.memfd_create("another")) as another:
+            os.ftruncate(another.fileno(), guest.vmm.memory.region.size)
+            await beside(guest.vmm.frontend.set_mem_table, [(guest.vmm.memory.region, another.fileno())])
+        guest.near.send(bytes(guest.header) + frame(0))
+        assert await site.note("the guest has other memory") == notes.NOT_SHARED
+        assert notes.NOT_SHARED in site.device.info().notes
+        await beside(guest.vmm.frontend.set_mem_table, [shared])
+        assert await beside(site.machine.recv, 4096) == frame(0)
+        assert site.device.info().notes == ()
+        await guest.talks()
+
+    run(tmp_path, scenario, packed=True)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_program_that_says_nothing_is_told_of(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        with await beside(Frontend.connect, site.path) as program:
+            note = await site.note("says nothing")
+            assert site.device.info().notes == (note,)
+            await beside(program.get_features)
+            assert site.device.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_too_many_queue_pairs_are_told_of_once_however_often_the_frontend_comes(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as qemu, OwnedFd(os.eventfd(0)) as call:
+                await beside(qemu.set_protocol_features, ProtocolFeature.MQ)
+                assert await beside(qemu.get_queue_num) == 4
+                for index in range(8):
+                    await beside(qemu.set_vring_call, index, call.fileno())
+                note = await site.note("QEMU asks for 4 pairs, nic0 has 2")
+            await site.fact(SessionClosed)
+            site.facts = [fact for fact in site.facts if not isinstance(fact, SessionClosed)]
+            assert site.device.info().notes == (note,)
+        assert [fact.note for fact in site.facts if isinstance(fact, DeviceNoted)].count(note) == 1
+        guest = site.guest(queue_pairs=2, tap_fds=[])
+        await beside(guest.vmm.attach)
+        assert site.device.info().notes == ()
+
+    run(tmp_path, scenario, queues=2)
+
+
+def test_the_same_mistake_again_and_again_is_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(site: Site) -> None:
+        for _ in range(3):
+            with await beside(Frontend.connect, site.path) as frontend:
+                await beside(frontend.send, b"\xff" * 12)
+                assert await beside(frontend.is_lost, PATIENCE_S)
+
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, scenario)
+    assert caplog.text.count("session closed: request 4294967295 is unknown") == 1
+
+
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +662,116 @@ def test_a_frontend_waits_until_the_one_before_it_leaves(tmp_path: Path) -> None
     run(tmp_path, scenario)
 
 
+# -- the interface --------------------------------------------------------------------------------------------
+
+
+async def told(guest: Guest) -> tuple[int, int]:
+    """(link status, MTU) as the frontend reads them from the configuration space."""
+    config = await beside(guest.vmm.frontend.get_config, 0, 12)
+    assert config is not None
+    return int.from_bytes(config[6:8], "little"), int.from_bytes(config[10:12], "little")
+
+
+def test_the_guests_link_and_mtu_follow_the_interface(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        wanted = guest.vmm.frontend.protocol_features | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+        await beside(guest.vmm.frontend.set_protocol_features, wanted)
+        near, far = socket.socketpair()
+        with near, far:
+            near.settimeout(PATIENCE_S)
+            await beside(guest.vmm.frontend.set_backend_request_fd, far.fileno())
+            assert await told(guest) == (LinkStatus.LINK_UP, 1500)
+            ip("link", "set", "tap0", "down")
+            # VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
+            assert int.from_bytes((await beside(near.recv, 12))[:4], "little") == 2
+            await site.changed(link_is_up=False)
+            assert await told(guest) == (0, 1500)
+        ip("link", "set", "tap0", "mtu", "9000", "up")
+        await site.changed(link_is_up=True, mtu=9000)
+        assert await told(guest) == (LinkStatus.LINK_UP, 9000)
+        site.machine.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that it was down, which it tells once
+        await guest.talks()
+
+    run(tmp_path, scenario)
+
+
+def test_an_mtu_that_was_raised_just_now_can_be_set_and_its_frames_find_room(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        with pytest.raises(PeerError):
+            await beside(guest.vmm.frontend.set_mtu, 9000)
+        ip("link", "set", "tap0", "mtu", "9000")
+        await beside(guest.vmm.frontend.set_mtu, 9000)
+        long = frame(1) + bytes(8900)
+        site.machine.send(long)
+        assert (await beside(guest.near.recv, 10000))[guest.header :] == long
+        ip("link", "set", "tap0", "mtu", "1500")
+        await site.changed(mtu=1500)
+        (note,) = site.tap.info().notes
+        assert note == "'tap0' has MTU 1500, and the guest uses 9000: ip link set tap0 mtu 9000"
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert site.tap.info().notes == ()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_guest_goes_on_with_an_interface_that_was_deleted_and_made_again(tmp_path: Path, packed: bool) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES if packed else DRIVER_FEATURES)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        for _ in range(2):
+            site.facts.clear()
+            ip("link", "del", "tap0")
+            await site.changed(link_is_up=False)
+            info = site.device.info()
+            assert [vring.running for vring in info.vrings] == [False, False]
+            assert not any(vring.failed for vring in info.vrings)
+            # What it sends meanwhile is lost, and its ring goes on.
+            for number in range(2 * QUEUE_SIZE):
+                guest.near.send(bytes(guest.header) + frame(number))
+            assert await beside(guest.vmm.frontend.get_features)
+            ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+            await site.changed(link_is_up=True)
+            assert [vring.running for vring in site.device.info().vrings] == [True, True]
+            site.machine.bind(("tap0", ETH_P_ALL))
+            site.machine.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            await guest.talks()
+        assert not [fact for fact in site.facts if isinstance(fact, RingFailed)]
+
+    run(tmp_path, scenario, packed=packed)
+
+
+def test_the_interface_has_a_carrier_while_a_driver_serves_the_nic(tmp_path: Path) -> None:
+    def has_carrier() -> bool:
+        return "LOWER_UP" in link("tap0")["flags"]
+
+    async def scenario(site: Site) -> None:
+        assert not has_carrier()
+        guest = site.guest()
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.get_features)  # all before it is done
+        assert has_carrier()
+        await beside(guest.vmm.detach)
+        await beside(guest.vmm.frontend.get_features)
+        assert not has_carrier()
+        await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.get_features)  # all before it is done
+        assert has_carrier()
+        await beside(guest.vmm.close)
+        await site.fact(SessionClosed)
+        assert not has_carrier()
+
+    run(tmp_path, scenario, guest_carrier=True)
+
+
 # -- arriving -------------------------------------------------------------------------------------------------
 
 
@@ -565,7 +787,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
             device = VirtioNet(
                 id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
             )
-            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), socket=None))
+            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), heirs=(), socket=None))
             ends.callback(device.close)
             device.thaw()
             frontend = ends.enter_context(await beside(Frontend.connect, path))
@@ -581,7 +803,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
 
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), socket=None)
+    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), heirs=(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()

@@ -61,6 +61,9 @@ class ScriptedDaemon:
         self.asked_migration.set()
         return MigrationInfo(status=self.status, error_desc="as scripted" if self.status == "failed" else None)
 
+    def infos(self) -> list[object]:
+        return []
+
     def migrate(self, address: Address) -> None:
         self.calls.append(f"migrate {address}")
         self.asked.set()

@@ -19,12 +19,12 @@ from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, Socke
 from localmig.errors import PeerError
 from localmig.fd_kind import FdKind, describe_fd, is_of_kind
 from localmig.fds import OwnedFd, close_all
-from localmig.netdev.tap import TAP
+from localmig.netdev.state import TAP
 from localmig.vmstate import Description, check_descriptors, fd
 
 
-def new_socket(family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM) -> OwnedFd:
-    return OwnedFd(socket.socket(family, kind).detach())
+def new_socket(family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> OwnedFd:
+    return OwnedFd(socket.socket(family, kind, protocol).detach())
 
 
 def listening(family: int = socket.AF_UNIX) -> OwnedFd:
@@ -47,10 +47,14 @@ def new_pipe() -> OwnedFd:
     return OwnedFd(reader)
 
 
+NETLINK_KOBJECT_UEVENT: Final = 15
+"""linux/netlink.h."""
+
 MAKERS: Final[dict[str, Callable[[], OwnedFd]]] = {
     "tap": lambda: OwnedFd(os.open("/dev/net/tun", os.O_RDWR)),
     "socket": new_socket,
     "listening-socket": listening,
+    "netlink": lambda: new_socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE),
     "memory": lambda: OwnedFd(os.memfd_create("guest")),
     "/dev/null": lambda: OwnedFd(os.open("/dev/null", os.O_RDWR)),
     "/": lambda: OwnedFd(os.open("/", os.O_RDONLY)),
@@ -61,6 +65,7 @@ MAKERS: Final[dict[str, Callable[[], OwnedFd]]] = {
     "socket:[": lambda: new_socket(kind=socket.SOCK_SEQPACKET),
     "socket:[ ": lambda: new_socket(family=socket.AF_INET),
     "socket:[  ": lambda: listening(socket.AF_INET),
+    "socket:[   ": lambda: new_socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT),
 }
 """By what each is called."""
 

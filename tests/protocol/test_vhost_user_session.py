@@ -43,7 +43,7 @@ from localmig.vhost_user.protocol import (
 )
 from localmig.vhost_user.session import ConnectTo, Endpoint, ListenAt, Listener, ListenerState, Session
 
-OFFER = Offer(features=1, vring_count=2, queue_count=1)
+OFFER = Offer(features=1, vring_count=2)
 REGION = RegionDescription(guest_address=0, size=0x1000, user_address=0x10000, mmap_offset=0)
 
 
@@ -224,7 +224,7 @@ def test_a_second_frontend_waits_until_the_first_leaves(path: str) -> None:
             assert await device.told.get() == "opened"
             assert device.told.empty()
             first.socket.close()
-            assert await second.reply() == U64(value=1)
+            assert await second.reply() == U64(value=2)
         endpoint.close()
 
     run(scenario())

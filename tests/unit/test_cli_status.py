@@ -57,10 +57,14 @@ def netdev(number: int = 0) -> dict[str, Any]:
         "open": True,
         "queues": 1,
         "attached-queues": 1,
+        "interface": "here",
         "ifname": f"tap{number}",
+        "ifindex": 2 + number,
         "mtu": 1500,
+        "up": True,
         "vnet-header-length": 12,
         "offloads": ["TUN_F_CSUM"],
+        "notes": [],
     }
 
 
@@ -132,6 +136,12 @@ def test_what_wants_a_look_stands_first_and_says_why() -> None:
     assert lines[8].endswith("net2 stays home: device 'nic2' has local-migration=off")
 
 
+def test_what_keeps_a_nic_from_working_is_shown_in_its_line_and_its_page() -> None:
+    told = facts(device(0), device(1) | {"notes": ["QEMU asks for 4 pairs, nic1 has 2"]})
+    assert show(told).splitlines()[7].endswith("QEMU asks for 4 pairs, nic1 has 2")
+    assert "note       QEMU asks for 4 pairs, nic1 has 2" in show_device(told, "nic1").splitlines()
+
+
 def test_a_daemon_that_took_over_from_a_dead_one_says_so() -> None:
     told = facts(device())
     told["migration"] = {
@@ -174,7 +184,7 @@ def test_one_device_is_shown_with_all_there_is() -> None:
         "migration  none yet",
         "device     nic0, virtio-net, 52:54:00:12:34:56",
         "socket     /run/vm1/nic0.sock, listens",
-        "netdev     net0, tap tap0, MTU 1500, 1 of 1 queues attached, header of 12 bytes, offloads CSUM",
+        "netdev     net0, tap tap0, up, MTU 1500, 1 of 1 queues attached, header of 12 bytes, offloads CSUM",
         "note       vring 1 failed",
         "frontend   connected, 512 MiB in 2 regions",
         "driver     DRIVER_OK",
@@ -202,7 +212,29 @@ def without_frontend(told: dict[str, Any]) -> None:
 
 
 def closed(told: dict[str, Any]) -> None:
-    told["netdevs"][0] = {"id": "net0", "type": "tap", "open": False, "queues": 1, "attached-queues": 0, "offloads": []}
+    told["netdevs"][0] = {
+        "id": "net0",
+        "type": "tap",
+        "open": False,
+        "queues": 1,
+        "attached-queues": 0,
+        "offloads": [],
+        "notes": [],
+    }
+
+
+def bridged(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"up": False, "bridge": "br0"}
+
+
+def moved(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"interface": "elsewhere"}
+    del told["netdevs"][0]["up"], told["netdevs"][0]["ifindex"]
+
+
+def gone(told: dict[str, Any]) -> None:
+    told["netdevs"][0] |= {"interface": "gone", "attached-queues": 0, "notes": ["'tap0' was deleted: make it again"]}
+    del told["netdevs"][0]["up"], told["netdevs"][0]["ifindex"]
 
 
 def nameless(told: dict[str, Any]) -> None:
@@ -215,6 +247,28 @@ def nameless(told: dict[str, Any]) -> None:
     [
         (without_frontend, "frontend   none"),
         (closed, "netdev     net0, closed"),
+        (
+            bridged,
+            (
+                "netdev     net0, tap tap0, down, MTU 1500, in bridge br0, 1 of 1 queues attached, header of 12 bytes, "
+                "offloads CSUM"
+            ),
+        ),
+        (
+            moved,
+            (
+                "netdev     net0, tap tap0, MTU 1500, whether it is up is unknown (another network namespace), "
+                "1 of 1 queues attached, header of 12 bytes, offloads CSUM"
+            ),
+        ),
+        (
+            gone,
+            (
+                "netdev     net0, tap tap0, gone: the interface was deleted, 0 of 1 queues attached, "
+                "header of 12 bytes, offloads CSUM"
+            ),
+        ),
+        (gone, "note       'tap0' was deleted: make it again"),
         (nameless, "device     nic0, virtio-net"),
         (nameless, "socket     /run/vm1/nic0.sock, connects"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.virtio import DeviceStatus, Feature
 from localmig.virtio.net import NetFeature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from localmig.device_api import Part
 from localmig.errors import PeerError, StateError
 from localmig.fds import OwnedFd
 from localmig.netdev import Tap
-from localmig.netdev.tap import TAP, TapDescriptors, TapState
+from localmig.netdev.state import TAP, TapDescriptors, TapState
 from localmig.vmstate import Blob, Reader, close_descriptors, load, save
 
 STATE = TapState(ifname="tap0", mtu=1500, vnet_header_length=12, offloads=0, has_uso=False, descriptors=None)
@@ -51,6 +52,7 @@ def test_a_closed_tap_says_so_and_ends_quietly() -> None:
         ({"ifname": "a\0b"}, "netdev 'net0': 'a\\x00b' is no interface name"),
         ({"vnet_header_length": 11}, "netdev 'net0': vnet header has 11 bytes, possible are 10 and 12"),
         ({"offloads": 0x11, "has_uso": True}, "netdev 'net0': no TAP has offloads 0x11 (USO: True)"),
+        ({"offloads": 0x81, "has_uso": True}, "netdev 'net0': no TAP has offloads 0x81 (USO: True)"),
         ({"offloads": 0x02}, "netdev 'net0': no TAP has offloads 0x2 (USO: False)"),
         ({"offloads": 0x61}, "netdev 'net0': no TAP has offloads 0x61 (USO: False)"),
         ({"mtu": 67}, "netdev 'net0': MTU of 67 bytes, possible are 68 to 65521"),
@@ -74,9 +76,7 @@ def test_state_that_is_no_tap_is_refused(spoiled: dict[str, object], error: str)
 )
 def test_a_tap_that_arrives_must_be_the_one_that_was_asked_for(tap: Tap, error: str) -> None:
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
-        state = dataclasses.replace(
-            STATE, descriptors=TapDescriptors(queues=(queue,), attached=(True,), downscript="no")
-        )
+        state = dataclasses.replace(STATE, descriptors=descriptors_of(queue))
         Tap(id="net0", ifname="tap0", mtu=1500).check_setup(state)
         with pytest.raises(PeerError) as caught:
             tap.check_setup(state)
@@ -85,11 +85,31 @@ def test_a_tap_that_arrives_must_be_the_one_that_was_asked_for(tap: Tap, error: 
         tap.check_setup(STATE)
 
 
+def test_what_the_host_did_to_a_tap_since_it_was_opened_refuses_no_handover() -> None:
+    tap = Tap(id="net0", ifname="tap0", mtu=1500)
+    with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
+        tap.check_setup(dataclasses.replace(STATE, ifname="tap9", mtu=9000, descriptors=descriptors_of(queue)))
+
+
 def descriptors_of(
-    *queues: OwnedFd, attached: tuple[bool, ...] | None = None, downscript: str = "no"
+    *queues: OwnedFd, attached: tuple[bool, ...] | None = None, downscript: str = "no", **changed: Any
 ) -> TapDescriptors:
     told = (True,) * len(queues) if attached is None else attached
-    return TapDescriptors(queues=queues, attached=told, downscript=downscript)
+    descriptors = TapDescriptors(
+        queues=queues,
+        attached=told,
+        downscript=downscript,
+        ifname_opened="tap0",
+        mtu_opened=1500,
+        netlink=None,
+        namespace=1,
+        ifindex=2,
+        bridge="",
+        is_up=True,
+        is_gone=False,
+        has_carrier=True,
+    )
+    return dataclasses.replace(descriptors, **changed)
 
 
 def test_descriptors_that_do_not_fit_the_netdev_are_refused() -> None:
@@ -101,6 +121,8 @@ def test_descriptors_that_do_not_fit_the_netdev_are_refused() -> None:
             (descriptors_of(device, attached=()), "its 1 queues cannot be attached as told"),
             (descriptors_of(device, attached=(False,)), "its 1 queues cannot be attached as told"),
             (descriptors_of(device, downscript="down"), "downscript 'down' is no absolute path"),
+            (descriptors_of(device, ifname_opened="a\0b"), "'a.x00b' is no interface name"),
+            (descriptors_of(device, ifindex=2**31), "2147483648 is no interface's number"),
         ):
             with pytest.raises(PeerError, match=error):
                 tap.check_setup(dataclasses.replace(STATE, descriptors=descriptors))
@@ -110,7 +132,7 @@ def test_state_survives_the_stream() -> None:
     with OwnedFd(os.open("/dev/null", os.O_RDWR)) as queue:
         for state in (
             STATE,
-            dataclasses.replace(STATE, descriptors=TapDescriptors(queues=(queue,), attached=(True,), downscript="/x")),
+            dataclasses.replace(STATE, descriptors=descriptors_of(queue, downscript="/x")),
         ):
             blob = Blob()
             save(TAP, state, into=blob)

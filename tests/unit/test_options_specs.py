@@ -26,7 +26,7 @@ from localmig.options import (
     parse_netdev,
     to_mapping,
 )
-from localmig.options.specs import options_of
+from localmig.options.specs import OFFLOADS, options_of
 
 TAP = TapSpec(id="net0", ifname="tap0", script="/etc/up", downscript="/etc/down", mtu=9000)
 NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock", local_migration=False)
@@ -106,9 +106,18 @@ NETDEV_ERRORS = {
     "tap,id=net0,fds=5:6,queues=3": "queues=3 is invalid with fds=, which has 2 descriptors",
     "tap,id=net0,fds=5:6,fd=7": "fd= is invalid with fds=: give every descriptor in fds=",
     "tap,id=net0,fd=5,queues=2": "queues=2 is invalid with fd=: give a descriptor for each queue in fds=",
-    "tap,id=net0,fds=5:6,script=/x": "ifname=, script= and downscript= are invalid with fds=: "
+    "tap,id=net0,fds=5:6,script=/x": "ifname=, script=, downscript= and br= are invalid with fds=: "
     "who opened the TAP set it up",
     "tap,id=net0,fds=" + ":".join(map(str, range(3, 132))): "Parameter 'fds' has 129 descriptors, limit is 128",
+    "tap,id=net0,fd=5,br=br0": "ifname=, script=, downscript= and br= are invalid with fd=: "
+    "who opened the TAP set it up",
+    "tap,id=net0,br=br0,script=/x": "script= and downscript= are invalid with br=: "
+    "say one way to connect the interface",
+    "tap,id=net0,br=br0,downscript=/x": "script= and downscript= are invalid with br=: "
+    "say one way to connect the interface",
+    "tap,id=net0,br=a/b": "Parameter 'br' expects an interface name, not 'a/b': "
+    "no space, '/', ':' or '%', not '.' or '..'",
+    "tap,id=net0,guest-carrier=yes": "Parameter 'guest-carrier' expects 'on' or 'off', not 'yes'",
     "tap,id=net0,fd=2": "Parameter 'fd' expects a value between 3 and 1048575, not 2: "
     "a descriptor beyond the standard streams",
     "tap,id=net0,ifname=": "Parameter 'ifname' expects 1 to 15 bytes, not 0: ''",
@@ -118,9 +127,9 @@ NETDEV_ERRORS = {
     "tap,id=net0,ifname=..": "Parameter 'ifname' expects an interface name, not '..': "
     "no space, '/', ':' or '%', not '.' or '..'",
     "tap,id=net0,script=": "Parameter 'script' expects a path of 1 to 4095 bytes, not 0",
-    "tap,id=net0,fd=5,ifname=tap0": "ifname=, script= and downscript= are invalid with fd=: "
+    "tap,id=net0,fd=5,ifname=tap0": "ifname=, script=, downscript= and br= are invalid with fd=: "
     "who opened the TAP set it up",
-    "tap,id=net0,fd=5,downscript=/x": "ifname=, script= and downscript= are invalid with fd=: "
+    "tap,id=net0,fd=5,downscript=/x": "ifname=, script=, downscript= and br= are invalid with fd=: "
     "who opened the TAP set it up",
     '{"type": "tap", "id": 5}': "Invalid parameter type for 'id', expected: string",
     '{"type": 5}': "Invalid parameter type for 'type', expected: string",
@@ -345,6 +354,16 @@ def test_without_descriptors_the_destination_may_have_its_own_interface_and_sock
 def test_what_one_side_left_out_fits_everything() -> None:
     assert differences(TapSpec(id="net0"), TAP, with_descriptors=True) == []
     assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
+
+
+@pytest.mark.parametrize("option", [*(f"{name}=off" for name in OFFLOADS), "packed=on"])
+def test_each_side_may_offer_what_it_likes_and_the_sources_is_told(option: str) -> None:
+    ours = parse_device(f"virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off,{option}")
+    assert ours != NIC
+    for with_descriptors in (True, False):
+        assert differences(ours, NIC, with_descriptors=with_descriptors) == []
+    name, _, value = option.partition("=")
+    assert to_mapping(ours)[name] == (value == "on")
 
 
 def test_each_side_may_have_its_own_pause_between_attempts_and_the_sources_is_told() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from localmig.devices.virtio_net.device import thread_name
+from localmig.devices.virtio_net.features import offer
+from localmig.vhost_user.message import ProtocolFeature
 from localmig.virtio import Feature
 from localmig.virtio.net import (
     OFFLOADS,
@@ -62,6 +64,18 @@ def test_rings_come_in_pairs_receive_first() -> None:
 )
 def test_a_feature_without_the_one_it_requires_counts_for_nothing(features: int, left: int) -> None:
     assert without_orphans(features) == left
+
+
+@pytest.mark.parametrize("queue_pair_count", [1, 2])
+def test_queues_are_counted_for_the_frontend_where_there_are_several_pairs(queue_pair_count: int) -> None:
+    offered = offer(
+        queue_pair_count=queue_pair_count, offloads=NetFeature(0), has_uso=False, has_mac=False, packed=False
+    )
+    assert offered.vring_count == 2 * queue_pair_count
+    assert (ProtocolFeature.MQ in offered.protocol_features) == (queue_pair_count > 1)
+    assert bool(offered.features & NetFeature.MQ) == (queue_pair_count > 1)
+    assert offered.features >> 27 & 1, "ANY_LAYOUT"
+    assert offered.features >> 35 & 1, "IN_ORDER"
 
 
 def test_the_name_of_a_thread_keeps_the_number_of_its_queue_pair() -> None:

@@ -15,6 +15,7 @@ mod sandbox;
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
+    module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
     module.add_class::<driver::DriverPair>()?;
     module.add_class::<ledger::Ledger>()?;
@@ -25,9 +26,12 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(queue_pair::fail_rings, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::swap_memory, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::check_positions, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::save_waiting, module)?)?;
+    module.add_function(wrap_pyfunction!(queue_pair::load_waiting, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::forbid_programs, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::forbid_unneeded, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::keep_capabilities, module)?)?;

@@ -32,7 +32,7 @@ type Regions = Vec<(u64, u64, u64, u64, RawFd)>;
 fn mapped(
     py: Python<'_>,
     regions: Regions,
-    map: impl Fn(&[RegionSpec]) -> Result<dataplane::memory::GuestMemory, MemoryError> + Sync,
+    map: impl FnOnce(&[RegionSpec]) -> Result<dataplane::memory::GuestMemory, MemoryError> + Send,
 ) -> PyResult<GuestMemory> {
     let specs: Vec<_> = regions
         .into_iter()
@@ -54,14 +54,22 @@ fn mapped(
 #[pymethods]
 impl GuestMemory {
     #[new]
-    fn new(py: Python<'_>, regions: Regions) -> PyResult<Self> {
-        mapped(py, regions, dataplane::memory::GuestMemory::new)
+    #[pyo3(signature = (regions, previous=None))]
+    fn new(py: Python<'_>, regions: Regions, previous: Option<&Self>) -> PyResult<Self> {
+        match previous {
+            None => mapped(py, regions, dataplane::memory::GuestMemory::new),
+            Some(previous) => mapped(py, regions, |specs| previous.inner.next(specs)),
+        }
     }
 
     /// Maps what another process had mapped.
     #[staticmethod]
-    fn adopt(py: Python<'_>, regions: Regions) -> PyResult<Self> {
-        mapped(py, regions, dataplane::memory::GuestMemory::adopt)
+    #[pyo3(signature = (regions, previous=None))]
+    fn adopt(py: Python<'_>, regions: Regions, previous: Option<&Self>) -> PyResult<Self> {
+        match previous {
+            None => mapped(py, regions, dataplane::memory::GuestMemory::adopt),
+            Some(previous) => mapped(py, regions, |specs| previous.inner.adopt_next(specs)),
+        }
     }
 
     /// Maps the pages that already exist; gives the number of bytes.

@@ -1,11 +1,14 @@
 //! Binding of the queue pair and its rings.
 
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::mem::ManuallyDrop;
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::{Config, Counters, Format, Positions, RingSpec, Side};
+use dataplane::{Config, Counters, Format, Offloads, Positions, RingSpec, Side, FRAME_SIZE_MAX};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -68,8 +71,8 @@ impl QueuePair {
             .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))
     }
 
-    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, event_index, indirect, mergeable, rx, tx,
-                        packed=false))]
+    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, offloads, event_index, indirect, mergeable,
+                        rx, tx, packed=false))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn configure(
         &self,
@@ -78,6 +81,7 @@ impl QueuePair {
         tap_fd: RawFd,
         header_length: usize,
         frame_length_max: u32,
+        offloads: u8,
         event_index: bool,
         indirect: bool,
         mergeable: bool,
@@ -90,6 +94,7 @@ impl QueuePair {
             tap_fd,
             header_length,
             frame_length_max: frame_length_max as usize,
+            offloads: Offloads(offloads),
             format: if packed { Format::Packed } else { Format::Split },
             features: Features { event_index, indirect },
             mergeable,
@@ -119,6 +124,18 @@ impl QueuePair {
         self.inner.failed()
     }
 
+    fn interface_gone(&self) -> bool {
+        self.inner.interface_gone()
+    }
+
+    fn reserve_waiting(&self, position: Option<u16>) -> PyResult<()> {
+        self.inner.reserve_waiting(position).map_err(refused)
+    }
+
+    fn refuse_waiting(&self, position: u16) -> PyResult<()> {
+        self.inner.refuse_waiting(position).map_err(refused)
+    }
+
     fn is_running(&self) -> bool {
         self.inner.is_running()
     }
@@ -142,6 +159,22 @@ impl QueuePair {
             .collect()
     }
 
+    #[pyo3(signature = (direction, *, call_fd, error_fd))]
+    fn set_notifiers(
+        &self,
+        py: Python<'_>,
+        direction: &str,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+    ) -> PyResult<()> {
+        let side = match direction {
+            "rx" => Side::Rx,
+            "tx" => Side::Tx,
+            _ => return Err(PyValueError::new_err(format!("a ring is rx or tx, not {direction}"))),
+        };
+        py.detach(|| self.inner.set_notifiers(side, call_fd, error_fd)).map_err(refused)
+    }
+
     fn release(&self, py: Python<'_>) {
         py.detach(|| self.inner.release());
     }
@@ -160,6 +193,13 @@ fn lent(pairs: &[Py<QueuePair>]) -> Vec<&dataplane::queue_pair::QueuePair> {
 pub fn start_all(py: Python<'_>, pairs: Vec<Py<QueuePair>>) -> Vec<Option<u64>> {
     let pairs = lent(&pairs);
     py.detach(|| dataplane::queue_pair::start_all(&pairs))
+}
+
+/// Lets every configured pair go on with other memory where its rings are in the same place there; gives which did.
+#[pyfunction]
+pub fn swap_memory(py: Python<'_>, pairs: Vec<Py<QueuePair>>, memory: &GuestMemory) -> Vec<bool> {
+    let pairs = lent(&pairs);
+    py.detach(|| dataplane::queue_pair::swap_memory(&pairs, &memory.inner))
 }
 
 /// Stops every pair; gives which of them ran.
@@ -247,6 +287,43 @@ pub fn fail_rings(pairs: Vec<Py<QueuePair>>, failed: Vec<u8>) -> PyResult<()> {
                 Err(error) => return Err(refused(error)),
             }
         }
+    }
+    Ok(())
+}
+
+/// Bytes of a file for each pair: the longest frame, in whole pages.
+const WAITING_STRIDE: u64 = FRAME_SIZE_MAX.next_multiple_of(4096) as u64;
+
+/// Lends a descriptor as a file.
+fn file(fd: RawFd) -> ManuallyDrop<File> {
+    // SAFETY: the caller keeps it open during the call, and nobody closes it here.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Writes the frame that waits in each pair that stands still into a file; a column of their lengths.
+#[pyfunction]
+pub fn save_waiting(pairs: Vec<Py<QueuePair>>, fd: RawFd) -> PyResult<Vec<u32>> {
+    let save = |(index, pair): (usize, &dataplane::queue_pair::QueuePair)| -> PyResult<u32> {
+        let Some(frame) = pair.waiting_frame() else { return Ok(0) };
+        file(fd).write_all_at(&frame, WAITING_STRIDE * index as u64)?;
+        Ok(u32::try_from(frame.len()).expect("no frame is so long"))
+    };
+    lent(&pairs).into_iter().enumerate().map(save).collect()
+}
+
+/// The other way round, for pairs that stand still.
+#[pyfunction]
+pub fn load_waiting(pairs: Vec<Py<QueuePair>>, fd: RawFd, lengths: Vec<u32>) -> PyResult<()> {
+    let pairs = lent(&pairs);
+    if lengths.len() != pairs.len() {
+        return Err(PyValueError::new_err(format!("the column has not {} values", pairs.len())));
+    }
+    for (index, (pair, length)) in
+        pairs.into_iter().zip(lengths).enumerate().filter(|(_, (_, length))| *length > 0)
+    {
+        let mut frame = vec![0; (length as usize).min(FRAME_SIZE_MAX + 1)];
+        file(fd).read_exact_at(&mut frame, WAITING_STRIDE * index as u64)?;
+        pair.set_waiting_frame(&frame).map_err(refused)?;
     }
     Ok(())
 }

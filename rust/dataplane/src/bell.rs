@@ -24,6 +24,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::backing::file_type;
 use crate::sys;
 
 /// A descriptor of a peer that says: look at the ring.
@@ -40,15 +41,8 @@ impl Bell {
     /// # Errors
     /// It is neither eventfd nor pipe nor UNIX socket.
     pub(crate) fn of(fd: RawFd) -> Result<Self, String> {
-        // SAFETY: an all-zero stat is a valid one to be filled in, and is valid for writing.
-        let (failed, stat) = unsafe {
-            let mut stat: libc::stat = std::mem::zeroed();
-            (libc::fstat(fd, &raw mut stat) != 0, stat)
-        };
-        if failed {
-            return Err(format!("{fd} cannot be looked at: {}", io::Error::last_os_error()));
-        }
-        match stat.st_mode & libc::S_IFMT {
+        let kind = file_type(fd).map_err(|error| format!("{fd} cannot be looked at: {error}"))?;
+        match kind {
             libc::S_IFIFO => return Ok(Self::Pipe(fd)),
             libc::S_IFSOCK if domain(fd) == libc::AF_UNIX => return Ok(Self::Socket(fd)),
             _ => {}

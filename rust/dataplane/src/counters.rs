@@ -70,8 +70,12 @@ counters! {
     Counters of LiveCounters {
         rx_packets,
         rx_bytes,
-        /// Longer than the room for it, or shorter than its header.
+        /// The guest has no room for it, or it is shorter than its header.
         rx_dropped_length,
+        /// For another driver, or with an offload that this one did not take.
+        rx_dropped_stale,
+        /// The kernel failed to hand it over.
+        rx_dropped_error,
         rx_kicks,
         rx_calls,
         tx_packets,

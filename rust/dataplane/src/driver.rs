@@ -490,7 +490,7 @@ impl Driver {
             watch(self.config.tx_call, libc::POLLIN),
             watch(tap, tap_events),
         ];
-        poll(&mut polled).map_err(|error| format!("poll: {error}"))?;
+        poll(&mut polled, None).map_err(|error| format!("poll: {error}"))?;
         for call in &polled[1..3] {
             if call.revents != 0 {
                 drain(call.fd).map_err(|error| format!("call eventfd: {error}"))?;

@@ -15,7 +15,7 @@
 //! that faulted stands still, and another slot that changes meanwhile is recognised by its start.
 
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
 /// Mappings a block holds. A guest has a few, so most daemons stay with a handful of blocks.
@@ -35,6 +35,12 @@ impl Slot {
         Self { start: AtomicUsize::new(NOWHERE), length: AtomicUsize::new(0), lost: AtomicBool::new(false) }
     }
 
+    /// The mark first: who sees the number of losses change finds it.
+    fn lose(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+        LOSSES.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// Where the mapping is, if `address` is inside.
     fn range_around(&self, address: usize) -> Option<(usize, usize)> {
         let start = self.start.load(Ordering::SeqCst);
@@ -52,6 +58,18 @@ struct Block {
 
 /// The newest block; each leads to the one before it.
 static BLOCKS: AtomicPtr<Block> = AtomicPtr::new(ptr::null_mut());
+
+/// How many mappings of this process were lost, ever.
+static LOSSES: AtomicU64 = AtomicU64::new(0);
+
+/// A number of losses that is never reached.
+pub(crate) const NEVER: u64 = u64::MAX;
+
+/// How many mappings of this process were lost so far: while it stays the same, no further one was.
+#[inline]
+pub(crate) fn losses() -> u64 {
+    LOSSES.load(Ordering::Acquire)
+}
 
 /// Slots that hold no mapping.
 static FREE: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
@@ -97,7 +115,7 @@ impl Watch {
 
     /// Marks it lost for another reason, without touching it.
     pub(crate) fn lose(&self) {
-        self.slot.lost.store(true, Ordering::Release);
+        self.slot.lose();
     }
 }
 
@@ -150,7 +168,7 @@ fn repair(address: usize) -> bool {
     for slot in blocks().flat_map(|block| &block.slots) {
         let Some((start, length)) = slot.range_around(address) else { continue };
         // Marked first: who finds zeros finds the mark as well.
-        slot.lost.store(true, Ordering::SeqCst);
+        slot.lose();
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
         // The whole mapping: a part of a huge page cannot be replaced, and every further page would fault as well.

@@ -8,6 +8,8 @@
 //! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
 //!              `queue_pair` (the thread); `driver` is the guest's side.
 
+mod backing;
+mod backlog;
 mod bell;
 pub mod chain;
 mod counters;
@@ -21,6 +23,8 @@ pub mod queue_pair;
 mod ring;
 pub mod split;
 pub mod sys;
+mod tap;
+mod window;
 
 #[cfg(test)]
 extern crate self as dataplane; // as `tests/common` calls it
@@ -28,6 +32,8 @@ extern crate self as dataplane; // as `tests/common` calls it
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+pub use backlog::FRAME_SIZE_MAX;
 pub use counters::{Counters, DriverCounters};
 pub use pump::{Config, Correction, Positions, RingSpec, Side};
 pub use ring::Format;
+pub use window::Offloads;

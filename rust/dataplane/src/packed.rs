@@ -153,6 +153,20 @@ impl PackedRing {
         })
     }
 
+    /// Goes on in other memory, which it `is_in`.
+    pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        self.memory = Arc::clone(memory);
+    }
+
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &Arc<GuestMemory>, layout: &Layout) -> bool {
+        let there = Self::new(layout, self.features, memory, None);
+        there.is_ok_and(|there| {
+            (there.descriptors, there.driver_event, there.device_event)
+                == (self.descriptors, self.driver_event, self.device_event)
+        })
+    }
+
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size

@@ -2,25 +2,28 @@
 //!
 //! Owns:        receiving into the guest's buffers, transmitting from them, what is waited for when neither can go on.
 //! Never sees:  threads and locks, and when to stop but for a flag it looks at between packets.
-//! Read next:   `queue_pair`, the thread that calls this.
+//! Read next:   `window` and `backlog`, for what is received; `queue_pair`, the thread that calls this.
 //!
-//! Nothing is copied here: the TAP reads and writes guest memory. A frame that was read is always delivered before
-//! anything else happens, because a read from a TAP cannot be undone.
+//! The TAP reads and writes guest memory. A read from it cannot be undone: a frame that was read is delivered before
+//! anything else happens, or waits in the backlog.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::backlog::Backlog;
 use crate::bell::{check_kick, Bell};
-use crate::chain::{Chain, Direction, Features, Layout, RingError, CHAIN_BUFFERS_MAX};
+use crate::chain::{Direction, Features, Layout, RingError};
 use crate::counters::{Counter, LiveCounters};
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
 use crate::sys;
+use crate::tap::{NoFrame, Read, Tap};
+use crate::window::{Framing, Offloads, Room, Window, HEADER_LENGTH_WITH_BUFFERS, NUM_BUFFERS_OFFSET};
 
 /// What one direction may move before the other gets its turn. The packet that reaches the limit of bytes is moved whole.
 #[derive(Clone, Copy, Debug)]
@@ -33,15 +36,6 @@ pub(crate) struct Budget {
 /// moves. For large ones the bytes do: 64 frames of 64 KiB would be 4 MiB to copy, which is a millisecond; frames of an
 /// Ethernet's MTU never get there.
 pub(crate) const BATCH: Budget = Budget { packets: 64, bytes: 256 << 10 };
-
-/// The length of a virtio-net header with `num_buffers`, its last field.
-const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
-
-/// Where in that header `num_buffers` stands.
-const NUM_BUFFERS_OFFSET: usize = 10;
-
-/// What is said of a TAP that polls as an error, or reads as an end of file.
-const TAP_GONE: &str = "TAP: the interface is gone";
 
 /// One of the two rings of a pair, in the guest's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,8 +90,10 @@ pub struct Config {
     pub tap_fd: RawFd,
     /// The virtio-net header's length, 10 or 12.
     pub header_length: usize,
-    /// The longest frame the TAP may deliver, without the header.
+    /// The longest frame the TAP is expected to deliver, without the header.
     pub frame_length_max: usize,
+    /// What the driver takes over from whoever sends to it. Frames that ask for more are dropped.
+    pub offloads: Offloads,
     pub format: Format,
     pub features: Features,
     pub mergeable: bool,
@@ -137,10 +133,10 @@ enum Wait {
 #[derive(Debug)]
 struct RingEnd {
     side: Side,
+    layout: Layout,
     ring: Ring,
     kick_fd: RawFd,
-    call: Option<Bell>,
-    error: Option<Bell>,
+    notifiers: Notifiers,
     /// Where it was told to begin, or where it stopped.
     start: Option<u16>,
     /// Whether `ring` has a position of its own.
@@ -156,15 +152,14 @@ impl RingEnd {
         let (layout, ledger) = (&spec.layout, spec.ledger.clone());
         let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
         let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
-        let bell =
-            |what, fd| Bell::of(fd).map_err(|reason| format!("{side} ring: {what} descriptor {reason}"));
+        let notifiers = Notifiers::of(side, spec.call_fd, spec.error_fd)?;
         check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
         Ok(Self {
             side,
+            layout: *layout,
             ring,
             kick_fd: spec.kick_fd,
-            call: spec.call_fd.map(|fd| bell("call", fd)).transpose()?,
-            error: spec.error_fd.map(|fd| bell("error", fd)).transpose()?,
+            notifiers,
             start: spec.next_avail,
             begun: false,
             call_at_start: true,
@@ -210,7 +205,7 @@ impl RingEnd {
 
     fn call_if_due(&mut self, counters: &LiveCounters) {
         if self.ring.call_due() {
-            if let Some(call) = self.call {
+            if let Some(call) = self.notifiers.call {
                 call.ring();
                 self.side.calls(counters).add(1);
             }
@@ -221,58 +216,38 @@ impl RingEnd {
     fn fail(&mut self, reason: &impl fmt::Display) -> (Side, String) {
         self.failed = true;
         self.wait = Wait::Forever;
-        if let Some(error) = self.error {
+        if let Some(error) = self.notifiers.error {
             error.ring();
         }
         (self.side, reason.to_string())
     }
 }
 
-/// Chains taken from the receive ring that no frame was put into yet. They count as available until one is.
-#[derive(Debug, Default)]
-struct Window {
-    /// The buffers of the chains, in order, behind `used` ones of chains that are gone.
-    buffers: Vec<libc::iovec>,
-    used: usize,
-    chains: VecDeque<Chain>,
-    length: u64,
-    slots: usize,
+/// By what a ring's driver is called, and told that the ring failed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Notifiers {
+    call: Option<Bell>,
+    error: Option<Bell>,
 }
 
-impl Window {
-    fn push(&mut self, chain: Chain) {
-        self.length += chain.length;
-        self.slots += usize::from(chain.slots);
-        self.chains.push_back(chain);
+impl Notifiers {
+    /// Looks at what the borrowed descriptors are.
+    ///
+    /// # Errors
+    /// One of them cannot be one.
+    pub(crate) fn of(side: Side, call_fd: Option<RawFd>, error_fd: Option<RawFd>) -> Result<Self, String> {
+        let bell = |what, fd: Option<RawFd>| {
+            let reason = |reason| format!("{side} ring: {what} descriptor {reason}");
+            fd.map(|fd| Bell::of(fd).map_err(reason)).transpose()
+        };
+        Ok(Self { call: bell("call", call_fd)?, error: bell("error", error_fd)? })
     }
+}
 
-    fn pop(&mut self) -> Option<Chain> {
-        let chain = self.chains.pop_front()?;
-        self.length -= chain.length;
-        self.slots -= usize::from(chain.slots);
-        self.used += chain.buffers;
-        Some(chain)
-    }
-
-    /// The chains and the slots of the ring that they occupy.
-    fn held(&self) -> (u16, u16) {
-        let count = |number| u16::try_from(number).expect("no more than a ring has");
-        (count(self.chains.len()), count(self.slots))
-    }
-
-    /// Forgets used buffers where that is cheap: when none is left behind them, or when they are many.
-    fn tidy(&mut self) {
-        if self.used == self.buffers.len() || self.used > CHAIN_BUFFERS_MAX {
-            self.buffers.drain(..self.used);
-            self.used = 0;
-        }
-    }
-
-    fn clear(&mut self) {
-        self.buffers.clear();
-        self.chains.clear();
-        (self.used, self.length, self.slots) = (0, 0, 0);
-    }
+/// How a pair sleeps; None for ever.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sleep {
+    pub(crate) longest: Option<Duration>,
 }
 
 /// The descriptors a pair sleeps on, in this order.
@@ -284,12 +259,10 @@ const WATCH_TX_KICK: usize = 2;
 /// A configured pair. Its memory stays mapped as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Pump {
-    tap_fd: RawFd,
-    tap_gone: bool,
+    tap: Tap,
+    /// The TAP was asked by poll(2) since it was read, and has no frame.
+    tap_is_empty: bool,
     header_length: usize,
-    /// Bytes a frame and its header may need.
-    room: u64,
-    mergeable: bool,
     rx: Option<RingEnd>,
     tx: Option<RingEnd>,
     window: Window,
@@ -318,15 +291,19 @@ impl Pump {
         let end = |side, spec: &Option<RingSpec>| {
             spec.as_ref().map(|spec| RingEnd::new(side, spec, config)).transpose()
         };
-        Ok(Self {
-            tap_fd: config.tap_fd,
-            tap_gone: false,
+        let framing = Framing {
             header_length: config.header_length,
-            room: config.header_length as u64 + config.frame_length_max as u64,
             mergeable: config.mergeable,
+            room: config.header_length as u64 + config.frame_length_max as u64,
+            offloads: config.offloads,
+        };
+        Ok(Self {
+            tap: Tap::new(config.tap_fd),
+            tap_is_empty: false,
+            header_length: config.header_length,
             rx: end(Side::Rx, &config.rx)?,
             tx: end(Side::Tx, &config.tx)?,
-            window: Window::default(),
+            window: Window::new(framing),
             outgoing: Vec::new(),
             failures: Vec::new(),
             memory: Arc::clone(&config.memory),
@@ -335,7 +312,7 @@ impl Pump {
 
     /// Makes both rings ready to run from their positions. Gives those that began elsewhere than they were told.
     pub(crate) fn begin(&mut self) -> Vec<Correction> {
-        self.tap_gone = false;
+        self.tap_is_empty = false;
         let mut corrections = Vec::new();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             match end.begin() {
@@ -346,16 +323,63 @@ impl Pump {
         corrections
     }
 
-    /// Ends what `begin` began: no chain is held, the guest knows of every used one.
-    pub(crate) fn settle(&mut self, counters: &LiveCounters) {
+    /// Gives chains back that wait for a frame: nothing points into their buffers any more.
+    fn empty_window(&mut self) {
         if let Some(rx) = &mut self.rx {
             let (chains, slots) = self.window.held();
             rx.ring.untake(chains, slots);
         }
         self.window.clear();
+    }
+
+    /// Ends what `begin` began: no chain is held, the guest knows of every used one.
+    pub(crate) fn settle(&mut self, counters: &LiveCounters) {
+        self.empty_window();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
             end.start = Some(end.position_before(0, 0));
+        }
+    }
+
+    /// Goes on with other memory, if the rings are in the same place there; gives the memory that is no longer used, which
+    /// is the other one if they are not.
+    pub(crate) fn swap_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+    ) -> Result<Arc<GuestMemory>, Arc<GuestMemory>> {
+        if !self.rx.iter().chain(&self.tx).all(|end| end.ring.is_in(&memory, &end.layout)) {
+            return Err(memory);
+        }
+        self.empty_window();
+        self.rx.iter_mut().chain(&mut self.tx).for_each(|end| end.ring.set_memory(&memory));
+        Ok(std::mem::replace(&mut self.memory, memory))
+    }
+
+    /// Calls a configured ring's driver by other descriptors from now on. A call that went to the former one may not have
+    /// been heard, or there was none, so the new one is called at once, or by `begin`.
+    pub(crate) fn set_notifiers(
+        &mut self,
+        side: Side,
+        notifiers: Notifiers,
+        is_running: bool,
+        counters: &LiveCounters,
+    ) {
+        let Some(end) = self.end_mut(side) else { return };
+        let former = std::mem::replace(&mut end.notifiers, notifiers);
+        if former.call == notifiers.call {
+            return;
+        }
+        end.call_at_start = true;
+        if let Some(call) = notifiers.call.filter(|_| is_running && !end.failed) {
+            call.ring();
+            side.calls(counters).add(1);
+        }
+    }
+
+    fn end_mut(&mut self, side: Side) -> Option<&mut RingEnd> {
+        match side {
+            Side::Rx => self.rx.as_mut(),
+            Side::Tx => self.tx.as_mut(),
         }
     }
 
@@ -403,13 +427,14 @@ impl Pump {
 
     /// Takes note that a ring, where it is configured, stopped for good elsewhere, and everybody was told.
     pub(crate) fn set_failed(&mut self, side: Side) {
-        let end = match side {
-            Side::Rx => &mut self.rx,
-            Side::Tx => &mut self.tx,
-        };
-        if let Some(end) = end {
+        if let Some(end) = self.end_mut(side) {
             end.failed = true;
         }
+    }
+
+    /// Whether the interface of the TAP is gone, as the kernel confirmed.
+    pub(crate) fn interface_gone(&self) -> bool {
+        self.tap.is_gone()
     }
 
     pub(crate) fn take_failures(&mut self) -> Vec<(Side, String)> {
@@ -417,10 +442,16 @@ impl Pump {
     }
 
     /// One turn for each direction. False if both have to wait.
-    pub(crate) fn turn(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) -> bool {
+    pub(crate) fn turn(
+        &mut self,
+        budget: Budget,
+        backlog: &mut Backlog,
+        stop: &AtomicBool,
+        counters: &LiveCounters,
+    ) -> bool {
         self.give_up_if_lost();
         self.transmit(budget, stop, counters);
-        self.receive(budget, stop, counters);
+        self.receive(budget, backlog, stop, counters);
         self.give_up_if_lost();
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
     }
@@ -468,12 +499,8 @@ impl Pump {
                     break;
                 }
             };
-            let sent = if self.tap_gone {
-                Err(io::Error::from_raw_os_error(libc::ENODEV))
-            } else {
-                // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
-                unsafe { sys::writev(self.tap_fd, buffers) }
-            };
+            // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+            let sent = unsafe { self.tap.write(buffers) };
             match sent {
                 Ok(_) => {
                     counters.tx_packets.add(1);
@@ -489,7 +516,7 @@ impl Pump {
                     self.failures.push(tx.fail(&self.memory.lose(buffers)));
                     break;
                 }
-                // A packet is lost, as on any wire. A TAP that is gone for good is found by whoever waits for it.
+                // A packet is lost, as on any wire.
                 Err(error) => dropped(&error, counters).add(1),
             }
             bytes += chain.length;
@@ -499,65 +526,37 @@ impl Pump {
         tx.call_if_due(counters);
     }
 
-    fn receive(&mut self, budget: Budget, stop: &AtomicBool, counters: &LiveCounters) {
-        let Some(rx) = self.rx.as_mut().filter(|end| !end.failed) else { return };
-        if self.tap_gone {
-            rx.wait = Wait::Forever;
-            rx.call_if_due(counters);
-            return;
-        }
+    fn receive(&mut self, budget: Budget, backlog: &mut Backlog, stop: &AtomicBool, counters: &LiveCounters) {
+        let is_empty = std::mem::take(&mut self.tap_is_empty);
+        let Some(rx) = self.rx.as_mut().filter(|end| !end.failed && !is_empty) else { return };
         rx.ring.disarm();
         rx.wait = Wait::Nothing;
-        let window = &mut self.window;
         let mut bytes = 0;
         for _ in 0..budget.packets {
             if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
-            match gather(rx, window, self.mergeable, self.header_length, self.room) {
-                Ok(true) => {}
-                Ok(false) => {
-                    rx.wait = Wait::Guest;
+            match receive_one(&mut rx.ring, &mut self.window, &mut self.tap, backlog, counters) {
+                Ok(length) => bytes += length,
+                Err(Halt::Wait(wait)) => {
+                    rx.wait = wait;
                     break;
                 }
-                Err(error) => {
+                Err(Halt::Fault) => {
+                    self.failures.push(rx.fail(&self.memory.lose(self.window.buffers())));
+                    break;
+                }
+                Err(Halt::Broken(error)) => {
                     self.failures.push(rx.fail(&explain(error, &self.memory)));
                     break;
                 }
             }
-            let length = match read_frame(self.tap_fd, window) {
-                Ok(length) if length > 0 => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    rx.wait = Wait::Tap;
-                    break;
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
-                    self.failures.push(rx.fail(&self.memory.lose(&window.buffers)));
-                    break;
-                }
-                result => {
-                    let reason = result.err().map_or(TAP_GONE.into(), |error| format!("TAP: {error}"));
-                    self.failures.push((Side::Rx, reason));
-                    self.tap_gone = true;
-                    rx.wait = Wait::Forever;
-                    break;
-                }
-            };
-            bytes += length;
-            // A frame that reached the spare byte is longer than its room, and was cut by the kernel.
-            if length > window.length || length < self.header_length as u64 {
-                counters.rx_dropped_length.add(1);
-                continue;
-            }
-            deliver(rx, window, length, self.header_length);
-            counters.rx_packets.add(1);
-            counters.rx_bytes.add(length - self.header_length as u64);
         }
         rx.call_if_due(counters);
     }
 
-    /// Says what to sleep on. False if there is work after all.
-    pub(crate) fn watch(&mut self, fds: &mut [libc::pollfd]) -> bool {
+    /// Says what to sleep on, and for how long at most. None if there is work after all.
+    pub(crate) fn watch(&mut self, fds: &mut [libc::pollfd], backlog: &Backlog) -> Option<Sleep> {
         fds.fill(libc::pollfd { fd: -1, events: 0, revents: 0 });
         let mut tap_events = 0;
         let mut idle = true;
@@ -579,21 +578,22 @@ impl Pump {
                 },
             }
         }
-        if !self.tap_gone {
-            // Also where nothing is asked of it: that it goes away is always told.
-            fds[WATCH_TAP].fd = self.tap_fd;
-            fds[WATCH_TAP].events = tap_events;
-        }
-        idle
+        fds[WATCH_TAP] = self.tap.watch(tap_events);
+        let waits = self.rx.as_ref().is_some_and(|rx| rx.wait == Wait::Guest);
+        let patience = backlog.patience().filter(|_| waits);
+        let longest = [self.tap.pause(), patience].into_iter().flatten().min();
+        idle.then_some(Sleep { longest })
     }
 
     /// Takes note of what ended the sleep.
     pub(crate) fn woken(&mut self, fds: &[libc::pollfd], counters: &LiveCounters) {
-        let tap = fds[WATCH_TAP].revents;
-        if tap & libc::POLLIN == 0 && tap & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0 {
-            self.tap_gone = true;
-            self.failures.push((Side::Rx, TAP_GONE.into()));
+        let tap = fds[WATCH_TAP];
+        if tap.revents & libc::POLLIN == 0
+            && tap.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0
+        {
+            self.tap.look_for_interface();
         }
+        self.tap_is_empty = tap.events & !tap.revents & libc::POLLIN != 0;
         for (end, kick) in [(&mut self.rx, WATCH_RX_KICK), (&mut self.tx, WATCH_TX_KICK)] {
             let Some(end) = end.as_mut().filter(|_| fds[kick].revents != 0) else { continue };
             match sys::drain(end.kick_fd) {
@@ -623,89 +623,159 @@ fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
     }
 }
 
-/// Fills the window until a frame may be read into it; false if the guest has to make more available first.
-fn gather(
-    rx: &mut RingEnd,
+/// Why no more is received for now.
+#[derive(Debug)]
+enum Halt {
+    Wait(Wait),
+    Broken(RingError),
+    /// The kernel could not write into the window.
+    Fault,
+}
+
+impl From<RingError> for Halt {
+    fn from(error: RingError) -> Self {
+        Self::Broken(error)
+    }
+}
+
+/// Receives one frame, or drops one; gives the bytes that were moved.
+#[inline]
+fn receive_one(
+    ring: &mut Ring,
     window: &mut Window,
-    mergeable: bool,
-    header_length: usize,
-    room: u64,
-) -> Result<bool, RingError> {
-    loop {
-        let enough = if mergeable {
-            // A small ring may never have room for the longest frame: Linux fills it up again only as packets come
-            // out of it, though always before half of it is used. Half a ring must do then.
-            window.length >= room || window.slots >= usize::from(rx.ring.size()).div_ceil(2)
-        } else {
-            !window.chains.is_empty()
-        };
-        if enough {
-            return Ok(true);
+    tap: &mut Tap,
+    backlog: &mut Backlog,
+    counters: &LiveCounters,
+) -> Result<u64, Halt> {
+    if backlog.is_stale() {
+        return drop_stale(tap, backlog, counters);
+    }
+    if backlog.frame().is_some() {
+        return receive_waiting(ring, window, backlog, counters);
+    }
+    window.gather_expected(ring)?;
+    if window.is_empty() {
+        return Err(Halt::Wait(Wait::Guest));
+    }
+    let Read { length, is_cut } = match tap.read(|fd| window.read(fd, backlog)) {
+        Ok(read) => read,
+        Err(reason) => return no_frame(reason, counters),
+    };
+    if is_cut || length < window.framing().header_length as u64 {
+        counters.rx_dropped_length.add(1);
+        return Ok(length);
+    }
+    window.learn(length);
+    if length > window.length() {
+        overrun(ring, window, backlog, length, counters)?;
+    } else {
+        deliver(ring, window, length, counters);
+    }
+    Ok(length)
+}
+
+/// What comes of a read without a frame.
+#[cold]
+fn no_frame(reason: NoFrame, counters: &LiveCounters) -> Result<u64, Halt> {
+    match reason {
+        NoFrame::Empty => Err(Halt::Wait(Wait::Tap)),
+        NoFrame::Gone => Err(Halt::Wait(Wait::Forever)),
+        NoFrame::Fault => Err(Halt::Fault),
+        NoFrame::Dropped => {
+            counters.rx_dropped_error.add(1);
+            Ok(0)
         }
-        let before = window.buffers.len();
-        let taken = rx.ring.take(Direction::ToGuest, header_length, &mut window.buffers);
-        let Some(chain) = taken? else { return Ok(false) };
-        if window.buffers.len() - window.used > CHAIN_BUFFERS_MAX {
-            // As many buffers as one read takes; the chain just taken is not the only one, so some remain.
-            window.buffers.truncate(before);
-            rx.ring.untake(1, chain.slots);
-            return Ok(true);
-        }
-        window.push(chain);
     }
 }
 
-/// Reads one frame into the window; more bytes than the window has tell of a frame that did not fit.
-fn read_frame(tap_fd: RawFd, window: &mut Window) -> io::Result<u64> {
-    let mut spare = 0u8;
-    window.buffers.push(libc::iovec { iov_base: (&raw mut spare).cast(), iov_len: 1 });
-    // SAFETY: the buffers lie in guest memory, which the ring keeps mapped, but for the last one, which is `spare`.
-    let length = unsafe { sys::readv(tap_fd, &window.buffers[window.used..]) };
-    window.buffers.pop();
-    length
-}
-
-/// Gives the guest the frame of `length` bytes, header included, that stands in the window's first chains.
-fn deliver(rx: &mut RingEnd, window: &mut Window, length: u64, header_length: usize) {
-    let first = window.used;
-    let mut left = length;
-    let mut count = 0u16;
-    while left > 0 {
-        let chain = window.pop().expect("the caller checked that the frame fits");
-        let written = left.min(chain.length);
-        rx.ring.complete(&chain, u32::try_from(written).expect("a read gives less than 2 GiB"));
-        left -= written;
-        count += 1;
-    }
-    if header_length == HEADER_LENGTH_WITH_BUFFERS {
-        // The kernel leaves this field alone, and it must be 1 also where buffers are not merged.
-        write_num_buffers(&window.buffers[first..window.used], count);
-    }
-    window.tidy();
-    rx.ring.publish();
-}
-
-/// Writes `num_buffers` into the header at the start of `buffers`, which may lie across several.
-fn write_num_buffers(buffers: &[libc::iovec], count: u16) {
-    let mut offset = NUM_BUFFERS_OFFSET;
-    let mut bytes = count.to_le_bytes().into_iter();
-    for buffer in buffers {
-        while offset < buffer.iov_len {
-            let Some(byte) = bytes.next() else { return };
-            // SAFETY: `offset` is inside the buffer, which is mapped guest memory.
-            unsafe { buffer.iov_base.cast::<u8>().add(offset).write_volatile(byte) };
-            offset += 1;
+/// Finds room for the rest of a frame that is longer than the window, or lets it wait.
+#[cold]
+fn overrun(
+    ring: &mut Ring,
+    window: &mut Window,
+    backlog: &mut Backlog,
+    length: u64,
+    counters: &LiveCounters,
+) -> Result<(), Halt> {
+    let (placed, end) = (window.end(), usize::try_from(length).expect("no frame is so long"));
+    match window.gather(ring, length).inspect_err(|_| counters.rx_dropped_length.add(1))? {
+        Room::Enough => {
+            // SAFETY: the frame was not cut, so all of it behind the window's end was read to there.
+            window.fill(placed, unsafe { backlog.rest(placed, end) });
+            deliver(ring, window, length, counters);
         }
-        offset -= buffer.iov_len;
+        Room::NotYet if window.framing().mergeable => {
+            window.move_out(placed, backlog);
+            // SAFETY: as above; the bytes before it were just written.
+            unsafe { backlog.hold(end) };
+            return Err(Halt::Wait(Wait::Guest));
+        }
+        _ => counters.rx_dropped_length.add(1),
+    }
+    Ok(())
+}
+
+/// Delivers the frame that waits, if the guest has made enough available meanwhile.
+#[cold]
+fn receive_waiting(
+    ring: &mut Ring,
+    window: &mut Window,
+    backlog: &mut Backlog,
+    counters: &LiveCounters,
+) -> Result<u64, Halt> {
+    let length = backlog.frame().map_or(0, |frame| frame.len() as u64);
+    // Another driver than the one it came for may have a shorter header.
+    let fits = window.framing().header_length == HEADER_LENGTH_WITH_BUFFERS;
+    match window.gather(ring, length)? {
+        Room::Enough if fits => {
+            window.fill(0, backlog.frame().unwrap_or_default());
+            deliver(ring, window, length, counters);
+        }
+        Room::NotYet if backlog.patience() > Some(Duration::ZERO) => return Err(Halt::Wait(Wait::Guest)),
+        _ => counters.rx_dropped_length.add(1),
+    }
+    backlog.clear();
+    Ok(length)
+}
+
+/// Gives the guest the frame that stands in the window, if the driver takes what it asks for.
+#[inline]
+fn deliver(ring: &mut Ring, window: &mut Window, length: u64, counters: &LiveCounters) {
+    if window.admit() {
+        window.deliver(ring, length);
+        counters.rx_packets.add(1);
+        counters.rx_bytes.add(length - window.framing().header_length as u64);
+    } else {
+        counters.rx_dropped_stale.add(1);
+    }
+}
+
+/// Reads out a frame that is for another driver.
+#[cold]
+fn drop_stale(tap: &mut Tap, backlog: &mut Backlog, counters: &LiveCounters) -> Result<u64, Halt> {
+    // The kernel drops what does not fit, but wants room for the header.
+    let mut header = [0u8; HEADER_LENGTH_WITH_BUFFERS];
+    let buffer = libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: header.len() };
+    // SAFETY: the buffer is `header`, which lives across the call.
+    let read = |fd| unsafe { sys::readv(fd, &[buffer]) }.map(|length| Read { length, is_cut: true });
+    match tap.read(read) {
+        Ok(Read { length, .. }) => {
+            backlog.note_stale();
+            counters.rx_dropped_stale.add(1);
+            Ok(length)
+        }
+        // All that waited is out.
+        Err(NoFrame::Empty) => {
+            backlog.end_stale();
+            Ok(0)
+        }
+        Err(reason) => no_frame(reason, counters),
     }
 }
 
 #[cfg(test)]
 impl Pump {
-    /// Breaks an invariant: there is room for a frame, and no chain that it could be delivered by.
     pub(crate) fn break_window(&mut self) {
-        let room = vec![0u8; 2048].leak();
-        self.window.buffers.push(libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() });
-        self.window.length = room.len() as u64;
+        self.window.break_invariant();
     }
 }

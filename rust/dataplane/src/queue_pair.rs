@@ -23,10 +23,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::backlog::Backlog;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
-use crate::pump::{Budget, Config, Correction, Positions, Pump, Side, BATCH, WATCHED};
+use crate::memory::GuestMemory;
+use crate::pump::{Budget, Config, Correction, Notifiers, Positions, Pump, Side, Sleep, BATCH, WATCHED};
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
@@ -73,6 +75,8 @@ impl std::error::Error for Error {}
 #[derive(Debug, Default)]
 struct State {
     pump: Option<Pump>,
+    /// It outlives every configuration.
+    backlog: Backlog,
     running: bool,
     closing: bool,
     /// The thread waits for `resumed` and holds no reference to any descriptor.
@@ -102,6 +106,7 @@ struct Shared {
     running: AtomicBool,
     positions: AtomicU64,
     failed: AtomicU8,
+    interface_gone: AtomicBool,
     counters: LiveCounters,
     errors: Mutex<Vec<(Side, String)>>,
     corrections: Mutex<Vec<Correction>>,
@@ -142,6 +147,7 @@ impl QueuePair {
             running: AtomicBool::new(false),
             positions: AtomicU64::new(pack(Positions::default())),
             failed: AtomicU8::new(0),
+            interface_gone: AtomicBool::new(false),
             counters: LiveCounters::default(),
             errors: Mutex::default(),
             corrections: Mutex::default(),
@@ -178,6 +184,7 @@ impl QueuePair {
     pub fn configure(&self, config: &Config) -> Result<(), Error> {
         let mut state = self.idle()?;
         let old = state.pump.replace(Pump::new(config).map_err(Error::Invalid)?);
+        self.shared.interface_gone.store(false, Ordering::Relaxed);
         drop(state);
         drop(old); // this may unmap memory, which takes a while
         Ok(())
@@ -222,8 +229,13 @@ impl QueuePair {
         let shared = &self.shared;
         let mut state = self.idle()?;
         let parked = state.parked;
-        let corrections = attempt(state.pump.as_mut().ok_or(Error::NotConfigured)?, Pump::begin);
-        shared.note_corrections(corrections);
+        let State { pump, backlog, .. } = &mut *state;
+        let pump = pump.as_mut().ok_or(Error::NotConfigured)?;
+        shared.note_corrections(attempt(pump, Pump::begin));
+        backlog.begin();
+        if let Some(position) = pump.next_positions().rx {
+            shared.counters.rx_dropped_stale.add(backlog.claim(position).into());
+        }
         state.running = true;
         state.starts += 1;
         shared.running.store(true, Ordering::Release);
@@ -247,6 +259,42 @@ impl QueuePair {
     /// Lets the thread come to its next look between two packets and stay there, until the `stop` that must follow.
     fn ask_to_stop(&self) {
         self.shared.stop_requested.store(true, Ordering::Relaxed);
+    }
+
+    /// Does something to a configured pair between two packets. Rings that run go on, for all that anybody sees.
+    fn between_packets<T>(&self, act: impl FnOnce(&mut Pump, bool) -> T) -> Option<T> {
+        let shared = &self.shared;
+        self.ask_to_stop();
+        let mut state = lock(&shared.state);
+        shared.stop_requested.store(false, Ordering::Relaxed);
+        let is_running = state.running;
+        let result = state.pump.as_mut().map(|pump| act(pump, is_running));
+        let is_held_up = is_running && state.parked;
+        drop(state);
+        if is_held_up {
+            shared.resumed.notify_one();
+        }
+        result
+    }
+
+    /// Calls the driver of a ring, and tells it that the ring failed, by other borrowed descriptors from now on. The former
+    /// ones are not used any more; a new call descriptor of a ring that runs is called once. The rings go on. A ring that
+    /// is not configured has no descriptors.
+    ///
+    /// # Errors
+    /// A descriptor is of another kind. Nothing changed.
+    pub fn set_notifiers(
+        &self,
+        side: Side,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+    ) -> Result<(), Error> {
+        // Looked at before the rings wait.
+        let notifiers = Notifiers::of(side, call_fd, error_fd).map_err(Error::Invalid)?;
+        self.between_packets(|pump, is_running| {
+            pump.set_notifiers(side, notifiers, is_running, &self.shared.counters);
+        });
+        Ok(())
     }
 
     /// Stops between two packets; gives where the rings would go on.
@@ -300,6 +348,46 @@ impl QueuePair {
         let mut state = self.idle()?;
         state.pump.as_mut().ok_or(Error::NotConfigured)?.set_failed(side);
         Ok(())
+    }
+
+    /// Whether the TAP's interface was found to be gone since the pair was configured.
+    #[must_use]
+    pub fn interface_gone(&self) -> bool {
+        self.shared.interface_gone.load(Ordering::Relaxed)
+    }
+
+    /// What waits, here and in the TAP, is for a driver whose receive ring goes on at `position`; None is for no driver that
+    /// comes. The next start with a receive ring decides: for another driver it is read out and dropped, without a wait.
+    ///
+    /// # Errors
+    /// The pair runs. Nothing changed.
+    pub fn reserve_waiting(&self, position: Option<u16>) -> Result<(), Error> {
+        self.idle()?.backlog.reserve(position);
+        Ok(())
+    }
+
+    /// As `reserve_waiting`, for a driver whose receive ring goes on anywhere but at `position`.
+    ///
+    /// # Errors
+    /// The pair runs. Nothing changed.
+    pub fn refuse_waiting(&self, position: u16) -> Result<(), Error> {
+        self.idle()?.backlog.refuse(position);
+        Ok(())
+    }
+
+    /// The frame that was read and waits for buffers, with its header of 12 bytes. None also while the pair runs, which may
+    /// deliver it at any time.
+    #[must_use]
+    pub fn waiting_frame(&self) -> Option<Vec<u8>> {
+        self.idle().ok()?.backlog.frame().map(<[u8]>::to_vec)
+    }
+
+    /// Lets a frame wait that another process read, in the place of any other; none where it is empty.
+    ///
+    /// # Errors
+    /// The pair runs, or the frame is longer than any. Nothing changed.
+    pub fn set_waiting_frame(&self, frame: &[u8]) -> Result<(), Error> {
+        self.idle()?.backlog.put(frame).map_err(Error::Invalid)
     }
 
     #[must_use]
@@ -383,6 +471,16 @@ pub fn stop_all(pairs: &[&QueuePair]) -> Vec<bool> {
     pairs.iter().map(|pair| pair.halt()).collect()
 }
 
+/// Lets every configured pair whose rings are in the same place of `memory` go on with that: gives which did. The others
+/// go on with what they had.
+///
+/// Rings that run wait for no longer than it takes to compare addresses and swap a pointer. No pair that did uses the former memory any more.
+pub fn swap_memory(pairs: &[&QueuePair], memory: &Arc<GuestMemory>) -> Vec<bool> {
+    let swap = |pair: &&QueuePair| pair.between_packets(|pump, _| pump.swap_memory(Arc::clone(memory)));
+    // What comes back is dropped with no lock held: this may unmap memory, which takes a while.
+    pairs.iter().map(|pair| swap(pair).is_some_and(|unused| unused.is_ok())).collect()
+}
+
 impl Drop for QueuePair {
     fn drop(&mut self) {
         self.close();
@@ -409,12 +507,12 @@ impl Shared {
         let mut state = self.park(lock(&self.state));
         while !state.closing {
             let (wake, watched) = fds.split_first_mut().expect("one more than watched");
-            let sleep = !self.turn(&mut state, BATCH) && self.watch(&mut state, watched);
+            let sleep = if self.turn(&mut state, BATCH) { None } else { self.watch(&mut state, watched) };
             let starts = state.starts;
-            if sleep {
+            if let Some(sleep) = sleep {
                 *wake = libc::pollfd { fd: self.wake_fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
                 drop(state);
-                if sys::poll(&mut fds).is_err() {
+                if sys::poll(&mut fds, sleep.longest).is_err() {
                     // Without memory to be woken, it looks by itself, and leaves the processor to whoever frees some.
                     std::thread::sleep(NO_MEMORY_PAUSE);
                 }
@@ -429,19 +527,21 @@ impl Shared {
 
     /// One turn of the rings; false if there is nothing to do but to wait.
     fn turn(&self, state: &mut State, budget: Budget) -> bool {
-        let pump = state.pump.as_mut().expect("a pair that runs is configured");
-        let more = attempt(pump, |pump| pump.turn(budget, &self.stop_requested, &self.counters));
+        let State { pump, backlog, .. } = state;
+        let pump = pump.as_mut().expect("a pair that runs is configured");
+        let more = attempt(pump, |pump| pump.turn(budget, backlog, &self.stop_requested, &self.counters));
         self.positions.store(pack(pump.next_positions()), Ordering::Relaxed);
         self.report_failures(pump);
         more
     }
 
-    /// Prepares to sleep; false if there is something to do after all.
-    fn watch(&self, state: &mut State, watched: &mut [libc::pollfd]) -> bool {
-        let pump = state.pump.as_mut().expect("a pair that runs is configured");
-        let idle = attempt(pump, |pump| pump.watch(watched));
+    /// Prepares to sleep; None if there is something to do after all.
+    fn watch(&self, state: &mut State, watched: &mut [libc::pollfd]) -> Option<Sleep> {
+        let State { pump, backlog, .. } = state;
+        let pump = pump.as_mut().expect("a pair that runs is configured");
+        let sleep = attempt(pump, |pump| pump.watch(watched, backlog));
         self.report_failures(pump);
-        idle
+        sleep
     }
 
     /// Waits until the rings are to run and nobody is about to stop them.
@@ -471,6 +571,9 @@ impl Shared {
         let (rx, tx) = pump.failed();
         let failed = if rx { RX_FAILED } else { 0 } | if tx { TX_FAILED } else { 0 };
         self.failed.store(failed, Ordering::Relaxed);
+        if pump.interface_gone() && !self.interface_gone.swap(true, Ordering::Relaxed) {
+            sys::signal(self.event_fd);
+        }
         self.report(pump.take_failures());
     }
 
@@ -523,12 +626,12 @@ fn unpack(word: u64) -> Positions {
 mod tests {
     use super::*;
     use crate::chain::Features;
-    use crate::common::{await_rung, eventfd, memory, send, wire, Queue, MEMORY_START, WRITE};
+    use crate::common::{await_rung, eventfd, memory, send, wire, Queue, ALL_OFFLOADS, MEMORY_START, WRITE};
     use crate::pump::RingSpec;
     use crate::ring::Format;
 
     const BUFFER: u64 = MEMORY_START + 0x10_0000;
-    const FRAME: [u8; 60] = [7; 60];
+    const FRAME: [u8; 60] = [0; 60];
 
     struct Bench {
         queues: [Queue; 2],
@@ -577,6 +680,7 @@ mod tests {
                 tap_fd: self.tap.as_raw_fd(),
                 header_length: 12,
                 frame_length_max: 1514,
+                offloads: ALL_OFFLOADS,
                 format: Format::Split,
                 features: Features { event_index: false, indirect: true },
                 mergeable: true,
@@ -586,8 +690,17 @@ mod tests {
             self.pair.configure(&config).unwrap();
         }
 
-        fn break_window(&self) {
+        fn offer_rx(&mut self, length: u32) {
+            self.queues[0].descriptor(0, BUFFER, length, WRITE, 0);
+            self.queues[0].offer(0);
+            sys::signal(self.ends[0][0].as_raw_fd());
+        }
+
+        /// The next frame panics.
+        fn break_window(&mut self) {
             lock(&self.pair.shared.state).pump.as_mut().unwrap().break_window();
+            self.offer_rx(20);
+            assert!(send(&self.wire, &FRAME));
         }
 
         /// What is to be seen of a pair that panicked.
@@ -602,9 +715,7 @@ mod tests {
         }
 
         fn deliver_one(&mut self) {
-            self.queues[0].descriptor(0, BUFFER, 2048, WRITE, 0);
-            self.queues[0].offer(0);
-            sys::signal(self.ends[0][0].as_raw_fd());
+            self.offer_rx(2048);
             assert!(send(&self.wire, &FRAME));
             let queue = &mut self.queues[0];
             assert_eq!(await_rung(&self.ends[0][1], || queue.next_used()), (0, 60));
@@ -619,8 +730,6 @@ mod tests {
         bench.pair.start().unwrap();
         bench.deliver_one();
         bench.break_window();
-        assert!(send(&bench.wire, &FRAME));
-        sys::signal(bench.ends[0][0].as_raw_fd());
         bench.await_both_failed();
         let here = Positions { rx: Some(6), tx: Some(5) };
         assert_eq!((bench.pair.positions(), bench.pair.stop()), (here, here));
@@ -630,6 +739,9 @@ mod tests {
         bench.pair.stop();
         bench.configure();
         bench.pair.start().unwrap();
+        let queue = &mut bench.queues[0];
+        assert!(send(&bench.wire, &FRAME[..20]));
+        assert_eq!(await_rung(&bench.ends[0][1], || queue.next_used()), (0, 20), "the buffer is there still");
         bench.deliver_one();
         assert_eq!(bench.pair.failed(), (false, false));
         bench.pair.close();
@@ -641,11 +753,11 @@ mod tests {
         let mut bench = Bench::new();
         for (queue, flags) in bench.queues.iter_mut().zip([WRITE, 0]) {
             for head in 0..4 {
-                queue.descriptor(head, BUFFER, LENGTH, flags, 0);
+                queue.descriptor(head, BUFFER, LENGTH + u32::from(flags), flags, 0);
                 queue.offer(head);
             }
         }
-        (0..4).for_each(|_| assert!(send(&bench.wire, &[7; LENGTH as usize])));
+        (0..4).for_each(|_| assert!(send(&bench.wire, &[0; LENGTH as usize])));
         // The first half of a start: the thread is not woken, so nobody else takes a turn.
         bench.pair.scan().unwrap();
         assert_eq!(bench.queues.each_ref().map(Queue::used_index), [5 + 2; 2]);
@@ -653,10 +765,32 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_start_is_not_the_callers() {
-        let bench = Bench::new();
-        bench.break_window();
+    fn a_frame_waits_for_no_driver_that_posts_nothing_for_ever() {
+        let mut bench = Bench::new();
+        bench.offer_rx(20);
         assert!(send(&bench.wire, &FRAME));
+        bench.pair.scan().unwrap();
+        assert_eq!(bench.pair.stop().rx, Some(5));
+        assert_eq!(bench.pair.waiting_frame().as_deref(), Some(&FRAME[..]));
+        bench.pair.scan().unwrap();
+        let mut state = lock(&bench.pair.shared.state);
+        let mut fds = [libc::pollfd { fd: -1, events: 0, revents: 0 }; WATCHED];
+        let sleep = bench.pair.shared.watch(&mut state, &mut fds).expect("there is nothing to do");
+        assert!(sleep.longest > Some(Duration::from_secs(9)), "it is waited for from each start on");
+        state.backlog.exhaust_patience();
+        assert!(!bench.pair.shared.turn(&mut state, BATCH));
+        let sleep = bench.pair.shared.watch(&mut state, &mut fds).expect("there is nothing to do");
+        assert_eq!(sleep.longest, None);
+        drop(state);
+        assert_eq!(bench.pair.stop().rx, Some(5));
+        assert_eq!(bench.pair.counters().rx_dropped_length, 1);
+        assert_eq!(bench.pair.waiting_frame(), None);
+    }
+
+    #[test]
+    fn a_panic_in_a_start_is_not_the_callers() {
+        let mut bench = Bench::new();
+        bench.break_window();
         bench.pair.start().unwrap();
         bench.await_both_failed();
         assert_eq!(bench.pair.stop(), Positions { rx: Some(5), tx: Some(5) });

@@ -39,6 +39,22 @@ impl Ring {
         })
     }
 
+    /// Goes on in other memory, which it `is_in`.
+    pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        match self {
+            Self::Split(ring) => ring.set_memory(memory),
+            Self::Packed(ring) => ring.set_memory(memory),
+        }
+    }
+
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &Arc<GuestMemory>, layout: &Layout) -> bool {
+        match self {
+            Self::Split(ring) => ring.is_in(memory, layout),
+            Self::Packed(ring) => ring.is_in(memory, layout),
+        }
+    }
+
     pub(crate) fn size(&self) -> u16 {
         match self {
             Self::Split(ring) => ring.size(),

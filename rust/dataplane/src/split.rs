@@ -82,6 +82,19 @@ impl SplitRing {
         self.size
     }
 
+    /// Goes on in other memory, which it `is_in`.
+    pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
+        self.memory = Arc::clone(memory);
+    }
+
+    /// Whether the ring, which was made from this layout, is in the same place of another memory.
+    pub(crate) fn is_in(&self, memory: &Arc<GuestMemory>, layout: &Layout) -> bool {
+        let there = Self::new(layout, self.features, memory);
+        there.is_ok_and(|there| {
+            (there.descriptors, there.avail, there.used) == (self.descriptors, self.avail, self.used)
+        })
+    }
+
     /// A field of the avail ring, `offset` in units of 16 bits.
     fn avail_field(&self, offset: usize) -> &AtomicU16 {
         debug_assert!(offset < 3 + usize::from(self.size));

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// Adds one to an eventfd: rings it. One that is full was rung already, so it is left alone.
 ///
@@ -87,20 +88,32 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
-/// Sleeps until something happens to one of `fds`; a signal looks like nothing happened.
+/// Sleeps until something happens to one of `fds`, or for `longest`; a signal looks like nothing happened.
 ///
 /// # Errors
 /// As poll(2), which leaves a correct caller none but lack of memory; then nothing happened either.
-pub fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
+pub fn poll(fds: &mut [libc::pollfd], longest: Option<Duration>) -> io::Result<()> {
+    // Rounded up: who wakes too early would look in vain until the time has come.
+    let timeout = longest.map_or(-1, |longest| libc::c_int::try_from(longest.as_millis() + 1).unwrap_or(-1));
     let count = libc::nfds_t::try_from(fds.len()).expect("a handful of descriptors");
     // SAFETY: the slice is valid for `count` entries.
-    if unsafe { libc::poll(fds.as_mut_ptr(), count, -1) } >= 0 {
+    if unsafe { libc::poll(fds.as_mut_ptr(), count, timeout) } >= 0 {
         return Ok(());
     }
     fds.iter_mut().for_each(|fd| fd.revents = 0);
     match io::Error::last_os_error() {
         error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
         error => Err(error),
+    }
+}
+
+/// Whether a TAP has no interface any more: it was deleted, or its network namespace was. What is no TAP has none.
+pub(crate) fn interface_is_gone(tap_fd: RawFd) -> bool {
+    const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32 as libc::Ioctl; // linux/if_tun.h
+                                                                   // SAFETY: an all-zero request is valid to be filled in, and is valid for writing.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        libc::ioctl(tap_fd, TUNGETIFF, &raw mut request) != 0
     }
 }
 

@@ -239,6 +239,7 @@ proptest! {
             tap_fd: ends.tap.as_raw_fd(),
             header_length: HEADER,
             frame_length_max: 1514,
+            offloads: common::ALL_OFFLOADS,
             format: Format::Packed,
             features: scene.features,
             mergeable: scene.mergeable,

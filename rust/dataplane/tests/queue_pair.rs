@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{
-    await_frame, await_rung, eventfd, memfd, memory, memory_of, pipe, readable, receive, refuse, send,
-    truncate, wire, Queue, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE, WRITE,
+    await_frame, await_rung, eventfd, is_mapped, memfd, memory, memory_of, pipe, readable, receive, refuse,
+    region, send, truncate, wire, Queue, ALL_OFFLOADS, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, PATIENCE,
+    WRITE,
 };
 use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
-use dataplane::queue_pair::{Error, QueuePair};
+use dataplane::queue_pair::{swap_memory, Error, QueuePair};
 use dataplane::sys::{drain, signal};
 use dataplane::{Config, Correction, Counters, Format, Positions, RingSpec, Side};
 
@@ -93,6 +94,7 @@ impl Bench {
             tap_fd: self.tap.as_raw_fd(),
             header_length: HEADER,
             frame_length_max: 1514,
+            offloads: ALL_OFFLOADS,
             format: Format::Split,
             // Calls for every packet keep the tests simple; the event index has its own in split.rs.
             features: Features { event_index: false, indirect: true },
@@ -177,9 +179,10 @@ fn a_header_of_ten_bytes_has_no_count() {
         config.header_length = 10;
         config.mergeable = false;
     });
-    assert!(send(&bench.wire, b"ten bytes.a frame"));
+    let packet = [&[0; 10], &b"a frame"[..]].concat();
+    assert!(send(&bench.wire, &packet));
     assert_eq!(bench.rx.await_used(), (0, 17));
-    assert_eq!(bench.rx.queue.get::<17>(rx_buffer(0)), *b"ten bytes.a frame");
+    assert_eq!(bench.rx.queue.get::<17>(rx_buffer(0)), *packet);
 }
 
 #[test]
@@ -215,47 +218,6 @@ fn the_count_of_buffers_may_lie_across_descriptors() {
 }
 
 #[test]
-fn a_frame_waits_in_the_tap_until_the_guest_has_room() {
-    let mut bench = Bench::new();
-    bench.offer_rx(0, 100); // too little for the longest frame
-    bench.start();
-    assert!(send(&bench.wire, &with_header(b"a frame")));
-    // Its first scan found no room, so it sleeps or is about to; either way it may not read.
-    assert!(readable(bench.tap.as_raw_fd(), A_MOMENT));
-    assert_eq!(bench.rx.queue.next_used(), None);
-    bench.offer_rx(1, BUFFER_SIZE);
-    bench.rx.kick();
-    assert_eq!(bench.rx.await_used(), (0, 19));
-    assert_eq!(bench.pair.stop().rx, Some(1), "the second buffer stays available");
-}
-
-#[test]
-fn a_ring_that_never_holds_the_longest_frame_takes_what_fits_and_drops_what_does_not() {
-    let mut bench = Bench::new();
-    for head in 0..SIZE {
-        bench.offer_rx(head, 16);
-    }
-    bench.start();
-    assert!(send(&bench.wire, &with_header(&[1; 1025 - HEADER])));
-    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
-    assert_eq!(bench.rx.await_used(), (0, 16));
-    assert_eq!(bench.rx.await_used(), (1, 4));
-    assert_eq!(bench.pair.counters().rx_dropped_length, 1);
-}
-
-#[test]
-fn half_a_ring_is_room_enough_for_a_guest_that_fills_it_up_as_packets_come() {
-    let mut bench = Bench::new();
-    for head in 0..SIZE / 2 {
-        bench.offer_rx(head, 16);
-    }
-    bench.start();
-    assert!(send(&bench.wire, &with_header(&[2; 20 - HEADER])));
-    assert_eq!(bench.rx.await_used(), (0, 16));
-    assert_eq!(bench.rx.await_used(), (1, 4));
-}
-
-#[test]
 fn more_buffers_than_one_read_takes_are_left_for_the_next() {
     let mut bench = Bench::new();
     // Sixteen chains of a hundred buffers each, by one indirect table that all of them share.
@@ -273,18 +235,6 @@ fn more_buffers_than_one_read_takes_are_left_for_the_next() {
     let used: Vec<_> = (0..10).map(|_| bench.rx.await_used()).collect();
     assert_eq!(used, (0..10).map(|head| (head, 100)).collect::<Vec<_>>());
     assert_eq!(bench.pair.stop().rx, Some(10));
-}
-
-#[test]
-fn without_merging_a_frame_longer_than_its_buffer_is_dropped() {
-    let mut bench = Bench::new();
-    bench.offer_rx(0, 64);
-    bench.start_with(|config| config.mergeable = false);
-    assert!(send(&bench.wire, &with_header(&[1; 53])));
-    assert!(send(&bench.wire, &with_header(&[2; 52])));
-    assert_eq!(bench.rx.await_used(), (0, 64));
-    let counters = bench.pair.counters();
-    assert_eq!((counters.rx_packets, counters.rx_dropped_length), (1, 1));
 }
 
 #[test]
@@ -410,6 +360,34 @@ fn a_split_ring_begins_at_its_used_index_wherever_it_is_told_to_begin() {
 }
 
 #[test]
+fn chains_are_used_in_the_order_they_came_also_those_of_packets_that_are_dropped() {
+    // VIRTIO_F_IN_ORDER is offered.
+    let mut bench = Bench::new();
+    let (heads, (_, broken)) = ([5, 0, 9, 2], wire());
+    for head in heads {
+        bench.offer_tx(head, &[0; 60]);
+        bench.offer_rx(head, BUFFER_SIZE);
+    }
+    for number in 0..4 {
+        send(&bench.wire, &with_header(&[number; 60]));
+    }
+    bench.start();
+    for head in heads {
+        assert_eq!(bench.tx.await_used().0, head);
+        assert_eq!(bench.rx.await_used().0, head);
+    }
+    bench.pair.stop();
+    for head in heads {
+        bench.offer_tx(head, &[0; 60]);
+    }
+    bench.start_with(|config| config.tap_fd = broken.as_raw_fd());
+    for head in heads {
+        assert_eq!(bench.tx.await_used().0, head);
+    }
+    assert_eq!(tx_dropped(&bench.pair.counters()), 4);
+}
+
+#[test]
 fn a_ring_that_failed_elsewhere_stays_where_it_was_told() {
     let bench = Bench::at(9);
     bench.pair.configure(&bench.config()).unwrap();
@@ -511,6 +489,142 @@ fn two_pairs_that_take_turns_lose_repeat_and_reorder_nothing() {
     });
 }
 
+#[test]
+fn other_call_descriptors_and_other_memory_under_load_lose_repeat_and_reorder_nothing() {
+    let fd = memfd(MEMORY_SIZE + 0x1000);
+    let kept = region(&fd, MEMORY_START, MEMORY_SIZE, 0);
+    let memory = Arc::new(GuestMemory::new(&[kept]).unwrap());
+    let mut bench = Bench::on(Arc::clone(&memory), 0xff00);
+    bench.start();
+    let added = region(&fd, 2 * (MEMORY_START + MEMORY_SIZE), 0x1000, MEMORY_SIZE);
+    let tables = [Arc::new(memory.next(&[kept, added]).unwrap()), Arc::new(memory.next(&[kept]).unwrap())];
+    let calls = [eventfd(), eventfd()];
+    let mut round = 0;
+    flood(&mut bench, |bench| {
+        round += 1;
+        let call = calls[round % 2].as_raw_fd();
+        bench.pair.set_notifiers(Side::Rx, Some(call), None).unwrap();
+        bench.pair.set_notifiers(Side::Tx, Some(call), None).unwrap();
+        assert!(readable(call, Duration::ZERO), "a new descriptor is called at once");
+        assert_eq!(swap_memory(&[&bench.pair], &tables[round % 2]), [true]);
+        assert!(bench.pair.is_running());
+    });
+    let counters = bench.pair.counters();
+    assert_eq!((counters.rx_packets, counters.tx_packets), (20_000, 20_000));
+    assert_eq!((counters.rx_dropped_length, tx_dropped(&counters)), (0, 0));
+}
+
+#[test]
+fn no_call_is_lost_where_the_descriptor_changes_while_packets_are_sent() {
+    const PACKETS: u32 = 5000;
+    let mut bench = Bench::new();
+    bench.start_with(|config| config.features.event_index = true);
+    let calls = [eventfd(), eventfd()];
+    for number in 0..PACKETS {
+        let call = &calls[number as usize % 2];
+        // One that this driver has seen means nothing any more.
+        let _ = drain(call.as_raw_fd());
+        // With the event index a call comes once: for the packet that is offered now.
+        bench.tx.queue.set_used_event(number as u16);
+        bench.offer_tx(number as u16 % SIZE, &frame(number));
+        bench.tx.kick();
+        // The driver has looked and sleeps. A call to the former descriptor, before this returns, wakes nobody.
+        while number % 2 == 0 && bench.tx.queue.used_index() == number as u16 {
+            std::hint::spin_loop();
+        }
+        bench.pair.set_notifiers(Side::Tx, Some(call.as_raw_fd()), None).unwrap();
+        assert!(readable(call.as_raw_fd(), PATIENCE), "a call was lost");
+        let _ = drain(call.as_raw_fd());
+        await_rung(call, || bench.tx.queue.next_used());
+        assert_eq!(self::number(&await_frame(&bench.wire)[HEADER..]), number);
+    }
+}
+
+#[test]
+fn a_former_call_descriptor_is_used_no_more_and_none_at_all_is_a_guest_that_polls() {
+    let mut bench = Bench::new();
+    bench.start();
+    bench.offer_tx(0, b"called");
+    bench.tx.kick();
+    bench.tx.await_used();
+    let _ = drain(bench.tx.call.as_raw_fd());
+    bench.pair.set_notifiers(Side::Tx, None, None).unwrap();
+    let calls = bench.pair.counters().tx_calls;
+    bench.offer_tx(1, b"polled");
+    bench.tx.kick();
+    for expected in [b"called", b"polled"] {
+        assert_eq!(await_frame(&bench.wire), with_header(expected));
+    }
+    while bench.tx.queue.next_used().is_none() {
+        std::hint::spin_loop();
+    }
+    // Whoever asks for the positions of a stopped pair knows that its last turn is over.
+    bench.pair.stop();
+    assert!(!readable(bench.tx.call.as_raw_fd(), Duration::ZERO));
+    assert_eq!(bench.pair.counters().tx_calls, calls);
+    bench.pair.start().unwrap();
+    let other = eventfd();
+    bench.pair.set_notifiers(Side::Tx, Some(other.as_raw_fd()), None).unwrap();
+    assert!(readable(other.as_raw_fd(), Duration::ZERO), "what was used meanwhile was never told");
+    let _ = drain(other.as_raw_fd());
+    bench.pair.set_notifiers(Side::Tx, Some(other.as_raw_fd()), Some(bench.tx.error.as_raw_fd())).unwrap();
+    assert!(!readable(other.as_raw_fd(), Duration::ZERO), "the same descriptor has missed nothing");
+    // The new error descriptor is the one that is told.
+    bench.tx.queue.set_avail_index(1000);
+    bench.tx.kick();
+    assert_eq!(bench.await_error()[0].0, Side::Tx);
+    assert!(readable(bench.tx.error.as_raw_fd(), Duration::ZERO));
+}
+
+#[test]
+fn descriptors_that_nobody_can_ring_by_leave_the_former_ones() {
+    let mut bench = Bench::new();
+    bench.start();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for (call, error) in [(Some(file.as_raw_fd()), None), (None, Some(file.as_raw_fd()))] {
+        let refused = bench.pair.set_notifiers(Side::Tx, call, error);
+        assert!(matches!(refused, Err(Error::Invalid(reason)) if reason.contains("descriptor is /dev/null")));
+    }
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    bench.tx.await_used();
+}
+
+#[test]
+fn a_pair_goes_on_in_other_memory_and_holds_none_of_what_is_gone() {
+    // Rings in one region, buffers to receive into in another.
+    let (fd, buffers) = (memfd(MEMORY_SIZE), memfd(0x20_0000));
+    let rings = region(&fd, MEMORY_START, 0x10_0000, 0);
+    let moved = region(&fd, MEMORY_START, 0x10_0000, 0x10_0000);
+    let both = [rings, region(&buffers, RX_BUFFERS, 0x20_0000, 0)];
+    let mut bench = Bench::on(Arc::new(GuestMemory::new(&both).unwrap()), 0);
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.offer_rx(1, BUFFER_SIZE);
+    bench.start();
+    assert!(send(&bench.wire, &with_header(b"first")));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+    // The second buffer waits for a frame, in memory that goes now.
+    let left = Arc::new(bench.memory.next(&[rings]).unwrap());
+    assert_eq!(swap_memory(&[&bench.pair], &left), [true]);
+    let lent = [&mut bench.memory, &mut bench.rx.queue.memory, &mut bench.tx.queue.memory];
+    lent.into_iter().for_each(|memory| *memory = Arc::clone(&left));
+    assert!(!is_mapped(&buffers), "memory that was taken away is still mapped");
+    assert!(send(&bench.wire, &with_header(b"second")));
+    let reason = "0x800 bytes at 0x200800 are not inside guest memory";
+    assert_eq!(bench.await_error(), [(Side::Rx, reason.to_string())]);
+    // Rings that are elsewhere are not carried there.
+    let elsewhere = Arc::new(GuestMemory::new(&[moved]).unwrap());
+    assert_eq!(swap_memory(&[&bench.pair], &elsewhere), [false]);
+    assert_eq!(Arc::strong_count(&elsewhere), 1);
+    assert!(bench.pair.is_running());
+    let empty = QueuePair::new("empty", bench.event.as_raw_fd()).unwrap();
+    assert_eq!(
+        swap_memory(&[&empty], &left),
+        [false],
+        "one that is not configured has nothing to go on with"
+    );
+}
+
 /// Fails if the thread of this name is busy.
 fn assert_sleeps(name: &str) {
     let read = |task: &std::path::Path, what| std::fs::read_to_string(task.join(what)).unwrap_or_default();
@@ -574,14 +688,14 @@ fn an_index_that_jumps_while_the_pair_sleeps_stops_the_ring() {
 }
 
 #[test]
-fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
+fn a_tap_that_goes_away_is_no_rings_failure_and_packets_to_it_are_dropped() {
     let mut bench = Bench::new();
     bench.pair = QueuePair::new("gone", bench.event.as_raw_fd()).unwrap();
     bench.offer_rx(0, BUFFER_SIZE);
     bench.start();
     let (other, _) = wire();
     drop(std::mem::replace(&mut bench.wire, other));
-    assert_eq!(bench.await_error(), [(Side::Rx, "TAP: the interface is gone".to_string())]);
+    await_rung(&bench.event, || bench.pair.interface_gone().then_some(()));
     for head in 0..4 {
         bench.offer_tx(head, b"frame");
         bench.tx.kick();
@@ -590,7 +704,35 @@ fn a_tap_that_goes_away_is_told_once_and_packets_to_it_are_dropped() {
     assert_sleeps("gone");
     let counters = bench.pair.counters();
     assert_eq!((counters.tx_dropped_interface, tx_dropped(&counters)), (4, 4));
-    assert_eq!(bench.pair.take_ring_errors(), []);
+    assert_eq!((bench.pair.take_ring_errors(), bench.pair.failed()), (vec![], (false, false)));
+    assert_eq!(bench.pair.stop(), Positions { rx: Some(0), tx: Some(4) });
+    bench.pair.start().unwrap();
+    assert!(bench.pair.interface_gone(), "until it is configured again");
+    bench.pair.stop();
+    (bench.wire, bench.tap) = wire();
+    bench.start();
+    assert!(!bench.pair.interface_gone());
+    assert!(send(&bench.wire, &with_header(b"frame")));
+    assert_eq!(bench.rx.await_used(), (0, 17));
+}
+
+#[test]
+fn reads_that_always_fail_are_counted_and_do_not_spin() {
+    let mut bench = Bench::new();
+    bench.pair = QueuePair::new("unreadable", bench.event.as_raw_fd()).unwrap();
+    // It always polls as readable, and no read of it succeeds.
+    let unreadable = std::fs::File::options().write(true).open("/dev/null").unwrap();
+    bench.offer_rx(0, BUFFER_SIZE);
+    bench.start_with(|config| config.tap_fd = unreadable.as_raw_fd());
+    assert_sleeps("unreadable");
+    assert!(bench.pair.counters().rx_dropped_error >= 64);
+    bench.offer_tx(0, b"frame");
+    bench.tx.kick();
+    assert_eq!(bench.tx.await_used(), (0, 0));
+    assert_eq!(bench.pair.counters().tx_packets, 1);
+    assert!(!bench.pair.interface_gone());
+    assert_eq!(bench.pair.failed(), (false, false));
+    assert_eq!(bench.pair.stop().rx, Some(0));
 }
 
 #[test]

@@ -123,8 +123,11 @@ async def connect(path: str) -> Client:
         raise PeerError(f"'{path}' did not answer in {ANSWER_TIMEOUT_S:g} s") from error
     except OSError as error:
         connection.close()
+        advice = ""
+        if isinstance(error, PermissionError):
+            advice = "; be root or the daemon's user, which lets others in by --allow-user and --socket-mode"
         number = error.errno or errno.EIO
-        raise KernelError(f"cannot connect to '{path}': {error.strerror}", errno=number) from error
+        raise KernelError(f"cannot connect to '{path}': {error.strerror}{advice}", errno=number) from error
     except QMPError as error:
         connection.close()
         raise PeerError(f"what answers at '{path}' does not speak QMP: {error}") from error

@@ -59,25 +59,25 @@ def signals_handled(daemon: Daemon, *, reopen: Callable[[], None]) -> Iterator[l
         daemon.foretell_quit()
         loop.call_soon_threadsafe(daemon.quit)
 
-    def hang_up(number: int, frame: object) -> None:
-        del number, frame
-        loop.call_soon_threadsafe(reopen_undisturbed)
+    pending: set[int] = set()
 
-    def reopen_undisturbed() -> None:
-        if daemon.tracer.is_held:
+    def later(number: int, frame: object) -> None:
+        # Those that come before the event loop turns are one: handlers interrupt each other and must not pile up.
+        del frame
+        if number not in pending:
+            pending.add(number)
+            loop.call_soon_threadsafe(act, number)
+
+    def act(number: int) -> None:
+        pending.discard(number)
+        if number != signal.SIGHUP:
+            _log.info("signal %s ignored: it means nothing to this program", _name(number))
+        elif daemon.tracer.is_held:
             daemon.tracer.on_release(reopen)
         else:
             reopen()
 
-    def pass_over(number: int, frame: object) -> None:
-        del frame
-        loop.call_soon_threadsafe(_log.info, "signal %s ignored: it means nothing to this program", _name(number))
-
-    handlers = {
-        **dict.fromkeys(ENDING, end),
-        signal.SIGHUP: hang_up,
-        **dict.fromkeys(UNRELATED, pass_over),
-    }
+    handlers = {**dict.fromkeys(ENDING, end), **dict.fromkeys((signal.SIGHUP, *UNRELATED), later)}
     for number, handler in handlers.items():
         signal.signal(number, handler)
         signal.siginterrupt(number, False)

@@ -39,7 +39,14 @@ _QUEUE_PAIRS_MAX: Final = 6
 
 _WIDTH: Final = 100
 
-_DROPS: Final = ("rx-dropped-length", "tx-dropped-interface", "tx-dropped-header", "tx-dropped-memory")
+_DROPS: Final = (
+    "rx-dropped-length",
+    "rx-dropped-stale",
+    "rx-dropped-error",
+    "tx-dropped-interface",
+    "tx-dropped-header",
+    "tx-dropped-memory",
+)
 
 Facts = Mapping[str, Any]
 """JSON objects as the daemon answers them."""
@@ -196,7 +203,8 @@ def _table_without_empty_columns(heads: Sequence[str], rows: Sequence[Sequence[s
 def _netdev(facts: Facts, device: Facts) -> str:
     for netdev in facts["netdevs"]:
         if netdev["id"] == device["netdev"]:
-            return f"{netdev['id']} ({netdev.get('ifname', 'closed')})"
+            gone = ", gone" if netdev.get("interface") == "gone" else ""
+            return f"{netdev['id']} ({netdev.get('ifname', 'closed')}{gone})"
     return str(device["netdev"])
 
 
@@ -220,9 +228,13 @@ def _dropped(counts: Mapping[str, int]) -> int:
 
 def _notes(facts: Facts, device: Facts) -> Iterator[str]:
     """What wants a look. Drops are no reason: a guest that is not up yet drops what it is sent."""
+    yield from device.get("notes", ())  # a daemon of before has none
     for vring in device["vrings"]:
         if vring["failed"]:
             yield f"vring {vring['index']} failed"
+    for netdev in facts["netdevs"]:
+        if netdev["id"] == device["netdev"]:
+            yield from netdev["notes"]
     for each in facts["objects"]:
         if each["id"] in (device["id"], device["netdev"]) and not each["transfers"]:
             yield f"{each['id']} stays home: {each['reason']}"
@@ -296,10 +308,21 @@ def _netdev_facts(facts: Facts, device: Facts) -> str:
         return f"{device['netdev']}, closed"
     offloads = " ".join(_without_prefix(netdev["offloads"], "TUN_F_")) or "none"
     return (
-        f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, MTU {netdev['mtu']}, "
+        f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, {_interface_facts(netdev)}, "
         f"{netdev['attached-queues']} of {netdev['queues']} queues attached, "
         f"header of {netdev['vnet-header-length']} bytes, offloads {offloads}"
     )
+
+
+def _interface_facts(netdev: Facts) -> str:
+    """What the interface is now, or why that is not known."""
+    match netdev["interface"]:
+        case "gone":
+            return "gone: the interface was deleted"
+        case "elsewhere":
+            return f"MTU {netdev['mtu']}, whether it is up is unknown (another network namespace)"
+    bridge = f", in bridge {netdev['bridge']}" if "bridge" in netdev else ""
+    return f"{'up' if netdev['up'] else 'down'}, MTU {netdev['mtu']}{bridge}"
 
 
 def _session_lines(device: Facts) -> list[str]:

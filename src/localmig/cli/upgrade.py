@@ -421,6 +421,10 @@ class Upgrade:
                 report.outcome = Outcome.UNKNOWN
                 report.reason = f"daemon {self.new.pid} took over, but {client.pid} answers at '{self.path}'"
             await self.handover.restore(client, report)
+            # Whatever became of an interface, the handover is committed. An older program has no notes.
+            with contextlib.suppress(PeerError):
+                for netdev in await client.execute("query-netdevs"):
+                    report.notes += [f"netdev '{netdev['id']}': {note}" for note in netdev.get("notes", ())]
         finally:
             await client.close()
 

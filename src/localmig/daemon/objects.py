@@ -15,6 +15,7 @@ from localmig.device_api import Part
 from localmig.devices.virtio_net import Rings, VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
+from localmig.netdev.network import Networks
 from localmig.netdev.tap import Tap
 from localmig.options import (
     AnySpec,
@@ -64,6 +65,7 @@ class Objects:
     def build(self, tracer: Tracer) -> list[Part]:
         """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
         rings = Rings(tracer)
+        networks = Networks()
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
             for device in self.devices
@@ -79,7 +81,10 @@ class Objects:
                 queues=spec.queues,
                 fds=spec.descriptors,
                 sndbuf=spec.sndbuf,
+                bridge=spec.br,
+                guest_carrier=spec.guest_carrier,
                 stays_home=stays_home.get(spec.id),
+                networks=networks,
             )
             for spec in self.netdevs
         }

@@ -9,6 +9,7 @@ Read next:   `_dataplane.pyi` for the contract, counters.py for what is counted,
 from __future__ import annotations
 
 from localmig.dataplane._dataplane import (
+    FRAME_SIZE_MAX,
     DriverPair,
     GuestMemory,
     Ledger,
@@ -21,14 +22,18 @@ from localmig.dataplane._dataplane import (
     forbid_unneeded,
     keep_capabilities,
     load_all,
+    load_waiting,
     save_all,
+    save_waiting,
     set_dumpable,
     start_all,
     stop_all,
+    swap_memory,
 )
 from localmig.dataplane.counters import Counters, DriverCounters
 
 __all__ = [
+    "FRAME_SIZE_MAX",
     "Counters",
     "DriverCounters",
     "DriverPair",
@@ -43,8 +48,11 @@ __all__ = [
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
+    "load_waiting",
     "save_all",
+    "save_waiting",
     "set_dumpable",
     "start_all",
     "stop_all",
+    "swap_memory",
 ]

@@ -11,6 +11,7 @@ from typing import Final, final
 __all__ = [
     "COUNTER_NAMES",
     "DRIVER_COUNTER_NAMES",
+    "FRAME_SIZE_MAX",
     "DriverPair",
     "GuestMemory",
     "Ledger",
@@ -23,10 +24,13 @@ __all__ = [
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
+    "load_waiting",
     "save_all",
+    "save_waiting",
     "set_dumpable",
     "start_all",
     "stop_all",
+    "swap_memory",
 ]
 
 COUNTER_NAMES: Final[tuple[str, ...]]
@@ -35,6 +39,9 @@ COUNTER_NAMES: Final[tuple[str, ...]]
 DRIVER_COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `DriverPair.counters` is: the fields of `dataplane.DriverCounters`."""
 
+FRAME_SIZE_MAX: Final[int]
+"""Bytes of the longest frame that a TAP delivers, with its virtio-net header."""
+
 @final
 class GuestMemory:
     """Guest memory, mapped shared and writable into this process. Immutable: another table is another object.
@@ -42,16 +49,21 @@ class GuestMemory:
     Args:
         regions: (guest_address, size, user_address, mmap_offset, fd) of each region, in bytes. `fd` is only used
             during the call; the mapping keeps the memory alive.
+        previous: regions that it has as well, which are the same bytes of the same file at the same addresses, keep
+            their mapping, page tables and all. One of them that is lost is mapped again if that can be.
 
     Raises:
-        ValueError: regions overlap, are empty, wrap around, or the file behind `fd` is smaller than announced.
-        OSError: `mmap` failed.
+        ValueError: regions overlap, are empty, wrap around, or the file behind `fd` is smaller than announced or on a
+            file system whose pages may never come. `previous` is as before.
+        OSError: `mmap` failed. As above.
     """
 
-    def __new__(cls, regions: list[tuple[int, int, int, int, int]]) -> GuestMemory: ...
+    def __new__(
+        cls, regions: list[tuple[int, int, int, int, int]], previous: GuestMemory | None = None
+    ) -> GuestMemory: ...
     @staticmethod
-    def adopt(regions: list[tuple[int, int, int, int, int]]) -> GuestMemory:
-        """Maps what another process had mapped, as it is now.
+    def adopt(regions: list[tuple[int, int, int, int, int]], previous: GuestMemory | None = None) -> GuestMemory:
+        """Maps what another process had mapped, as it is now. `previous` is as for a new one.
 
         What the frontend has spoilt since, by making a file smaller or unfit to be mapped, is no error: the rings that
         need it fail at their first turn.
@@ -64,7 +76,8 @@ class GuestMemory:
     def populate(self, seconds_max: float) -> int:
         """Maps the pages that already exist (it creates none), so that the first packets meet no page fault.
 
-        Returns the number of bytes populated; what there was no time for comes by page faults. Releases the GIL.
+        Returns the number of bytes populated; what there was no time for comes by page faults. The time is looked at
+        every 256 MiB. Mappings that were populated before, in a previous memory too, take none. Releases the GIL.
         """
 
     def translate(self, user_address: int, size: int) -> int:
@@ -138,11 +151,15 @@ class QueuePair:
     """One queue pair of a NIC and its thread, which runs without the GIL.
 
     The thread is created at once and parks until `start`. A ring the guest broke stops alone: its error eventfd
-    fires, `event_fd` is signalled, and `take_ring_errors` tells the reason.
+    fires, `event_fd` is signalled, and `take_ring_errors` tells the reason. So do both rings after a panic.
+
+    A frame that does not fit into what the driver has posted waits until it posts more, for 10 seconds. It is dropped
+    if the whole ring could not take it. It is the pair's, whatever is configured meanwhile.
 
     Args:
         name: the thread's name, cut to 15 bytes.
-        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take.
+        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take, and when the TAP's
+            interface is found to be gone.
     """
 
     def __new__(cls, name: str, event_fd: int) -> QueuePair: ...
@@ -153,6 +170,7 @@ class QueuePair:
         tap_fd: int,
         header_length: int,
         frame_length_max: int,
+        offloads: int,
         event_index: bool,
         indirect: bool,
         mergeable: bool,
@@ -163,7 +181,9 @@ class QueuePair:
         """Sets all there is to know; None is a ring that does not run. Touches neither the TAP nor guest memory.
 
         `header_length` is the virtio-net header's, 10 or 12 bytes, and the TAP's vnet header has the same;
-        `frame_length_max` is the longest frame the TAP may deliver, without that header. `packed` is the rings' format.
+        `frame_length_max` is the longest frame the TAP is expected to deliver, without that header. `offloads` are the
+        bits (TUN_F_…, linux/if_tun.h) of what the driver takes over from who sends to it: a frame that asks for more is
+        dropped and counted. `packed` is the rings' format.
 
         Raises:
             ValueError: a ring's size or alignment is wrong, or it lies outside guest memory. Nothing changed.
@@ -202,6 +222,23 @@ class QueuePair:
     def failed(self) -> tuple[bool, bool]:
         """Whether each ring, rx first, stopped for good since it was configured; exact while stopped."""
 
+    def interface_gone(self) -> bool:
+        """Whether the TAP's interface was deleted since the pair was configured, as the kernel confirmed.
+
+        No ring has failed by that: what the guest sends is counted as dropped, and nothing is received any more.
+        """
+
+    def reserve_waiting(self, position: int | None) -> None:
+        """What waits is for a driver whose receive ring goes on at `position` (of a packed ring with the wrap counter).
+
+        None is for no driver that comes. The next start with a receive ring decides, once. The frame that waits for
+        buffers and up to 65536 in the TAP are read out, dropped and counted before another driver receives anything.
+        The start does not wait for that. RuntimeError if the pair runs.
+        """
+
+    def refuse_waiting(self, position: int) -> None:
+        """As `reserve_waiting`, for a driver whose receive ring goes on anywhere but at `position`."""
+
     def is_running(self) -> bool: ...
     def counters(self) -> tuple[int, ...]:
         """What was counted, as `Counters(*pair.counters())` names it. Waits for nothing."""
@@ -218,6 +255,17 @@ class QueuePair:
         Only split rings are corrected: nothing is in flight, so they begin at the used index in guest memory.
         """
 
+    def set_notifiers(self, direction: str, *, call_fd: int | None, error_fd: int | None) -> None:
+        """Calls the driver of the "rx" or "tx" ring, and tells it of a failure, by other descriptors from now on.
+
+        Rings that run go on. The former descriptors are not used any more when this returns; a new call descriptor of a
+        ring that runs is called once, because a call by the former one may have gone unheard. A ring that is not
+        configured has no descriptors.
+
+        Raises:
+            ValueError: a descriptor is neither eventfd nor pipe nor UNIX socket. Nothing changed.
+        """
+
     def release(self) -> None:
         """Stops and forgets rings, memory and descriptors; the thread is parked. `configure` makes it usable again."""
 
@@ -232,6 +280,13 @@ def start_all(pairs: list[QueuePair]) -> list[int | None]:
 
 def stop_all(pairs: list[QueuePair]) -> list[bool]:
     """As `QueuePair.stop` for each; all threads are asked before one is waited for. Gives which of the pairs ran."""
+
+def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
+    """Lets every configured pair go on with `memory` where both its rings are in the same place there: gives which did.
+
+    Rings that run wait for a moment between two packets. A pair that went on does not use the former memory any more;
+    the others are as they were.
+    """
 
 def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[int]]]:
     """(next_avail of each rx ring, of each tx ring, a list for each counter): a place for each pair in every list.
@@ -254,6 +309,24 @@ def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int]
     Raises:
         ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
         OverflowError: a number is out of range. Nothing changed.
+        RuntimeError: a pair runs. Those before it are set.
+    """
+
+def save_waiting(pairs: list[QueuePair], fd: int) -> list[int]:
+    """Writes the frame that waits in each pair that is stopped into a memory file.
+
+    Returns the length of each, 0 where none waits. Each pair has a place of its own in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+def load_waiting(pairs: list[QueuePair], fd: int, lengths: Sequence[int]) -> None:
+    """Lets what `save_waiting` wrote wait here.
+
+    Raises:
+        ValueError: `lengths` has not a place for each pair (nothing changed), or one is more than `FRAME_SIZE_MAX`.
+        OSError: the file has not so many bytes.
         RuntimeError: a pair runs. Those before it are set.
     """
 

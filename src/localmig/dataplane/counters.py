@@ -16,7 +16,9 @@ class Counters(NamedTuple):
     Attributes:
         rx_packets: frames delivered.
         rx_bytes: their bytes, without the virtio-net header.
-        rx_dropped_length: frames longer than the room for them, or shorter than their header.
+        rx_dropped_length: frames that the guest had no room for, or shorter than their header.
+        rx_dropped_stale: frames that waited for another driver, or came with an offload that this one did not take.
+        rx_dropped_error: frames that the kernel failed to hand over.
         rx_kicks: times the guest told of new receive buffers.
         rx_calls: times the guest was told of frames.
         tx_packets: frames sent.
@@ -31,6 +33,8 @@ class Counters(NamedTuple):
     rx_packets: int = 0
     rx_bytes: int = 0
     rx_dropped_length: int = 0
+    rx_dropped_stale: int = 0
+    rx_dropped_error: int = 0
     rx_kicks: int = 0
     rx_calls: int = 0
     tx_packets: int = 0

@@ -1,206 +1,71 @@
 """The netdev `tap`: a TAP interface as the host side of a NIC, and how it moves to another process.
 
-Owns:        /dev/net/tun, which no other file opens; a TAP's queues, MTU, vnet header, offloads and scripts.
-Never sees:  rings, vhost-user, options as text.
-Read next:   device_api/ for when each method is called, dataplane/ for who reads and writes the frames.
+Owns:        a TAP's queues, MTU, vnet header, offloads, bridge and scripts; what became of its interface.
+Never sees:  rings, vhost-user, options as text; an ioctl's number, a netlink message.
+Read next:   device_api/ for when each method is called, tun.py and rtnetlink.py for what is asked of the kernel,
+             watch.py for when, dataplane/ for who reads and writes the frames.
 
 What belongs to whom, which is what makes a handover delicate:
 
-    the interface (name, MTU, up)           the machine's; unless persistent it vanishes with its last descriptor
+    the interface (name, MTU, up, bridge)   the machine's; unless persistent it vanishes with its last descriptor
     the open file description (O_NONBLOCK,  shared by source and destination during a handover: only the process
     queue attached or not), vnet header     that serves may set anything of it
-    length, offloads, send buffer
+    length, offloads, send buffer, carrier
     the descriptor (close-on-exec)          this process's
 
 A TAP of several queues has an open file description for each. The kernel spreads what it sends over the attached ones:
 a queue that nobody reads must be detached, or what is steered into it stays there. What waits in a queue is dropped
 when it is detached.
+
+The host does to an interface what it likes: it is renamed, brought down, moved to another network namespace, deleted
+and made again. Which one is ours is known by its descriptor, never by a name. `look` finds out what became of it, and
+is called when the kernel says that something changed, when the packet path finds its queue without an interface, when
+this process begins to serve, and before an answer that depends on it. Once the interface is gone, the descriptors are
+only kept as a place: everything that is set meanwhile is set again when an interface of that name can be attached.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import IntFlag
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
-from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, StateError
-from localmig.fd_kind import FdKind, interface_of, is_same_file
-from localmig.fds import OwnedFd, close_all
-from localmig.netdev.interface import (
-    Interface,
-    hardware_address,
-    open_queue_count,
-    pack_request,
-    unpack_request,
-)
+from localmig.errors import KernelError, LocalmigError, PeerError, StateError
+from localmig.fd_kind import interface_of, is_same_file
+from localmig.fds import close_all
+from localmig.netdev import tun
+from localmig.netdev.info import TapInfo
+from localmig.netdev.network import Network, Networks, namespace_here
+from localmig.netdev.opened import OpenTap, Wanted
+from localmig.netdev.opening import Opener, find, kernel_errors
 from localmig.netdev.script import NO_SCRIPT, run_script
-from localmig.vmstate import Description, array, boolean, fd, optional, text, u8, u16
-from localmig.vmstate import struct as nested
+from localmig.netdev.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
+from localmig.netdev.tun import Offload
+from localmig.vmstate import Description
 
 _logger = logging.getLogger(__name__)
 
-_DEVICE: Final = "/dev/net/tun"
-
-# linux/if_tun.h
-_TUNSETIFF: Final = 0x400454CA
-_TUNSETOFFLOAD: Final = 0x400454D0
-_TUNGETIFF: Final = 0x800454D2
-_TUNSETSNDBUF: Final = 0x400454D4
-_TUNSETVNETHDRSZ: Final = 0x400454D8
-_TUNSETQUEUE: Final = 0x400454D9
-_TUNSETVNETLE: Final = 0x400454DC
-_IFF_TAP: Final = 0x0002
-_IFF_MULTI_QUEUE: Final = 0x0100
-_IFF_ATTACH_QUEUE: Final = 0x0200
-_IFF_DETACH_QUEUE: Final = 0x0400
-_IFF_NO_PI: Final = 0x1000
-_IFF_VNET_HDR: Final = 0x4000
-
-
-class Offload(IntFlag):
-    """What whoever reads a TAP can take over from the kernel (TUN_F_…, linux/if_tun.h)."""
-
-    CSUM = 0x01
-    TSO4 = 0x02
-    TSO6 = 0x04
-    TSO_ECN = 0x08
-    USO4 = 0x20
-    USO6 = 0x40
-
-
-OFFLOADS: Final = Offload.CSUM | Offload.TSO4 | Offload.TSO6 | Offload.TSO_ECN | Offload.USO4 | Offload.USO6
-_USO: Final = Offload.USO4 | Offload.USO6
-"""The kernel takes these two together or not at all, and not before Linux 6.2."""
-
-VNET_HEADER_LENGTHS: Final = (10, 12)
-"""The virtio-net header without and with `num_buffers`: VERSION_1 and mergeable buffers bring it."""
-
 _ETHERNET_HEADER_LENGTH: Final = 14
 _VLAN_TAG_LENGTH: Final = 4
-
-MTU_MIN: Final = 68
-MTU_MAX: Final = 65521
-"""What the kernel lets a TAP have (MIN_MTU, MAX_MTU in drivers/net/tun.c, less the Ethernet header)."""
-
-QUEUE_COUNT_MAX: Final = 256
-"""Queues the kernel lets a TAP have (MAX_TAP_QUEUES in drivers/net/tun.c)."""
 
 SEGMENTED_LENGTH_MAX: Final = 65536
 """Bytes of the longest packet that the kernel leaves to others to segment (GSO_LEGACY_MAX_SIZE in netdevice.h); virtio
 1.2, section 5.1.6.3.1, counts with it too."""
 
-SNDBUF_MAX: Final = 2**31 - 1
-"""An int of the kernel's; no packet is ever held back by it."""
 
-_NAME_BYTES_MAX: Final = 15
-"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
+class Observer(Protocol):
+    """Who reads and writes a TAP's frames."""
 
-_PATH_BYTES_MAX: Final = 4095
-"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
+    def interface_changed(self) -> None:
+        """The MTU or the link is another one."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TapDescriptors:
-    """What comes with a TAP only where the TAP itself moves.
-
-    The downscript is here because the process that serves last must run it. A program's name from another
-    process is believed only beside descriptors: who passes those was let in by the migration socket's mode.
-    """
-
-    queues: tuple[OwnedFd, ...]
-    attached: tuple[bool, ...]
-    downscript: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TapState:
-    """A TAP as it travels: untrusted until `Tap.check_setup`."""
-
-    ifname: str
-    mtu: int
-    vnet_header_length: int
-    offloads: int
-    has_uso: bool
-    descriptors: TapDescriptors | None
-
-
-TAP_DESCRIPTORS: Final = Description(
-    name="tap-descriptors",
-    version=1,
-    oldest_version=1,
-    state=TapDescriptors,
-    fields=(
-        array("queues", partial(fd, kind=FdKind.TAP), count_max=QUEUE_COUNT_MAX),
-        array("attached", boolean, count_max=QUEUE_COUNT_MAX),
-        text("downscript", size_max=_PATH_BYTES_MAX),
-    ),
-)
-
-TAP: Final = Description(
-    name="tap",
-    version=1,
-    oldest_version=1,
-    state=TapState,
-    fields=(
-        text("ifname", size_max=_NAME_BYTES_MAX),
-        u16("mtu"),
-        u16("vnet_header_length"),
-        u8("offloads"),
-        boolean("has_uso"),
-        optional(nested("descriptors", TAP_DESCRIPTORS)),
-    ),
-)
-
-
-@dataclass(kw_only=True, slots=True)
-class _OpenTap:
-    """What exists only while the TAP is open. `arrived`: by a handover; else this process opened it."""
-
-    queues: tuple[OwnedFd, ...]
-    attached: list[bool]
-    ifname: str
-    mtu: int
-    vnet_header_length: int
-    offloads: Offload
-    has_uso: bool
-    downscript: str
-    arrived: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TapInfo:
-    """What there is to see of a TAP, for people and programs that ask.
-
-    Attributes:
-        id: the user's name for it.
-        is_open: whether this process has it.
-        queue_count: queues it has, open or not.
-        attached_count: those that the kernel steers frames into.
-        ifname: the interface's name, None where it is not open, as for all that follows.
-        mtu: in bytes, as it was when the TAP was opened.
-        vnet_header_length: bytes in front of each frame.
-        offloads: what whoever reads the frames takes over.
-    """
-
-    type_name: ClassVar[str] = "tap"
-
-    id: str
-    is_open: bool
-    queue_count: int
-    attached_count: int
-    ifname: str | None = None
-    mtu: int | None = None
-    vnet_header_length: int | None = None
-    offloads: Offload = Offload(0)  # noqa: RUF009 - a number
+    def queues_changed(self) -> None:
+        """The queues have other descriptors, with everything as after `open`; the old ones are open until this ends."""
 
 
 class Tap:
@@ -218,7 +83,14 @@ class Tap:
         queues: how many the TAP has. Only the first is attached once it is open.
         fds: its open queues, inherited from the parent process; this object owns them from `open` on.
         sndbuf: bytes a queue may have on their way into the network before it takes no more, 0 for no limit.
+        bridge: the bridge to put the interface into, None leaves it where it is.
+        guest_carrier: whether the interface has a carrier only while a driver serves the NIC.
         stays_home: why its descriptors do not move, None where they do.
+        networks: the networks of all TAPs of a daemon.
+
+    Attributes:
+        observer: who reads and writes the frames, None where nobody does.
+        mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
     """
 
     setup: ClassVar[Description[Any]] = TAP
@@ -235,20 +107,33 @@ class Tap:
         queues: int = 1,
         fds: Sequence[int] = (),
         sndbuf: int = 0,
+        bridge: str | None = None,
+        guest_carrier: bool = False,
         stays_home: str | None = None,
+        networks: Networks | None = None,
     ) -> None:
         assert len(fds) in (0, queues), (queues, fds)
         self.id = id
         self._ifname = ifname
         self._script = script
         self._downscript = downscript
-        self._mtu = mtu
         self.queue_count = queues
         """How many queues it has, open or not."""
-        self._inherited_fds = tuple(fds)
-        self._sndbuf = sndbuf
+        self._wanted = Wanted(
+            id=id,
+            mtu=mtu,
+            queue_count=queues,
+            fds=tuple(fds),
+            sndbuf=sndbuf,
+            bridge=bridge,
+            guest_carrier=guest_carrier,
+        )
         self._stays_home = stays_home
-        self._open: _OpenTap | None = None
+        self._networks = networks or Networks()
+        self.observer: Observer | None = None
+        self.mtu_told = 0
+        self._is_thawed = False
+        self._open: OpenTap | None = None
         self._awaited: TapState | None = None
         """What to open once the source has let go of it."""
         self._changing: Callable[[], None] = _do_nothing
@@ -277,13 +162,23 @@ class Tap:
 
     @property
     def ifname(self) -> str:
-        """The interface's name."""
+        """The interface's name, as it was seen last."""
         return self._opened().ifname
 
     @property
     def mtu(self) -> int:
-        """The interface's MTU in bytes, as it was when the TAP was opened."""
+        """The interface's MTU in bytes, as it was seen last: `look` sees the present one."""
         return self._opened().mtu
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the interface was deleted. What is set meanwhile reaches the one that is attached in its place."""
+        return self._open is not None and self._open.is_gone
+
+    @property
+    def link_is_up(self) -> bool:
+        """Whether frames can pass: the interface is there and up. One in another namespace counts as up."""
+        return self._open is not None and self._open.link_is_up
 
     @property
     def frame_length_max(self) -> int:
@@ -314,9 +209,14 @@ class Tap:
         tap = self._opened()
         if length != tap.vnet_header_length:
             self._changing()
-            with self._kernel_errors(f"cannot set the vnet header of TAP '{tap.ifname}' to {length} bytes"):
-                _set_int(tap.queues[0], _TUNSETVNETHDRSZ, length)
+            with self._setting(tap, f"cannot set the vnet header of TAP '{tap.ifname}' to {length} bytes"):
+                tun.set_vnet_header_length(tap.queues[0].fileno(), length)
             tap.vnet_header_length = length
+
+    @property
+    def offloads(self) -> Offload:
+        """What whoever reads the frames takes over."""
+        return self._opened().offloads
 
     def set_offloads(self, offloads: Offload) -> None:
         """Says what whoever reads the frames can take over. Only the process that serves may call this.
@@ -331,8 +231,8 @@ class Tap:
         tap = self._opened()
         if offloads != tap.offloads:
             self._changing()
-            with self._kernel_errors(f"cannot set the offloads of TAP '{tap.ifname}' to {int(offloads):#x}"):
-                fcntl.ioctl(tap.queues[0].fileno(), _TUNSETOFFLOAD, int(offloads))
+            with self._setting(tap, f"cannot set the offloads of TAP '{tap.ifname}' to {int(offloads):#x}"):
+                tun.set_offloads(tap.queues[0].fileno(), offloads)
             tap.offloads = offloads
 
     def attach(self, queue: int) -> None:
@@ -344,8 +244,8 @@ class Tap:
         tap = self._opened()
         if not tap.attached[queue]:
             self._changing()
-            with self._kernel_errors(f"cannot attach queue {queue} of TAP '{tap.ifname}'"):
-                _set_queue(tap.queues[queue], _IFF_ATTACH_QUEUE)
+            with self._setting(tap, f"cannot attach queue {queue} of TAP '{tap.ifname}'"):
+                tun.attach(tap.queues[queue].fileno())
             tap.attached[queue] = True
 
     def detach(self, queue: int) -> None:
@@ -358,9 +258,21 @@ class Tap:
         tap = self._opened()
         if tap.attached[queue]:
             self._changing()
-            with self._kernel_errors(f"cannot detach queue {queue} of TAP '{tap.ifname}'"):
-                _set_queue(tap.queues[queue], _IFF_DETACH_QUEUE)
+            with self._setting(tap, f"cannot detach queue {queue} of TAP '{tap.ifname}'"):
+                tun.detach(tap.queues[queue].fileno())
             tap.attached[queue] = False
+
+    def driver_begins(self) -> None:
+        """A driver serves the NIC: the interface has a carrier. Only the process that serves may call this.
+
+        Raises:
+            KernelError: the carrier is as it was.
+        """
+        self._let_carrier_be(on=True)
+
+    def driver_ends(self) -> None:
+        """No driver serves it: the interface has none, where the options say so. Otherwise as `driver_begins`."""
+        self._let_carrier_be(on=not self._wanted.guest_carrier)
 
     def inject(self, frame: bytes) -> None:
         """Sends one Ethernet frame into the network as if from the guest. Only for the process that serves.
@@ -369,21 +281,66 @@ class Tap:
             KernelError: the frame was not sent; EIO where the interface is down.
         """
         tap = self._opened()
-        with self._kernel_errors(f"cannot send a frame into TAP '{tap.ifname}'"):
+        with self._setting(tap, f"cannot send a frame into TAP '{tap.ifname}'"):
             # All zero is a vnet header that asks for nothing: no checksum, no segmentation.
             os.writev(tap.queues[0].fileno(), [bytes(tap.vnet_header_length), frame])
+
+    # -- what becomes of the interface ---------------------------------------------------------------------
+
+    @property
+    def ifindexes(self) -> tuple[int, ...]:
+        """Numbers of the interface and of its bridge. See `network.Watcher`."""
+        return () if self._open is None else (self._open.ifindex, self._open.bridge_ifindex)
+
+    @property
+    def awaited_name(self) -> str | None:
+        """What the interface is called that would be ours if it came up in its network, None where none would."""
+        tap = self._open
+        if tap is None or tap.ifindex:
+            return None
+        return tap.ifname_opened if tap.is_gone else tap.ifname
+
+    def look(self) -> bool:
+        """Finds out what became of the interface, and attaches the one that was made again in its place.
+
+        Only the process that serves may call this. What changed is told to the observer.
+
+        Returns:
+            Whether it is worth looking again although the kernel tells of no change.
+        """
+        tap = self._open
+        if tap is None:
+            return False
+        before = tap.mtu, tap.link_is_up
+        try:
+            self._see(tap)
+            # Not while frozen: the descriptors may be on their way to another process.
+            again = tap.is_gone and self._is_thawed and self._attach_again(tap)
+        except OSError as error:
+            _logger.warning("netdev '%s': cannot see what became of '%s': %s", self.id, tap.ifname, error.strerror)
+            again = True
+        if self._open is not tap:
+            return False
+        if (tap.mtu, tap.link_is_up) != before and self.observer is not None:
+            self.observer.interface_changed()
+        return again
+
+    def look_soon(self) -> None:
+        """Has `look` called by the event loop, while this process serves."""
+        if self._open is not None:
+            self._open.network.look_soon(self)
 
     # -- serving -------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Opens the TAP, configures it, brings the interface up, runs the script.
+        """Opens the TAP, configures it, puts it into the bridge, brings the interface up, runs the script.
 
         Raises:
-            ConfigError: fd= is no TAP of ours, or the script failed. The TAP is closed.
+            ConfigError: fd= is no TAP of ours, there is no such bridge, or the script failed. The TAP is closed.
             KernelError: the TAP cannot be opened or configured; the text says what to do. The TAP is closed.
         """
         assert self._open is None, self.id
-        self._open = self._take_inherited() if self._inherited_fds else self._open_by_name(self._ifname or "")
+        self._open = self._take_inherited() if self._wanted.fds else self._open_by_name(self._ifname or "")
 
     def resume(self) -> None:
         """Nothing: the device on the other side reads and writes the frames."""
@@ -392,16 +349,22 @@ class Tap:
         """Nothing, as `resume`."""
 
     def freeze(self) -> None:
-        """Nothing: a TAP has no control plane."""
+        """What becomes of the interface is another process's to see."""
+        self._is_thawed = False
+        if self._open is not None:
+            self._open.network.unwatch(self)
 
     def thaw(self) -> None:
-        """Nothing, as `freeze`."""
+        """Has a look at the interface soon, and at each change."""
+        self._is_thawed = True
+        if self._open is not None:
+            self._open.network.watch(self)
 
     def close(self) -> None:
         """Runs the downscript, closes the TAP. A downscript that fails is logged."""
         if self._open is not None:
             try:
-                run_script(self._open.downscript, self._open.ifname)
+                run_script(self._open.downscript, self._present_name(self._open))
             except LocalmigError as error:
                 _logger.warning("netdev '%s': %s", self.id, error)
         self.release()
@@ -409,7 +372,7 @@ class Tap:
     # -- to be seen ----------------------------------------------------------------------------------------
 
     def info(self) -> TapInfo:
-        """The TAP as it is set. The kernel is not asked."""
+        """The TAP as it is set, and its interface as it was seen last."""
         tap = self._open
         if tap is None:
             return TapInfo(id=self.id, is_open=False, queue_count=self.queue_count, attached_count=0)
@@ -417,11 +380,16 @@ class Tap:
             id=self.id,
             is_open=True,
             queue_count=self.queue_count,
-            attached_count=sum(tap.attached),
+            attached_count=0 if tap.is_gone else sum(tap.attached),
+            whereabouts=tap.whereabouts,
             ifname=tap.ifname,
+            ifindex=tap.ifindex or None,
             mtu=tap.mtu,
+            is_up=tap.is_up if tap.ifindex else None,
+            bridge=tap.bridge or None,
             vnet_header_length=tap.vnet_header_length,
             offloads=tap.offloads,
+            notes=tuple(tap.notes(self._wanted, mtu_told=self.mtu_told)),
         )
 
     # -- source --------------------------------------------------------------------------------------------
@@ -438,16 +406,32 @@ class Tap:
         """Never: a TAP has no frontend."""
         return False
 
+    @property
+    def moves(self) -> bool:
+        """Whether its descriptors do. See `network.Watcher`."""
+        return self.local_migration_blocker() is None
+
     def save_setup(self, *, with_descriptors: bool) -> TapState:
         """The TAP as it is, or as it is awaited. StateError if it is not open, and not awaited."""
         if self._awaited is not None:
             return self._awaited
         tap = self._opened()
         descriptors = TapDescriptors(
-            queues=tap.queues, attached=tuple(tap.attached), downscript=_absolute(tap.downscript)
+            queues=tap.queues,
+            attached=tuple(tap.attached),
+            downscript=_absolute(tap.downscript),
+            ifname_opened=tap.ifname_opened,
+            mtu_opened=tap.mtu_opened,
+            netlink=tap.network.fd if self._is_first_to_move(tap.network) else None,
+            namespace=tap.network.namespace,
+            ifindex=tap.ifindex,
+            bridge=tap.bridge,
+            is_up=tap.is_up,
+            is_gone=tap.is_gone,
+            has_carrier=tap.has_carrier,
         )
         return TapState(
-            # It may have another name since it was opened.
+            # It may have another name since it was seen last.
             ifname=interface_of(tap.queues[0].fileno()) or tap.ifname,
             mtu=tap.mtu,
             vnet_header_length=tap.vnet_header_length,
@@ -455,6 +439,10 @@ class Tap:
             has_uso=tap.has_uso,
             descriptors=descriptors if with_descriptors else None,
         )
+
+    def _is_first_to_move(self, network: Network) -> bool:
+        """Whether none of the TAPs that move before this one brings its network's socket."""
+        return next((user for user in network.users if user.moves), None) is self
 
     def save_switchover(self) -> Any:
         """Never called: nothing of a TAP travels inside the downtime."""
@@ -464,6 +452,7 @@ class Tap:
         """Closes this process's copy. The interface stays as long as another process has it open."""
         self._awaited = None
         if self._open is not None:
+            self._open.network.leave(self)
             close_all(self._open.queues)
             self._open = None
 
@@ -482,9 +471,9 @@ class Tap:
             )
         offloads = Offload(state.offloads)
         if (
-            offloads & ~OFFLOADS
+            state.offloads & ~int(OFFLOADS)
             or (offloads and Offload.CSUM not in offloads)
-            or (offloads & _USO and not state.has_uso)
+            or (offloads & USO and not state.has_uso)
         ):
             raise PeerError(f"netdev '{self.id}': no TAP has offloads {state.offloads:#x} (USO: {state.has_uso})")
         if state.descriptors is not None:
@@ -499,23 +488,15 @@ class Tap:
                 `source_released` opens it.
         """
         if state.descriptors is not None:
-            if self._open is not None:
-                close_all(self._open.queues)
-            self._open = _OpenTap(
-                queues=tuple(queue.take() for queue in state.descriptors.queues),
-                attached=list(state.descriptors.attached),
-                ifname=state.ifname,
-                mtu=state.mtu,
-                vnet_header_length=state.vnet_header_length,
-                offloads=Offload(state.offloads),
-                has_uso=state.has_uso,
-                downscript=state.descriptors.downscript if self._downscript == NO_SCRIPT else self._downscript,
-                arrived=True,
-            )
+            former, self._open = self._open, self._arrived(state, state.descriptors)
+            if former is not None:
+                close_all(former.queues)
+                if former.network is not self._open.network:
+                    former.network.leave(self)
             return
         if self._open is not None:
-            return  # its own, which no frontend has changed
-        if self._inherited_fds:
+            return  # its own, which nothing has changed
+        if self._wanted.fds:
             self._open = self._take_inherited()
             return
         ifname = self._ifname or state.ifname
@@ -540,13 +521,16 @@ class Tap:
         """
         if (tap := self._open) is None:
             return
+        first = tap.queues[0].fileno()
         try:
-            with self._kernel_errors(f"cannot bring TAP '{tap.ifname}' back to what it was"):
-                _set_int(tap.queues[0], _TUNSETVNETHDRSZ, tap.vnet_header_length)
-                fcntl.ioctl(tap.queues[0].fileno(), _TUNSETOFFLOAD, int(tap.offloads))
+            with self._setting(tap, f"cannot bring TAP '{tap.ifname}' back to what it was"):
+                tun.set_vnet_header_length(first, tap.vnet_header_length)
+                tun.set_offloads(first, tap.offloads)
                 for queue, attached in zip(tap.queues, tap.attached, strict=True):
-                    if _is_attached(queue) != attached:
-                        _set_queue(queue, _IFF_ATTACH_QUEUE if attached else _IFF_DETACH_QUEUE)
+                    if tun.is_attached(queue.fileno()) != attached:
+                        (tun.attach if attached else tun.detach)(queue.fileno())
+                with contextlib.suppress(OSError):  # a macvtap has none to turn
+                    (tun.turn_carrier_on if tap.has_carrier else tun.turn_carrier_off)(first)
         except KernelError as error:
             _logger.warning("%s", error)
 
@@ -560,6 +544,8 @@ class Tap:
         if self._awaited is not None:
             self._open = self._open_by_name(self._awaited.ifname)
             self._awaited = None
+            if self._is_thawed:
+                self._open.network.watch(self)
 
     def discard(self) -> None:
         """Closes what arrived without a side effect; undoes what this process opened itself."""
@@ -569,7 +555,7 @@ class Tap:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _opened(self) -> _OpenTap:
+    def _opened(self) -> OpenTap:
         if self._open is None:
             raise StateError(f"netdev '{self.id}': its TAP is not open")
         return self._open
@@ -581,7 +567,14 @@ class Tap:
             )
         if len(descriptors.attached) != self.queue_count or not descriptors.attached[0]:
             raise PeerError(f"netdev '{self.id}': its {self.queue_count} queues cannot be attached as told")
-        for wanted, name, actual in ((self._ifname, "ifname", state.ifname), (self._mtu, "mtu", state.mtu)):
+        if "\0" in descriptors.ifname_opened:
+            raise PeerError(f"netdev '{self.id}': {descriptors.ifname_opened!r} is no interface name")
+        if descriptors.ifindex >= 2**31:
+            raise PeerError(f"netdev '{self.id}': {descriptors.ifindex} is no interface's number")
+        # As it was when it was opened: what the host did to it since is no reason not to go on.
+        opened = descriptors.ifname_opened or state.ifname
+        known = (("ifname", self._ifname, opened), ("mtu", self._wanted.mtu, descriptors.mtu_opened))
+        for name, wanted, actual in known:
             if wanted is not None and wanted != actual:
                 raise PeerError(f"netdev '{self.id}' has {name}={wanted} here and {actual} there")
         for number, queue in enumerate(descriptors.queues):
@@ -594,213 +587,142 @@ class Tap:
         if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
 
-    def _open_by_name(self, ifname: str) -> _OpenTap:
-        """Opens the TAP, configures it and runs the script; an empty name lets the kernel choose one."""
-        with contextlib.ExitStack() as undo:
-            queues: list[OwnedFd] = []
-            undo.callback(lambda: close_all(queues))
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-            what, advice = f"cannot open TAP '{ifname or '(any name)'}'", _open_advice(ifname, self.queue_count)
-            if self.queue_count > 1:
-                flags |= _IFF_MULTI_QUEUE
-                with self._kernel_errors(what, advice):
-                    # The kernel would add our queues to another process's, and take packets away from it.
-                    if ifname and open_queue_count(ifname):
-                        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-            for _ in range(self.queue_count):
-                queues.append(OwnedFd(self._open_device()))
-                with self._kernel_errors(what, advice):
-                    answer = fcntl.ioctl(queues[-1].fileno(), _TUNSETIFF, pack_request(ifname, struct.pack("H", flags)))
-                ifname, _ = unpack_request(answer)
-            has_uso = self._configure(queues, ifname)
-            with Interface(ifname) as interface:
-                mtu = self._set_up(interface)
-            run_script(self._script, ifname)
-            undo.pop_all()
-            return self._open_tap(queues, ifname, mtu, has_uso=has_uso)
-
-    def _take_inherited(self) -> _OpenTap:
-        """Checks and configures fd= or fds=, whose interface may be in another namespace."""
-        ifname = self._check_inherited()
-        with contextlib.ExitStack() as undo:
-            queues = [OwnedFd(number) for number in self._inherited_fds]
-            undo.callback(lambda: close_all(queues))
-            for queue in queues:
-                os.set_inheritable(queue.fileno(), False)
-                os.set_blocking(queue.fileno(), False)
-            self._attach_inherited(queues, ifname)
-            has_uso = self._configure(queues, ifname)
-            with Interface(ifname) as interface:
-                if _is_same(interface, queues[0]):
-                    mtu = self._set_up(interface)
-                elif self._mtu is not None:
-                    mtu = self._mtu
-                else:
-                    raise ConfigError(
-                        f"netdev '{self.id}': the interface of fd={queues[0].fileno()} ('{ifname}') is in another "
-                        "network namespace, so its MTU cannot be read; say it with mtu="
-                    )
-            undo.pop_all()
-            return self._open_tap(queues, ifname, mtu, has_uso=has_uso)
-
-    def _check_inherited(self) -> str:
-        """The interface's name. ConfigError if a descriptor is no TAP of ours, or they are of several; all are left."""
-        first: tuple[int, str, bytes] | None = None
-        for number in self._inherited_fds:
+    def _open_by_name(self, ifname: str) -> OpenTap:
+        """Opens the TAP and runs the script; an empty name lets the kernel choose one."""
+        with self._in_network_here() as network:
+            tap = Opener(self._wanted, network).open_anew(ifname)
+            tap.downscript = self._downscript
             try:
-                answer = fcntl.ioctl(number, _TUNGETIFF, pack_request(""))
-            except OSError as error:
-                what = "is not open" if error.errno == errno.EBADF else "is no TAP"
-                raise ConfigError(f"netdev '{self.id}': fd={number} {what}") from error
-            ifname, value = unpack_request(answer)
-            (flags,) = struct.unpack_from("H", value)
-            wanted = [(_IFF_TAP, "IFF_TAP"), (_IFF_NO_PI, "IFF_NO_PI"), (_IFF_VNET_HDR, "IFF_VNET_HDR")]
-            if len(self._inherited_fds) > 1:
-                wanted.append((_IFF_MULTI_QUEUE, "IFF_MULTI_QUEUE"))
-            for flag, name in wanted:
-                if not flags & flag:
-                    raise ConfigError(f"netdev '{self.id}': fd={number} ('{ifname}') was opened without {name}")
-            found = (number, ifname, hardware_address(number, ifname))
-            if (first := first or found)[1:] != found[1:]:
-                raise ConfigError(
-                    f"netdev '{self.id}': fd={first[0]} ('{first[1]}') and fd={number} ('{ifname}') are queues of two "
-                    "interfaces"
-                )
-        assert first is not None, self.id
-        return first[1]
+                run_script(self._script, tap.ifname)
+            except LocalmigError:
+                close_all(tap.queues)
+                raise
+            return tap
 
-    def _attach_inherited(self, queues: Sequence[OwnedFd], ifname: str) -> None:
-        """Attaches all of them, whatever the parent did; ConfigError where two descriptors are one queue."""
-        with self._kernel_errors(f"cannot configure TAP '{ifname}'"):
-            for queue in queues:
-                if not _is_attached(queue):
-                    _set_queue(queue, _IFF_ATTACH_QUEUE)
-            for number, queue in enumerate(queues[1:], 1):
-                # Detached to see which others are detached by it.
-                _set_queue(queue, _IFF_DETACH_QUEUE)
-                for other in (*queues[:number], *queues[number + 1 :]):
-                    if not _is_attached(other):
-                        raise ConfigError(
-                            f"netdev '{self.id}': fd={other.fileno()} and fd={queue.fileno()} "
-                            f"are one queue of '{ifname}'"
-                        )
-                _set_queue(queue, _IFF_ATTACH_QUEUE)
-
-    def _configure(self, queues: Sequence[OwnedFd], ifname: str) -> bool:
-        """Sets what another user may have left otherwise: a little-endian header of 12 bytes, no offloads, one queue.
-
-        Returns whether the TAP knows USO.
-        """
-        first = queues[0].fileno()
-        with self._kernel_errors(f"cannot configure TAP '{ifname}'"):
-            _set_int(queues[0], _TUNSETVNETHDRSZ, max(VNET_HEADER_LENGTHS))
-            _set_int(queues[0], _TUNSETVNETLE, 1)
-            # Of every attached queue, so before they are detached.
-            _set_int(queues[0], _TUNSETSNDBUF, self._sndbuf or SNDBUF_MAX)
-            try:
-                fcntl.ioctl(first, _TUNSETOFFLOAD, int(Offload.CSUM | _USO))
-                has_uso = True
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                has_uso = False
-            # No offloads yet: no guest has said that it bears frames without checksum, or longer than the MTU.
-            fcntl.ioctl(first, _TUNSETOFFLOAD, 0)
-            for queue in queues[1:]:
-                _set_queue(queue, _IFF_DETACH_QUEUE)
-        return has_uso
-
-    def _open_tap(self, queues: Sequence[OwnedFd], ifname: str, mtu: int, *, has_uso: bool) -> _OpenTap:
-        return _OpenTap(
-            queues=tuple(queues),
-            attached=[queue is queues[0] for queue in queues],
-            ifname=ifname,
-            mtu=mtu,
-            vnet_header_length=max(VNET_HEADER_LENGTHS),
-            offloads=Offload(0),
-            has_uso=has_uso,
-            downscript=self._downscript,
-            arrived=False,
-        )
-
-    def _set_up(self, interface: Interface) -> int:
-        """Gives the interface its MTU and brings it up; what is so already needs no privilege. Returns the MTU."""
-        name = interface.name
-        with self._kernel_errors(f"cannot read the state of '{name}'"):
-            mtu = interface.mtu()
-            is_up = interface.is_up()
-        if self._mtu is not None and self._mtu != mtu:
-            advice = f"set it beforehand: ip link set {name} mtu {self._mtu}"
-            with self._kernel_errors(f"cannot set the MTU of '{name}' to {self._mtu}", {errno.EPERM: advice}):
-                interface.set_mtu(self._mtu)
-            mtu = self._mtu
-        if not is_up:
-            advice = f"bring it up beforehand: ip link set {name} up"
-            with self._kernel_errors(f"cannot bring '{name}' up", {errno.EPERM: advice}):
-                interface.bring_up()
-        return mtu
-
-    def _open_device(self) -> int:
-        advice = {
-            errno.ENOENT: "load the kernel module: modprobe tun",
-            errno.ENODEV: "load the kernel module: modprobe tun",
-            errno.EACCES: "give this user access to it",
-        }
-        with self._kernel_errors(f"cannot open {_DEVICE}", advice):
-            return os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    def _take_inherited(self) -> OpenTap:
+        with self._in_network_here() as network:
+            tap = Opener(self._wanted, network).take_inherited()
+            tap.downscript = self._downscript
+            return tap
 
     @contextlib.contextmanager
-    def _kernel_errors(self, what: str, advice: Mapping[int, str] | None = None) -> Iterator[None]:
-        """Turns an OSError into a KernelError that says what failed, why, and what to do."""
+    def _in_network_here(self) -> Iterator[Network]:
+        """This process's network, which is left again if the TAP cannot be opened."""
+        network = self._networks.here(self)
         try:
-            yield
-        except OSError as error:
-            number = error.errno or 0
-            hint = (advice or {}).get(number)
-            reason = f"{error.strerror}; {hint}" if hint else f"{error.strerror}"
-            raise KernelError(f"netdev '{self.id}': {what}: {reason}", errno=number) from error
+            yield network
+        except BaseException:
+            network.leave(self)
+            raise
+
+    def _arrived(self, state: TapState, descriptors: TapDescriptors) -> OpenTap:
+        """One that came by a handover: nothing of it is touched."""
+        network = self._networks.adopt(descriptors.netlink, descriptors.namespace, self)
+        knows_it = network is not None and not descriptors.is_gone
+        return OpenTap(
+            queues=tuple(queue.take() for queue in descriptors.queues),
+            attached=list(descriptors.attached),
+            vnet_header_length=state.vnet_header_length,
+            offloads=Offload(state.offloads),
+            has_uso=state.has_uso,
+            downscript=descriptors.downscript if self._downscript == NO_SCRIPT else self._downscript,
+            arrived=True,
+            ifname_opened=descriptors.ifname_opened,
+            mtu_opened=descriptors.mtu_opened,
+            network=network or self._networks.here(self),
+            ifname=state.ifname,
+            ifindex=descriptors.ifindex if knows_it else 0,
+            mtu=state.mtu,
+            is_up=descriptors.is_up,
+            has_carrier=descriptors.has_carrier,
+            bridge=descriptors.bridge,
+            is_gone=descriptors.is_gone,
+        )
+
+    # -- the interface, after it was opened ----------------------------------------------------------------
+
+    def _see(self, tap: OpenTap) -> None:
+        """Notes what the interface is now. Raises OSError where the kernel does not say."""
+        known = set(tap.notes(self._wanted, mtu_told=self.mtu_told))
+        found = tun.interface(tap.queues[0].fileno())
+        tap.is_gone = found is None
+        if found is None:
+            tap.ifindex, tap.bridge_ifindex, tap.bridge = 0, 0, ""
+        else:
+            tap.see(found[0], find(tap.network, tap.queues[0], found[0], tap.ifindex))
+        for note in tap.notes(self._wanted, mtu_told=self.mtu_told):
+            if note not in known:
+                _logger.warning("netdev '%s': %s", self.id, note)
+
+    def _attach_again(self, tap: OpenTap) -> bool:
+        """Attaches what is called now as the interface that is gone was when it was opened; creates nothing.
+
+        Returns whether to try again later. Raises OSError where the kernel does not say what there is.
+        """
+        if not tap.ifname_opened:
+            return False
+        found = tap.network.link(name=tap.ifname_opened)
+        if found is None:
+            tap.refusal = ""
+            return False
+        if tap.network.namespace != namespace_here():
+            tap.refusal = "it is in another network namespace than this daemon; hand over to one that is started there"
+            return False
+        try:
+            fresh = Opener(self._wanted, tap.network).open_existing(found)
+        except LocalmigError as error:
+            if str(error) != tap.refusal:
+                tap.refusal = str(error)
+                _logger.warning("%s", error)
+            # Nobody tells when the other process closes it, which may be the program that makes it.
+            return isinstance(error, KernelError) and error.errno in (errno.EBUSY, errno.ENODEV)
+        fresh.downscript, fresh.arrived = tap.downscript, tap.arrived
+        self._changing()
+        self._open = fresh
+        _logger.warning("netdev '%s': '%s' was made again and is attached", self.id, fresh.ifname)
+        if self.observer is not None:
+            self.observer.queues_changed()
+            self.observer.interface_changed()
+        close_all(tap.queues)
+        return False
+
+    def _present_name(self, tap: OpenTap) -> str:
+        """What the interface is called now; the last name where it is gone."""
+        with contextlib.suppress(OSError):
+            if (found := tun.interface(tap.queues[0].fileno())) is not None:
+                return found[0]
+        return tap.ifname
+
+    def _let_carrier_be(self, *, on: bool) -> None:
+        tap = self._opened()
+        if tap.has_carrier != on:
+            self._changing()
+            with self._setting(tap, f"cannot turn the carrier of TAP '{tap.ifname}' {'on' if on else 'off'}"):
+                (tun.turn_carrier_on if on else tun.turn_carrier_off)(tap.queues[0].fileno())
+            tap.has_carrier = on
+
+    @contextlib.contextmanager
+    def _setting(self, tap: OpenTap, what: str) -> Iterator[None]:
+        """As `kernel_errors`, for what is done to an open TAP: where its interface is gone there is nothing to do."""
+        try:
+            with kernel_errors(self.id, what):
+                yield
+        except KernelError:
+            if not _is_deleted(tap):
+                raise
+            self.look_soon()
 
 
 def _do_nothing() -> None:
     """Nobody wants to know of changes."""
 
 
-def _set_int(queue: OwnedFd, request: int, value: int) -> None:
-    fcntl.ioctl(queue.fileno(), request, struct.pack("i", value))
-
-
-def _set_queue(queue: OwnedFd, flag: int) -> None:
-    fcntl.ioctl(queue.fileno(), _TUNSETQUEUE, pack_request("", struct.pack("H", flag)))
-
-
-def _is_attached(queue: OwnedFd) -> bool:
-    _, value = unpack_request(fcntl.ioctl(queue.fileno(), _TUNGETIFF, pack_request("")))
-    (flags,) = struct.unpack_from("H", value)
-    return not flags & _IFF_DETACH_QUEUE
+def _is_deleted(tap: OpenTap) -> bool:
+    with contextlib.suppress(OSError):
+        return tun.interface(tap.queues[0].fileno()) is None
+    return False
 
 
 def _absolute(script: str) -> str:
     """A script's path as it reads from any working directory."""
     return script if script == NO_SCRIPT else str(Path(script).absolute())
-
-
-def _is_same(interface: Interface, queue: OwnedFd) -> bool:
-    """Whether the interface of that name in this namespace is the one behind `queue`."""
-    try:
-        return interface.hardware_address() == hardware_address(queue.fileno(), interface.name)
-    except OSError:
-        return False
-
-
-def _open_advice(ifname: str, queue_count: int) -> dict[int, str]:
-    """What to do about each error of TUNSETIFF."""
-    made = " multi_queue" if queue_count > 1 else ""
-    wrong = "without multi_queue, which queues=2 and more need" if queue_count > 1 else "with multi_queue"
-    return {
-        errno.EBUSY: "another process has it open; stop that process or name another interface "
-        f"(to find it: grep -lsw {ifname} /proc/[0-9]*/fdinfo/*)",
-        errno.EPERM: "run with CAP_NET_ADMIN, or have it made beforehand: "
-        f"ip tuntap add dev {ifname or 'NAME'} mode tap vnet_hdr{made} user {os.geteuid()}",
-        errno.EINVAL: f"an interface of that name exists and is no TAP, or one made {wrong}; "
-        f"look at it: ip -d link show {ifname}",
-    }

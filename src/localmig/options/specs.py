@@ -77,6 +77,8 @@ class Option:
     required: bool
     fit: Fit
     help: str
+    advice: str = ""
+    """What to do where source and destination do not fit."""
     unsaid: Value | None = None
     """What it means where it was not given: its default, if it has one."""
 
@@ -87,17 +89,23 @@ class Option:
         return f"{left:<29} {self.help}{' (required)' if self.required else note}"
 
 
-def _option(value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: Value | None = None) -> dict[str, Any]:
+def _option(
+    value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: Value | None = None, advice: str = ""
+) -> dict[str, Any]:
     """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'.
 
     `unsaid` is for one whose default is None, because it makes a difference whether it was given.
     """
-    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid}
+    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid, "advice": advice}
 
 
 def _offload(help_text: str) -> Any:
-    """A field that switches an offload. QEMU writes these names with '_', as nothing else."""
-    return field(default=True, metadata=_option(Switch(), help_text) | {"is_offload": True})
+    """A field that switches an offload. QEMU writes these names with '_', as nothing else.
+
+    Each side may have its own: a session goes on with what it was offered, and the TAP leaves to a guest what both the
+    guest and the options allow.
+    """
+    return field(default=True, metadata=_option(Switch(), help_text, fit=Fit.OURS) | {"is_offload": True})
 
 
 class Spec:
@@ -169,6 +177,7 @@ class TapSpec(Spec):
             Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
             "queues of the interface, and queue pairs of the device on it; more than one need a VMM that serves the "
             "control queue itself, as QEMU does: without one the guest's driver refuses the device",
+            advice="; end the daemon and start it with another number",
         ),
     )
     fd: int | None = field(
@@ -196,6 +205,22 @@ class TapSpec(Spec):
             fit=Fit.WITH_DESCRIPTORS,
         ),
     )
+    br: str | None = field(
+        default=None,
+        metadata=_option(
+            InterfaceName(),
+            "bridge to put the interface into; one that arrives by migration is left where it is",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    guest_carrier: bool = field(
+        default=False,
+        metadata=_option(
+            Switch(),
+            "whether the interface has a carrier only while a driver serves the NIC; off: always",
+            fit=Fit.OURS,
+        ),
+    )
     local_migration_supported: bool | None = field(
         default=None,
         metadata=_option(
@@ -209,10 +234,13 @@ class TapSpec(Spec):
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
         given = "fd=" if self.fds is None else "fds="
-        if self.descriptors and (self.ifname is not None or self.script != "no" or self.downscript != "no"):
+        has_script = self.script != "no" or self.downscript != "no"
+        if self.descriptors and (self.ifname is not None or has_script or self.br is not None):
             raise ConfigError(
-                f"ifname=, script= and downscript= are invalid with {given}: who opened the TAP set it up"
+                f"ifname=, script=, downscript= and br= are invalid with {given}: who opened the TAP set it up"
             )
+        if self.br is not None and has_script:
+            raise ConfigError("script= and downscript= are invalid with br=: say one way to connect the interface")
         if self.fd is not None and self.fds is not None:
             raise ConfigError("fd= is invalid with fds=: give every descriptor in fds=")
         if self.fd is not None and self.queues != 1:
@@ -299,6 +327,7 @@ class VirtioNetSpec(Spec):
         metadata=_option(
             Switch(),
             "whether packed rings are offered; the VMM must know them: QEMU with packed=on does, User-Mode Linux not",
+            fit=Fit.OURS,
         ),
     )
     csum: bool = _offload("let the guest leave checksums to the host")
@@ -357,6 +386,7 @@ def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
             fit=row.metadata["fit"],
             help=row.metadata["help"],
             unsaid=row.metadata["unsaid"] if row.default in (None, dataclasses.MISSING) else row.default,
+            advice=row.metadata["advice"],
         )
         for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
     )
@@ -551,7 +581,9 @@ def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> li
             option.unsaid if (value := getattr(spec, option.attribute)) is None else value for spec in (ours, theirs)
         )
         if option.fit in compared and here != there and here is not None and there is not None:
-            texts.append(f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there")
+            texts.append(
+                f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there{option.advice}"
+            )
     return texts
 
 

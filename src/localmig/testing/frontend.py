@@ -23,7 +23,7 @@ from localmig import fds
 from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload
+from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     PROTOCOL_FEATURES_BIT,
@@ -200,7 +200,9 @@ class Frontend:
         """Sends bytes as they are, descriptors with the first of them: also what no frontend should send."""
         try:
             sent = fds.send(self._socket, data, lent)
-            self._socket.sendall(data[sent:])
+            if rest := data[sent:]:
+                # Nothing at all would fail as well, once the backend closed the connection.
+                self._socket.sendall(rest)
         except TimeoutError:
             raise PeerLostError(f"backend did not take {what} in time") from None
         except OSError as error:
@@ -249,7 +251,7 @@ class Frontend:
         self._acknowledged = features
 
     def get_queue_num(self) -> int:
-        """How many queues the backend has; for a NIC the number of pairs."""
+        """How many virtqueues the backend has."""
         return self._number(Request.GET_QUEUE_NUM)
 
     def set_owner(self) -> None:
@@ -699,9 +701,9 @@ class NetGuest:
         if offered >> PROTOCOL_FEATURES_BIT & 1:
             protocol = frontend.get_protocol_features() & self._wanted_protocol
             frontend.set_protocol_features(protocol)
-            count = frontend.get_queue_num() if ProtocolFeature.MQ in protocol else 1
-            if count < self._queue_pairs:
-                raise PeerError(f"backend has {count} queue pairs, needed is {self._queue_pairs}")
+            count = frontend.get_queue_num() if ProtocolFeature.MQ in protocol else 2
+            if count < 2 * self._queue_pairs:
+                raise PeerError(f"backend has {count} virtqueues, needed are {2 * self._queue_pairs}")
         frontend.set_owner()
         # A driver that lost its backend must find at the next one what it has acknowledged.
         features = (self._features or self._wanted & offered) & ~(1 << PROTOCOL_FEATURES_BIT)

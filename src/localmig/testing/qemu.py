@@ -65,6 +65,7 @@ def command(
     packed: bool = False,
     queue_pairs: int = 1,
     mergeable: bool = True,
+    shares_memory: bool = True,
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -76,6 +77,7 @@ def command(
         accelerator: "tcg" (emulation, works everywhere) or "kvm".
         packed: whether its NIC offers packed rings; the guest then takes them.
         mergeable: whether the guest may merge its receive buffers; without it each holds the longest packet there is.
+        shares_memory: whether its memory is shared with the backend; what QEMU does without share=on.
         queue_pairs: how many the NIC has; with more than one the guest has two processors, and uses two by itself.
 
     Raises:
@@ -89,7 +91,8 @@ def command(
     argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max"]
     argv += ["-smp", str(min(2, queue_pairs)), "-m", "256"]
     # vhost-user needs guest memory it can map.
-    argv += ["-object", "memory-backend-memfd,id=ram0,size=256M,share=on"]
+    share = "on" if shares_memory else "off"
+    argv += ["-object", f"memory-backend-memfd,id=ram0,size=256M,share={share}"]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
     argv += ["-kernel", str(_kernel(kernel_package)), "-initrd", str(initramfs)]
     # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.

@@ -27,8 +27,10 @@ HEADER_SIZE: Final = 12
 PROTOCOL_FEATURES_BIT: Final = 30
 """VHOST_USER_F_PROTOCOL_FEATURES: a virtio feature bit no device uses; vhost-user negotiates itself by it."""
 
-TABLE_REGION_COUNT_MAX: Final = 8
-"""Regions one SET_MEM_TABLE may carry: the specification's layout ends at region7."""
+TABLE_REGION_COUNT_MAX: Final = 32
+"""Regions one SET_MEM_TABLE may carry, and so descriptors one message may. The specification's layout ends at region7;
+rust-vmm takes and sends up to 32 descriptors with a message (MAX_ATTACHED_FD_ENTRIES). QEMU sends more than 8 regions
+only one by one."""
 
 CONFIG_SIZE_MAX: Final = 256
 """Bytes of configuration space one message may carry, and a space may have: QEMU's VHOST_USER_MAX_CONFIG_SIZE."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 
 from localmig.errors import PeerError
-from localmig.fds import OwnedFd, close_all
+from localmig.fds import OwnedFd, close_foreign
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_regions
 from localmig.vhost_user.message import (
     CONFIG_SIZE_MAX,
@@ -33,6 +33,7 @@ from localmig.vhost_user.message import (
     RULES,
     TABLE_REGION_COUNT_MAX,
     U64,
+    VRING_INDEX_MAX,
     BackendRequest,
     ConfigSpace,
     Header,
@@ -70,12 +71,13 @@ PROTOCOL_FEATURES_SERVED: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer:
-    """What a backend offers.
+    """What a backend offers to a session that begins, and what it can serve of one that began elsewhere.
 
     Attributes:
         features: virtio feature bits of the device; the bit for protocol features comes on top by itself.
-        vring_count: rings the device has.
-        queue_count: what GET_QUEUE_NUM answers; a NIC counts pairs there.
+        servable_features: more of them, which a session may have been offered by another process and goes on with.
+        vring_count: rings the device has, and what GET_QUEUE_NUM answers: rust-vmm, Cloud Hypervisor and crosvm read
+            it as a number of virtqueues.
         protocol_features: some of `PROTOCOL_FEATURES_SERVED`.
         vring_size_max: entries a ring may have.
         region_count_max: memory regions a frontend may share.
@@ -86,7 +88,7 @@ class Offer:
 
     features: int
     vring_count: int
-    queue_count: int
+    servable_features: int = 0
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
@@ -101,6 +103,11 @@ class Offer:
     def all_features(self) -> int:
         """The feature bits GET_FEATURES answers."""
         return self.features | 1 << PROTOCOL_FEATURES_BIT
+
+    @property
+    def all_servable_features(self) -> int:
+        """The feature bits that any session may have."""
+        return self.all_features | self.servable_features
 
 
 # -- state ------------------------------------------------------------------------------------------------
@@ -119,6 +126,8 @@ class VringState:
         enabled: what SET_VRING_ENABLE said last.
         failed: the device gave the running ring up: what the guest wrote cannot be, or its memory is gone. So it stays
             until the frontend stops the ring or sets it up again.
+        base_told: GET_VRING_BASE told the frontend where the ring stands, so that it can go on there. The device clears
+            it once a receive ring runs.
         kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
             the guest polls.
     """
@@ -131,6 +140,7 @@ class VringState:
     started: bool = False
     enabled: bool = False
     failed: bool = False
+    base_told: bool = False
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
@@ -146,23 +156,32 @@ class SessionState:
     """A session between two messages, or in the middle of one: all that moves.
 
     Attributes:
+        features_offered: what GET_FEATURES answers, by the process in which the session began: a frontend has no word
+            by which it could be told of less.
+        protocol_features_offered: likewise of GET_PROTOCOL_FEATURES.
         features_acked: virtio feature bits from SET_FEATURES, with the bit for protocol features.
         protocol_features_acked: bits from SET_PROTOCOL_FEATURES.
         device_status: virtio device status from SET_STATUS.
         mtu: from NET_SET_MTU, 0 where none came.
         regions: guest memory.
         vrings: every ring of the device, by index.
+        vring_count_asked: how many the frontend has, where it has more than the device; else 0.
+        was_served: whether one was ever started and enabled.
         backend_request_fd: where the backend may send requests of its own.
         unparsed, unparsed_fds: the beginning of a message and the descriptors that came with it.
         unsent: the rest of a reply the socket had no room for.
     """
 
+    features_offered: int = 0
+    protocol_features_offered: int = 0
     features_acked: int = 0
     protocol_features_acked: int = 0
     device_status: int = 0
     mtu: int = 0
     regions: list[MemoryRegion] = field(default_factory=list)
     vrings: list[VringState] = field(default_factory=list)
+    vring_count_asked: int = 0
+    was_served: bool = False
     backend_request_fd: OwnedFd | None = None
     unparsed: bytes = b""
     unparsed_fds: list[OwnedFd] = field(default_factory=list)
@@ -175,10 +194,9 @@ class SessionState:
 
     def close(self) -> None:
         """Closes every descriptor. Bears being called twice."""
-        close_all(region.fd for region in self.regions)
-        for vring in self.vrings:
-            close_all((vring.kick, vring.call, vring.error))
-        close_all((self.backend_request_fd, *self.unparsed_fds))
+        vring_fds = (fd for vring in self.vrings for fd in (vring.kick, vring.call, vring.error))
+        region_fds = (region.fd for region in self.regions)
+        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, *self.unparsed_fds))
 
 
 def check_state(state: SessionState, offer: Offer) -> None:
@@ -187,8 +205,10 @@ def check_state(state: SessionState, offer: Offer) -> None:
     Raises:
         PeerError: it could not, or cannot; the text names both values. Nothing was changed.
     """
-    _check_acked(state.features_acked, offer.all_features, "features")
-    _check_acked(state.protocol_features_acked, offer.protocol_features, "protocol features")
+    _check_acked(state.features_acked, state.features_offered, "features")
+    _check_acked(state.protocol_features_acked, state.protocol_features_offered, "protocol features")
+    check_servable(state.features_acked, offer.all_servable_features, "features")
+    check_servable(state.protocol_features_acked, PROTOCOL_FEATURES_SERVED, "protocol features")
     _check_range("device status", state.device_status, 0xFF)
     _check_range("mtu", state.mtu, 0xFFFF)
     if len(state.vrings) != offer.vring_count:
@@ -205,11 +225,19 @@ def check_state(state: SessionState, offer: Offer) -> None:
             raise PeerError(f"vring {index} is started without size, addresses or kick descriptor")
         if vring.failed and not vring.started:
             raise PeerError(f"vring {index} has failed and is not started")
+    _check_range("count of vrings asked for", state.vring_count_asked, VRING_INDEX_MAX + 1)
     check_regions(state.regions, count_max=offer.region_count_max)
     _check_unparsed(state.unparsed)
     _check_fd_count(state.unparsed_fds)
     if len(state.unsent) > HEADER_SIZE + PAYLOAD_SIZE_MAX:
         raise PeerError(f"session has {len(state.unsent)} unsent bytes, more than one reply")
+
+
+def check_servable(acked: int, servable: int, name: str) -> None:
+    """Raises PeerError where bits were acknowledged elsewhere that are not among the servable ones."""
+    # As numbers, because the complement of a flag has no bits beyond the flag's own.
+    if missing := int(acked) & ~int(servable):
+        raise PeerError(f"the guest uses {name} {acked:#x}, of which {missing:#x} cannot be served here")
 
 
 def _describe(region: MemoryRegion) -> RegionDescription:
@@ -235,10 +263,10 @@ def _check_fd_count(fds: Sequence[OwnedFd]) -> None:
 
 
 def _check_acked(acked: int, offered: int, name: str) -> None:
-    if acked & ~offered:
+    # As in `check_servable`.
+    if missing := int(acked) & ~int(offered):
         raise PeerError(
-            f"frontend acknowledged {name} {acked:#x}, of which {acked & ~offered:#x} are not among the offered"
-            f" {offered:#x}"
+            f"frontend acknowledged {name} {acked:#x}, of which {missing:#x} are not among the offered {offered:#x}"
         )
 
 
@@ -271,6 +299,8 @@ def _check_packed_position(index: int, position: int, size: int) -> None:
         raise PeerError(f"position {packed_ring.index_of(position)} of vring {index} is outside its {size} entries")
 
 
+_MEMORY_SLOT_REQUESTS: Final = (Request.ADD_MEM_REG, Request.REM_MEM_REG)
+
 _ACCEPTED: Final = 0
 _REFUSED: Final = 1
 
@@ -292,11 +322,18 @@ class FeaturesSet(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryChanged(Event):
-    """`regions` is new: rings stop, memory is mapped anew, rings go on. The old mapping must be gone afterwards.
+    """`regions` is new. The mappings of regions that are not in it must be gone afterwards; the others may stay.
 
     A ring whose addresses the new table does not hold stands still until a table holds them again: a frontend that
     takes memory away and adds it in another shape sends this event in between.
     """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionAdded(MemoryChanged):
+    """`regions` has one more, the last. Refused, it is taken out again."""
+
+    refusable: ClassVar = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,6 +350,24 @@ class VringChanged(Event):
 
     index: int
     anew: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifiersChanged(Event):
+    """A ring that is served has another call or error descriptor, or none. It goes on meanwhile.
+
+    Frontends send a call descriptor each time a driver masks or unmasks an interrupt. A call made before may not have
+    been heard, so the new descriptor is called once.
+    """
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRefused(Event):
+    """The frontend is told by its reply that its request cannot be; nothing changed. The device tells people."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,16 +398,22 @@ class Backend:
     """One session. After any `PeerError` it is to be closed: `close` is all it still does.
 
     Attributes:
-        offer: what GET_FEATURES and the like answer.
+        offer: what a session is offered that begins here, and what of its limits holds for one that came.
         state: the session as plain data. The device reads it, and writes `next_avail` of rings it stopped.
         config: the device's configuration space, what GET_CONFIG reads; at most `CONFIG_SIZE_MAX` bytes.
+        has_spoken: whether the frontend sent a whole message, here or before a handover.
     """
 
     def __init__(self, offer: Offer, *, config: bytes = b"") -> None:
         assert len(config) <= CONFIG_SIZE_MAX, len(config)
         self.offer = offer
         self.config = config
-        self.state = SessionState(vrings=[VringState() for _ in range(offer.vring_count)])
+        self.has_spoken = False
+        self.state = SessionState(
+            features_offered=offer.all_features,
+            protocol_features_offered=offer.protocol_features,
+            vrings=[VringState() for _ in range(offer.vring_count)],
+        )
         self._header: Header | None = None
         self._payload: Payload | None = None
         self._event: Event | None = None
@@ -367,10 +428,14 @@ class Backend:
         """
         check_state(state, offer)
         backend = cls(offer, config=config)
+        # What only another program can serve is offered no longer, and no guest uses it.
+        state.features_offered &= offer.all_servable_features
+        state.protocol_features_offered &= PROTOCOL_FEATURES_SERVED
         # A stream brings tuples.
         state.regions, state.vrings = list(state.regions), list(state.vrings)
         state.unparsed_fds = list(state.unparsed_fds)
         backend.state = state
+        backend.has_spoken = True
         backend._parse_header()
         return backend
 
@@ -400,7 +465,14 @@ class Backend:
         content = state.unparsed[HEADER_SIZE:]
         self._payload = decode_request(self._header, content, fd_count=len(state.unparsed_fds))
         self._check_feature(self._header.request)
-        self._event = self._apply(self._header.request, self._payload)
+        try:
+            self._event = self._apply(self._header.request, self._payload)
+        except PeerError as error:
+            # A frontend that adds memory to a running guest must not lose its NIC by it. One that wants no reply would
+            # go on as if the memory were there, so its session ends.
+            if self._header.request not in _MEMORY_SLOT_REQUESTS or not self._is_acknowledged:
+                raise
+            self._event = RequestRefused(reason=f"{self._header.request.name}: {error}")
         if self._event is None:
             # A NIC has nothing in its configuration space that a driver may write.
             self._finish(_REFUSED if self._header.request is Request.SET_CONFIG else _ACCEPTED)
@@ -411,12 +483,14 @@ class Backend:
         assert self._event is not None, "no event to complete"
         if isinstance(self._event, MtuSet):
             self.state.mtu = self._event.mtu
-        self._finish(_ACCEPTED)
+        self._finish(_REFUSED if isinstance(self._event, RequestRefused) else _ACCEPTED)
 
     def refuse(self) -> None:
         """The device does not do what the present, refusable event asks: the frontend is told if it wants to know."""
         assert self._event is not None, "no event to refuse"
         assert self._event.refusable, self._event
+        if isinstance(self._event, RegionAdded):
+            self._retired.append(self.state.regions.pop().fd)
         self._finish(_REFUSED)
 
     def data_to_send(self) -> bytes:
@@ -445,7 +519,7 @@ class Backend:
     def close(self) -> None:
         """Closes every descriptor of the session. Bears being called twice."""
         self.state.close()
-        close_all(self._retired)
+        close_foreign(self._retired)
 
     # -- one message ---------------------------------------------------------------------------------------
 
@@ -458,19 +532,26 @@ class Backend:
         if missing:
             raise PeerError(f"{request.name} needs protocol feature {missing.name}, which was not acknowledged")
 
+    @property
+    def _is_acknowledged(self) -> bool:
+        """Whether the frontend is told what became of the present message."""
+        assert self._header is not None
+        return self._header.needs_reply and bool(self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK)
+
     def _finish(self, ack: int) -> None:
         assert self._header is not None
-        request, needs_reply = self._header.request, self._header.needs_reply
+        request = self._header.request
         if RULES[request].reply is not None:
             self.state.unsent += encode_reply(request, self._reply(request, self._payload))
         # Looked up after the message was applied: frontends that acknowledge REPLY_ACK itself with NEED_REPLY set
         # wait for the answer.
-        elif needs_reply and self.state.protocol_features_acked & ProtocolFeature.REPLY_ACK:
+        elif self._is_acknowledged:
             self.state.unsent += encode_reply(request, U64(value=ack))
-        close_all((*self._retired, *self.state.unparsed_fds))
+        close_foreign((*self._retired, *self.state.unparsed_fds))
         self._retired.clear()
         self.state.unparsed_fds.clear()
         self.state.unparsed = b""
+        self.has_spoken = True
         self._header = self._payload = self._event = None
 
     def _apply(self, request: Request, payload: Payload | None) -> Event | None:
@@ -479,7 +560,7 @@ class Backend:
             case Request.SET_FEATURES, U64(value=features):
                 return self._set_features(features)
             case Request.SET_PROTOCOL_FEATURES, U64(value=features):
-                _check_acked(features, self.offer.protocol_features, "protocol features")
+                _check_acked(features, self.state.protocol_features_offered, "protocol features")
                 self.state.protocol_features_acked = features
             case Request.SET_STATUS, U64(value=status):
                 # 0 resets nothing here: QEMU sends it before it asks for the rings' positions.
@@ -494,12 +575,14 @@ class Backend:
                 self._retired.append(self.state.backend_request_fd)
                 self.state.backend_request_fd = self.state.unparsed_fds.pop()
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
-                return self._set_regions(self._regions_of(descriptions))
+                self._set_regions(self._regions_of(descriptions))
+                return MemoryChanged()
             case Request.ADD_MEM_REG, SingleRegion(region=description):
                 # QEMU 7.2 says every region once more for each queue pair.
-                if self.offer.queue_count > 1 and description in map(_describe, self.state.regions):
+                if self._has_several_pairs and description in map(_describe, self.state.regions):
                     return None
-                return self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                self._set_regions([*self.state.regions, *self._regions_of((description,))])
+                return RegionAdded() if self._is_acknowledged else MemoryChanged()
             case Request.REM_MEM_REG, SingleRegion(region=description):
                 return self._remove_region(description)
             case Request.RESET_DEVICE, None:
@@ -512,9 +595,10 @@ class Backend:
         """As `_apply`, for the requests about one ring."""
         index = payload.index
         if index >= len(self.state.vrings):
-            raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
+            self._pass_over(request, index)
+            return None
         vring = self.state.vrings[index]
-        was_served = self._is_served(index)
+        concerns_device = was_served = self._is_served(index)
         # User-Mode Linux and Cloud Hypervisor reset a driver without GET_VRING_BASE: they disable its rings and set
         # them up again. So a message that only comes with a set-up ends a failure.
         anew = False
@@ -542,10 +626,11 @@ class Backend:
                     return None
                 vring.enabled = bool(number)
                 # Also of a ring that is not started: a device may steer packets by it.
-                return VringChanged(index=index)
+                concerns_device = True
             case Request.GET_VRING_BASE, VringNumber():
                 # Call and error stay: a frontend that starts the ring again need not send them again.
                 vring.started = vring.failed = False
+                vring.base_told = True
                 vring.kick = self._replace(vring.kick)
             case Request.SET_VRING_ADDR, VringAddress():
                 if not self._set_addresses(vring, payload):
@@ -564,15 +649,34 @@ class Backend:
                 raise PeerError(f"{request.name} wants vring {index} to be polled, which is not supported")
             case Request.SET_VRING_CALL, _:
                 vring.call = self._replace(vring.call)
+                return NotifiersChanged(index=index) if was_served else None
             case Request.SET_VRING_ERR, _:
                 vring.error = self._replace(vring.error)
-        return VringChanged(index=index, anew=anew) if was_served or self._is_served(index) else None
+                return NotifiersChanged(index=index) if was_served else None
+        if self._is_served(index):
+            self.state.was_served = concerns_device = True
+        return VringChanged(index=index, anew=anew) if concerns_device else None
+
+    def _pass_over(self, request: Request, index: int) -> None:
+        """A request for a ring that the device does not have.
+
+        QEMU takes the answer to GET_QUEUE_NUM, which counts virtqueues, for a number of pairs, so it may set up more
+        pairs than there are. The session lives, and so do the pairs that are there: a closed one would come again at
+        once, for ever.
+        """
+        if ProtocolFeature.MQ not in ProtocolFeature(self.state.protocol_features_acked) or index > VRING_INDEX_MAX:
+            raise PeerError(f"{request.name} names vring {index}, the device has {len(self.state.vrings)} vrings")
+        self.state.vring_count_asked = max(self.state.vring_count_asked, index + 1)
+
+    @property
+    def _has_several_pairs(self) -> bool:
+        return self.offer.vring_count > 2
 
     def _is_served(self, index: int) -> bool:
         return self.offer.serves(index, self.state.vrings)
 
     def _set_features(self, features: int) -> Event:
-        _check_acked(features, self.offer.all_features, "features")
+        _check_acked(features, self.state.features_offered, "features")
         if (features ^ self.state.features_acked) & Feature.RING_PACKED:
             self._change_format(features)
         self.state.features_acked = features
@@ -630,12 +734,12 @@ class Backend:
             for description, fd in zip(descriptions, self.state.unparsed_fds, strict=True)
         ]
 
-    def _set_regions(self, regions: list[MemoryRegion]) -> Event:
+    def _set_regions(self, regions: list[MemoryRegion]) -> None:
         check_regions(regions, count_max=self.offer.region_count_max)
-        self._retired += [region.fd for region in self.state.regions if region not in regions]
+        kept = {id(region.fd) for region in regions}  # compared whole, hundreds of regions would take milliseconds
+        self._retired += [region.fd for region in self.state.regions if id(region.fd) not in kept]
         self.state.regions = regions
         self.state.unparsed_fds.clear()
-        return MemoryChanged()
 
     def _remove_region(self, description: RegionDescription) -> Event | None:
         # The mmap offset does not name a region (vhost-user, REM_MEM_REG).
@@ -648,7 +752,7 @@ class Backend:
                 self.state.regions.remove(region)
                 self._retired.append(region.fd)
                 return MemoryChanged()
-        if self.offer.queue_count > 1:
+        if self._has_several_pairs:
             return None  # as in ADD_MEM_REG: taken away for another queue pair already
         raise PeerError(
             f"REM_MEM_REG names {description.size:#x} bytes at guest address {description.guest_address:#x}, user"
@@ -672,17 +776,18 @@ class Backend:
         """What the frontend asked for."""
         match request, payload:
             case Request.GET_FEATURES, None:
-                return U64(value=self.offer.all_features)
+                return U64(value=self.state.features_offered)
             case Request.GET_PROTOCOL_FEATURES, None:
-                return U64(value=self.offer.protocol_features)
+                return U64(value=self.state.protocol_features_offered)
             case Request.GET_QUEUE_NUM, None:
-                return U64(value=self.offer.queue_count)
+                return U64(value=len(self.state.vrings))
             case Request.GET_MAX_MEM_SLOTS, None:
                 return U64(value=self.offer.region_count_max)
             case Request.GET_STATUS, None:
                 return U64(value=self.state.device_status)
             case Request.GET_VRING_BASE, VringNumber(index=index):
-                position = self.state.vrings[index].next_avail
+                # A ring that was passed over stands at the beginning.
+                position = self.state.vrings[index].next_avail if index < len(self.state.vrings) else 0
                 base = packed_ring.base_of(position) if self.state.is_packed else position
                 return VringNumber(index=index, number=base)
             case Request.GET_CONFIG, ConfigSpace(offset=offset, data=data):

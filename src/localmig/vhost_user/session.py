@@ -613,13 +613,18 @@ class Endpoint:
         """From now on calls `changing` before the session, or whether there is one, changes; None ends that."""
         self._watcher = changing
 
+    def note_change(self) -> None:
+        """Something changes next that a successor must know: tells whoever watches."""
+        if self._watcher is not None:
+            self._watcher()
+
     def frontend_waits(self) -> bool:
         """Whether a frontend waits for this frozen endpoint: for an answer, or to be let in."""
         return self.contact.has_waiting() if self.session is None else self.session.has_unread()
 
     def change_config(self, config: bytes) -> None:
         """The device's configuration space is `config` now. A session's frontend is told, at the latest at `thaw`."""
-        self._changing()
+        self.note_change()
         self.config = config
         if self.session is not None and not self._frozen:
             self.session.change_config(config)
@@ -665,18 +670,14 @@ class Endpoint:
             self.session = None
 
     def _on_connection(self, connection: OwnedFd) -> None:
-        self._changing()
+        self.note_change()
         self.contact.pause()
         self.session = self._make_session(connection, Backend(self.offer, config=self.config))
         self._handler.session_opened()
         self.session.thaw()
 
     def _make_session(self, connection: OwnedFd, backend: Backend) -> Session:
-        return Session(connection, backend, self._handler, changing=self._changing, on_closed=self._on_session_closed)
-
-    def _changing(self) -> None:
-        if self._watcher is not None:
-            self._watcher()
+        return Session(connection, backend, self._handler, changing=self.note_change, on_closed=self._on_session_closed)
 
     def _on_session_closed(self) -> None:
         self.session = None

@@ -13,6 +13,7 @@ from enum import IntFlag
 class Feature(IntFlag):
     """Feature bits of rings and transport (section 6)."""
 
+    ANY_LAYOUT = 1 << 27
     RING_INDIRECT_DESC = 1 << 28
     RING_EVENT_IDX = 1 << 29
     VERSION_1 = 1 << 32

@@ -19,6 +19,9 @@ PARTS: Final[Mapping[str, int]] = {
 }
 """The descriptor area, the driver area and the device area, and the alignment of each in bytes (section 2.8.10)."""
 
+TOUCHED: Final = (0, 14)
+"""Where two bytes stand that are 0 until a driver uses the ring, as (area, offset): the first descriptor's flags."""
+
 _WRAP_COUNTER: Final = 1 << 15
 
 START: Final = _WRAP_COUNTER

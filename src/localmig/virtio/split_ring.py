@@ -13,6 +13,9 @@ from typing import Final
 PARTS: Final[Mapping[str, int]] = {"descriptor table": 16, "avail ring": 2, "used ring": 4}
 """The descriptor area, the driver area and the device area, and the alignment of each in bytes."""
 
+TOUCHED: Final = (1, 2)
+"""Where two bytes stand that are 0 until a driver uses the ring, as (area, offset): the avail index."""
+
 START: Final = 0
 """The position of a ring that nobody used yet."""
 

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use dataplane::chain::Layout;
 use dataplane::memory::{GuestMemory, RegionSpec};
 use dataplane::packed::Position;
+use dataplane::Offloads;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -17,6 +19,9 @@ pub const INDIRECT: u16 = 4;
 /// Where guest memory starts, and its size.
 pub const MEMORY_START: u64 = 0x10_0000;
 pub const MEMORY_SIZE: u64 = 0x40_0000;
+
+/// A driver that takes whatever the kernel leaves to it.
+pub const ALL_OFFLOADS: Offloads = Offloads(0x6f);
 
 /// Longer than anything here takes; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,6 +55,13 @@ pub fn memory_of(fd: &OwnedFd) -> Arc<GuestMemory> {
 pub fn truncate(fd: &OwnedFd, size: u64) {
     // SAFETY: plain system call on our descriptor.
     assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), size.try_into().unwrap()) }, 0);
+}
+
+/// Whether this process maps the file.
+pub fn is_mapped(fd: &OwnedFd) -> bool {
+    let inode = std::fs::File::from(fd.try_clone().unwrap()).metadata().unwrap().ino().to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains("memfd:")).any(|line| line.split(' ').nth(4) == Some(&inode))
 }
 
 /// One ring as its driver writes it.

@@ -22,20 +22,28 @@ import asyncio
 import errno
 import logging
 import os
+import select
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from localmig import dataplane, trace
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
+from localmig.devices.virtio_net.heir import ANYONE, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
+from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Offload, Tap
+from localmig.netdev.tap import Tap
+from localmig.netdev.tun import Offload
 from localmig.trace import (
+    DeviceNoted,
     GuestAnnounced,
+    InterfaceChanged,
+    MemoryMapped,
     RingCorrected,
     RingFailed,
     RingsStarted,
@@ -45,18 +53,21 @@ from localmig.trace import (
     Tracer,
 )
 from localmig.vhost_user.info import SessionInfo, VringInfo
-from localmig.vhost_user.memory import borrowed, check_sizes, to_guest_address
+from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.protocol import (
     DeviceReset,
     Event,
     FeaturesSet,
     MemoryChanged,
     MtuSet,
+    NotifiersChanged,
     Offer,
     RarpRequested,
+    RequestRefused,
     SessionState,
     VringChanged,
     VringState,
+    check_servable,
     check_state,
 )
 from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
@@ -64,6 +75,7 @@ from localmig.virtio import Feature, packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
     OFFLOADS,
+    LinkStatus,
     NetConfig,
     NetFeature,
     header_length,
@@ -76,6 +88,11 @@ _logger = logging.getLogger(__name__)
 _THREAD_ADVICE: Final = (
     "; each has a thread: raise RLIMIT_NPROC of this user, pids.max of the control group or sysctl kernel.threads-max"
 )
+
+POPULATE_SECONDS_MAX: Final = 0.01
+"""For memory that a frontend adds while this process serves. The frontend waits for its reply meanwhile, and so do all
+others. Ten milliseconds map a gigabyte of pages that exist, or look through gigabytes that have none; the rest comes by
+page faults."""
 
 THREAD_NAME_LENGTH_MAX: Final = 15
 """TASK_COMM_LEN is 16, and the last byte is NUL (linux/sched.h)."""
@@ -129,11 +146,24 @@ class VirtioNet(Part):
         self._pairs: list[QueuePair] = []
         self._rings = rings
         self._awaits_netdev = False
-        self._mtu_there: int | None = None
-        """Of a netdev that is awaited: what the source's had."""
+        self._config_there = NetConfig()
+        """The configuration space as the source had it, where there was one."""
+        self._receiving: dict[int, int] = {}
+        """Queue pairs whose receive ring is served, and where a ring of its format begins."""
+        self._heirs: dict[int, Heir] = {}
+        """Whom the waiting frames of other queue pairs are for."""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its vring's number."""
+        self._frame_length_laid_out = 0
+        """Bytes of the longest frame that the queue pairs have room for."""
+        self._notes = Notes(self._find_notes, self._is_untouched, self._tell_note)
+        self._kicks_before: dict[int, tuple[OwnedFd, int]] = {}
+        """Of the first queue pair's rings: the kick descriptor, and how many kicks are not its driver's."""
+        self._vring_count_asked = 0
+        """As the last session's, if that had too many."""
+        self._closed_because: str | None = None
         rings.join(self)
+        netdev.observer = self
 
     @property
     def queue_pair_count(self) -> int:
@@ -164,6 +194,7 @@ class VirtioNet(Part):
 
     def freeze(self) -> None:
         """Leaves socket and connection alone from now on."""
+        self._notes.stop()
         if self._endpoint is not None:
             self._endpoint.freeze()
 
@@ -172,8 +203,14 @@ class VirtioNet(Part):
         assert self._endpoint is not None, self.id
         assert self._ring_errors is not None, self.id
         self._endpoint.contact.claim()
+        if (state := self._session_state()) is not None:
+            self._netdev.mtu_told = state.mtu
+        self._tell_network()
         self._endpoint.thaw()
         asyncio.get_running_loop().add_reader(self._ring_errors.fileno(), self._report_rings)
+        self._note_kicks()
+        self._notes.expect()
+        self._apply_options()
 
     def close(self) -> None:
         """Ends the session, removes the socket."""
@@ -196,10 +233,15 @@ class VirtioNet(Part):
             session=None if state is None else SessionInfo.of(state),
             vrings=() if state is None else tuple(self._vring_infos(state)),
             queue_pairs=tuple(
-                QueuePairInfo(index=index, running=pair.is_running(), counters=Counters(*pair.counters()))
+                QueuePairInfo(index=index, running=self._runs(pair), counters=Counters(*pair.counters()))
                 for index, pair in enumerate(self._pairs)
             ),
+            notes=self._notes.get(),
         )
+
+    def _runs(self, pair: QueuePair) -> bool:
+        """Whether packets move: what a guest sends to an interface that is gone is only taken out of its ring."""
+        return pair.is_running() and not self._netdev.is_gone
 
     def _vring_infos(self, state: SessionState) -> Iterator[VringInfo]:
         for number, pair in enumerate(self._pairs):
@@ -211,7 +253,7 @@ class VirtioNet(Part):
                     size=vring.size,
                     started=vring.started,
                     enabled=vring.enabled,
-                    running=pair.is_running() and position is not None and not vring.failed,
+                    running=self._runs(pair) and position is not None and not vring.failed,
                     position=vring.next_avail if position is None else position,
                     failed=vring.failed,
                     # Where it failed before a handover, the source's log has the reason.
@@ -249,6 +291,7 @@ class VirtioNet(Part):
             features_acked=session.backend.state.features_acked if session is not None else 0,
             mac=self._known_mac or b"",
             config=session.backend.config if session is not None else self._endpoint.config,
+            heirs=self._saved_heirs() if with_descriptors else (),
             socket=socket,
         )
 
@@ -271,6 +314,8 @@ class VirtioNet(Part):
         _read_config(self.id, state.config)
         if state.socket is None:
             return
+        if len(state.heirs) != self.queue_pair_count or any(heir.kind > max(HeirKind) for heir in state.heirs):
+            raise PeerError(f"device '{self.id}': {state.heirs} is not an heir for each queue pair")
         try:
             self._socket.check(state.socket.listener)
             if state.socket.connection is not None:
@@ -284,31 +329,29 @@ class VirtioNet(Part):
         Without descriptors it listens beside the path, which is the source's until `thaw` claims it. Again: queue pairs
         stay, and so does memory that is the same.
         """
-        memory, regions = self._memory, _identities(self._session_state())
+        memory = self._memory
         self._drop_adopted()
         if not self._pairs:
             self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
-        self._mtu_there = _read_config(self.id, state.config).mtu
+        self._config_there = _read_config(self.id, state.config)
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
         if state.socket is None:
             self._endpoint = self._make_endpoint(self._socket.open_beside())
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
+        self._heirs = dict(enumerate(state.heirs))
         try:
             if state.socket.connection is not None:
                 connection = state.socket.connection
                 self._ledger_file = connection.ledger
                 self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
                 self._map_ledger()
-                if _identities(self._session_state()) == regions:
-                    self._memory = memory
-                else:
-                    # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
-                    self._map_memory(GuestMemory.adopt)
-                    if self._memory is not None:
-                        self._rings.populate(self._memory)
+                # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
+                self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
+                if self._memory is not None:
+                    self._rings.populate(self._memory)
             for index in range(len(self._pairs)):
                 self._lay_out(index)
         except PeerError as error:
@@ -359,21 +402,67 @@ class VirtioNet(Part):
         if self._rings.serving and self._known_mac is not None:
             self._send_rarp(self._known_mac)
 
+    def interface_changed(self) -> None:
+        """The guest is told the interface's MTU and whether its link is up. See `netdev.tap.Observer`."""
+        if self._endpoint is None:
+            return
+        if self._netdev.frame_length_max > self._frame_length_laid_out:
+            self._lay_out_again()
+        self._config_changed()
+        self._tracer.emit(InterfaceChanged(device=self.id, mtu=self._netdev.mtu, link_is_up=self._netdev.link_is_up))
+
+    def queues_changed(self) -> None:
+        """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        if self._endpoint is not None:
+            # A successor lays its queue pairs out again too: the descriptors that it has of the TAP close next.
+            self._endpoint.note_change()
+        self._lay_out_again()
+
+    def _lay_out_again(self) -> None:
+        """As when the frontend sets everything up; a session that cannot go on ends."""
+        session = self._endpoint.session if self._endpoint is not None else None
+        try:
+            if session is not None:
+                self._set_up_netdev()
+            self._apply_all()
+        except LocalmigError as error:
+            for pair in self._pairs:
+                pair.release()  # the TAP's old descriptors may close next
+            _logger.warning("device '%s': %s", self.id, error)
+            if session is not None:
+                # Not now: this may be in the middle of one of its messages.
+                asyncio.get_running_loop().call_soon(session.close, str(error))
+
     # -- the frontend's events ----------------------------------------------------------------------------------
 
     def session_opened(self) -> None:
         """Rings come later, by their events."""
         self._tracer.emit(SessionOpened(device=self.id))
+        self._notes.expect()
 
     def handle(self, event: Event) -> None:
         """Makes the queue pairs what the session's state says. See `SessionHandler`."""
+        self._notes.expect()
+        try:
+            self._follow(event)
+        except LocalmigError as error:
+            if event.refusable:
+                self._note_refusal(str(error))
+            raise
+
+    def _follow(self, event: Event) -> None:
         match event:
             case VringChanged(index=vring, anew=anew):
+                self._note_kicks()
                 self._apply(vring // 2, anew=vring if anew else None)
                 assert self._endpoint is not None, self.id
                 for drained, leader in self._endpoint.offer.drained_vrings.items():
                     if leader == vring:
                         self._apply(drained // 2)
+            case NotifiersChanged(index=vring):
+                self._set_notifiers(vring)
+            case RequestRefused(reason=reason):
+                self._note_refusal(reason)
             case FeaturesSet():
                 self._make_ledger()
                 self._set_up_netdev()
@@ -382,10 +471,13 @@ class VirtioNet(Part):
                 self._change_memory()
             case DeviceReset():
                 self._set_up_netdev()
+                for index in range(len(self._pairs)):
+                    self._end_receiving(index)
                 self._apply_all()
                 self._rewind()
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
+                self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
                 self._known_mac = mac
                 self._send_rarp(mac)
@@ -396,13 +488,21 @@ class VirtioNet(Part):
         """Every ring stops: its descriptors close next."""
         for index, pair in enumerate(self._pairs):
             self._stop(index)
+            self._end_receiving(index)
+            self._note_asked(index)
             pair.release()
         self._memory = None
         self._failures.clear()
+        self._kicks_before.clear()
         self._drop_ledger()
+        self._netdev.mtu_told = 0
         self._reset_netdev()
+        self._vring_count_asked = self._asked_now()
         if reason is not None:
-            _logger.warning("device '%s': session closed: %s", self.id, reason)
+            # A frontend that comes again and again with the same mistake fills no log.
+            level = logging.WARNING if reason != self._closed_because else logging.DEBUG
+            _logger.log(level, "device '%s': session closed: %s", self.id, reason)
+        self._closed_because = reason
         self._tracer.emit(SessionClosed(device=self.id, reason=reason))
 
     # -- queue pairs --------------------------------------------------------------------------------------------
@@ -419,10 +519,27 @@ class VirtioNet(Part):
         # Steered first: while the kernel detaches a queue, what waits in it is still read.
         self._steer(index)
         self._stop(index, anew=anew)
+        is_received = self._is_received(index)
+        if not is_received:
+            self._end_receiving(index)
         self._lay_out(index)
+        if is_received:
+            self._begin_receiving(index)
         self._settle(index)
+        if index == 0:
+            self._tell_network()
         if self._rings.serving:
             self._start(index)
+
+    def _tell_network(self) -> None:
+        """The interface has a carrier while a driver serves the NIC, where that is asked for."""
+        if not self._netdev.is_open:
+            return
+        state, first = self._session_state(), receive_queue(0)
+        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings):
+            self._netdev.driver_begins()
+        else:
+            self._netdev.driver_ends()
 
     def _steer(self, index: int) -> None:
         """Attaches the pair's TAP queue where the guest receives from it, and detaches it where it does not.
@@ -442,13 +559,85 @@ class VirtioNet(Part):
         vring = state.vrings[receive_queue(index)] if state is not None else VringState()
         return index == 0 or (vring.enabled and vring.is_configured)
 
+    def _is_received(self, index: int) -> bool:
+        """Whether the pair's receive ring is the device's to serve."""
+        state, vring = self._session_state(), receive_queue(index)
+        return state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings)
+
+    def _begin_receiving(self, index: int) -> None:
+        """A driver receives from now on: what waits is for this one, or the queue pair reads it out."""
+        state = self._session_state()
+        assert state is not None, self.id
+        if index in self._receiving:
+            return
+        self._note_asked(index)
+        state.vrings[receive_queue(index)].base_told = False
+        start = self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
+        pair, heir = self._pairs[index], self._heirs.pop(index, STRANGER)
+        if heir.kind == HeirKind.STRANGER:
+            pair.refuse_waiting(start)
+        elif heir.kind != HeirKind.ANYONE:
+            pair.reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
+
+    def _end_receiving(self, index: int) -> None:
+        """No driver receives from now on."""
+        state, start = self._session_state(), self._receiving.pop(index, None)
+        if start is not None and state is not None:
+            self._heirs[index] = heir_of(state.vrings[receive_queue(index)].next_avail, start=start)
+
+    def _note_asked(self, index: int) -> None:
+        """Takes note that the frontend has asked where the receive ring stood."""
+        state = self._session_state()
+        if state is not None and state.vrings[receive_queue(index)].base_told and index in self._heirs:
+            self._heirs[index] = once_asked(self._heirs[index])
+
+    def _saved_heirs(self) -> tuple[Heir, ...]:
+        return tuple(
+            ANYONE if index in self._receiving else self._heirs.get(index, STRANGER)
+            for index in range(self._netdev.queue_count)
+        )
+
     def _change_memory(self) -> None:
-        for index, pair in enumerate(self._pairs):
-            self._stop(index)
-            pair.release()
-        self._memory = None
-        self._map_memory(GuestMemory)
-        self._apply_all()
+        """Goes on with the session's new table. Queue pairs whose rings stay where they are do not stop for it.
+
+        Raises as `_map_memory`; then nothing changed.
+        """
+        memory = self._map_memory(lambda regions: GuestMemory(regions, self._memory))
+        # Before any ring meets it, and while all rings run.
+        populated = 0 if memory is None else memory.populate(POPULATE_SECONDS_MAX)
+        swapped = [False] * len(self._pairs) if memory is None else dataplane.swap_memory(self._pairs, memory)
+        # From here on the former memory has no user but the queue pairs that were not swapped.
+        self._memory = memory
+        undisturbed = tuple(index for index, done in enumerate(swapped) if done and not self._awaits_memory(index))
+        for index in range(len(self._pairs)):
+            if index not in undisturbed:
+                self._apply(index)
+        self._tracer.emit(
+            MemoryMapped(
+                device=self.id,
+                regions=len(self._regions()),
+                populated_bytes=populated,
+                undisturbed_queue_pairs=undisturbed,
+            )
+        )
+
+    def _awaits_memory(self, index: int) -> bool:
+        """Whether a ring of the queue pair was not in the former memory, and is in the present one."""
+        state = self._session_state()
+        assert state is not None, self.id
+        rings = zip((receive_queue(index), transmit_queue(index)), self._pairs[index].positions(), strict=True)
+        return any(position is None and self._ring(state, vring) is not None for vring, position in rings)
+
+    def _set_notifiers(self, vring: int) -> None:
+        """Lets a ring call its driver by the descriptors that the session has now; it goes on meanwhile."""
+        state = self._session_state()
+        assert state is not None, self.id
+        call, error = _fileno(state.vrings[vring].call), _fileno(state.vrings[vring].error)
+        direction = "rx" if vring == receive_queue(vring // 2) else "tx"
+        try:
+            self._pairs[vring // 2].set_notifiers(direction, call_fd=call, error_fd=error)
+        except ValueError as reason:
+            raise PeerError(f"queue pair {vring // 2}: {reason}") from reason
 
     def _make_ledger(self) -> None:
         """Packed rings need a ledger from the first packet on."""
@@ -487,13 +676,22 @@ class VirtioNet(Part):
             for vring in (receive_queue(index), transmit_queue(index)):
                 self._ledger.settle(vring, state.vrings[vring].next_avail)
 
-    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> None:
+    def _regions(self) -> Sequence[MemoryRegion]:
         state = self._session_state()
         assert state is not None, self.id
-        if not state.regions:
-            return
+        return state.regions
+
+    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> GuestMemory | None:
+        """The session's table as memory, None where it shares none.
+
+        Raises:
+            PeerError: the regions or their files cannot be.
+            KernelError: this process cannot map them.
+        """
+        if not self._regions():
+            return None
         try:
-            self._memory = mapped(borrowed(state.regions))
+            return mapped(borrowed(self._regions()))
         except ValueError as error:
             raise PeerError(f"guest memory: {error}") from error
         except OSError as error:
@@ -510,6 +708,7 @@ class VirtioNet(Part):
             return
         assert state is not None, self.id
         assert self._memory is not None, self.id
+        self._frame_length_laid_out = self._netdev.frame_length_max
         try:
             pair.configure(
                 memory=self._memory,
@@ -517,6 +716,8 @@ class VirtioNet(Part):
                 tap_fd=self._netdev.fileno(index if self._receives(index) else 0),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
+                # What waits may come with all that this driver took, also if the options allow less since.
+                offloads=int(tap_offloads(state.features_acked, OFFLOADS)),
                 event_index=bool(state.features_acked & Feature.RING_EVENT_IDX),
                 indirect=bool(state.features_acked & Feature.RING_INDIRECT_DESC),
                 mergeable=bool(state.features_acked & NetFeature.MRG_RXBUF),
@@ -602,6 +803,8 @@ class VirtioNet(Part):
                 _logger.warning("device '%s': vring %s (%s) stopped: %s", self.id, vring, direction, reason)
                 self._tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
             self._note_failed(index)
+        # A queue pair whose TAP's interface is gone signals too. The netdev knows, and may attach another one.
+        self._netdev.look_soon()
 
     def _report_corrections(self, index: int, level: int) -> None:
         """Tells of rings that began elsewhere than they were told."""
@@ -617,6 +820,72 @@ class VirtioNet(Part):
                 told,
             )
             self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
+
+    def _note_refusal(self, reason: str) -> None:
+        _logger.warning("device '%s': the frontend's request is refused: %s", self.id, reason)
+        self._tracer.emit(trace.RequestRefused(device=self.id, reason=reason))
+
+    # -- what keeps it from working -----------------------------------------------------------------------------
+
+    def _find_notes(self) -> Iterator[str]:
+        if asked := self._asked_now():
+            yield excess_note(self.id, self._netdev.id, asked=-(-asked // 2), there=len(self._pairs))
+        if self._endpoint is None or self._endpoint.session is None:
+            return
+        backend = self._endpoint.session.backend
+        yield from set_up_notes(backend.state, has_spoken=backend.has_spoken)
+        kicks = self._kicks()
+        if any(kicks[vring] > before for vring, (_, before) in self._kicks_before.items()) and self._is_untouched():
+            yield NOT_SHARED
+
+    def _tell_note(self, note: str) -> None:
+        _logger.warning("device '%s': %s", self.id, note)
+        self._tracer.emit(DeviceNoted(device=self.id, note=note))
+
+    def _asked_now(self) -> int:
+        """How many vrings the frontend has, or the last one had, where those are too many; else 0."""
+        state = self._session_state()
+        if state is None or not (state.vring_count_asked or state.was_served):
+            return self._vring_count_asked
+        return state.vring_count_asked
+
+    def _is_untouched(self) -> bool:
+        """Whether the first queue pair runs and the driver has written into neither ring, as far as memory tells."""
+        state = self._session_state()
+        if state is None or self._memory is None or not self._pairs or not self._pairs[0].is_running():
+            return False
+        indices = receive_queue(0), transmit_queue(0)
+        if any(state.vrings[index].failed for index in indices):
+            return False
+        return all(
+            position is not None and self._is_vring_untouched(self._memory, state, index, position)
+            for index, position in zip(indices, self._pairs[0].positions(), strict=True)
+        )
+
+    def _is_vring_untouched(self, memory: GuestMemory, state: SessionState, index: int, position: int) -> bool:
+        ring, vring = (packed_ring if state.is_packed else split_ring), state.vrings[index]
+        area, offset = ring.TOUCHED
+        address = (vring.descriptor_area, vring.driver_area, vring.device_area)[area] + offset
+        try:
+            written = memory.read(to_guest_address(state.regions, address, 2), 2)
+        except (PeerError, ValueError, OSError):
+            return False  # its ring fails or stands still, and that is told
+        return position == ring.START and not any(written)
+
+    def _note_kicks(self) -> None:
+        """A new kick descriptor is a new life of a ring. QEMU makes one with a kick in it, whatever the driver does."""
+        state = self._session_state()
+        for vring, count in self._kicks().items():
+            kick = None if state is None else state.vrings[vring].kick
+            if kick is not None and (vring not in self._kicks_before or self._kicks_before[vring][0] is not kick):
+                pending = select.poll()
+                pending.register(kick.fileno(), select.POLLIN)
+                self._kicks_before[vring] = kick, count + len(pending.poll(0))
+
+    def _kicks(self) -> dict[int, int]:
+        """How often each ring of the first queue pair was kicked."""
+        counters = Counters(*self._pairs[0].counters())
+        return {receive_queue(0): counters.rx_kicks, transmit_queue(0): counters.tx_kicks}
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -642,6 +911,7 @@ class VirtioNet(Part):
             asyncio.get_running_loop().remove_reader(self._ring_errors.fileno())
             self._ring_errors.close()
             self._ring_errors = None
+        self._notes.stop()
 
     def _session_state(self) -> SessionState | None:
         return self._endpoint.state if self._endpoint is not None else None
@@ -659,17 +929,24 @@ class VirtioNet(Part):
         return Endpoint(contact, self, self._offer(has_uso=self._netdev.has_uso), config=self._config())
 
     def _check_acked(self, state: VirtioNetState, offered: Offer) -> None:
+        """A session that comes goes on with what it was offered; one that begins again is offered what is here."""
         try:
-            check_acked(state.features_acked, offered)
+            if state.socket is None:
+                check_acked(state.features_acked, offered)
+            else:
+                check_servable(state.features_acked, offered.all_servable_features, "features")
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
     def _config(self) -> bytes:
         return NetConfig(
-            mac=self._own_mac or bytes(MAC_LENGTH),
+            # A session that was offered an address goes on with it.
+            mac=self._own_mac or self._config_there.mac,
+            # A link that waits for its interface, in a handover, is not told to be down.
+            status=LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0,
             queue_pair_count_max=self._netdev.queue_count,
             # One that is awaited is most likely the interface that the source has.
-            mtu=self._netdev.mtu if self._netdev.is_open else self._mtu_there or 0,
+            mtu=self._netdev.mtu if self._netdev.is_open else self._config_there.mtu,
         ).encode()
 
     def _config_changed(self) -> None:
@@ -685,7 +962,23 @@ class VirtioNet(Part):
             for index in range(len(self._pairs)):
                 self._stop(index)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
-            self._netdev.set_offloads(tap_offloads(state.features_acked))
+            self._netdev.set_offloads(tap_offloads(state.features_acked, self._offloads))
+
+    def _apply_options(self) -> None:
+        """Leaves to a guest that a handover brought what our options allow, which may be less or more than theirs did.
+
+        Not before the guest runs again: setting it may wait for whoever configures an interface just now, and until
+        then the guest gets nothing that it did not acknowledge.
+        """
+        state = self._session_state()
+        if state is None or not self._netdev.is_open:
+            return
+        if tap_offloads(state.features_acked, self._offloads) != self._netdev.offloads:
+            try:
+                self._set_up_netdev()
+            except KernelError as error:
+                _logger.warning("device '%s': %s", self.id, error)
+            self._apply_all()
 
     def _reset_netdev(self) -> None:
         """Nobody is there to take anything over: the TAP has one queue, and every frame comes whole."""
@@ -695,6 +988,7 @@ class VirtioNet(Part):
             for index in range(1, self._netdev.queue_count):
                 self._netdev.detach(index)
             self._netdev.set_offloads(Offload(0))
+            self._netdev.driver_ends()
         except KernelError as error:
             # The session ends all the same, and the next one sets what it needs.
             _logger.warning("device '%s': %s", self.id, error)
@@ -712,20 +1006,12 @@ class VirtioNet(Part):
             vring.next_avail = 0
 
     def _check_mtu(self, mtu: int) -> None:
+        # Whatever the kernel has told of it so far may be late.
+        self._netdev.look()
         if self._netdev.is_open and mtu > self._netdev.mtu:
             raise ConfigError(
                 f"device '{self.id}': the frontend wants MTU {mtu}, netdev '{self._netdev.id}' has {self._netdev.mtu}"
             )
-
-
-def _identities(state: SessionState | None) -> list[tuple[int, ...]]:
-    """Of each memory region the file and the numbers, by which two sessions have the same memory."""
-    identities: list[tuple[int, ...]] = []
-    for region in state.regions if state is not None else ():
-        file = os.fstat(region.fd.fileno())
-        numbers = region.guest_address, region.size, region.user_address, region.mmap_offset
-        identities.append((file.st_dev, file.st_ino, *numbers))
-    return identities
 
 
 def _check_connection(connection: ConnectionState, offered: Offer) -> None:

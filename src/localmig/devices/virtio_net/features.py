@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.errors import PeerError
-from localmig.netdev.tap import Offload
-from localmig.vhost_user.protocol import Offer
+from localmig.netdev.tun import Offload
+from localmig.vhost_user.message import ProtocolFeature
+from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
-from localmig.virtio.net import NetFeature, transmit_queue, without_orphans
+from localmig.virtio.net import OFFLOADS, NetFeature, transmit_queue, without_orphans
 
 FEATURES: Final = (
     Feature.VERSION_1
+    # A header may lie in any buffers of its chain, and chains are used in the order in which they were made available,
+    # those of a packet that was dropped too.
+    | Feature.ANY_LAYOUT
+    | Feature.IN_ORDER
     | Feature.RING_EVENT_IDX
     | Feature.RING_INDIRECT_DESC
     | NetFeature.MRG_RXBUF
@@ -39,7 +44,10 @@ _USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO
 
 
 def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac: bool, packed: bool) -> Offer:
-    """What a frontend is offered.
+    """What a frontend is offered, and what can be served of one that was offered more by another process.
+
+    That is all that the packet path knows. Offloads that a guest acknowledged for what it sends are in each frame's
+    header, whatever the options say; for what it receives, see `tap_offloads`.
 
     Args:
         queue_pair_count: as many as the netdev has queues.
@@ -48,7 +56,8 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
         has_mac: whether the options say the guest's address.
         packed: whether they let guests have packed rings.
     """
-    features = FEATURES | without_orphans(offloads if has_uso else offloads & ~_USO)
+    possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
+    features = FEATURES | without_orphans(offloads & possible)
     if queue_pair_count > 1:
         # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
         # to us without one in between, as User-Mode Linux has it, refuses the device then.
@@ -57,27 +66,33 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
         features |= NetFeature.MAC
     if packed:
         features |= Feature.RING_PACKED
+    protocol_features = PROTOCOL_FEATURES_SERVED
+    if queue_pair_count == 1:
+        # The specification would have it, because a NIC may have any number of pairs. But QEMU takes the answer to
+        # GET_QUEUE_NUM, 2 here, for a number of pairs; without MQ it knows that there is one.
+        protocol_features &= ~ProtocolFeature.MQ
     return Offer(
         features=features,
+        servable_features=features | possible | NetFeature.MAC | Feature.RING_PACKED,
         vring_count=2 * queue_pair_count,
-        queue_count=queue_pair_count,
+        protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
 
 
 def check_acked(features_acked: int, offered: Offer) -> None:
-    """Whether a guest that comes with a handover can be served on. PeerError where it uses what is not offered here."""
+    """Whether a guest can be served on whose frontend connects again. PeerError if it uses what is not offered."""
     if missing := features_acked & ~offered.all_features:
         raise PeerError(f"the guest uses features {features_acked:#x}, of which {missing:#x} are not offered here")
 
 
-def tap_offloads(features_acked: int) -> Offload:
-    """What the guest takes over from whoever sends to it.
+def tap_offloads(features_acked: int, allowed: NetFeature) -> Offload:
+    """What is left to the guest of what is sent to it: never more than it acknowledged, and than the options allow.
 
     A feature acknowledged without the one it requires counts for nothing, as in QEMU: the guest is served all the same,
     and gets nothing that it could not handle.
     """
-    features = without_orphans(features_acked)
+    features = without_orphans(features_acked & allowed)
     offloads = Offload(0)
     for feature, offload in _TAP_OFFLOADS:
         if features & feature == feature:

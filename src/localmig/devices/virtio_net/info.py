@@ -42,6 +42,7 @@ class VirtioNetInfo:
         session: None while no frontend is connected.
         vrings: the session's rings.
         queue_pairs: those that exist.
+        notes: what keeps it from working, each with what to do.
     """
 
     type_name: ClassVar[str] = "virtio-net"
@@ -54,3 +55,4 @@ class VirtioNetInfo:
     session: SessionInfo | None
     vrings: tuple[VringInfo, ...]
     queue_pairs: tuple[QueuePairInfo, ...]
+    notes: tuple[str, ...]

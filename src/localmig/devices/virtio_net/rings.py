@@ -10,17 +10,20 @@ would wait meanwhile. Together that is one call for each of these steps, and a c
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from localmig import dataplane
-from localmig.dataplane import Counters, GuestMemory, QueuePair
+from localmig.dataplane import FRAME_SIZE_MAX, Counters, GuestMemory, QueuePair
 from localmig.device_api import Part
-from localmig.errors import PeerError
+from localmig.errors import KernelError, PeerError
+from localmig.fd_kind import FdKind
+from localmig.fds import OwnedFd
 from localmig.trace import RingsStarted, RingsStopped, Tracer
-from localmig.vmstate import Description, array, text, u8, u16, u64
+from localmig.vmstate import Description, array, fd, optional, text, u8, u16, u32, u64
 
 QUEUE_PAIR_COUNT_MAX: Final = 65536
 """Queue pairs of one daemon: each has a thread, and the kernel's default gives a process 32768 of them or fewer."""
@@ -36,9 +39,16 @@ _NAME_SIZE_MAX: Final = 80
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RingsSetup:
-    """Which queue pair is which place of the columns: its device's id, a slash, its number."""
+    """What the columns are about.
+
+    Attributes:
+        queue_pairs: which is which place of the columns: its device's id, a slash, its number.
+        waiting: a memory file, into which the source writes the frames that wait, at the switchover. None where
+            descriptors stay home, and the frames in the TAPs as well.
+    """
 
     queue_pairs: tuple[str, ...]
+    waiting: OwnedFd | None
 
 
 Column = tuple[int, ...]
@@ -52,14 +62,19 @@ class RingsState(NamedTuple):
 
     Attributes:
         failed: rings that were given up: 1 is rx, 2 is tx, 3 both.
+        rx_waiting: bytes of the frame that was read and that the guest has no buffers for yet, 0 where none waits. The
+            frame itself is in a file, because what is described before the switchover cannot become longer in it.
     """
 
     rx_next_avail: Column
     tx_next_avail: Column
     failed: Column
+    rx_waiting: Column
     rx_packets: Column
     rx_bytes: Column
     rx_dropped_length: Column
+    rx_dropped_stale: Column
+    rx_dropped_error: Column
     rx_kicks: Column
     rx_calls: Column
     tx_packets: Column
@@ -72,16 +87,19 @@ class RingsState(NamedTuple):
 
 
 _POSITIONS: Final = ("rx_next_avail", "tx_next_avail")
-_KINDS: Final = {**dict.fromkeys(_POSITIONS, u16), "failed": u8}
+_KINDS: Final = {**dict.fromkeys(_POSITIONS, u16), "failed": u8, "rx_waiting": u32}
 _BOTH_FAILED: Final = 3
-assert RingsState._fields == (*_POSITIONS, "failed", *Counters._fields)
+assert RingsState._fields == (*_POSITIONS, "failed", "rx_waiting", *Counters._fields)
 
 RINGS_SETUP: Final = Description(
     name="virtio-net-queue-pairs",
     version=1,
     oldest_version=1,
     state=RingsSetup,
-    fields=(array("queue_pairs", lambda name: text(name, size_max=_NAME_SIZE_MAX), count_max=QUEUE_PAIR_COUNT_MAX),),
+    fields=(
+        array("queue_pairs", lambda name: text(name, size_max=_NAME_SIZE_MAX), count_max=QUEUE_PAIR_COUNT_MAX),
+        optional(fd("waiting", kind=FdKind.MEMORY)),
+    ),
 )
 
 RINGS: Final = Description(
@@ -127,6 +145,8 @@ class Rings(Part):
         self.serving = False
         self._devices: list[Device] = []
         self._populate_seconds_left = POPULATE_SECONDS_MAX
+        self._waiting: OwnedFd | None = None
+        """Shared with the other side of a handover, for the frames that wait."""
         self._tracer = tracer
 
     def join(self, device: Device) -> None:
@@ -163,23 +183,34 @@ class Rings(Part):
     def close(self) -> None:
         """Stops."""
         self.stop()
+        self._close_waiting()
 
     # -- source -------------------------------------------------------------------------------------------------
 
     def save_setup(self, *, with_descriptors: bool) -> RingsSetup:
         """Which queue pairs there are."""
-        del with_descriptors
-        return RingsSetup(queue_pairs=self._names())
+        if not with_descriptors:
+            self._close_waiting()
+        elif self._waiting is None:
+            try:
+                self._waiting = OwnedFd(os.memfd_create("waiting-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            except OSError as error:
+                reason = f"cannot make a file for frames that wait: {error.strerror}"
+                raise KernelError(reason, errno=error.errno or 0) from error
+        return RingsSetup(queue_pairs=self._names(), waiting=self._waiting)
 
     def save_switchover(self) -> RingsState:
-        """Positions, exact once stopped, and counters."""
+        """Positions, exact once stopped, and counters; frames that wait go into their file."""
         pairs = self._pairs()
         rx, tx, counters = dataplane.save_all(pairs)
-        return RingsState(tuple(rx), tuple(tx), tuple(dataplane.failed_rings(pairs)), *map(tuple, counters))
+        failed = dataplane.failed_rings(pairs)
+        waiting = [0] * len(pairs) if self._waiting is None else dataplane.save_waiting(pairs, self._waiting.fileno())
+        return RingsState(tuple(rx), tuple(tx), tuple(failed), tuple(waiting), *map(tuple, counters))
 
     def release(self) -> None:
         """Stops for good; devices let go of their queue pairs."""
         self.stop()
+        self._close_waiting()
 
     # -- destination --------------------------------------------------------------------------------------------
 
@@ -200,7 +231,9 @@ class Rings(Part):
         self._populate_seconds_left = max(0.0, self._populate_seconds_left - (time.monotonic() - begun_s))
 
     def adopt_setup(self, state: RingsSetup) -> None:
-        """Nothing: devices make their queue pairs."""
+        """Takes the file for frames that wait; devices make their queue pairs."""
+        self._close_waiting()
+        self._waiting = state.waiting
 
     def check_switchover(self, state: RingsState) -> None:
         """Whether each column has a place for each queue pair, and each ring can stand where it is said to."""
@@ -213,18 +246,27 @@ class Rings(Part):
             raise PeerError(
                 f"a queue pair has failed rings {max(state.failed):#x}, of which there are {_BOTH_FAILED:#x}"
             )
-
+        if longest := max(state.rx_waiting, default=0):
+            if self._waiting is None:
+                raise PeerError(f"a frame of {longest} bytes waits for its guest, and no file came that has it")
+            if longest > FRAME_SIZE_MAX:
+                raise PeerError(f"a frame that waits for its guest has {longest} bytes, limit is {FRAME_SIZE_MAX}")
         try:
             dataplane.check_positions(pairs, state.rx_next_avail, state.tx_next_avail)
         except ValueError as error:
             raise PeerError(str(error)) from error
 
     def adopt_switchover(self, state: RingsState) -> None:
-        """Sets where the rings go on and what was counted."""
+        """Sets where the rings go on and what was counted, and takes over the frames that wait."""
         pairs = self._pairs()
-        rx, tx, failed, *counters = state
+        rx, tx, failed, waiting, *counters = state
         dataplane.load_all(pairs, (rx, tx, counters))
         dataplane.fail_rings(pairs, failed)
+        if self._waiting is not None and any(waiting):
+            try:
+                dataplane.load_waiting(pairs, self._waiting.fileno(), waiting)
+            except OSError as error:
+                raise PeerError(f"a frame that waits for its guest is not in its file: {error}") from error
 
     def recover(self) -> None:
         """The used index in guest memory tells where each ring stands: nothing is ever left in flight."""
@@ -233,9 +275,15 @@ class Rings(Part):
                 pair.set_positions(None, None)
 
     def discard(self) -> None:
-        """Nothing: devices drop what they adopted."""
+        """Closes what came; devices drop what they adopted."""
+        self._close_waiting()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _close_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
 
     def _pairs(self) -> list[QueuePair]:
         return [pair for device in self._devices for pair in device.queue_pairs]

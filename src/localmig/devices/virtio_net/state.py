@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from localmig.devices.virtio_net.heir import HEIR, Heir
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
 from localmig.vhost_user.description import LISTENER, SESSION
@@ -17,7 +18,10 @@ from localmig.vhost_user.message import CONFIG_SIZE_MAX
 from localmig.vhost_user.protocol import SessionState
 from localmig.vhost_user.session import ListenerState
 from localmig.virtio.net import MAC_LENGTH
-from localmig.vmstate import Description, blob, fd, optional, struct, u64
+from localmig.vmstate import Description, array, blob, fd, optional, struct, u64
+
+QUEUE_PAIR_COUNT_MAX: Final = 256
+"""Of one device: as many as a TAP has queues."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,12 +55,14 @@ class VirtioNetState:
         features_acked: virtio feature bits of the present session, 0 where there is none.
         mac: the guest's Ethernet address where it is known, else empty.
         config: the configuration space, as a frontend read it last or was told of it.
+        heirs: for each queue pair whom the frames are for that wait; empty where descriptors stay home.
         socket: None where descriptors stay home: the frontend then connects anew and says everything again.
     """
 
     features_acked: int
     mac: bytes
     config: bytes
+    heirs: tuple[Heir, ...]
     socket: SocketState | None
 
 
@@ -89,6 +95,7 @@ VIRTIO_NET: Final = Description(
         u64("features_acked"),
         blob("mac", size_max=MAC_LENGTH),
         blob("config", size_max=CONFIG_SIZE_MAX),
+        array("heirs", HEIR, count_max=QUEUE_PAIR_COUNT_MAX),
         optional(struct("socket", SOCKET)),
     ),
 )

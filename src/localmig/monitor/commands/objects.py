@@ -2,7 +2,7 @@
 
 Owns:        query-devices and query-netdevs; QMP's names for all that there is to see.
 Never sees:  clients, JSON text, a device.
-Read next:   the dataclasses these tables are about: devices/virtio_net/info.py, vhost_user/info.py, netdev/tap.py.
+Read next:   the dataclasses these tables are about: devices/virtio_net/info.py, vhost_user/info.py, netdev/info.py.
 
 QEMU has no such commands. Feature bits have the names that its x-query-virtio-status gives them.
 """
@@ -16,7 +16,7 @@ from localmig.dataplane import Counters
 from localmig.devices.virtio_net.info import VirtioNetInfo
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
 from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
-from localmig.netdev.tap import TapInfo
+from localmig.netdev.info import TapInfo, Whereabouts
 
 _NAMES: Final = Array(String())
 
@@ -68,16 +68,22 @@ _VIRTIO_NET: Final = (
     Member(name="session", attribute="session", type=_SESSION, required=False),
     Member(name="vrings", attribute="vrings", type=Array(_VRING)),
     Member(name="queue-pairs", attribute="queue_pairs", type=Array(_QUEUE_PAIR)),
+    Member(name="notes", attribute="notes", type=Array(String())),
 )
 
 _TAP: Final = (
     Member(name="open", attribute="is_open", type=Boolean()),
     Member(name="queues", attribute="queue_count", type=Uint64()),
     Member(name="attached-queues", attribute="attached_count", type=Uint64()),
+    Member(name="interface", attribute="whereabouts", type=Enumeration(tuple(Whereabouts)), required=False),
     Member(name="ifname", attribute="ifname", type=String(), required=False),
+    Member(name="ifindex", attribute="ifindex", type=Uint64(), required=False),
     Member(name="mtu", attribute="mtu", type=Uint64(), required=False),
+    Member(name="up", attribute="is_up", type=Boolean(), required=False),
+    Member(name="bridge", attribute="bridge", type=String(), required=False),
     Member(name="vnet-header-length", attribute="vnet_header_length", type=Uint64(), required=False),
     Member(name="offloads", attribute="offloads", type=_NAMES, convert=offload_names),
+    Member(name="notes", attribute="notes", type=_NAMES),
 )
 
 _ID: Final = Member(name="id", attribute="id", type=String())

@@ -1,0 +1,61 @@
+"""What there is to see of a TAP, for people and programs that ask.
+
+Owns:        TapInfo.
+Never sees:  the TAP itself; QMP's names.
+Read next:   opened.py, which says what is so; monitor/commands/objects.py for who asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from localmig.netdev.tun import Offload
+
+
+class Whereabouts(StrEnum):
+    """Where a TAP's interface is; the value is QMP's."""
+
+    HERE = "here"
+    ELSEWHERE = "elsewhere"
+    """In another network namespace: packets flow, and nothing is known of it."""
+    GONE = "gone"
+    """Deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapInfo:
+    """What there is to see of a TAP, for people and programs that ask.
+
+    Attributes:
+        id: the user's name for it.
+        is_open: whether this process has it.
+        queue_count: queues it has, open or not.
+        attached_count: those that the kernel steers frames into.
+        whereabouts: where its interface is, None where it is not open, as for all that follows.
+        ifname: the interface's present name; the last one where it is gone.
+        ifindex: its number, None where it is not in this network namespace, as for `is_up` and `bridge`.
+        mtu: its present one, in bytes; the last one known where it is not here.
+        is_up: whether it is up administratively.
+        bridge: the bridge it is in, None for none.
+        vnet_header_length: bytes in front of each frame.
+        offloads: what whoever reads the frames takes over.
+        notes: what is so and should perhaps not be, and what to do, a sentence each.
+    """
+
+    type_name: ClassVar[str] = "tap"
+
+    id: str
+    is_open: bool
+    queue_count: int
+    attached_count: int
+    whereabouts: Whereabouts | None = None
+    ifname: str | None = None
+    ifindex: int | None = None
+    mtu: int | None = None
+    is_up: bool | None = None
+    bridge: str | None = None
+    vnet_header_length: int | None = None
+    offloads: Offload = Offload(0)  # noqa: RUF009 - a number
+    notes: tuple[str, ...] = ()

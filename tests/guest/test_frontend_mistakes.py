@@ -1,0 +1,49 @@
+"""A QEMU that was given something wrong: the operator learns of it, and of nothing where all is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any, Final
+
+from tests.guest.lab import EchoTransfer, Lab
+from tests.guest.service import LOCALMIG, Service
+
+from localmig.testing.qemu import vhost_user_netdev
+
+NOTE_SECONDS_MAX: Final = 30
+"""For a guest that boots and brings its interface up, and for two looks."""
+
+
+def notes(service: Service) -> list[str]:
+    """What query-devices says about the NIC."""
+    argv = [*LOCALMIG, "qmp", str(service.qmp), "query-devices"]
+    told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=NOTE_SECONDS_MAX).stdout
+    device: dict[str, Any] = json.loads(told)[0]
+    return list(device["notes"])
+
+
+def test_memory_that_qemu_does_not_share_is_told_of(lab: Lab) -> None:
+    service = Service(lab)
+    daemon = service.start("-v", *service.objects())
+    lab.set_up("tap0")
+    lab.boot_qemu(vhost_user_netdev(service.socket), shares_memory=False)
+    daemon.wait_for('"DeviceNoted"', seconds_max=NOTE_SECONDS_MAX)
+    (note,) = notes(service)
+    assert "share=on" in note
+
+
+def test_more_queue_pairs_than_there_are_are_told_of_once(lab: Lab) -> None:
+    service = Service(lab)
+    daemon = service.start("-v", *service.objects(netdev=",queues=2"))
+    lab.set_up("tap0")
+    guest = lab.boot_qemu(vhost_user_netdev(service.socket, queue_pairs=4), queue_pairs=4)
+    guest.wait_ready()
+    daemon.wait_for('"DeviceNoted"', seconds_max=NOTE_SECONDS_MAX)
+    # Its two processors use the two pairs that are there.
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(1_000_000)
+        assert transfer.finish().intact
+    (note,) = notes(service)
+    assert note.startswith("QEMU asks for 4 pairs, nic0 has 2")
+    assert daemon.log.read_text().count('"DeviceNoted"') == 1
