@@ -79,7 +79,7 @@ def end(chain: Chain, destination: Daemon) -> None:
     assert chain.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
 
 
-@pytest.mark.parametrize("change", (*CHANGES, make_tap_again), ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [*CHANGES, make_tap_again], ids=lambda change: change.__name__)
 def test_what_a_frontend_changes_while_the_operator_is_awaited_moves(
     chain: Chain, change: Callable[[Chain], None]
 ) -> None:
