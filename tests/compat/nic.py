@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
+from tests.compat.writing import begun
 
 from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
-from localmig.migration.stream import OutgoingStream, Section, section_name
+from localmig.migration.stream import Section, section_name
 from localmig.netdev.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
@@ -257,8 +258,7 @@ def written_stream(sample: Sample) -> Iterator[tuple[Blob, Pieces]]:
     """The setup piece with its descriptors, open for now, and all pieces, as today's code writes them."""
     with open_descriptors(sample.descriptor_count) as fds:
         daemon = sample.daemon(fds)
-        stream = OutgoingStream()
-        setup = stream.setup(daemon.setup)
+        stream, setup = begun(daemon.setup)
         description = stream.describe(daemon.switchover)
         switchover = stream.switchover(daemon.switchover)
         yield setup, Pieces(bytes(setup.data), bytes(switchover.data), description)

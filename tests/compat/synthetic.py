@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from tests.compat.writing import begun
+
 from localmig.fds import OwnedFd, close_all
-from localmig.migration.stream import OutgoingStream, Section, section_name
+from localmig.migration.stream import Section, section_name
 from localmig.vmstate import (
     Blob,
     Description,
@@ -203,8 +205,7 @@ def open_descriptors(count: int) -> Iterator[list[OwnedFd]]:
 def written_stream() -> Iterator[tuple[Blob, Pieces]]:
     """The setup piece with its descriptors, open for now, and all pieces, as today's code writes them."""
     with open_descriptors(DESCRIPTOR_COUNT) as fds:
-        stream = OutgoingStream()
-        setup = stream.setup([setup_section(fds)])
+        stream, setup = begun([setup_section(fds)])
         description = stream.describe([rings_section(next_avail=0)])
         switchover = stream.switchover([rings_section()])
         yield setup, Pieces(bytes(setup.data), bytes(switchover.data), description)

@@ -7,10 +7,11 @@ from tests.compat import nic
 from tests.compat.nic import SAMPLES, Daemon, Sample
 from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
+from tests.compat.writing import begun
 
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
-from localmig.migration.stream import IncomingStream, OutgoingStream
+from localmig.migration.stream import IncomingStream
 from localmig.netdev.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
@@ -44,8 +45,8 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
             session.unparsed_fds = list(session.unparsed_fds)
         arrived = Daemon(tap=tap.state, nic=device.state, rings=rings.state, waiting=queue_pairs.state.waiting)
         assert arrived == sample.daemon(fds)
-        outgoing = OutgoingStream()
-        assert outgoing.setup(arrived.setup).data == pieces.setup
+        outgoing, piece = begun(arrived.setup)
+        assert piece.data == pieces.setup
         assert outgoing.describe(arrived.switchover) == pieces.description
         assert outgoing.switchover(arrived.switchover).data == pieces.switchover
         for section in (tap, device, queue_pairs):

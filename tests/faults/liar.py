@@ -27,7 +27,8 @@ from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import LocalmigError
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import stream as stream_module
-from localmig.migration.channel import Channel, FrameKind
+from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.hello import read_setup, setup_payload
 from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.netdev.state import TAP
@@ -210,17 +211,20 @@ def sections_of(change: Callable[[Sections], None]) -> Tell:
 
     def tell(said: Said) -> Iterable[Piece]:
         stream = IncomingStream(setup=SETUP_SECTIONS, switchover=SWITCHOVER_SECTIONS)
+        changes = 0
         if said.kind is FrameKind.SETUP:
-            arrived = stream.setup(said.data, said.fds)
+            changes, data, fds = read_setup(Frame(kind=said.kind, data=said.data, fds=said.fds))
+            arrived = stream.setup(data, fds)
             first = 0
         else:
-            first = stream._section_count = len(SETUP_SECTIONS)
+            stream._numbers = {name: number for number, name in enumerate(SETUP_SECTIONS)}
             arrived = stream.switchover(said.data)
+            first = len(SETUP_SECTIONS)
         sections = list(enumerate(arrived, first))
         change(sections)
         if said.description is not None:
             _describe_anew(said.description, lambda vmdesc: _explain_again(vmdesc, sections))
-        yield _put_together(said.kind, sections)
+        yield _put_together(said.kind, changes, sections)
         for section in arrived:
             close_descriptors(section.description, section.state)
 
@@ -233,7 +237,7 @@ def _explain_again(vmdesc: dict[str, Any], sections: Sections) -> None:
         device.update(states.get(device["name"], {}))
 
 
-def _put_together(kind: FrameKind, sections: Sections) -> Said:
+def _put_together(kind: FrameKind, changes: int, sections: Sections) -> Said:
     piece = Blob()
     if kind is FrameKind.SETUP:
         piece.data += struct.pack(">IIB", MAGIC, VERSION, Mark.CONFIGURATION)
@@ -243,9 +247,9 @@ def _put_together(kind: FrameKind, sections: Sections) -> Said:
         stream_module._append([section], piece, number)
     if kind is FrameKind.SWITCHOVER:
         piece.data.append(Mark.EOF)
+    data, lent = setup_payload(changes, piece) if kind is FrameKind.SETUP else (bytes(piece.data), piece.fds)
     # The states own them and are sent with these copies.
-    fds = [(offset, OwnedFd(os.dup(number))) for offset, number in piece.fds]
-    return Said(kind=kind, data=bytes(piece.data), fds=fds)
+    return Said(kind=kind, data=data, fds=[(offset, OwnedFd(os.dup(number))) for offset, number in lent])
 
 
 def state_of(name: str, path: str, value: Any) -> Tell:

@@ -28,7 +28,7 @@ from localmig.testing.daemon import ANSWER_SECONDS_MAX, DaemonProcess
 from localmig.testing.faults import Entry, Fault, read_journal
 from localmig.testing.frames import FrameStream
 from localmig.testing.frontend import NetGuest
-from localmig.testing.namespace import NetworkNamespace
+from localmig.testing.namespace import NetworkNamespace, ip
 
 FLOW_SECONDS_MAX: Final = 20.0
 """For traffic to go on: milliseconds, and a machine under load gets much more."""
@@ -105,6 +105,29 @@ class Chain:
         self._stream()
         assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
         self.prepare()
+
+    def reset_driver(self) -> None:
+        """The guest's driver begins again. What was in its rings is gone, so the frames begin again too."""
+        self.frames.stop()
+        self.guest.reset_driver()
+        self._stream()
+
+    def make_tap_again(self) -> None:
+        """Somebody deletes the TAP and makes another one of its name; whoever serves attaches that."""
+        self.frames.stop()
+        with self.namespace.entered():
+            ip("link", "del", "tap0")
+            ip("tuntap", "add", "tap0", "mode", "tap", "vnet_hdr")
+            ip("link", "set", "tap0", "up")
+        deadline = time.monotonic() + FLOW_SECONDS_MAX
+        while not self._has_attached():
+            assert time.monotonic() < deadline, "the TAP that was made again is not attached"
+        self._stream()
+
+    def _has_attached(self) -> bool:
+        (netdev,) = self.serving.process.execute("query-netdevs")
+        with self.namespace.entered():
+            return bool(netdev.get("ifindex") == socket.if_nametoindex("tap0") and netdev["attached-queues"])
 
     @property
     def _netdev(self) -> str:

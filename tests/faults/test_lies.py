@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import signal
@@ -91,8 +92,8 @@ def told_by_source(kind: FrameKind, *rows: tuple[str, Tell, str]) -> list[Lie]:
 
 
 def _stops(kind: FrameKind, tell: Tell) -> bool | None:
-    if kind is FrameKind.SETUP and tell is twice:
-        return None  # the first one is acknowledged before the second one is looked at
+    if kind is FrameKind.SETUP and tell in (twice, described_again, changed_without_setup):
+        return None  # the setup is acknowledged before what follows is looked at
     return kind >= FrameKind.SWITCHOVER
 
 
@@ -161,6 +162,21 @@ def without_one(number: int) -> Tell:
 def twice(said: Said) -> Iterable[Piece]:
     yield Said(kind=said.kind, data=said.data, fds=[(place, fd.duplicate()) for place, fd in said.fds])
     yield said
+
+
+def described_again(said: Said) -> Iterable[Piece]:
+    """As if all that is described, rings and all, came once more."""
+    assert said.description is not None
+    again = said.description.data
+    yield said
+    yield Said(kind=FrameKind.DESCRIPTION, data=again)
+
+
+def changed_without_setup(said: Said) -> Iterable[Piece]:
+    """The description of a change, and the change does not follow."""
+    yield said
+    vmdesc = json.dumps({"devices": []}).encode()
+    yield Said(kind=FrameKind.DESCRIPTION, data=b"\x06" + len(vmdesc).to_bytes(4, "big") + vmdesc)
 
 
 def spoilt(kind: FrameKind, magic: bytes) -> Tell:
@@ -267,6 +283,9 @@ def section_renamed(sections: Sections) -> None:
     sections[0] = number, dataclasses.replace(section, name="net7/tap")
 
 
+CHANGES_SIZE: Final = 8
+"""Bytes in front of SETUP's sections."""
+
 NIC: Final = "nic0/virtio-net"
 OTHER_NIC: Final = "nic1/virtio-net"
 NET: Final = "net0/tap"
@@ -286,7 +305,7 @@ def of_another_program(session: Any, _: object) -> Any:
 LIES: Final = [
     *told_by_source(
         FrameKind.HELLO,
-        ("another protocol", json_of(setting("protocol", to=2)), "handover protocol is 2 there and 1 here"),
+        ("another protocol", json_of(setting("protocol", to=1)), "handover protocol is 1 there and 2 here"),
         ("local off", json_of(setting("local", to=False)), "'local' is off in the source and on in the destination"),
         ("no JSON", instead(Said(kind=FrameKind.HELLO, data=b"{ ")), "HELLO is no JSON"),
         ("no objects", json_of(setting("objects", to=None)), "HELLO lacks .* or 'objects'"),
@@ -297,7 +316,8 @@ LIES: Final = [
         ("no pidfd", without_descriptors, "does not pass descriptors"),
         ("an eventfd for a pidfd", with_descriptor(0, eventfd), "is no pidfd of another process: it is no pidfd"),
         ("a file for a revocation", with_descriptor(1, null), "behind the pidfd in HELLO is no eventfd"),
-        ("a descriptor less", without_one(1), "HELLO came with 1 descriptors, expected 2 at its end"),
+        ("a file for the changes", with_descriptor(2, null), "behind the pidfd in HELLO is no eventfd"),
+        ("a descriptor less", without_one(1), "HELLO came with 2 descriptors, expected 3 at its end"),
         ("bad magic", spoilt(FrameKind.HELLO, b"QEVM"), "starts with 5145564d, expected 4c4d4947"),
         ("too long", too_long(FrameKind.HELLO), "HELLO frame has 4194305 bytes, limit is 4194304"),
         ("twice", twice, "HELLO came where DESCRIPTION was expected"),
@@ -353,10 +373,10 @@ LIES: Final = [
         FrameKind.SETUP,
         (
             "bad magic",
-            byte_at(0, 0),
+            byte_at(CHANGES_SIZE, 0),
             "setup piece of the migration stream: starts with 0x0045564d, expected 0x5145564d",
         ),
-        ("another stream version", byte_at(7, 4), "has version 4, expected 3"),
+        ("another stream version", byte_at(CHANGES_SIZE + 7, 4), "has version 4, expected 3"),
         ("too short", cut_by(1), "setup piece"),
         ("too long", longer, "setup piece of the migration stream: 1 bytes are left over"),
         ("a section twice", sections_of(section_twice), 'section "net0/tap" came twice'),
@@ -365,7 +385,19 @@ LIES: Final = [
         ("an unknown section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
         ("no descriptors", without_descriptors, "has no descriptor at offset"),
         ("one descriptor missing", without_one(3), "has no descriptor at offset"),
-        ("twice", twice, "SETUP came where SWITCHOVER was expected"),
+        ("twice", twice, "SETUP came where SWITCHOVER or DESCRIPTION was expected"),
+        ("changes that nobody made", byte_at(CHANGES_SIZE - 1, 7), "SETUP knows of 7 changes, the source made 0"),
+        (
+            "no changes",
+            instead(Said(kind=FrameKind.SETUP, data=b"1234567")),
+            "SETUP has 7 bytes, at least 8 are needed",
+        ),
+        (
+            "everything described again",
+            described_again,
+            r'tells of a section "\*/virtio-net-rings" of .*, which was not expected',
+        ),
+        ("a change that never comes", changed_without_setup, "SWITCHOVER came where SETUP was expected"),
         ("SWITCHOVER", first(Said(kind=FrameKind.SWITCHOVER)), "SWITCHOVER came where SETUP was expected"),
         # What the descriptors are.
         (
@@ -484,13 +516,17 @@ LIES: Final = [
         ("a position outside", state_of(RINGS, "rx_next_avail", (0x7FFF, 0, 0)), "0x7fff|32767"),
         ("rings that cannot fail", state_of(RINGS, "failed", (8, 0, 0)), "failed rings 0x8, of which there are 0x3"),
         ("the end mark missing", byte_at(-1, 7), "goes on with 0x7|unknown|0x07"),
-        ("left out", instead(Said(kind=FrameKind.COMMIT, data=bytes(8))), "COMMIT came where SWITCHOVER was expected"),
+        (
+            "left out",
+            instead(Said(kind=FrameKind.COMMIT, data=bytes(8))),
+            "COMMIT came where SWITCHOVER or DESCRIPTION was expected",
+        ),
         ("twice", twice, "SWITCHOVER came where COMMIT was expected"),
         ("another section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
     ),
     *told_by_destination(
         FrameKind.HELLO,
-        ("another protocol", json_of(setting("protocol", to=2)), "handover protocol is 2 there and 1 here"),
+        ("another protocol", json_of(setting("protocol", to=1)), "handover protocol is 1 there and 2 here"),
         ("local off", json_of(setting("local", to=False)), "'local' is on here and off there"),
         ("no pidfd", without_descriptors, "does not pass descriptors"),
         ("an eventfd for a pidfd", with_descriptor(0, eventfd), "is no pidfd of another process: it is no pidfd"),

@@ -23,6 +23,7 @@ from tests.compat import nic, synthetic
 from tests.compat.nic import SAMPLES
 from tests.compat.synthetic import read_vector
 from tests.compat.vmdesc_reader import walk
+from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
 from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
@@ -33,7 +34,7 @@ from localmig.fds import OwnedFd, close_all
 from localmig.migration.analysis import analyze
 from localmig.migration.channel import FrameBuffer, FrameKind
 from localmig.migration.hello import Done, HandoverObject, Hello, decode_reason, encode_reason
-from localmig.migration.stream import IncomingStream, OutgoingStream, Section
+from localmig.migration.stream import IncomingStream, Section
 from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
@@ -273,6 +274,8 @@ def stream(data: bytes) -> None:
         sections = incoming.setup(setup, zip(places, _made_up(len(places)), strict=True))
         rings = incoming.switchover(switchover)
         _check_written_again(expected, sections, rings)
+        incoming.description_again(description)
+        sections += incoming.setup_again(setup)
     except PeerError:
         pass
     finally:
@@ -282,15 +285,15 @@ def stream(data: bytes) -> None:
 
 def _check_written_again(expected: Any, sections: list[Section], rings: list[Section]) -> None:
     """What was read can be written, and that reads as the same."""
-    outgoing = OutgoingStream()
-    setup, description = outgoing.setup(sections), outgoing.describe(rings)
+    outgoing, setup = begun(sections)
+    description = outgoing.describe(rings)
     switchover = outgoing.switchover(rings)
     incoming = IncomingStream(setup=expected[0], switchover=expected[1])
     incoming.description(description)
     copies = incoming.setup(bytes(setup.data), [(offset, OwnedFd(os.dup(fd))) for offset, fd in setup.fds])
     try:
-        again = OutgoingStream()
-        assert again.setup(copies).data == setup.data
+        _, piece = begun(copies)
+        assert piece.data == setup.data
         assert repr(incoming.switchover(bytes(switchover.data))) == repr(rings)
     finally:
         for section in copies:
@@ -427,7 +430,7 @@ class _Places:
 def _places_of(sample: nic.Sample) -> _Places:
     with synthetic.open_descriptors(sample.descriptor_count) as fds:
         sections = sample.daemon(fds).setup
-        piece = OutgoingStream().setup(sections)
+        _, piece = begun(sections)
         kinds = {
             placed.fd.fileno(): placed.kind
             for section in sections

@@ -28,7 +28,7 @@ from localmig.errors import ConfigError
 from localmig.testing import qemu, uml
 from localmig.testing.initramfs import ECHO_PORT, READY_LINE
 from localmig.testing.linux_guest import GuestShell
-from localmig.testing.namespace import NetworkNamespace, configure, create_tap
+from localmig.testing.namespace import NetworkNamespace, configure, create_tap, ip
 from localmig.testing.traffic import STALL_SECONDS_MAX, STREAM_WINDOW_BYTES, PingReport, StreamReport
 
 UNPACKED_KERNEL: Final = Path(__file__).resolve().parents[2] / ".lab/kernel"
@@ -288,6 +288,17 @@ class Lab:
         """Give a TAP the host's address and bring it up."""
         with self.namespace.entered():
             configure(ifname, address=HOST_ADDRESS + PREFIX)
+
+    def set_down(self, ifname: str = "tap0") -> None:
+        """Bring an interface down and take its addresses, as before `set_up`."""
+        with self.namespace.entered():
+            ip("address", "flush", "dev", ifname)
+            ip("link", "set", ifname, "down")
+
+    def delete(self, ifname: str = "tap0") -> None:
+        """Delete an interface."""
+        with self.namespace.entered():
+            ip("link", "del", ifname)
 
     def start_pinger(self) -> Process:
         """Ping the guest every millisecond, in a process of its own so that nothing here delays it."""

@@ -77,7 +77,8 @@ class Service:
         upgrade.stop()
         text = upgrade.log.read_text()
         assert status == 0, f"upgrade ended with {status}: {text}"
-        report: dict[str, Any] = json.loads(text[text.index("{") :])  # after the lines that showed progress
+        # After the lines that showed progress, before those that are notes.
+        report: dict[str, Any] = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
         return report
 
 

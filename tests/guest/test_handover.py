@@ -209,3 +209,31 @@ async def status_reached(listener: AsyncIterable[Mapping[str, Any]], status: str
         assert event["data"]["status"] not in {"failed", "cancelled"}, event
         if event["data"]["status"] == status:
             return
+
+
+def test_the_guests_link_follows_the_interface_and_its_session_outlives_it(lab: Lab) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    # QEMU keeps the configuration space itself; this guest's VMM takes it from the device and hears of changes.
+    guest = boot_uml(lab, service)
+    guest.wait_ready()
+    changes = guest.carrier_changes()
+    lab.set_down("tap0")
+    service.upgrade()
+    service.upgrade()
+    lab.set_up("tap0")
+    assert guest.carrier_changes() == changes + 2
+    # As by an operator's mistake.
+    lab.delete("tap0")
+    (note,) = service.upgrade()["notes"]
+    assert "'tap0' was deleted: make it again and it is attached by itself" in note
+    lab.add_tap("tap0")
+    lab.set_up("tap0")
+    assert guest.carrier_changes() == changes + 4
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(5_000_000)
+        assert service.upgrade()["notes"] == []
+        transfer.wait_progress(5_000_000)
+        assert transfer.finish().intact
+    assert guest.carrier_changes() == changes + 4

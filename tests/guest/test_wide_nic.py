@@ -103,51 +103,6 @@ def test_queue_pairs_come_and_go_while_traffic_flows_and_daemons_change(lab: Lab
     assert guest.carrier_changes() == carrier_changes
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_change_of_queue_pairs_in_the_middle_of_a_handover_is_the_destinations_to_make(lab: Lab, count: int) -> None:
-    service, guest = start(lab)
-    destination_qmp = lab.folder / "destination.sock"
-    uri = f"unix:{lab.folder / 'migrate.sock'}"
-    incoming = ["--incoming", uri, "--migration-parameter", "local=on"]
-    service.start(*incoming, qmp=destination_qmp)
-
-    async def conversation() -> None:
-        source, destination = QMPClient("source"), QMPClient("destination")
-        await source.connect(str(service.qmp))
-        await destination.connect(str(destination_qmp))
-        try:
-            await source.execute("migrate-set-parameters", {"local": True})
-            capabilities = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover")]
-            await source.execute("migrate-set-capabilities", {"capabilities": capabilities})
-            with source.listener("MIGRATION") as events:
-                await source.execute("migrate", {"uri": uri})
-                async for event in events:
-                    if event["data"]["status"] == "pre-switchover":  # type: ignore[index]
-                        break
-                # Nobody reads the control plane now: what the VMM says waits in the socket. So do packets of pairs that
-                # nobody enabled yet, the answer perhaps among them.
-                changing = asyncio.create_task(asyncio.to_thread(use_pairs, guest, count))
-                await asyncio.to_thread(guest.process.wait_for, CHANGED, seconds_max=CHANGE_SECONDS_MAX)
-                assert attached_queues(lab) == 2
-                await source.execute("migrate-continue", {"state": "pre-switchover"})
-                async for event in events:
-                    if event["data"]["status"] in ("completed", "failed"):  # type: ignore[index]
-                        break
-            info = await source.execute("query-migrate")
-            assert info["status"] == "completed", info  # type: ignore[index]
-            await changing
-            await wait_attached(lab, destination, count)
-        finally:
-            await source.disconnect()
-            await destination.disconnect()
-
-    with EchoTransfer(guest) as transfer:
-        transfer.wait_progress(200_000)
-        converse(conversation())
-        transfer.wait_progress(500_000)
-        assert transfer.finish().intact
-
-
 def boot_qemu(lab: Lab, service: Service) -> Guest:
     return lab.boot_qemu(vhost_user_netdev(service.socket))
 

@@ -137,16 +137,20 @@ def test_a_device_without_a_frontend_says_so(site: Site) -> None:
 
 
 def test_a_netdev_tells_how_it_is_set(site: Site) -> None:
-    assert site.netdev() | {"vnet-header-length": 0} == {
+    assert site.netdev() | {"vnet-header-length": 0, "ifindex": 2} == {
         "id": "net0",
         "type": "tap",
         "open": True,
         "queues": 1,
         "attached-queues": 1,
+        "interface": "here",
         "ifname": "tap0",
+        "ifindex": 2,
         "mtu": 1400,
+        "up": True,
         "vnet-header-length": 0,
         "offloads": [],
+        "notes": [],
     }
     site.guest.attach()
     assert site.netdev()["vnet-header-length"] == header_length(site.guest.features)

@@ -720,6 +720,34 @@ def test_an_mtu_that_was_raised_just_now_can_be_set_and_its_frames_find_room(tmp
     run(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_guest_goes_on_with_an_interface_that_was_deleted_and_made_again(tmp_path: Path, packed: bool) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES if packed else DRIVER_FEATURES)
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        for _ in range(2):
+            site.facts.clear()
+            ip("link", "del", "tap0")
+            await site.changed(link_is_up=False)
+            info = site.device.info()
+            assert [vring.running for vring in info.vrings] == [False, False]
+            assert not any(vring.failed for vring in info.vrings)
+            # What it sends meanwhile is lost, and its ring goes on.
+            for number in range(2 * QUEUE_SIZE):
+                guest.near.send(bytes(guest.header) + frame(number))
+            assert await beside(guest.vmm.frontend.get_features)
+            ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
+            await site.changed(link_is_up=True)
+            assert [vring.running for vring in site.device.info().vrings] == [True, True]
+            site.machine.bind(("tap0", ETH_P_ALL))
+            site.machine.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            await guest.talks()
+        assert not [fact for fact in site.facts if isinstance(fact, RingFailed)]
+
+    run(tmp_path, scenario, packed=packed)
+
+
 def test_the_interface_has_a_carrier_while_a_driver_serves_the_nic(tmp_path: Path) -> None:
     def has_carrier() -> bool:
         return "LOWER_UP" in link("tap0")["flags"]

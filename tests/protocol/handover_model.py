@@ -34,6 +34,7 @@ from localmig.migration.handover import (
     SourceEvent,
     SourceState,
 )
+from localmig.migration.outgoing import CATCH_UP_ROUNDS_MAX
 
 S, E = SourceState, SourceEvent
 D, F = DestinationState, DestinationEvent
@@ -54,7 +55,12 @@ class World:
         whole: the channel connects the two; what one side ended counts as not whole.
         shot: SIGKILL is on its way to the destination.
         revoked: the source said, in a way that outlives it, that it took its offer back.
-        went_on: the source's control planes go on: what the destination holds of them is old.
+        went_on: the source's control planes go on after they were frozen: what the destination holds of them is old.
+        changes: how often a frontend changed something in the source since that began to count.
+        saved: how many of them are in the setup that was sent last.
+        adopted: how many are in the setup that the destination has.
+        rounds: how often the setup was sent again.
+        frozen: the source's control planes are frozen, so nothing changes any more.
         let_go: the source said, in a way that outlives it, that it will never serve again.
         done_said: the destination serves, and has said so.
         gave_up: the destination discarded everything in a state that has no step for that; its process ends.
@@ -73,6 +79,11 @@ class World:
     shot: bool = False
     revoked: bool = False
     went_on: bool = False
+    changes: int = 0
+    saved: int = 0
+    adopted: int = 0
+    rounds: int = 0
+    frozen: bool = False
     let_go: bool = False
     done_said: bool = False
     gave_up: bool = False
@@ -100,6 +111,8 @@ class Rules:
         ends_in_time: a process that is dead, or cannot become the owner and ends, is seen to be dead before the other
             side believes otherwise. It is what DEATH_TIMEOUT_S and DEATH_GRACE_S are for.
         looks_at_revocation: a destination looks for it before it takes over. It does; this is how to see why.
+        looks_at_changes: a destination looks whether its setup is as new as the source, before it takes over. Likewise.
+        changes_max: how often a frontend changes something.
         waits_for_source: a destination hands over in its turn only once its source said that it let go. Likewise.
         source_table, destination_table: the steps; the handover's own, but where a test sees what a wrong one would do.
     """
@@ -108,6 +121,8 @@ class Rules:
     kill_works: bool
     ends_in_time: bool = True
     looks_at_revocation: bool = True
+    looks_at_changes: bool = True
+    changes_max: int = 2
     waits_for_source: bool = True
     source_table: SourceTable = field(default_factory=lambda: SOURCE)
     destination_table: DestinationTable = field(default_factory=lambda: DESTINATION)
@@ -187,6 +202,7 @@ DESTINATION_SAYS: Final = {D.SETTING_UP: "HELLO", D.PREPARED: "SETUP_ACK", D.REA
 DESTINATION_HEARS: Final = {
     (D.GREETING, "HELLO"): F.HELLO_ACCEPTED,
     (D.SETTING_UP, "SETUP"): F.SETUP_ADOPTED,
+    (D.PREPARED, "DESCRIPTION"): F.SETUP_OUTDATED,
     (D.PREPARED, "SWITCHOVER"): F.SWITCHOVER_ADOPTED,
     (D.READY, "COMMIT"): F.COMMIT_RECEIVED,
 }
@@ -201,7 +217,10 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
 
 
 def fates(world: World, rules: Rules) -> Iterator[Step]:
-    """What may happen besides, or never: processes die, channels break."""
+    """What may happen besides, or never: frontends change something, processes die, channels break."""
+    is_read = world.source in (S.SETTING_UP, S.PREPARED) and not world.frozen
+    if world.source_lives and is_read and world.changes < rules.changes_max:
+        yield Step("world", None, "a frontend changes something", None, replace(world, changes=world.changes + 1))
     if world.source_lives:
         yield Step("world", None, "source dies", None, without_source(world))
     if world.destination_lives:
@@ -262,7 +281,7 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
         # A process's sockets end a little before it is seen as dead.
         yield from fire(Input.END, E.CHANNEL_LOST)
     if state is S.PREPARED:
-        yield from fire(Input.HERE, E.CONTINUED)
+        yield from _catch_up_steps(world, fire)
     if state in BEFORE_COMMIT:
         yield from fire(Input.HERE, E.FAILED_HERE, must=False)
         yield from fire(Input.HERE, E.REFUSED, must=False)
@@ -275,6 +294,17 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
         yield from fire(Input.HERE, E.CHANNEL_LOST, must=False)
     if state in (S.FENCING, S.IN_DOUBT):
         yield from _waiting_steps(world, rules, fire)
+
+
+def _catch_up_steps(world: World, fire: _Fire) -> Iterator[Step]:
+    """Outgoing._catch_up: what changed is sent again; frozen at the latest when that was done all but once."""
+    is_behind = world.changes != world.saved
+    if world.frozen and not is_behind:
+        yield from fire(Input.HERE, E.CONTINUED)
+    elif is_behind and (world.frozen or world.rounds < CATCH_UP_ROUNDS_MAX - 1):
+        yield from fire(Input.HERE, E.SETUP_OUTDATED, replace(world, rounds=world.rounds + 1))
+    if not world.frozen:
+        yield Step("source", world.source, Input.HERE, None, replace(world, frozen=True))
 
 
 def _commit_steps(world: World, fire: _Fire) -> Iterator[Step]:
@@ -304,6 +334,8 @@ def _waiting_steps(world: World, rules: Rules, fire: _Fire) -> Iterator[Step]:
 
 def _source_fired(world: World, state: SourceState) -> World:
     world = replace(world, source=state, unsaid=SOURCE_SAYS.get(state, ()))
+    if state is S.SETTING_UP:
+        world = replace(world, saved=world.changes)
     if state is S.FENCING:
         world = replace(world, shot=True)
     if state in (S.TAKEN_BACK, S.IN_DOUBT):
@@ -339,6 +371,9 @@ def destination_steps(world: World, rules: Rules) -> Iterator[Step]:
             yield Step("destination", state, said, None, rest)
         elif said == "CANCEL":
             yield from fire(said, F.CANCELLED, rest)
+        elif (state, said) == (D.SETTING_UP, "SETUP"):
+            # One is on its way at a time, so it is the one that was saved last.
+            yield from fire(said, F.SETUP_ADOPTED, replace(rest, adopted=world.saved))
         else:
             yield from fire(said, DESTINATION_HEARS.get((state, said), F.FAILED_HERE), rest)
     elif not world.whole:
@@ -347,7 +382,8 @@ def destination_steps(world: World, rules: Rules) -> Iterator[Step]:
             yield from fire(Input.END, F.CHANNEL_LOST)
         if not world.source_lives and state is not D.GREETING:
             revoked = world.revoked and rules.looks_at_revocation
-            yield from fire(Input.END, F.CANCELLED if revoked else F.SOURCE_DIED)
+            outdated = world.changes != world.adopted and rules.looks_at_changes
+            yield from fire(Input.END, F.CANCELLED if revoked else F.CHANNEL_LOST if outdated else F.SOURCE_DIED)
     if state is not D.READY:
         # Past READY the source alone decides how long.
         yield from fire(Input.TIME, F.TIMED_OUT)
@@ -409,7 +445,7 @@ def broken_always(world: World) -> Iterator[Broken]:
     """What no world may break."""
     if world.source_serves and world.destination_serves:
         yield Broken.TWO_OWNERS
-    if world.destination_serves and world.went_on:
+    if world.destination_serves and (world.went_on or world.changes != world.adopted):
         yield Broken.OLD_STATE
 
 
@@ -503,6 +539,7 @@ def may_go_further(world: World, rules: Rules) -> bool:
 
 def without_source(world: World) -> World:
     inherits = world.destination in (D.PREPARED, D.READY, D.OWNER) and world.destination_lives
+    inherits = inherits and world.adopted == world.changes
     return replace(
         world,
         source_lives=False,
@@ -592,7 +629,7 @@ def explore_two(rules: Rules, again: Again) -> ExploredTwo:
 def sizes() -> str:
     """How much is walked, as docs/handover.md tells it."""
     one = explore(ALL_RULES[0])
-    two = [explore_two(ALL_RULES[0], again) for again in Again]
+    two = [explore_two(replace(ALL_RULES[0], changes_max=0), again) for again in Again]
     return (
         f"{len(one.worlds)} worlds with {one.step_count} steps between them, none more than {max(one.worlds.values())} "
         f"steps away; {two[0].world_count} with {two[0].step_count} steps where the source tries a second destination, "
@@ -608,7 +645,7 @@ def main() -> None:
             f"{rules}: {len(explored.worlds)} worlds, {explored.step_count} steps, broken: {list(explored.broken)}\n"
         )
         for again in Again:
-            found = explore_two(rules, again)
+            found = explore_two(replace(rules, changes_max=0), again)
             sys.stdout.write(f"  {again}: {found.world_count} worlds, {found.step_count} steps, {found.two_owners}\n")
     sys.stdout.write(sizes() + "\n")
 

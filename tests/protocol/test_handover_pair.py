@@ -47,7 +47,7 @@ from localmig.migration.handover import (
 )
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
-from localmig.migration.outgoing import Outgoing
+from localmig.migration.outgoing import CATCH_UP_ROUNDS_MAX, Outgoing
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, Revocation
 from localmig.migration.progress import Progress
@@ -93,6 +93,7 @@ class FakePart(Part):
         self.running = False
         self.frozen = True
         self.generation = 1
+        self.changing: Callable[[], None] | None = None
         self.position = 0
         self.file: OwnedFd | None = None
         side.parts.append(self)
@@ -127,6 +128,17 @@ class FakePart(Part):
     def close(self) -> None:
         self.drop()
 
+    def change(self) -> None:
+        """A frontend says something. Nobody reads it while the part is frozen."""
+        if not self.frozen:
+            if self.changing is not None:
+                self.changing()
+            self.generation += 100
+
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        with self.side.points(f"{self.id}.watch_setup"):
+            self.changing = changing
+
     def save_setup(self, *, with_descriptors: bool) -> FakeSetup:
         with self.side.points(f"{self.id}.save_setup"):
             return FakeSetup(generation=self.generation, file=self.file if with_descriptors else None)
@@ -146,6 +158,7 @@ class FakePart(Part):
     def adopt_setup(self, state: FakeSetup) -> None:
         with self.side.points(f"{self.id}.adopt_setup"):
             assert state.file is not None
+            self.drop()
             self.generation = state.generation + 1
             self.file = state.file.take()
 
@@ -192,6 +205,8 @@ class What(StrEnum):
     """The process is killed."""
     IS_CANCELLED = "is cancelled"
     """The task is cancelled, as by a loop that ends."""
+    CHANGES = "is changed by a frontend"
+    """A part, where its control plane is read."""
     CHANNEL_BREAKS = "channel breaks"
     """What is on its way still arrives; nothing more can be said."""
 
@@ -405,6 +420,8 @@ class World:
                     assert side.task is not None
                     side.was_ended = True
                     side.task.cancel()
+                case What.CHANGES:
+                    self.source.parts[0].change()
                 case What.CHANNEL_BREAKS:
                     for each in (self.source, self.destination):
                         if each.sock is not None and each.sock.fileno() >= 0:
@@ -438,8 +455,10 @@ class World:
         if not self.source.lives and self.outgoing is not None and self.outgoing._peer is not None:
             # A process that is killed closes everything; here it only unwound.
             self.outgoing._peer.close()
-        if not self.source.lives and self.outgoing is not None and self.outgoing._revocation is not None:
-            self.outgoing._revocation.close()
+        if not self.source.lives and self.outgoing is not None:
+            for held in (self.outgoing._revocation, self.outgoing._changes):
+                if held is not None:
+                    held.close()
 
     async def _source(self, sock: socket.socket) -> None:
         async def connect() -> Channel:
@@ -488,8 +507,14 @@ class World:
     def nobody_could_serve(self) -> bool:
         """Whether who had the guest died: before the other side had everything, or after it had let go."""
         if not self.source.lives:
-            return "after b.adopt_setup" not in self.destination.passed
+            return "after b.adopt_setup" not in self.destination.passed or self.setup_is_old
         return self.destination.was_ended and "after receive DONE" in self.source.passed
+
+    @property
+    def setup_is_old(self) -> bool:
+        """Whether the destination lacks something that a frontend of the source changed."""
+        theirs = [part.generation + 1 for part in self.source.parts]
+        return [part.generation for part in self.destination.parts] != theirs
 
     def judge(self) -> str | None:
         """What is wrong in the end, None if nothing is."""
@@ -500,6 +525,8 @@ class World:
             return "stuck"
         if self.source.lives and not self.outgoing.has_ended:
             return f"the source's migration never ends: {self.source.error!r}"
+        if self.destination.serves and self.setup_is_old:
+            return "the destination serves with an old setup"
         if self.nobody_could_serve:
             return None
         owners = [side for side in (self.source, self.destination) if side.serves]
@@ -644,6 +671,87 @@ def test_a_part_that_cannot_go_back_keeps_no_other_from_it(
     assert [run for run in wrong if not run.endswith(SERVES_IN_PART)] == []
 
 
+# -- frontends that change something meanwhile ------------------------------------------------------------------------
+
+CHANGED = at("source", "after send SETUP", What.CHANGES)
+
+
+def test_what_a_frontend_changes_at_any_point_is_there_whoever_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wrong_runs(monkeypatch, "source", What.CHANGES) == []
+
+
+@pytest.mark.parametrize("what", [what for what in What if what is not What.CHANGES], ids=str)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_whatever_happens_once_a_frontend_changed_something(
+    monkeypatch: pytest.MonkeyPatch, side: str, what: What
+) -> None:
+    assert wrong_runs(monkeypatch, side, what, CHANGED) == []
+
+
+def test_a_frontend_that_changes_something_in_every_round_is_frozen_for_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakePart, "save_setup", save_and_change)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert world.source.passed.count("before send SETUP") == 1 + CATCH_UP_ROUNDS_MAX
+    assert world.source.statuses == ["setup", "active", "device", "completed"]
+
+
+def save_and_change(part: FakePart, *, with_descriptors: bool) -> FakeSetup:
+    state = FakeSetup(generation=part.generation, file=part.file if with_descriptors else None)
+    part.change()
+    return state
+
+
+def test_a_destination_that_takes_long_to_take_the_last_change_gives_the_guest_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakePart, "save_setup", save_and_change)
+    send = WatchedChannel.send
+
+    async def send_all_but_the_last_ack(self: WatchedChannel, kind: FrameKind, *arguments: Any, **options: Any) -> None:
+        acks = self._side.passed.count("after send SETUP_ACK")
+        if kind is not FrameKind.SETUP_ACK or acks < CATCH_UP_ROUNDS_MAX:
+            await send(self, kind, *arguments, **options)
+
+    monkeypatch.setattr(WatchedChannel, "send", send_all_but_the_last_ack)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states["source"] is SourceState.FAILED
+    assert world.outgoing is not None
+    assert world.outgoing.info().error_desc == (
+        "a frontend changed its session at the last moment, and the destination did not take that within 80 ms; "
+        "try again"
+    )
+
+
+def test_a_source_that_sends_changes_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePart, "save_setup", save_and_change)
+    monkeypatch.setattr(outgoing_module, "CATCH_UP_ROUNDS_MAX", CATCH_UP_ROUNDS_MAX + 3)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.FAILED, "destination": DestinationState.FAILED}
+    assert world.outgoing is not None
+    assert f"the source sent changes of its setup {CATCH_UP_ROUNDS_MAX + 1} times" in str(
+        world.outgoing.info().error_desc
+    )
+
+
+@pytest.mark.parametrize(("waits", "outcome"), [(True, "a frontend waits"), (False, "within downtime-limit")])
+def test_a_frontend_that_waits_is_not_kept_waiting_for_ready(
+    monkeypatch: pytest.MonkeyPatch, waits: bool, outcome: str
+) -> None:
+    monkeypatch.setattr(FakePart, "frontend_waits", lambda _: waits)
+    instead_of(monkeypatch, FrameKind.READY, lambda: None)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states["source"] is SourceState.FAILED
+    assert world.outgoing is not None
+    assert outcome in str(world.outgoing.info().error_desc)
+
+
 # -- a destination that can be neither told nor killed ----------------------------------------------------------------
 
 
@@ -659,11 +767,11 @@ def test_a_destination_that_was_not_told_does_not_take_over_from_a_source_that_t
     assert not world.destination.serves
 
 
-def instead_of_done(monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+def instead_of(monkeypatch: pytest.MonkeyPatch, frame: FrameKind, what: Callable[[], None]) -> None:
     send = WatchedChannel.send
 
     async def send_others(self: WatchedChannel, kind: FrameKind, *arguments: Any, **options: Any) -> None:
-        if kind is FrameKind.DONE:
+        if kind is frame:
             what()
         else:
             await send(self, kind, *arguments, **options)
@@ -675,7 +783,7 @@ def test_a_destination_that_cannot_say_that_it_serves_is_not_killed_for_it(monke
     def fail() -> None:
         raise KernelError("cannot send", errno=errno.ENOMEM)
 
-    instead_of_done(monkeypatch, fail)
+    instead_of(monkeypatch, FrameKind.DONE, fail)
     world = hand_over(monkeypatch)
     assert world.wrong is None
     assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
@@ -687,7 +795,7 @@ def test_a_destination_that_cannot_be_killed_past_commit_is_not_joined_by_the_so
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    instead_of_done(monkeypatch, lambda: None)  # it gets lost
+    instead_of(monkeypatch, FrameKind.DONE, lambda: None)  # it gets lost
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
     world = hand_over(monkeypatch)
     assert world.wrong is None

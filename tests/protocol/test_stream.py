@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from tests.compat.synthetic import Pieces
 from tests.compat.vmdesc_reader import find_vmdesc, walk
+from tests.compat.writing import begun
 from tests.unit.test_vmstate import OUTER, OUTERS, Outer
 
 from localmig.errors import ConfigError, PeerError, StateError
 from localmig.migration import stream as stream_module
-from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
-from localmig.vmstate import Description, array, explain, text, u16, u64
+from localmig.migration.stream import IncomingStream, Section, section_name
+from localmig.vmstate import Blob, Description, array, explain, text, u16, u64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +50,19 @@ def rings(part_id: str, *positions: int) -> Section:
     return Section(name=section_name(part_id, RINGS), description=RINGS, state=state)
 
 
+def section_of(section: Section, number: int) -> bytes:
+    """A section as it stands in a stream."""
+    piece = Blob()
+    stream_module._append([section], piece, number)
+    return bytes(piece.data)
+
+
 SETUP = [disk("a"), disk("b", "/tmp/b")]
 SWITCHOVER = [rings("a", 1, 2), rings("b")]
 
 
 def written(setup: list[Section] = SETUP, switchover: list[Section] = SWITCHOVER) -> Pieces:
-    outgoing = OutgoingStream()
-    first = outgoing.setup(setup)
+    outgoing, first = begun(setup)
     description = outgoing.describe(switchover)
     return Pieces(bytes(first.data), bytes(outgoing.switchover(switchover).data), description)
 
@@ -85,8 +92,7 @@ def test_sections_may_come_in_any_order() -> None:
 
 
 def test_sections_of_the_described_shape_need_no_other_description() -> None:
-    outgoing = OutgoingStream()
-    outgoing.setup(SETUP)
+    outgoing, _ = begun(SETUP)
     description = outgoing.describe([rings("a", 7, 8), rings("b")])
     assert outgoing.switchover(SWITCHOVER).data == written().switchover
     assert description == written().description
@@ -102,8 +108,7 @@ def test_sections_of_the_described_shape_need_no_other_description() -> None:
     ],
 )
 def test_sections_of_another_shape_are_not_written(sample: list[Section]) -> None:
-    outgoing = OutgoingStream()
-    outgoing.setup(SETUP)
+    outgoing, _ = begun(SETUP)
     outgoing.describe(sample)
     with pytest.raises(StateError, match="have another shape than the one that was described"):
         outgoing.switchover(SWITCHOVER)
@@ -111,16 +116,14 @@ def test_sections_of_another_shape_are_not_written(sample: list[Section]) -> Non
 
 def test_nothing_is_explained_inside_the_downtime(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = written().switchover
-    outgoing = OutgoingStream()
-    outgoing.setup(SETUP)
+    outgoing, _ = begun(SETUP)
     outgoing.describe([rings("a", 7, 8), rings("b")])
     monkeypatch.setattr(stream_module, "explain", None)
     assert outgoing.switchover(SWITCHOVER).data == expected
 
 
 def test_a_failed_write_can_be_repeated() -> None:
-    outgoing = OutgoingStream()
-    outgoing.setup(SETUP)
+    outgoing, _ = begun(SETUP)
     outgoing.describe(SWITCHOVER)
     with pytest.raises(StateError, match=r'"a/disk-rings": field "positions\[0\]" is 65536, outside'):
         outgoing.switchover([rings("a", 1 << 16, 2), rings("b")])
@@ -129,17 +132,16 @@ def test_a_failed_write_can_be_repeated() -> None:
 
 def test_a_section_name_too_long_for_the_format_is_refused() -> None:
     longest = disk("x" * (127 - len("/disk")))
-    OutgoingStream().setup([longest])
+    begun([longest])
     with pytest.raises(ConfigError, match="has 128 bytes, limit is 127"):
-        OutgoingStream().setup([disk("x" * (128 - len("/disk")))])
+        begun([disk("x" * (128 - len("/disk")))])
 
 
 def test_a_stream_too_long_to_describe_is_refused_while_the_guest_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream_module, "VMDESC_SIZE_MAX", 400)
-    outgoing = OutgoingStream()
-    outgoing.setup(SETUP)
+    outgoing, _ = begun(SETUP)
     with pytest.raises(ConfigError, match=r"the stream's description has \d+ bytes, limit is 400"):
         outgoing.describe(SWITCHOVER)
 
@@ -327,6 +329,71 @@ def test_every_truncation_of_a_stream_is_refused() -> None:
         incoming.setup(pieces.setup)
         with pytest.raises(PeerError):
             incoming.switchover(pieces.switchover[:size])
+
+
+# -- sections that come again -----------------------------------------------------------------------------------
+
+
+def changed(*sections: Section) -> tuple[bytes, bytes, list[bytes | bytearray]]:
+    """The description and the setup piece of sections that changed, and the recording of the whole stream."""
+    outgoing, _ = begun(SETUP)
+    outgoing.describe(SWITCHOVER)
+    piece = Blob()
+    for section in sections:
+        outgoing.write(section, piece)
+    description = outgoing.describe_again([section.name for section in sections])
+    return description, bytes(piece.data), outgoing.recording(outgoing.switchover(SWITCHOVER).data)
+
+
+def prepared() -> IncomingStream:
+    incoming, pieces = expecting(), written()
+    incoming.description(pieces.description)
+    incoming.setup(pieces.setup)
+    return incoming
+
+
+def test_a_section_that_changed_comes_again_in_another_shape_and_the_switchover_follows() -> None:
+    incoming = prepared()
+    for path in ("/tmp/longer", "/"):
+        description, setup, _ = changed(disk("b", path))
+        incoming.description_again(description)
+        assert incoming.setup_again(setup) == [disk("b", path)]
+    assert incoming.switchover(written().switchover) == SWITCHOVER
+
+
+def test_a_recording_has_each_section_once_as_it_travelled_last() -> None:
+    newer = disk("a", "/tmp/newer")
+    assert b"".join(changed(newer)[2]) == b"".join(written([newer, SETUP[1]]))
+    assert b"".join(changed()[2]) == b"".join(written())
+
+
+@pytest.mark.parametrize(
+    ("sections", "piece", "problem"),
+    [
+        ([disk("c")], None, r'tells of a section "c/disk" of \'disk\', which was not expected'),
+        (SWITCHOVER[:1], None, r'tells of a section "a/disk-rings" of .*, which was not expected'),
+        ([disk("a")], section_of(disk("b"), 1), 'section "b/disk" was not expected, but one of a/disk'),
+        (
+            [disk("b")],
+            section_of(disk("b"), 0),
+            'section "b/disk" is number 0 instance 0, expected number 1 instance 0',
+        ),
+        ([disk("a")], b"", 'section "a/disk" is missing'),
+        ([disk("a")], 2 * section_of(disk("a"), 0), 'section "a/disk" came twice'),
+        ([disk("a")], section_of(disk("a", "/"), 0), "has 5 bytes, described were 13"),
+        ([], section_of(disk("a"), 0), "10 bytes are left over|was not expected, but one of none"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(sections: list[Section], piece: bytes | None, problem: str) -> None:
+    incoming = prepared()
+    described = written(sections, []).description
+    if piece is None:
+        with pytest.raises(PeerError, match=problem):
+            incoming.description_again(described)
+        return
+    incoming.description_again(described)
+    with pytest.raises(PeerError, match=problem):
+        incoming.setup_again(piece)
 
 
 def test_sections_are_numbered_on_across_the_pieces() -> None:

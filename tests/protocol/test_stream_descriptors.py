@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from tests.compat import synthetic
+from tests.compat.writing import begun
 
 from localmig.errors import PeerError, StateError
 from localmig.fds import OwnedFd
-from localmig.migration.stream import IncomingStream, OutgoingStream
+from localmig.migration.stream import IncomingStream
 from localmig.vmstate import Blob, Description, Reader, close_descriptors, fd, load, save, u8
 
 
@@ -41,7 +42,7 @@ def duplicated(blob: Blob) -> list[tuple[int, OwnedFd]]:
 
 def test_a_descriptor_travels_at_its_place() -> None:
     with no_descriptor_is_left(), synthetic.open_descriptors(synthetic.DESCRIPTOR_COUNT) as fds:
-        piece = OutgoingStream().setup([synthetic.setup_section(fds)])
+        _, piece = begun([synthetic.setup_section(fds)])
         assert [number for _, number in piece.fds] == [fd.fileno() for fd in fds]
         assert all(piece.data[offset] == 0x20 for offset, _ in piece.fds)
         arrived = duplicated(piece)

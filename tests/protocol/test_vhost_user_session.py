@@ -175,7 +175,7 @@ def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
         theirs.send(b"unread")
         copies = [OwnedFd(os.dup(ours.fileno())) for _ in range(2)]
         listener = Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=copies[0]))
-        session = Session(copies[1], Backend(OFFER), Device(), on_closed=lambda: None)
+        session = Session(copies[1], Backend(OFFER), Device(), changing=lambda: None, on_closed=lambda: None)
         assert os.get_blocking(ours.fileno())
         session.release()
         listener.release()
@@ -188,7 +188,7 @@ def test_a_descriptor_that_is_no_socket_is_refused_and_stays_the_callers(path: s
         with pytest.raises(PeerError, match="is none: Socket operation on non-socket"):
             Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=fd.duplicate()))
         with pytest.raises(PeerError, match="is none"):
-            Session(fd, Backend(OFFER), Device(), on_closed=lambda: None)
+            Session(fd, Backend(OFFER), Device(), changing=lambda: None, on_closed=lambda: None)
         assert fd.is_open
 
 

@@ -63,8 +63,8 @@ def test_the_byte_of_the_descriptor_behind_it_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
-        (("protocol",), ABSENT, "handover protocol is None there and 1 here"),
-        (("protocol",), PROTOCOL + 1, "handover protocol is 2 there and 1 here"),
+        (("protocol",), ABSENT, "handover protocol is None there and 2 here"),
+        (("protocol",), PROTOCOL + 1, "handover protocol is 3 there and 2 here"),
         (("protocol",), "1", "handover protocol is 1 there"),
         (("protocol",), "x" * 1000, "handover protocol is x{32} there"),
         *(

@@ -42,7 +42,9 @@ def test_misuse_is_answered_with_the_usage_and_starts_nothing(
     assert ended.value.code == 2
     out, said = capsys.readouterr()
     assert out == ""
-    assert said.startswith("usage: python -m localmig.testing.faults PLACE:SUBJECT=ACTION|@FILE [--journal FOLDER] -- ")
+    assert said.startswith(
+        "usage: python -m localmig.testing.faults PLACE:SUBJECT[#PASSING]=ACTION|@FILE [--journal FOLDER] -- "
+    )
     assert ("'oops' is none of" in said) is ("oops" in argv)
 
 

@@ -64,8 +64,12 @@ impl GuestMemory {
 
     /// Maps what another process had mapped.
     #[staticmethod]
-    fn adopt(py: Python<'_>, regions: Regions) -> PyResult<Self> {
-        mapped(py, regions, dataplane::memory::GuestMemory::adopt)
+    #[pyo3(signature = (regions, previous=None))]
+    fn adopt(py: Python<'_>, regions: Regions, previous: Option<&Self>) -> PyResult<Self> {
+        match previous {
+            None => mapped(py, regions, dataplane::memory::GuestMemory::adopt),
+            Some(previous) => mapped(py, regions, |specs| previous.inner.adopt_next(specs)),
+        }
     }
 
     /// Maps the pages that already exist; gives the number of bytes.

@@ -316,7 +316,7 @@ impl GuestMemory {
     /// # Errors
     /// A region cannot be mapped. Nothing stays mapped.
     pub fn new(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
-        Self::of(specs.iter().map(|spec| Mapping::new(spec).map(Arc::new)).collect::<Result<_, _>>()?)
+        Self::map(specs, None, Mapping::new)
     }
 
     /// The memory that comes after this one: as `new`, but regions that this one has as well, which are the same bytes of
@@ -326,15 +326,7 @@ impl GuestMemory {
     /// # Errors
     /// A region cannot be mapped. This memory is as before, and nothing else stays mapped.
     pub fn next(&self, specs: &[RegionSpec]) -> Result<Self, MemoryError> {
-        let mapping = |spec: &RegionSpec| {
-            let known = self.mapping_at(spec.guest_address);
-            match known.filter(|mapping| mapping.is_of(spec)) {
-                Some(mapping) if mapping.lost().is_none() => Ok(Arc::clone(mapping)),
-                Some(mapping) => Ok(Mapping::new(spec).map_or_else(|_| Arc::clone(mapping), Arc::new)),
-                None => Mapping::new(spec).map(Arc::new),
-            }
-        };
-        Self::of(specs.iter().map(mapping).collect::<Result<_, _>>()?)
+        Self::map(specs, Some(self), Mapping::new)
     }
 
     /// Maps the regions of a frontend that another process served: as `new`, but what the frontend has spoilt since
@@ -343,7 +335,31 @@ impl GuestMemory {
     /// # Errors
     /// The regions cannot be what they claim, or this process has no room. Nothing stays mapped.
     pub fn adopt(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
-        Self::of(specs.iter().map(|spec| Mapping::adopt(spec).map(Arc::new)).collect::<Result<_, _>>()?)
+        Self::map(specs, None, Mapping::adopt)
+    }
+
+    /// As `adopt`, with the mappings of this memory kept as `next` keeps them.
+    ///
+    /// # Errors
+    /// As `adopt`. This memory is as before.
+    pub fn adopt_next(&self, specs: &[RegionSpec]) -> Result<Self, MemoryError> {
+        Self::map(specs, Some(self), Mapping::adopt)
+    }
+
+    fn map(
+        specs: &[RegionSpec],
+        former: Option<&Self>,
+        make: fn(&RegionSpec) -> Result<Mapping, MemoryError>,
+    ) -> Result<Self, MemoryError> {
+        let mapping = |spec: &RegionSpec| {
+            let known = former.and_then(|former| former.mapping_at(spec.guest_address));
+            match known.filter(|mapping| mapping.is_of(spec)) {
+                Some(mapping) if mapping.lost().is_none() => Ok(Arc::clone(mapping)),
+                Some(mapping) => Ok(make(spec).map_or_else(|_| Arc::clone(mapping), Arc::new)),
+                None => make(spec).map(Arc::new),
+            }
+        };
+        Self::of(specs.iter().map(mapping).collect::<Result<_, _>>()?)
     }
 
     fn of(mut mappings: Vec<Arc<Mapping>>) -> Result<Self, MemoryError> {

@@ -62,8 +62,8 @@ class GuestMemory:
         cls, regions: list[tuple[int, int, int, int, int]], previous: GuestMemory | None = None
     ) -> GuestMemory: ...
     @staticmethod
-    def adopt(regions: list[tuple[int, int, int, int, int]]) -> GuestMemory:
-        """Maps what another process had mapped, as it is now.
+    def adopt(regions: list[tuple[int, int, int, int, int]], previous: GuestMemory | None = None) -> GuestMemory:
+        """Maps what another process had mapped, as it is now. `previous` is as for a new one.
 
         What the frontend has spoilt since, by making a file smaller or unfit to be mapped, is no error: the rings that
         need it fail at their first turn.

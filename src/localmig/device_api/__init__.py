@@ -9,12 +9,13 @@ A part is born frozen (its control sockets are not read) and stopped (its rings 
 
     open → resume → thaw → … → close                              a fresh daemon
 
-    freeze → save_setup → stop → save_switchover → release        the source: it moved
-                                   └→ resume → thaw               it stays: any step before COMMIT may lead here
-                                   └→ recover → resume → thaw     it came back: the destination died after COMMIT
+    watch_setup → save_setup → freeze → stop → save_switchover → release    the source: it moved
+                  ↑______|            └→ resume → thaw          it stays: any step before COMMIT may lead here
+                  a frontend          └→ recover → resume → thaw    it came back: the destination died after COMMIT
+                  changed something
 
     adopt_setup → adopt_switchover → resume → thaw → source_released        the destination
-         │       └→ recover ────────────┘     the source died: ring positions come from memory
+    ↑___|│       └→ recover ────────────┘     the source died: ring positions come from memory
          └→ discard                           at any time before COMMIT
 
 Until `resume` in the destination the source may still run: a part touches no descriptor it shares with it. No
@@ -24,6 +25,7 @@ ioctl, no fcntl, no read, no write, no shutdown; closing is allowed, for it only
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from localmig.vmstate import Description
@@ -86,9 +88,25 @@ class Part(Protocol):
         """Why the descriptors of this part stay home, None where they move."""
         return None
 
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """From now on calls `changing` before anything changes that `save_setup` saves; None ends that.
+
+        What a frontend says is such a thing: `changing` is called before its message is taken out of the socket, so
+        that a successor knows of it even if this process dies with the message. What a ring does by itself is none: the
+        switchover carries that.
+        """
+        del changing
+
     @abstractmethod
     def save_setup(self, *, with_descriptors: bool) -> Any:
-        """The state that `setup` describes. Descriptors in it are lent until `thaw` or `release`."""
+        """The state that `setup` describes. Descriptors in it are lent for the length of the call and its saving.
+
+        Called again for a part that changed since.
+        """
+
+    def frontend_waits(self) -> bool:
+        """Whether a frontend said something that nobody has read, while this part is frozen."""
+        return False
 
     def save_switchover(self) -> Any:
         """The state that `switchover` describes. Called before `stop` for its shape, and after it for its values."""
@@ -108,6 +126,8 @@ class Part(Protocol):
     def adopt_setup(self, state: Any) -> None:
         """Takes over a checked state with all its descriptors and builds everything, parked.
 
+        Called again with a newer state where the part changed in the source: it takes the place of what was adopted.
+        The guest's frontend may be waiting then, so what did not change is kept as it is.
         Raises PeerError, ConfigError or KernelError; `discard` follows.
         """
 

@@ -26,9 +26,9 @@ class SourceState(StrEnum):
     GREETING = "greeting"
     """HELLO is out."""
     SETTING_UP = "setting-up"
-    """Control planes are frozen, the setup sections are on their way; rings run."""
+    """The setup sections are on their way; rings run, frontends are answered."""
     PREPARED = "prepared"
-    """The destination has everything in hand; rings run."""
+    """The destination has everything in hand; rings run. Control planes are frozen at its end."""
     SWITCHING = "switching"
     """Rings stand still; the destination has not said READY."""
     COMMITTING = "committing"
@@ -53,6 +53,8 @@ class SourceEvent(StrEnum):
     CONNECTED = "connected"
     HELLO_ACCEPTED = "hello-accepted"
     SETUP_ACKED = "setup-acked"
+    SETUP_OUTDATED = "setup-outdated"
+    """A frontend changed what was sent: it is sent again."""
     CONTINUED = "continued"
     READY_RECEIVED = "ready-received"
     COMMIT_SENT = "commit-sent"
@@ -92,6 +94,8 @@ class DestinationEvent(StrEnum):
     CONNECTED = "connected"
     HELLO_ACCEPTED = "hello-accepted"
     SETUP_ADOPTED = "setup-adopted"
+    SETUP_OUTDATED = "setup-outdated"
+    """A part of the setup comes once more: a frontend changed it."""
     SWITCHOVER_ADOPTED = "switchover-adopted"
     COMMIT_RECEIVED = "commit-received"
     SETTLED = "settled"
@@ -116,6 +120,7 @@ SOURCE: Final[Mapping[tuple[SourceState, SourceEvent], SourceState]] = {
     (S.CONNECTING, E.CONNECTED): S.GREETING,
     (S.GREETING, E.HELLO_ACCEPTED): S.SETTING_UP,
     (S.SETTING_UP, E.SETUP_ACKED): S.PREPARED,
+    (S.PREPARED, E.SETUP_OUTDATED): S.SETTING_UP,
     (S.PREPARED, E.CONTINUED): S.SWITCHING,
     (S.SWITCHING, E.READY_RECEIVED): S.COMMITTING,
     (S.COMMITTING, E.COMMIT_SENT): S.COMMITTED,
@@ -153,6 +158,7 @@ DESTINATION: Final[Mapping[tuple[DestinationState, DestinationEvent], Destinatio
     (D.WAITING, F.CONNECTED): D.GREETING,
     (D.GREETING, F.HELLO_ACCEPTED): D.SETTING_UP,
     (D.SETTING_UP, F.SETUP_ADOPTED): D.PREPARED,
+    (D.PREPARED, F.SETUP_OUTDATED): D.SETTING_UP,
     (D.PREPARED, F.SWITCHOVER_ADOPTED): D.READY,
     (D.READY, F.COMMIT_RECEIVED): D.OWNER,
     (D.OWNER, F.SETTLED): D.COMPLETED,
@@ -164,7 +170,8 @@ DESTINATION: Final[Mapping[tuple[DestinationState, DestinationEvent], Destinatio
         for event in (F.CANCELLED, F.CHANNEL_LOST, F.TIMED_OUT, F.FAILED_HERE)
     },
     (D.GREETING, F.SOURCE_DIED): D.FAILED,
-    # Half of the setup is of no use: descriptors that never arrived died with the source.
+    # Half of the setup is of no use: descriptors that never arrived died with the source. A whole one that is being
+    # renewed is none either: the source answered its frontend something that is not in it.
     (D.SETTING_UP, F.SOURCE_DIED): D.FAILED,
     (D.PREPARED, F.SOURCE_DIED): D.RECOVERING,
     # Not OWNER: the source may have resumed before it died, so the positions it sent may be old.

@@ -1,4 +1,4 @@
-"""HELLO, DONE and the reasons: the JSON that frames a handover. No I/O.
+"""HELLO, DONE and the reasons, which are JSON and text, and what SETUP begins with. No I/O.
 
 Owns:        their fields, their encoding, the check of what a hostile other side wrote.
 Never sees:  sockets, parts, what an object's options mean.
@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final
 
 from localmig.errors import PeerError
+from localmig.fds import OwnedFd
+from localmig.migration.channel import Frame
+from localmig.vmstate import Blob
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Version of the handover protocol: frames, their order, what they promise."""
 
 OBJECT_COUNT_MAX: Final = 20_000
 """Objects one daemon may hand over: 10,000 NICs with a netdev each."""
+
+_CHANGES: Final = struct.Struct(">Q")
 
 REASON_LENGTH_MAX: Final = 4096
 """Characters of a reason that are kept: some lines for people; the rest is noise."""
@@ -130,6 +136,28 @@ class Done:
         ):
             raise PeerError("DONE lacks 'serving-ns' or 'phases'")
         return cls(serving_ns=serving_ns, phases=tuple((name[:64], ns) for name, ns in phases))
+
+
+def setup_payload(changes: int, blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
+    """SETUP's payload: how many changes the sections of `blob` know of (see `peer.Changes`), then the sections.
+
+    Returns the bytes and the descriptors, lent, each with its offset in them.
+    """
+    data = _CHANGES.pack(changes) + blob.data
+    return data, [(offset + _CHANGES.size, fd) for offset, fd in blob.fds]
+
+
+def read_setup(frame: Frame) -> tuple[int, bytes, list[tuple[int, OwnedFd]]]:
+    """What `setup_payload` wrote: the changes, the sections, the descriptors; those are the caller's.
+
+    Raises:
+        PeerError: it is too short. Its descriptors are closed.
+    """
+    if len(frame.data) < _CHANGES.size:
+        frame.close()
+        raise PeerError(f"SETUP has {len(frame.data)} bytes, at least {_CHANGES.size} are needed")
+    (changes,) = _CHANGES.unpack_from(frame.data)
+    return changes, frame.data[_CHANGES.size :], [(offset - _CHANGES.size, fd) for offset, fd in frame.fds]
 
 
 def encode_reason(reason: str) -> bytes:

@@ -13,6 +13,7 @@ ends its process, which is how a source in doubt learns that nobody else serves.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,9 @@ from localmig.migration.handover import (
     DestinationState,
     destination_machine,
 )
-from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version
+from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version, read_setup
 from localmig.migration.outgoing import (
+    CATCH_UP_ROUNDS_MAX,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
     hello_descriptors,
@@ -38,13 +40,13 @@ from localmig.migration.outgoing import (
     on_off,
 )
 from localmig.migration.parameters import Parameters
-from localmig.migration.peer import Peer, Revocation, own_pidfd
+from localmig.migration.peer import Changes, Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.status import MigrationInfo
-from localmig.migration.stream import IncomingStream, OutgoingStream, section_name
+from localmig.migration.stream import IncomingStream, OutgoingStream, Section, section_name
 from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
-from localmig.vmstate import Description, check_descriptors, check_distinct, close_descriptors
+from localmig.vmstate import Description, FilePlace, check_descriptors, check_distinct, close_descriptors, files_of
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class _SourceDiedError(PeerLostError):
 
 class _CancelledError(PeerError):
     """The source took the handover back."""
+
+
+class _OutdatedError(PeerLostError):
+    """The source is known dead, and answered its frontend something that never arrived here."""
 
 
 class Incoming:
@@ -101,6 +107,11 @@ class Incoming:
         """Parts whose control sockets are not served, for want of memory or descriptors, although rings run."""
         self._peer: Peer | None = None
         self._revocation: Revocation | None = None
+        self._changes: Changes | None = None
+        self._changes_known = 0
+        """How many changes of the source the adopted setup knows of."""
+        self._files: dict[str, list[FilePlace]] = {}
+        """Of each setup section, by its name."""
         self._stream = IncomingStream(setup={}, switchover={})
         self._hello: Hello | None = None
         self._is_sole_owner = False
@@ -188,32 +199,35 @@ class Incoming:
 
     def close(self) -> None:
         """Forgets the source, which `source_may_return` asked about until now. Idempotent."""
-        for held in (self._peer, self._revocation):
+        for held in (self._peer, self._revocation, self._changes):
             if held is not None:
                 held.close()
-        self._peer = self._revocation = None
+        self._peer = self._revocation = self._changes = None
 
     async def _take_over(self, channel: Channel) -> None:
         with self._progress.phase("hello"):
             await self._greet(channel)
         self._fire(DestinationEvent.HELLO_ACCEPTED)
-        frame = await self._expect(channel, FrameKind.DESCRIPTION, SETUP_TIMEOUT_S)
-        frame.close()
+        frame = await self._expect(channel, FrameKind.DESCRIPTION, timeout_s=SETUP_TIMEOUT_S)
         self._stream.description(frame.data)
-        frame = await self._expect(channel, FrameKind.SETUP, SETUP_TIMEOUT_S)
-        with self._progress.phase("setup"):
-            self._adopt_setup(frame)
-            await self._rehearse()
-        self._progress.prepared_ns = time.monotonic_ns()
-        self._fire(DestinationEvent.SETUP_ADOPTED)
-        with urgent():
-            self._check_wanted()
-            await self._say(channel, FrameKind.SETUP_ACK)
-            await self._rehearse()
-            # The operator may let the source pause here, and past READY the source alone decides: both end with it.
-            frame = await self._expect(channel, FrameKind.SWITCHOVER, None)
-            with undisturbed(self._tracer):
-                is_told = await self._switch_over(channel, frame)
+        await self._take_setup(channel, self._stream.setup)
+        for _ in range(CATCH_UP_ROUNDS_MAX + 1):
+            with urgent():
+                self._check_wanted()
+                await self._say(channel, FrameKind.SETUP_ACK)
+                await self._rehearse()
+                # The operator may let the source pause here, and past READY the source alone decides: both end with it.
+                frame = await self._expect(channel, FrameKind.SWITCHOVER, FrameKind.DESCRIPTION, timeout_s=None)
+                if frame.kind is FrameKind.SWITCHOVER:
+                    with undisturbed(self._tracer):
+                        is_told = await self._switch_over(channel, frame)
+                    break
+            # Not urgent, because what is built may have threads.
+            self._fire(DestinationEvent.SETUP_OUTDATED)
+            self._stream.description_again(frame.data)
+            await self._take_setup(channel, self._stream.setup_again)
+        else:
+            raise PeerError(f"the source sent changes of its setup {CATCH_UP_ROUNDS_MAX + 1} times, limit is one less")
         if is_told:
             try:
                 await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
@@ -229,7 +243,7 @@ class Incoming:
         await self._say(channel, FrameKind.READY)
         self._fire(DestinationEvent.SWITCHOVER_ADOPTED)
         ready_ns = time.monotonic_ns()
-        frame = await self._expect(channel, FrameKind.COMMIT, None)
+        frame = await self._expect(channel, FrameKind.COMMIT, timeout_s=None)
         self._check_wanted()
         # Whatever COMMIT says besides, from here on this process owns the guest.
         self._fire(DestinationEvent.COMMIT_RECEIVED)
@@ -282,7 +296,7 @@ class Incoming:
             self._adopt_switchover(stream, sample, [])
 
     async def _greet(self, channel: Channel) -> None:
-        frame = await self._expect(channel, FrameKind.HELLO, HELLO_TIMEOUT_S)
+        frame = await self._expect(channel, FrameKind.HELLO, timeout_s=HELLO_TIMEOUT_S)
         try:
             hello = Hello.decode(frame.data)
             local = self._parameters().local
@@ -290,10 +304,11 @@ class Incoming:
                 raise PeerError(
                     f"parameter 'local' is {on_off(hello.local)} in the source and {on_off(local)} in the destination"
                 )
-            if descriptors := hello_descriptors(frame, 2, required=local):
-                pidfd, revocation = descriptors
+            if descriptors := hello_descriptors(frame, 3, required=local):
+                pidfd, revocation, changes = descriptors
                 self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
                 self._revocation = Revocation.from_descriptor(revocation.take())
+                self._changes = Changes.from_descriptor(changes.take())
         finally:
             frame.close()
         self._hello = hello
@@ -313,22 +328,38 @@ class Incoming:
                 frame.close()
                 raise _unexpected(frame, "nothing") from None
 
-    def _adopt_setup(self, frame: Frame) -> None:
-        self._progress.descriptors = len(frame.fds)
-        states = {section.name: section.state for section in self._stream.setup(frame.data, frame.fds)}
-        pairs = [(part, states[section_name(part.id, part.setup)]) for part in self._parts]
+    async def _take_setup(
+        self, channel: Channel, read: Callable[[bytes, Iterable[tuple[int, OwnedFd]]], list[Section]]
+    ) -> None:
+        """Receives sections of the setup, all or those that changed, and adopts them."""
+        frame = await self._expect(channel, FrameKind.SETUP, timeout_s=SETUP_TIMEOUT_S)
+        with self._progress.phase("setup"):
+            self._changes_known, data, fds = read_setup(frame)
+            self._adopt_setup(read(data, fds))
+            if self._changes is not None and self._changes_known > self._changes.count:
+                raise PeerError(f"SETUP knows of {self._changes_known} changes, the source made {self._changes.count}")
+            self._progress.descriptors = max(self._progress.descriptors, len(fds))
+            await self._rehearse()
+        self._progress.prepared_ns = time.monotonic_ns()
+        self._fire(DestinationEvent.SETUP_ADOPTED)
+
+    def _adopt_setup(self, sections: Sequence[Section]) -> None:
+        by_name = {section.name: section for section in sections}
+        pairs = [(part, by_name.get(section_name(part.id, part.setup))) for part in self._parts]
+        arrived = [(part, section.state) for part, section in pairs if section is not None]
         try:
-            for part, state in pairs:
-                check_descriptors(part.setup, state, section=section_name(part.id, part.setup))
-            check_distinct((section_name(part.id, part.setup), part.setup, state) for part, state in pairs)
-            for part, state in pairs:
+            for section in sections:
+                check_descriptors(section.description, section.state, section=section.name)
+                self._files[section.name] = files_of(section.description, section.state, section=section.name)
+            check_distinct(itertools.chain.from_iterable(self._files.values()))
+            for part, state in arrived:
                 part.check_setup(state)
-            for part, state in pairs:
+            for part, state in arrived:
                 part.adopt_setup(state)
         except BaseException:
             # Adopted or not: nothing of it is in use yet, and closing twice is harmless.
-            for part, state in pairs:
-                close_descriptors(part.setup, state)
+            for section in sections:
+                close_descriptors(section.description, section.state)
             raise
 
     def _switchover_descriptions(self) -> dict[str, Description[Any]]:
@@ -439,26 +470,31 @@ class Incoming:
         try:
             await channel.send(kind, timeout_s=HELLO_TIMEOUT_S)
         except PeerLostError:
-            await self._expect(channel, FrameKind.CANCEL, HELLO_TIMEOUT_S)
+            await self._expect(channel, FrameKind.CANCEL, timeout_s=HELLO_TIMEOUT_S)
             raise
 
-    async def _expect(self, channel: Channel, kind: FrameKind, timeout_s: float | None) -> Frame:
-        """The next frame, which must be a `kind`."""
+    async def _expect(self, channel: Channel, *kinds: FrameKind, timeout_s: float | None) -> Frame:
+        """The next frame, which must be one of `kinds`."""
+        wanted = " or ".join(kind.name for kind in kinds)
         try:
             frame = await channel.receive(timeout_s=timeout_s, eager=True)
         except TimeoutError:
-            raise TimeoutError(f"the source sent no {kind.name} in {timeout_s:g} s") from None
+            raise TimeoutError(f"the source sent no {wanted} in {timeout_s:g} s") from None
         except PeerLostError as error:
             # What the source said is read to the end now. Sockets end a little before their process counts as dead.
             if self._peer is not None and await self._peer.wait_dead(timeout_s=DEATH_GRACE_S):
                 # Dead first, then this: it says nothing more now. CANCEL need not have got through.
                 if self._revocation is not None and self._revocation.is_told:
                     raise _CancelledError("the source took the handover back and is gone since") from error
+                if self._changes is not None and self._changes.count != self._changes_known:
+                    raise _OutdatedError(
+                        "it died after a frontend changed something that was not sent again"
+                    ) from error
                 raise _SourceDiedError(f"the source died while '{self.state}'") from error
             raise
-        if frame.kind is FrameKind.CANCEL or frame.kind is not kind:
+        if frame.kind is FrameKind.CANCEL or frame.kind not in kinds:
             frame.close()
-            raise _unexpected(frame, kind.name)
+            raise _unexpected(frame, wanted)
         return frame
 
     def _fire(self, event: DestinationEvent) -> None:

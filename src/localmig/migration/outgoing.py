@@ -7,15 +7,22 @@ Read next:   handover.py for the table these steps walk, incoming.py for the oth
 Theory of operation. The steps up to COMMIT each leave an undo behind; any failure, refusal, timeout or cancel runs
 the undos, newest first, and the source serves on. COMMIT is in no list: past it the source serves again only if the
 destination is known dead.
+
+Frontends are answered while the setup is sent, while the destination builds it and while the operator is awaited. What
+they change meanwhile is counted before it happens, and is sent again before the switchover. Only for the last of that
+are control planes frozen, and a frontend that waits then is answered within a tenth of a second: the handover is given
+up for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 from localmig.device_api import Part
@@ -37,15 +44,17 @@ from localmig.migration.hello import (
     decode_reason,
     encode_reason,
     program_version,
+    setup_payload,
 )
 from localmig.migration.parameters import Parameters
-from localmig.migration.peer import Peer, Revocation, own_pidfd
+from localmig.migration.peer import Changes, Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress
 from localmig.migration.recording import write_recording
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
 from localmig.migration.undo import for_all
 from localmig.trace import MigrationStatusChanged, Tracer
+from localmig.vmstate import Blob
 
 _logger = logging.getLogger(__name__)
 
@@ -53,17 +62,24 @@ HELLO_TIMEOUT_S: Final = 10.0
 """A destination answers HELLO after it looked at its options; it opens nothing slow."""
 
 SETUP_TIMEOUT_S: Final = 30.0
-"""The destination maps and populates guest memory: about a second per hundred gigabytes. Meanwhile a guest that resets
-its driver waits for us, so it cannot be much longer."""
+"""The destination maps and populates guest memory: about a second per hundred gigabytes."""
+
+CATCH_UP_ROUNDS_MAX: Final = 3
+"""How often what frontends changed is sent again. The last time they are frozen, so nothing can change after that; the
+times before make the last one short."""
+
+FROZEN_TIMEOUT_S: Final = 0.08
+"""How long a frontend that waits may find its socket frozen. A VMM waits for its answer with its main loop and its
+monitor, so it is promised one within 100 ms; the rest of that is for going back."""
+
+FROZEN_LOOK_S: Final = 0.01
+"""How often it is looked, after that, whether a frontend waits: a part of what is left of the 100 ms."""
 
 DEATH_TIMEOUT_S: Final = 5.0
 """How long a killed process may take to be gone: the kernel first frees what it holds, guest memory above all."""
 
 RECORD_TIMEOUT_S: Final = 5.0
 """How long writing the stream to a file may take. It has some megabytes at most: whoever is slower hangs."""
-
-_PIECE_COUNT: Final = 3
-"""Of a whole stream: setup, switchover, description."""
 
 
 class Outgoing:
@@ -102,19 +118,25 @@ class Outgoing:
         self._channel: Channel | None = None
         self._peer: Peer | None = None
         self._revocation: Revocation | None = None
+        self._changes: Changes | None = None
         self._stream = OutgoingStream()
+        self._watched: list[Part] = []
+        self._changed: set[str] = set()
+        """Ids of parts that changed since they were saved."""
         self._frozen: list[Part] = []
+        self._frozen_at = 0.0
         self._stopped: list[Part] = []
         self.unthawed: list[Part] = []
         """Parts whose control sockets are not served, for want of memory or descriptors, although rings run."""
-        self._pieces: list[bytes | bytearray] = []
-        """The stream as far as there is one, in its own order: the description, which travels first, stands last."""
+        self._switchover: bytes | bytearray | None = None
+        """The switchover piece as it was sent."""
         self._last_heard: str | None = None
         """Why a destination that has the guest is not trusted with it any more."""
         self._continued = asyncio.Event()
         if not parameters.pause_before_switchover:
             self._continued.set()
         self._pausing = False
+        self._past_pause = False
         self._cancelling = False
         self._reported = SOURCE_STATUS[SourceState.IDLE]
         self._task: asyncio.Task[None] | None = None
@@ -257,22 +279,85 @@ class Outgoing:
         self._fire(SourceEvent.HELLO_ACCEPTED)
         with self._progress.phase("setup"):
             for part in self._parts:
-                self._frozen.append(part)
-                part.freeze()
-            blob = self._stream.setup([self._setup_section(part) for part in self._parts])
-            self._progress.descriptors = len(blob.fds)
-            description = self._stream.describe(switchover_sections(self._parts))
-            self._pieces = [blob.data, description]
-            await self._say(FrameKind.DESCRIPTION, description, timeout_s=SETUP_TIMEOUT_S)
-            # Last, because a destination that has it can do without us.
-            await self._say(FrameKind.SETUP, blob.data, blob.fds, timeout_s=SETUP_TIMEOUT_S)
+                self._watched.append(part)
+                part.watch_setup(partial(self._note_change, part.id))
+            self._stream = OutgoingStream(section_name(part.id, part.setup) for part in self._parts)
+            await self._send_setup(
+                self._parts,
+                self._stream.start(),
+                lambda: self._stream.describe(switchover_sections(self._parts)),
+                deadline=time.monotonic() + SETUP_TIMEOUT_S,
+            )
         with self._progress.phase("setup-ack"):
             await self._expect(FrameKind.SETUP_ACK, SETUP_TIMEOUT_S, "take the setup")
         self._progress.prepared_ns = time.monotonic_ns()
         self._fire(SourceEvent.SETUP_ACKED)
         if self.awaits_operator:
             await self._pause(channel)
+            self._past_pause = True
+        with self._progress.phase("catch-up"):
+            await self._catch_up()
         self._fire(SourceEvent.CONTINUED)
+
+    async def _catch_up(self) -> None:
+        """Sends what frontends changed since the setup was saved. At its end they are frozen, and all is sent."""
+        for _ in range(CATCH_UP_ROUNDS_MAX - 1):
+            if self._changed:
+                await self._send_setup_again(SETUP_TIMEOUT_S)
+        self._frozen_at = time.monotonic()
+        for part in self._parts:
+            self._frozen.append(part)
+            part.freeze()
+        if self._changed:
+            try:
+                await self._send_setup_again(FROZEN_TIMEOUT_S)
+            except TimeoutError:
+                limit_ms = FROZEN_TIMEOUT_S * 1000
+                raise TimeoutError(
+                    "a frontend changed its session at the last moment, and the destination did not take that within "
+                    f"{limit_ms:.0f} ms; try again"
+                ) from None
+
+    async def _send_setup_again(self, timeout_s: float) -> None:
+        """Lets the destination replace what changed. TimeoutError where that takes longer than `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        self._fire(SourceEvent.SETUP_OUTDATED)
+        changed = [part for part in self._parts if part.id in self._changed]
+        names = [section_name(part.id, part.setup) for part in changed]
+        await self._send_setup(changed, Blob(), lambda: self._stream.describe_again(names), deadline=deadline)
+        await self._expect(FrameKind.SETUP_ACK, deadline - time.monotonic(), "take what a frontend changed")
+        self._fire(SourceEvent.SETUP_ACKED)
+
+    async def _send_setup(
+        self, parts: Sequence[Part], piece: Blob, describe: Callable[[], bytes], *, deadline: float
+    ) -> None:
+        """Saves `parts` into `piece` and sends it behind its description, which `describe` then returns.
+
+        TimeoutError where the destination has not taken all of it by `deadline`, in seconds of the monotonic clock.
+        """
+        assert self._changes is not None
+        # What changes from here on counts as not known, also where it is in time to be saved.
+        known = self._changes.count
+        self._changed.difference_update(part.id for part in parts)
+        with ExitStack() as copies:
+            fds: list[tuple[int, int]] = []
+            for part in parts:
+                self._stream.write(self._setup_section(part), piece)
+                # A frontend may replace a descriptor while the frame is on its way.
+                fds += [(at, copies.enter_context(OwnedFd(os.dup(fd))).fileno()) for at, fd in piece.fds[len(fds) :]]
+                await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
+            await self._say(FrameKind.DESCRIPTION, describe(), timeout_s=deadline - time.monotonic())
+            data, fds = setup_payload(known, Blob(data=piece.data, fds=fds))
+            # Last, because a destination that has it can do without us.
+            await self._say(FrameKind.SETUP, data, fds, timeout_s=deadline - time.monotonic())
+            self._progress.descriptors = max(self._progress.descriptors, len(fds))
+
+    def _note_change(self, part_id: str) -> None:
+        """A part changes next. Counted once for each time that it is saved, before it happens."""
+        if part_id not in self._changed:
+            assert self._changes is not None
+            self._changes.add(1)
+            self._changed.add(part_id)
 
     async def _greet(self, channel: Channel) -> None:
         hello = Hello(
@@ -281,9 +366,10 @@ class Outgoing:
             running=self._running,
             objects=self._objects,
         )
-        self._revocation = Revocation.create()
+        self._revocation, self._changes = Revocation.create(), Changes.create()
         with own_pidfd() as pidfd:
-            data, places = hello_payload(channel, hello, [pidfd.fileno(), self._revocation.fileno()])
+            told = [pidfd.fileno(), self._revocation.fileno(), self._changes.fileno()]
+            data, places = hello_payload(channel, hello, told)
             await self._say(FrameKind.HELLO, data, places, timeout_s=HELLO_TIMEOUT_S)
         answer = await self._expect(FrameKind.HELLO, HELLO_TIMEOUT_S, "answer HELLO")
         try:
@@ -331,11 +417,10 @@ class Outgoing:
             part.stop()
         saved_ns = time.monotonic_ns()
         blob = self._stream.switchover(switchover_sections(self._parts))
-        self._pieces.insert(1, blob.data)
+        self._switchover = blob.data
         await self._say(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
         sent_ns = time.monotonic_ns()
-        left_s = limit_s - (sent_ns - stopped_ns) / 1e9
-        await self._expect(FrameKind.READY, left_s, "say READY within downtime-limit", eager=True)
+        await self._expect_ready(limit_s - (sent_ns - stopped_ns) / 1e9)
         self._fire(SourceEvent.READY_RECEIVED)
         ready_ns = time.monotonic_ns()
         return (
@@ -379,11 +464,11 @@ class Outgoing:
     async def _record(self) -> None:
         """Writes the stream to a file where the operator wants that. The guest is served, whatever comes of it."""
         path = self._parameters.record
-        if not path or len(self._pieces) < _PIECE_COUNT:
+        if not path or self._switchover is None:
             return
         try:
             async with asyncio.timeout(RECORD_TIMEOUT_S):
-                await asyncio.to_thread(write_recording, path, self._pieces)
+                await asyncio.to_thread(write_recording, path, self._stream.recording(self._switchover))
         except TimeoutError:
             self._progress.add_note(f"the stream was not recorded: '{path}' takes longer than {RECORD_TIMEOUT_S:g} s")
         except (LocalmigError, OSError) as error:
@@ -442,6 +527,7 @@ class Outgoing:
 
     def _abandon(self, event: SourceEvent, reason: str) -> None:
         """Before COMMIT: the source serves on, the destination is told so."""
+        self._unwatch()
         self._machine.fire(event if self._machine.allows(event) else SourceEvent.FAILED_HERE)
         problems = for_all(reversed(self._stopped), lambda part: part.resume())
         # Told before control planes thaw: whoever took over from here later would hold old control state.
@@ -469,11 +555,16 @@ class Outgoing:
                 # It is of no use any more, and past COMMIT nothing may keep the source from taking back.
                 _logger.exception("internal error while the channel was closed")
 
+    def _unwatch(self) -> None:
+        watched, self._watched = self._watched, []
+        for_all(watched, lambda part: part.watch_setup(None))
+
     def _end(self) -> None:
         self._progress.end()
-        self._pieces = []
+        self._unwatch()
+        self._stream, self._switchover = OutgoingStream(), None
         self._close_channel()
-        for held in (self._peer, self._revocation):
+        for held in (self._peer, self._revocation, self._changes):
             if held is not None:
                 held.close()
 
@@ -506,6 +597,27 @@ class Outgoing:
         _require(kind, frame)
         return frame
 
+    async def _expect_ready(self, limit_s: float) -> None:
+        """READY, within `limit_s` seconds; within less where a frontend waits that found its socket frozen too long."""
+        limit = time.monotonic() + limit_s
+        patience = self._frozen_at + FROZEN_TIMEOUT_S
+        eager = True
+        while True:
+            until = min(limit, max(patience, time.monotonic() + FROZEN_LOOK_S))
+            try:
+                await self._expect(FrameKind.READY, until - time.monotonic(), "say READY", eager=eager)
+            except TimeoutError:
+                if until == limit:
+                    limit_ms = self._parameters.downtime_limit_ms
+                    text = f"the destination did not say READY within downtime-limit ({limit_ms} ms)"
+                    raise TimeoutError(text) from None
+                if any(part.frontend_waits() for part in self._frozen):
+                    text = "the destination did not say READY, and a frontend waits for an answer; try again"
+                    raise TimeoutError(text) from None
+                eager = False
+            else:
+                return
+
     def _fire(self, event: SourceEvent) -> None:
         self._machine.fire(event)
         self._report()
@@ -520,6 +632,8 @@ class Outgoing:
     def _status(self) -> str:
         if self._pausing:
             return "pre-switchover"
+        if self._past_pause and self.state in (SourceState.SETTING_UP, SourceState.PREPARED):
+            return "device"  # the operator said go: whoever watches sees no step back
         if self._cancelling and self.state not in SOURCE_ENDED:
             return "cancelling"
         if self.state is SourceState.IN_DOUBT and self.has_ended:

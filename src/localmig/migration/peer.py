@@ -1,6 +1,6 @@
-"""The process at the other end of a handover: whether it lives, its end, and whether it took its offer back.
+"""The process at the other end of a handover: whether it lives, its end, and what a source says beyond its death.
 
-Owns:        a pidfd; the eventfd of a revocation.
+Owns:        a pidfd; two eventfds, one that revokes an offer and one that counts what the source changed since.
 Never sees:  the channel, the tables.
 Read next:   outgoing.py (fencing) and incoming.py (taking over).
 """
@@ -89,14 +89,8 @@ _LET_GO: Final = 2
 """What a revocation counts to. A source says one of the two, once."""
 
 
-class Revocation:
-    """By which a source says what it decided: to a destination that does not read, or cannot be reached.
-
-    An eventfd, which both sides hold. What is said by it is there also when the source is dead and the channel ended in
-    the middle of a frame. Before COMMIT it says that the offer was taken back: a destination looks here before it takes
-    over from a dead source. Past COMMIT it says that the source let go for good: before that, the destination's death
-    would bring it back, so the destination hands over to nobody else.
-    """
+class _SharedCount:
+    """An eventfd that both sides hold. What the source adds to it is there also when the source is dead."""
 
     def __init__(self, fd: OwnedFd) -> None:
         self._fd = fd
@@ -108,7 +102,7 @@ class Revocation:
 
     @classmethod
     def from_descriptor(cls, fd: OwnedFd) -> Self:
-        """Takes the descriptor a source sent as its revocation.
+        """Takes the descriptor that a source sent in HELLO.
 
         Raises:
             PeerError: it is no eventfd. The descriptor is closed.
@@ -116,39 +110,62 @@ class Revocation:
         with ExitStack() as refused:
             refused.enter_context(fd)
             if not fdinfo(fd.fileno(), "eventfd-count:"):
-                raise PeerError("the descriptor behind the pidfd in HELLO is no eventfd")
+                raise PeerError("a descriptor behind the pidfd in HELLO is no eventfd")
             refused.pop_all()
         return cls(fd)
 
     @property
-    def is_told(self) -> bool:
-        """Whether the source took its offer back."""
-        return self._count() == _TAKEN_BACK
-
-    @property
-    def has_let_go(self) -> bool:
-        """Whether the source will never serve again, whatever becomes of the destination."""
-        return self._count() == _LET_GO
-
-    def tell(self) -> None:
-        """Takes the offer back. It cannot fail: an eventfd is not full after one writing."""
-        os.eventfd_write(self._fd.fileno(), _TAKEN_BACK)
-
-    def let_go(self) -> None:
-        """Says that this process will never serve again. As `tell`."""
-        os.eventfd_write(self._fd.fileno(), _LET_GO)
-
-    def _count(self) -> int:
-        """What was said. Reading the eventfd would take it away from who looks later."""
+    def count(self) -> int:
+        """What was added so far. Reading the eventfd would take it away from who looks later."""
         return next((int(count, 16) for count in fdinfo(self._fd.fileno(), "eventfd-count:")), 0)
+
+    def add(self, number: int) -> None:
+        """Adds to it. It cannot fail: an eventfd counts to 2^64 - 2."""
+        os.eventfd_write(self._fd.fileno(), number)
 
     def fileno(self) -> int:
         """The descriptor, lent."""
         return self._fd.fileno()
 
     def close(self) -> None:
-        """Forgets it; what was told stays so for the other side. Idempotent."""
+        """Forgets it; what was said stays so for the other side. Idempotent."""
         self._fd.close()
+
+
+class Changes(_SharedCount):
+    """By which a source counts what its frontends changed, before it takes notice of the change itself.
+
+    SETUP carries the count that it is as new as. A destination whose setup is older than the count of a dead source
+    does not take over: the frontend was answered something that the destination knows nothing of.
+    """
+
+
+class Revocation(_SharedCount):
+    """By which a source says what it decided: to a destination that does not read, or cannot be reached.
+
+    It works also if the channel ended in the middle of a frame. Before COMMIT it says that the source took the offer
+    back: a destination looks here before it takes over from a dead source. Past COMMIT it says that the source released
+    everything for good: until then the destination's death would bring the source back, so the destination hands over
+    to nobody else.
+    """
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the source took its offer back."""
+        return self.count == _TAKEN_BACK
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether the source will never serve again, whatever becomes of the destination."""
+        return self.count == _LET_GO
+
+    def tell(self) -> None:
+        """Takes the offer back."""
+        self.add(_TAKEN_BACK)
+
+    def let_go(self) -> None:
+        """Says that this process will never serve again."""
+        self.add(_LET_GO)
 
 
 def own_pidfd() -> OwnedFd:

@@ -16,6 +16,9 @@ Read next:   vmstate/ for the inside of a section, channel.py for how a piece tr
 
 The three pieces, one after the other, are a stream that QEMU's scripts/analyze-migration.py reads. The description
 stands last in it and travels first: it is by far the longest, and all in it is known before the downtime.
+
+Sections whose parts changed before the downtime travel again, with their numbers, behind a description of their own.
+A recording has each section once, as it travelled last.
 """
 
 from __future__ import annotations
@@ -84,40 +87,68 @@ def section_name(part_id: str, description: Description[Any]) -> str:
 
 
 class OutgoingStream:
-    """Writes one stream: `setup`, then `describe` while the guest still runs, then `switchover`."""
+    """Writes one stream: `start`, `write` for each setup section, `describe` while the guest runs, then `switchover`.
 
-    def __init__(self) -> None:
-        self._section_count = 0
-        self._devices: list[dict[str, Any]] = []
+    Args:
+        names: of the setup sections, in the order in which the stream has them.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._start = b""
+        self._written: dict[str, bytes] = {}
+        """Each setup section as it was written last."""
+        self._explained: dict[str, bytes] = {}
+        """The vmdesc of each setup section, likewise."""
+        self._explained_switchover: list[bytes] = []
         self._described_shape: list[Any] | None = None
 
-    def setup(self, sections: Sequence[Section]) -> Blob:
-        """The setup piece. Its descriptors are lent: the states keep them open until it is sent.
-
-        Raises:
-            StateError: a state does not fit its description, or a descriptor of it was given away.
-            ConfigError: a section's name is too long for the format.
-        """
+    def start(self) -> Blob:
+        """The beginning of the setup piece, to which `write` appends the sections."""
         piece = Blob()
         piece.data += _FILE_HEADER.pack(MAGIC, VERSION, Mark.CONFIGURATION)
         save(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE), piece)
-        _append(sections, piece, self._section_count)
-        self._section_count += len(sections)
-        self._devices = _explain_each(sections)
+        self._start = bytes(piece.data)
         return piece
+
+    def write(self, section: Section, piece: Blob) -> None:
+        """Appends a setup section. Its descriptors are lent: the state keeps them open until the piece is sent.
+
+        A section that changed is written again, into a piece of its own that has no beginning.
+
+        Raises:
+            StateError: the state does not fit its description, or a descriptor of it was given away.
+            ConfigError: the section's name is too long for the format.
+        """
+        begin = len(piece.data)
+        _append([section], piece, self._numbers[section.name])
+        self._written[section.name] = bytes(piece.data[begin:])
+        self._explained[section.name] = _explain(section)
 
     def describe(self, sections: Sequence[Section]) -> bytes:
         """The description piece, for switchover sections of the same shape as `sections`.
 
         Raises:
-            StateError: as `setup`.
-            ConfigError: as `setup`, or there are too many sections to describe.
+            StateError: as `write`.
+            ConfigError: as `write`, or there are too many sections to describe.
         """
         sample = Blob()
-        _append(sections, sample, self._section_count)
-        vmdesc = _vmdesc([*self._devices, *_explain_each(sections)])
+        _append(sections, sample, len(self._numbers))
+        self._explained_switchover = [_explain(section) for section in sections]
         self._described_shape = _shape(sections, sample)
-        return _VMDESC_HEADER.pack(Mark.VMDESCRIPTION, len(vmdesc)) + vmdesc
+        return self._describe_all()
+
+    def describe_again(self, names: Iterable[str]) -> bytes:
+        """The description of setup sections that were written again."""
+        return _description([self._explained[name] for name in names])
+
+    def recording(self, switchover: bytes | bytearray) -> list[bytes | bytearray]:
+        """The whole stream in its own order, with `switchover` as its switchover piece."""
+        sections = (self._written[name] for name in self._numbers)
+        return [self._start, *sections, switchover, self._describe_all()]
+
+    def _describe_all(self) -> bytes:
+        return _description([*(self._explained[name] for name in self._numbers), *self._explained_switchover])
 
     def switchover(self, sections: Sequence[Section]) -> Blob:
         """The switchover piece, of sections as they were described.
@@ -126,7 +157,7 @@ class OutgoingStream:
             StateError: as `setup`, or the sections have another shape than the one that was described.
         """
         piece = Blob()
-        _append(sections, piece, self._section_count)
+        _append(sections, piece, len(self._numbers))
         if _shape(sections, piece) != self._described_shape:
             raise StateError("the switchover sections have another shape than the one that was described")
         piece.data.append(Mark.EOF)
@@ -149,26 +180,31 @@ def _shape(sections: Sequence[Section], piece: Blob) -> list[Any]:
     return [*piece.shape, *((section.name, section.description) for section in sections)]
 
 
-def _explain_each(sections: Iterable[Section]) -> list[dict[str, Any]]:
-    return [
-        {"name": section.name, "instance_id": 0, **explain(section.description, section.state)} for section in sections
-    ]
+def _explain(section: Section) -> bytes:
+    """The vmdesc of one section."""
+    explained = explain(section.description, section.state)
+    return _json({"name": section.name, "instance_id": 0, **explained})
 
 
-def _vmdesc(devices: list[dict[str, Any]]) -> bytes:
-    """The JSON that describes the whole stream, so that analyze-migration.py finds it.
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
 
-    The script looks for the last NUL of the file and takes the first `{` behind it for the beginning. The
+
+def _description(explained: Sequence[bytes]) -> bytes:
+    """The description piece, of sections' vmdescs.
+
+    analyze-migration.py looks for the last NUL of the file and takes the first `{` behind it for the beginning. The
     last NUL is in the u32 size before the JSON: so the JSON has none, and no byte of the size may be a `{`.
     """
     configuration = explain(_CONFIGURATION_SECTION, _Configuration(machine=MACHINE))
-    document = {"configuration": configuration, "page_size": _PAGE_SIZE, "devices": devices}
-    encoded = json.dumps(document, separators=(",", ":")).encode("ascii")
-    while b"{" in _U32.pack(len(encoded)):
-        encoded += b" "
-    if len(encoded) > VMDESC_SIZE_MAX:
-        raise ConfigError(f"the stream's description has {len(encoded)} bytes, limit is {VMDESC_SIZE_MAX}")
-    return encoded
+    # Put together from its parts, because one call for thousands of sections would hold the event loop up.
+    head = _json({"configuration": configuration, "page_size": _PAGE_SIZE})
+    vmdesc = head[:-1] + b',"devices":[' + b",".join(explained) + b"]}"
+    while b"{" in _U32.pack(len(vmdesc)):
+        vmdesc += b" "
+    if len(vmdesc) > VMDESC_SIZE_MAX:
+        raise ConfigError(f"the stream's description has {len(vmdesc)} bytes, limit is {VMDESC_SIZE_MAX}")
+    return _VMDESC_HEADER.pack(Mark.VMDESCRIPTION, len(vmdesc)) + vmdesc
 
 
 class _Described(NamedTuple):
@@ -187,8 +223,10 @@ class IncomingStream:
     def __init__(self, *, setup: Mapping[str, Description[Any]], switchover: Mapping[str, Description[Any]]) -> None:
         self._expected_setup = setup
         self._expected_switchover = switchover
-        self._section_count = 0
+        self._numbers: dict[str, int] = {}
+        """Of each section that came."""
         self._described: dict[str, _Described] = {}
+        self._coming_again: Mapping[str, Description[Any]] = {}
 
     def description(self, data: bytes) -> None:
         """Reads the description piece: it must tell of the sections that are expected, in versions that can be read,
@@ -200,26 +238,38 @@ class IncomingStream:
             PeerError: it is none, or it tells of other sections, versions or fields.
         """
         expected = {**self._expected_setup, **self._expected_switchover}
-        alike: dict[str, Any] | None = None
-        size = 0
         with _reading("description", data, ()) as reader:
             described = _read_vmdesc(reader)
             for name in expected:
                 if name not in described:
                     raise PeerError(f'does not tell of section "{name}"')
-            for name, explained in described.items():
-                description = expected.get(name)
-                vmsd_name, version = explained["vmsd_name"], explained["version"]
-                if description is None or vmsd_name != description.name:
-                    raise PeerError(f'tells of a section "{name}" of {vmsd_name!r}, which was not expected')
-                if not description.oldest_version <= version <= description.version:
-                    raise PeerError(
-                        f'tells of version {version} of section "{name}", this release reads '
-                        f"{description.oldest_version}..{description.version}"
-                    )
-                if explained != alike:  # most NICs are told of as the one before them
-                    size, alike = check_explained(description, version, explained, section=name), explained
-                self._described[name] = _Described(version, size)
+            self._check_described(described, expected)
+
+    def description_again(self, data: bytes) -> None:
+        """Reads the description of some setup sections that come again. PeerError as `description`."""
+        with _reading("description", data, ()) as reader:
+            described = _read_vmdesc(reader)
+            self._check_described(described, self._expected_setup)
+        self._coming_again = {name: self._expected_setup[name] for name in described}
+
+    def _check_described(
+        self, described: Mapping[str, dict[str, Any]], expected: Mapping[str, Description[Any]]
+    ) -> None:
+        alike: dict[str, Any] | None = None
+        size = 0
+        for name, explained in described.items():
+            description = expected.get(name)
+            vmsd_name, version = explained["vmsd_name"], explained["version"]
+            if description is None or vmsd_name != description.name:
+                raise PeerError(f'tells of a section "{name}" of {vmsd_name!r}, which was not expected')
+            if not description.oldest_version <= version <= description.version:
+                raise PeerError(
+                    f'tells of version {version} of section "{name}", this release reads '
+                    f"{description.oldest_version}..{description.version}"
+                )
+            if explained != alike:  # most NICs are told of as the one before them
+                size, alike = check_explained(description, version, explained, section=name), explained
+            self._described[name] = _Described(version, size)
 
     def setup(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the setup piece; the caller owns the descriptors in the states.
@@ -235,6 +285,11 @@ class IncomingStream:
             _read_start(reader)
             return self._read_sections(reader, self._expected_setup)
 
+    def setup_again(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
+        """Reads the sections that `description_again` told of; the rest is as in `setup`."""
+        with _reading("setup", data, fds) as reader:
+            return self._read_sections(reader, self._coming_again)
+
     def switchover(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the switchover piece; the rest is as in `setup`."""
         with _reading("switchover", data, fds) as reader:
@@ -249,26 +304,28 @@ class IncomingStream:
     def _read_sections(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> list[Section]:
         sections: dict[str, Section] = {}
         while reader.peek() == Mark.SECTION_FULL:
-            section = self._read_section(reader, expected)
-            if section.name in sections:
-                raise PeerError(f'section "{section.name}" came twice')
+            section = self._read_section(reader, expected, sections)
             sections[section.name] = section
         missing = [name for name in expected if name not in sections]
         if missing:
             raise PeerError(f'section "{missing[0]}" is missing at offset {reader.position}')
         return list(sections.values())
 
-    def _read_section(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> Section:
+    def _read_section(
+        self, reader: Reader, expected: Mapping[str, Description[Any]], before: Mapping[str, Section]
+    ) -> Section:
         _, section_id, name_size = reader.unpack(_NAME_HEADER)
         name = reader.take(name_size).decode(errors="replace")
         instance, version = reader.unpack(_VERSION_HEADER)
         description = expected.get(name)
         if description is None:
             raise PeerError(f'section "{name}" was not expected, but one of {", ".join(expected) or "none"}')
-        if section_id != self._section_count or instance:
+        if name in before:
+            raise PeerError(f'section "{name}" came twice')
+        number = self._numbers.setdefault(name, len(self._numbers))
+        if section_id != number or instance:
             raise PeerError(
-                f'section "{name}" is number {section_id} instance {instance}, '
-                f"expected number {self._section_count} instance 0"
+                f'section "{name}" is number {section_id} instance {instance}, expected number {number} instance 0'
             )
         described = self._described.get(name)
         if described is not None and version != described.version:
@@ -283,7 +340,6 @@ class IncomingStream:
                 f'section "{name}" ends with {marker:#04x} {footer_id}, '
                 f"expected {Mark.SECTION_FOOTER:#04x} {section_id}"
             )
-        self._section_count += 1
         return Section(name=name, description=description, state=state)
 
 

@@ -30,7 +30,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol
@@ -136,6 +136,8 @@ class Tap:
         self._open: OpenTap | None = None
         self._awaited: TapState | None = None
         """What to open once the source has let go of it."""
+        self._changing: Callable[[], None] = _do_nothing
+        """Called before anything changes that `save_setup` saves."""
 
     # -- for the device on the other side ------------------------------------------------------------------
 
@@ -206,6 +208,7 @@ class Tap:
         assert length in VNET_HEADER_LENGTHS, length
         tap = self._opened()
         if length != tap.vnet_header_length:
+            self._changing()
             with self._setting(tap, f"cannot set the vnet header of TAP '{tap.ifname}' to {length} bytes"):
                 tun.set_vnet_header_length(tap.queues[0].fileno(), length)
             tap.vnet_header_length = length
@@ -227,6 +230,7 @@ class Tap:
         assert Offload.CSUM in offloads or not offloads, offloads
         tap = self._opened()
         if offloads != tap.offloads:
+            self._changing()
             with self._setting(tap, f"cannot set the offloads of TAP '{tap.ifname}' to {int(offloads):#x}"):
                 tun.set_offloads(tap.queues[0].fileno(), offloads)
             tap.offloads = offloads
@@ -239,6 +243,7 @@ class Tap:
         """
         tap = self._opened()
         if not tap.attached[queue]:
+            self._changing()
             with self._setting(tap, f"cannot attach queue {queue} of TAP '{tap.ifname}'"):
                 tun.attach(tap.queues[queue].fileno())
             tap.attached[queue] = True
@@ -252,6 +257,7 @@ class Tap:
         assert queue > 0, queue
         tap = self._opened()
         if tap.attached[queue]:
+            self._changing()
             with self._setting(tap, f"cannot detach queue {queue} of TAP '{tap.ifname}'"):
                 tun.detach(tap.queues[queue].fileno())
             tap.attached[queue] = False
@@ -392,6 +398,14 @@ class Tap:
         """What it was told, and: a TAP that is not open cannot move."""
         return self._stays_home or (None if self._open is not None else "its TAP is not open")
 
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """As a part's: called before the device on the other side changes how the TAP is set."""
+        self._changing = changing or _do_nothing
+
+    def frontend_waits(self) -> bool:
+        """Never: a TAP has no frontend."""
+        return False
+
     @property
     def moves(self) -> bool:
         """Whether its descriptors do. See `network.Watcher`."""
@@ -466,17 +480,22 @@ class Tap:
             self._check_arriving(state, state.descriptors)
 
     def adopt_setup(self, state: TapState) -> None:
-        """Takes the TAP out of `state`, or opens one of its own where none came.
+        """Takes the TAP out of `state`, or opens one of its own where none came. Again: what arrived is replaced.
 
         Raises:
             ConfigError: as `open`, for a TAP of its own.
             KernelError: the TAP of its own cannot be opened. One the source has open still is no error:
                 `source_released` opens it.
         """
-        assert self._open is None, self.id
         if state.descriptors is not None:
-            self._open = self._arrived(state, state.descriptors)
+            former, self._open = self._open, self._arrived(state, state.descriptors)
+            if former is not None:
+                close_all(former.queues)
+                if former.network is not self._open.network:
+                    former.network.leave(self)
             return
+        if self._open is not None:
+            return  # its own, which nothing has changed
         if self._wanted.fds:
             self._open = self._take_inherited()
             return
@@ -658,6 +677,7 @@ class Tap:
             # Nobody tells when the other process closes it, which may be the program that makes it.
             return isinstance(error, KernelError) and error.errno in (errno.EBUSY, errno.ENODEV)
         fresh.downscript, fresh.arrived = tap.downscript, tap.arrived
+        self._changing()
         self._open = fresh
         _logger.warning("netdev '%s': '%s' was made again and is attached", self.id, fresh.ifname)
         if self.observer is not None:
@@ -676,6 +696,7 @@ class Tap:
     def _let_carrier_be(self, *, on: bool) -> None:
         tap = self._opened()
         if tap.has_carrier != on:
+            self._changing()
             with self._setting(tap, f"cannot turn the carrier of TAP '{tap.ifname}' {'on' if on else 'off'}"):
                 (tun.turn_carrier_on if on else tun.turn_carrier_off)(tap.queues[0].fileno())
             tap.has_carrier = on
@@ -690,6 +711,10 @@ class Tap:
             if not _is_deleted(tap):
                 raise
             self.look_soon()
+
+
+def _do_nothing() -> None:
+    """Nobody wants to know of changes."""
 
 
 def _is_deleted(tap: OpenTap) -> bool:

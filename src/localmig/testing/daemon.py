@@ -154,15 +154,17 @@ class DaemonProcess:
 
     def wait_migration(self, *, seconds: float = ANSWER_SECONDS_MAX) -> dict[str, Any]:
         """Waits until the migration that `execute("migrate")` began has ended; what query-migrate tells then."""
+        self.wait_migration_status("completed", "failed", "cancelled", seconds=seconds)
+        info: dict[str, Any] = self.execute("query-migrate")
+        return info
+
+    def wait_migration_status(self, *statuses: str, seconds: float = ANSWER_SECONDS_MAX) -> None:
+        """Waits until the migration that `execute("migrate")` began has one of `statuses`."""
         self.wait_fact(
-            lambda fact: (
-                fact["event"] == "MigrationStatusChanged" and fact["status"] in ("completed", "failed", "cancelled")
-            ),
+            lambda fact: fact["event"] == "MigrationStatusChanged" and fact["status"] in statuses,
             seconds=seconds,
             after=self._migration_began,
         )
-        info: dict[str, Any] = self.execute("query-migrate")
-        return info
 
     def send_signal(self, number: signal.Signals) -> None:
         """Sends a signal."""

@@ -14,8 +14,9 @@ A point is a place and what it is the place of:
                                                 channel, of the peer, or   after:channel.close
                                                 of the daemon              before:peer.kill
 
-Parts go by their ids; the rings of all devices are the part `*`. The action is taken once, at the first passing, and
-only while a handover runs: what a daemon does to start, and what it rehearses, passes no point.
+Parts go by their ids; the rings of all devices are the part `*`. The action is taken once, at the first passing or at
+the one that is asked for (`before-send:SETUP#2`), and only while a handover runs: what a daemon does to start, and what
+it rehearses, passes no point.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import select
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -71,7 +73,7 @@ class Action(StrEnum):
 
 
 PART_STEPS: Final = (
-    *("freeze", "save_setup", "stop", "save_switchover", "release", "resume", "thaw", "recover"),
+    *("watch_setup", "save_setup", "freeze", "stop", "save_switchover", "release", "resume", "thaw", "recover"),
     *("check_setup", "adopt_setup", "check_switchover", "adopt_switchover", "source_released", "discard"),
 )
 REHEARSED_STEPS: Final = ("save_switchover", "check_switchover", "adopt_switchover")
@@ -90,15 +92,18 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A place, and the frame, state or step that it is the place of."""
+    """A place, the frame, state or step that it is the place of, and which of several passings in one handover."""
 
     place: Place
     subject: str
+    passing: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads `PLACE:SUBJECT`. ConfigError where it is none."""
-        place, _, subject = text.partition(":")
+        """Reads `PLACE:SUBJECT` or `PLACE:SUBJECT#PASSING`. ConfigError where it is none."""
+        point, _, passing = text.partition("#")
+        place, _, subject = point.partition(":")
+        _check_word(text, passing, ["", *"123456789"])
         _check_word(text, place, list(Place))
         if place in FRAME_PLACES:
             _check_word(text, subject, [each.name for each in FrameKind])
@@ -106,10 +111,10 @@ class Point:
             _check_word(text, subject, _STATES)
         elif subject not in OTHER_STEPS:
             _check_word(text, subject.rpartition(".")[2], PART_STEPS)
-        return cls(place=Place(place), subject=subject)
+        return cls(place=Place(place), subject=subject, passing=int(passing or 1))
 
     def __str__(self) -> str:
-        return f"{self.place}:{self.subject}"
+        return f"{self.place}:{self.subject}" + (f"#{self.passing}" if self.passing > 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +251,7 @@ class Trap:
         self._fault: Fault | None = None
         self._is_armed = False
         self._is_downtime = False
+        self._passings: Counter[tuple[Place, str]] = Counter()
         self.has_struck = False
 
     def arm(self) -> None:
@@ -253,6 +259,7 @@ class Trap:
         self._fault = self._ask()
         self._is_armed = True
         self._is_downtime = False
+        self._passings.clear()
 
     def disarm(self) -> None:
         """It is over."""
@@ -266,10 +273,12 @@ class Trap:
         """This process passes a point."""
         if not self._is_armed or (subject.rpartition(".")[2] in REHEARSED_STEPS and not self._is_downtime):
             return
+        self._passings[place, subject] += 1
+        point = Point(place=place, subject=subject, passing=self._passings[place, subject])
         if self._journal is not None:
-            self._journal.write("point", f"{place}:{subject}")
+            self._journal.write("point", str(point))
         fault = self._fault
-        if fault is not None and (fault.point.place, fault.point.subject) == (place, subject):
+        if fault is not None and fault.point == point:
             self._fault = None
             self.has_struck = True
             if self._journal is not None:
@@ -431,7 +440,7 @@ def _wrap(trap: Trap, kind: type, name: str, subject: Callable[[Any], str | None
 # -- the program ----------------------------------------------------------------------------------------------------
 
 USAGE: Final = f"""\
-usage: python -m localmig.testing.faults PLACE:SUBJECT=ACTION|@FILE [--journal FOLDER] -- LOCALMIG-ARGUMENTS…
+usage: python -m localmig.testing.faults PLACE:SUBJECT[#PASSING]=ACTION|@FILE [--journal FOLDER] -- LOCALMIG-ARGUMENTS…
 
   PLACE    {", ".join(FRAME_PLACES)}
   SUBJECT    {", ".join(kind.name for kind in FrameKind)}

@@ -575,6 +575,10 @@ class NetGuest:
                 frontend.disable_vring(index)
         self._enabled_pairs = count
 
+    def send_call_again(self, index: int) -> None:
+        """Gives ring `index` its call descriptor once more, as QEMU does when the guest unmasks an interrupt."""
+        self.frontend.set_vring_call(index, self._vrings[index].call.fileno())
+
     def reset_driver(self) -> None:
         """What a backend sees when the guest's driver resets the device and begins again: new, empty rings."""
         frontend = self.frontend

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Contact(Protocol):
 
     def pause(self) -> None:
         """Brings nobody any more. Calling it again does nothing."""
+
+    def has_waiting(self) -> bool:
+        """Whether a frontend connected and nobody took its connection, while this is paused."""
+        return False
 
     def release(self) -> None:
         """Drops what it has and leaves its path: another process serves it."""
@@ -147,6 +152,10 @@ class Listener(Contact):
         if self._accepting:
             asyncio.get_running_loop().remove_reader(self.listening.fd.fileno())
             self._accepting = False
+
+    def has_waiting(self) -> bool:
+        """Whether a connection waits to be accepted."""
+        return _is_readable(self.listening.fd)
 
     def release(self) -> None:
         """Drops the socket and leaves its path: another process serves it."""
@@ -386,6 +395,13 @@ def _wrap(fd: OwnedFd) -> socket.socket:
         raise PeerError(f"descriptor that came as a socket is none: {error.strerror}") from error
 
 
+def _is_readable(fd: OwnedFd) -> bool:
+    """Whether there is something to read, and somebody at the other end."""
+    poll = select.poll()
+    poll.register(fd.fileno(), select.POLLIN)
+    return any(events == select.POLLIN for _, events in poll.poll(0))
+
+
 # -- one connection ---------------------------------------------------------------------------------------
 
 
@@ -398,11 +414,18 @@ class Session:
     """
 
     def __init__(
-        self, connection: OwnedFd, backend: Backend, handler: SessionHandler, *, on_closed: Callable[[], None]
+        self,
+        connection: OwnedFd,
+        backend: Backend,
+        handler: SessionHandler,
+        *,
+        changing: Callable[[], None],
+        on_closed: Callable[[], None],
     ) -> None:
         """Takes over `connection` (non-blocking) without touching it; it is served from `thaw` on.
 
-        `on_closed` is called after the session was closed, not after it was released.
+        `changing` is called before anything is taken out of the socket or put into it, `on_closed` after the session
+        was closed, but not after it was released.
 
         Raises:
             PeerError: `connection` is no socket; it is still the caller's.
@@ -411,6 +434,7 @@ class Session:
         self._socket = _wrap(connection)
         self.connection = connection.take()
         self._handler = handler
+        self._changing = changing
         self._on_closed = on_closed
         self._reading = False
         self._writing = False
@@ -429,6 +453,10 @@ class Session:
         """Reads and writes nothing more, at once: what is unread stays in the kernel, the rest in the state."""
         self._watch(reading=False, writing=False)
 
+    def has_unread(self) -> bool:
+        """Whether the frontend said something that nobody has read. One that left does not count."""
+        return _is_readable(self.connection)
+
     def release(self) -> None:
         """Drops this process's copies, socket and all: another process serves the session."""
         self.freeze()
@@ -444,6 +472,7 @@ class Session:
         """
         if self.is_closed:
             return
+        self._changing()
         self.freeze()
         try:
             # A copy of the socket in another process must not keep the frontend waiting.
@@ -493,6 +522,7 @@ class Session:
             self._writing = writing
 
     def _read(self) -> None:
+        self._changing()
         try:
             data, received = fds.receive(self._socket, self.backend.bytes_wanted)
             if not data:
@@ -525,6 +555,7 @@ class Session:
                 self.backend.complete()
 
     def _write(self) -> None:
+        self._changing()
         try:
             self.backend.data_sent(fds.send(self._socket, self.backend.data_to_send()))
         except BlockingIOError:
@@ -559,6 +590,7 @@ class Endpoint:
         self.config = config
         self._handler = handler
         self._frozen = True
+        self._watcher: Callable[[], None] | None = None
 
     @property
     def state(self) -> SessionState | None:
@@ -575,10 +607,24 @@ class Endpoint:
                 state still own their descriptors.
         """
         backend = Backend.from_state(state, self.offer, config=config)
-        self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
+        self.session = self._make_session(connection, backend)
+
+    def watch(self, changing: Callable[[], None] | None) -> None:
+        """From now on calls `changing` before the session, or whether there is one, changes; None ends that."""
+        self._watcher = changing
+
+    def note_change(self) -> None:
+        """Something changes next that a successor must know: tells whoever watches."""
+        if self._watcher is not None:
+            self._watcher()
+
+    def frontend_waits(self) -> bool:
+        """Whether a frontend waits for this frozen endpoint: for an answer, or to be let in."""
+        return self.contact.has_waiting() if self.session is None else self.session.has_unread()
 
     def change_config(self, config: bytes) -> None:
         """The device's configuration space is `config` now. A session's frontend is told, at the latest at `thaw`."""
+        self.note_change()
         self.config = config
         if self.session is not None and not self._frozen:
             self.session.change_config(config)
@@ -624,11 +670,14 @@ class Endpoint:
             self.session = None
 
     def _on_connection(self, connection: OwnedFd) -> None:
+        self.note_change()
         self.contact.pause()
-        backend = Backend(self.offer, config=self.config)
-        self.session = Session(connection, backend, self._handler, on_closed=self._on_session_closed)
+        self.session = self._make_session(connection, Backend(self.offer, config=self.config))
         self._handler.session_opened()
         self.session.thaw()
+
+    def _make_session(self, connection: OwnedFd, backend: Backend) -> Session:
+        return Session(connection, backend, self._handler, changing=self.note_change, on_closed=self._on_session_closed)
 
     def _on_session_closed(self) -> None:
         self.session = None

@@ -17,7 +17,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from localmig.errors import PeerError
 from localmig.fd_kind import FdKind, describe_fd, is_of_kind
@@ -255,23 +255,31 @@ def check_descriptors(description: Description[T], state: T, *, section: str | N
             )
 
 
-def check_distinct(sections: Iterable[tuple[str, Description[Any], Any]]) -> None:
-    """Looks whether no two fields are one file, among kinds of which each file has one user: sockets and memory.
+class FilePlace(NamedTuple):
+    """A file, by device and inode, and the words for the field that leads to it."""
 
-    Args:
-        sections: name, description and state of each that arrived together.
+    file: tuple[int, int]
+    place: str
+    kind: FdKind
 
-    Raises:
-        PeerError: two fields are.
-    """
+
+def files_of(description: Description[Any], state: Any, *, section: str) -> list[FilePlace]:
+    """The files of a state that arrived, of kinds of which each file has one user: sockets and memory."""
+    places = []
+    for placed in _descriptors(description, state):
+        if isinstance(placed.kind, FdKind) and placed.kind is not FdKind.TAP:
+            status = os.fstat(placed.fd.fileno())
+            place = f'field "{placed.path}" of section "{section}"'
+            places.append(FilePlace((status.st_dev, status.st_ino), place, placed.kind))
+    return places
+
+
+def check_distinct(places: Iterable[FilePlace]) -> None:
+    """Raises PeerError where two fields lead to one file."""
     seen: dict[tuple[int, int], str] = {}
-    for section, description, state in sections:
-        for placed in _descriptors(description, state):
-            if isinstance(placed.kind, FdKind) and placed.kind is not FdKind.TAP:
-                status = os.fstat(placed.fd.fileno())
-                place = f'field "{placed.path}" of section "{section}"'
-                if (earlier := seen.setdefault((status.st_dev, status.st_ino), place)) is not place:
-                    raise PeerError(f"{earlier} and {place} are one and the same {placed.kind}")
+    for file, place, kind in places:
+        if (earlier := seen.setdefault(file, place)) is not place:
+            raise PeerError(f"{earlier} and {place} are one and the same {kind}")
 
 
 def close_descriptors(description: Description[T], state: T) -> None:

@@ -266,6 +266,15 @@ class VirtioNet(Part):
         """Only the user's word keeps this device's descriptors home."""
         return None if self._local_migration else "local-migration=off"
 
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """Its frontend, and whether there is one, is what changes."""
+        if self._endpoint is not None:
+            self._endpoint.watch(changing)
+
+    def frontend_waits(self) -> bool:
+        """Whether its frontend waits for an answer, or a frontend to be let in."""
+        return self._endpoint is not None and self._endpoint.frontend_waits()
+
     def save_setup(self, *, with_descriptors: bool) -> VirtioNetState:
         """The session as it stands; its descriptors stay this device's."""
         assert self._endpoint is not None, self.id
@@ -317,11 +326,13 @@ class VirtioNet(Part):
     def adopt_setup(self, state: VirtioNetState) -> None:
         """Takes over socket and session, maps guest memory and lays out the queue pairs, parked.
 
-        Without descriptors it listens beside the path, which is the source's until `thaw` claims it.
+        Without descriptors it listens beside the path, which is the source's until `thaw` claims it. Again: queue pairs
+        stay, and so does memory that is the same.
         """
-        if state.socket is not None and state.socket.connection is not None:
-            self._ledger_file = state.socket.connection.ledger
-        self._make_pairs()
+        memory = self._memory
+        self._drop_adopted()
+        if not self._pairs:
+            self._make_pairs()
         self._known_mac = self._known_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
         self._config_there = _read_config(self.id, state.config)
@@ -331,19 +342,20 @@ class VirtioNet(Part):
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         self._heirs = dict(enumerate(state.heirs))
-        if state.socket.connection is not None:
-            connection = state.socket.connection
-            self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
-            try:
+        try:
+            if state.socket.connection is not None:
+                connection = state.socket.connection
+                self._ledger_file = connection.ledger
+                self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
                 self._map_ledger()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
-                self._memory = self._map_memory(GuestMemory.adopt)
-                for index in range(len(self._pairs)):
-                    self._lay_out(index)
-            except PeerError as error:
-                raise PeerError(f"device '{self.id}': {error}") from error
-            if self._memory is not None:
-                self._rings.populate(self._memory)
+                self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
+                if self._memory is not None:
+                    self._rings.populate(self._memory)
+            for index in range(len(self._pairs)):
+                self._lay_out(index)
+        except PeerError as error:
+            raise PeerError(f"device '{self.id}': {error}") from error
 
     def recover(self) -> None:
         """Sees to it that frontends find it: who died may have claimed the socket's path. For the rings see `Rings`."""
@@ -362,9 +374,16 @@ class VirtioNet(Part):
 
     def discard(self) -> None:
         """Drops what was adopted; a socket of our own, beside the source's, goes too."""
+        self._drop_adopted()
+        self.release()
+
+    def _drop_adopted(self) -> None:
+        """Drops what was adopted, all but the queue pairs, which keep their memory until they are laid out again."""
         if self._endpoint is not None:
             self._endpoint.discard()
-        self.release()
+            self._endpoint = None
+        self._memory = None
+        self._drop_ledger()
 
     # -- the network --------------------------------------------------------------------------------------------
 
@@ -394,6 +413,9 @@ class VirtioNet(Part):
 
     def queues_changed(self) -> None:
         """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        if self._endpoint is not None:
+            # A successor lays its queue pairs out again too: the descriptors that it has of the TAP close next.
+            self._endpoint.note_change()
         self._lay_out_again()
 
     def _lay_out_again(self) -> None:

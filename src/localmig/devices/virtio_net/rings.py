@@ -30,7 +30,8 @@ QUEUE_PAIR_COUNT_MAX: Final = 65536
 
 POPULATE_SECONDS_MAX: Final = 15.0
 """For the memory of all guests of a handover together, half of what the source waits for. A frontend may announce
-terabytes without a page, and looking for pages in them takes a second and a half for each."""
+terabytes without a page, and looking for pages in them takes a second and a half for each. Memory that comes with a
+change of a frontend's gets what is left."""
 
 _NAME_SIZE_MAX: Final = 80
 """A device's id has at most 63 letters, a slash and a queue pair's number follow."""
@@ -231,6 +232,7 @@ class Rings(Part):
 
     def adopt_setup(self, state: RingsSetup) -> None:
         """Takes the file for frames that wait; devices make their queue pairs."""
+        self._close_waiting()
         self._waiting = state.waiting
 
     def check_switchover(self, state: RingsState) -> None:
