@@ -4,9 +4,9 @@ Owns:        the kinds that can be told apart, and how; whether two are one; /pr
 Never sees:  who sent a descriptor, or what for.
 Read next:   vmstate/description.py, which looks at the descriptors of a state that arrived.
 
-Nothing here touches what the descriptor's file shares with other processes: no ioctl, no read, no flag. Nor does it wait
-for a file system's server, as fstat(2) may, with one exception: a macvtap is known by nothing else. Only a destination
-asks for that, of what the source sent, and it serves nobody then.
+Nothing here touches what the descriptor's file shares with other processes: no ioctl, no read, no flag. Nor does it
+wait for a file system's server, as fstat(2) may, but to tell a macvtap, which is known by nothing else. Only a
+destination asks for that, of what the source sent, and it serves nobody then.
 """
 
 from __future__ import annotations

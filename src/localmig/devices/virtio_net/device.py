@@ -371,12 +371,13 @@ class VirtioNet(Part):
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
         if self._awaits_netdev and self._netdev.is_open:
-            self._awaits_netdev = False
             assert self._endpoint is not None, self.id
             self._config_changed()
             if self._endpoint.session is not None:
                 self._set_up_netdev()
             self._apply_all()
+            # Not before: after an error this is called again.
+            self._awaits_netdev = False
 
     def discard(self) -> None:
         """Drops what was adopted; a socket of our own, beside the source's, goes too."""
