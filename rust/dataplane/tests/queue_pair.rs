@@ -5,7 +5,7 @@ mod common;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{
     await_frame, await_rung, eventfd, is_mapped, memfd, memory, memory_of, pipe, readable, receive, refuse,
@@ -628,8 +628,14 @@ fn a_pair_goes_on_in_other_memory_and_holds_none_of_what_is_gone() {
 /// Fails if the thread of this name is busy.
 fn assert_sleeps(name: &str) {
     let read = |task: &std::path::Path, what| std::fs::read_to_string(task.join(what)).unwrap_or_default();
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-    let task = { tasks }.find(|task| read(task, "comm").trim() == name).expect("there is such a thread");
+    let find = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        { tasks }.find(|task| read(task, "comm").trim() == name)
+    };
+    // Threads of other tests that end meanwhile may let one be passed over.
+    let deadline = Instant::now() + PATIENCE;
+    let task = std::iter::repeat_with(find).take_while(|_| Instant::now() < deadline).flatten().next();
+    let task = task.expect("there is such a thread");
     let cpu_ns = || -> u64 { read(&task, "schedstat").split(' ').next().unwrap().parse().unwrap() };
     let before = cpu_ns();
     std::thread::sleep(A_MOMENT);

@@ -75,6 +75,9 @@ monitor, so it is promised one within 100 ms; the rest of that is for going back
 FROZEN_LOOK_S: Final = 0.01
 """How often it is looked, after that, whether a frontend waits: a part of what is left of the 100 ms."""
 
+PARTS_AT_ONCE: Final = 16
+"""Parts that are saved before the event loop gets a turn: a few milliseconds, in which frontends wait for an answer."""
+
 DEATH_TIMEOUT_S: Final = 5.0
 """How long a killed process may take to be gone: the kernel first frees what it holds, guest memory above all."""
 
@@ -341,11 +344,12 @@ class Outgoing:
         self._changed.difference_update(part.id for part in parts)
         with ExitStack() as copies:
             fds: list[tuple[int, int]] = []
-            for part in parts:
+            for number, part in enumerate(parts, 1):
                 self._stream.write(self._setup_section(part), piece)
                 # A frontend may replace a descriptor while the frame is on its way.
                 fds += [(at, copies.enter_context(OwnedFd(os.dup(fd))).fileno()) for at, fd in piece.fds[len(fds) :]]
-                await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
+                if number % PARTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
             await self._say(FrameKind.DESCRIPTION, describe(), timeout_s=deadline - time.monotonic())
             data, fds = setup_payload(known, Blob(data=piece.data, fds=fds))
             # Last, because a destination that has it can do without us.

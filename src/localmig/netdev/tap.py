@@ -152,6 +152,11 @@ class Tap:
         return self._open is not None and self._open.arrived
 
     @property
+    def was_opened_by_name(self) -> bool:
+        """Whether this process opened it, so that nothing in its queues waited for a guest of an earlier one."""
+        return self._open is not None and not self._open.arrived and bool(self._open.ifname_opened)
+
+    @property
     def has_program_to_run(self) -> bool:
         """Whether a script is still to come: the one for its opening, or the one for its end."""
         return (self._script if self._open is None else self._open.downscript) != NO_SCRIPT

@@ -30,7 +30,7 @@ from localmig import dataplane, trace
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Part
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
-from localmig.devices.virtio_net.heir import ANYONE, STRANGER, Heir, HeirKind, heir_of, once_asked
+from localmig.devices.virtio_net.heir import ANYONE, NOBODY, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
 from localmig.devices.virtio_net.rings import Rings
@@ -180,6 +180,9 @@ class VirtioNet(Part):
     def open(self) -> None:
         """Listens, or sees to a connection. The netdev is open already."""
         self._make_pairs()
+        if self._netdev.was_opened_by_name:
+            # What the kernel sends by itself when an interface comes up, IPv6 for one, is for no driver.
+            self._heirs = dict.fromkeys(range(self._netdev.queue_count), NOBODY)
         try:
             self._endpoint = self._make_endpoint(self._socket.open())
         except BaseException:

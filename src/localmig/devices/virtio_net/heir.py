@@ -40,6 +40,7 @@ class Heir:
 
 
 ANYONE: Final = Heir(kind=HeirKind.ANYONE)
+NOBODY: Final = Heir(kind=HeirKind.NOBODY)
 STRANGER: Final = Heir(kind=HeirKind.STRANGER)
 
 HEIR: Final = Description(
