@@ -1,7 +1,8 @@
-"""The pages say what the code says: states, steps and waits of the handover, the version, links between pages."""
+"""The pages say what the code says: states, steps and waits of the handover, messages, the version, links."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))
 SECURITY: Final = (ROOT / "docs/security.md").read_text()
 HANDOVER: Final = (ROOT / "docs/handover.md").read_text()
+OPERATING: Final = (ROOT / "docs/operating.md").read_text()
 
 
 def rows(page: str, heads: str) -> Iterator[list[str]]:
@@ -138,6 +140,31 @@ def bound(where: str) -> str:
 def test_the_bounds_of_the_security_page_are_those_of_the_code() -> None:
     told = {where: number for where, number, _ in rows(SECURITY, "| bound | is |")}
     assert told == {where: bound(where) for where in told}
+
+
+def spoken() -> Iterator[str]:
+    """What the program may say, with … for what it fills in: Python's texts without docstrings, Rust's files."""
+    given = re.compile(r"\{[^{}\n]*\}|%[ds]")
+    for file in (ROOT / "src/localmig").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                yield given.sub("…", node.value)
+    for file in ROOT.glob("rust/*/src/**/*.rs"):
+        yield given.sub("…", re.sub(r"\\\n\s*", "", file.read_text()))
+
+
+def test_the_symptoms_are_quoted_as_the_program_says_them() -> None:
+    _, rest = OPERATING.split("\n## Symptoms\n")
+    section, _ = rest.split("\n## ", 1)
+    seen = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    quoted = [text for cell in seen for text in re.findall(r"`(.+?)`", cell)]
+    assert quoted
+    texts = "\n".join(spoken())
+    assert [text for text in quoted if text.strip("… ") not in texts] == []
 
 
 def test_the_changelog_begins_with_the_present_version() -> None:

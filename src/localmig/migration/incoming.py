@@ -192,6 +192,9 @@ class Incoming:
                 await self._settle()
         finally:
             self._progress.end()
+            if self._changes is not None:
+                self._changes.close()
+                self._changes = None
             if not self.source_may_return:
                 self.close()
             channel.close()
@@ -199,10 +202,10 @@ class Incoming:
 
     def close(self) -> None:
         """Forgets the source, which `source_may_return` asked about until now. Idempotent."""
-        for held in (self._peer, self._revocation, self._changes):
+        for held in (self._peer, self._revocation):
             if held is not None:
                 held.close()
-        self._peer = self._revocation = self._changes = None
+        self._peer = self._revocation = None
 
     async def _take_over(self, channel: Channel) -> None:
         with self._progress.phase("hello"):

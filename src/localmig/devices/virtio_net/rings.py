@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -178,7 +178,8 @@ class Rings(Part):
         """Nothing: rings have no control plane."""
 
     def thaw(self) -> None:
-        """Nothing, as `freeze`."""
+        """Closes the file for frames that wait: it is a handover's, and that is over."""
+        self._close_waiting()
 
     def close(self) -> None:
         """Stops."""
@@ -186,6 +187,11 @@ class Rings(Part):
         self._close_waiting()
 
     # -- source -------------------------------------------------------------------------------------------------
+
+    def watch_setup(self, changing: Callable[[], None] | None) -> None:
+        """Which queue pairs there are does not change. At the end the file for frames that wait is closed."""
+        if changing is None:
+            self._close_waiting()
 
     def save_setup(self, *, with_descriptors: bool) -> RingsSetup:
         """Which queue pairs there are."""
