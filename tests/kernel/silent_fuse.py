@@ -16,7 +16,11 @@ from typing import Final
 
 import pytest
 
+from localmig import fds
+
 PAGE: Final = 4096
+
+JOIN_SECONDS_MAX: Final = 10.0
 
 MNT_FORCE, MNT_DETACH = 1, 2
 """linux/fs.h."""
@@ -74,12 +78,16 @@ class SilentFuse:
         return struct.pack("=6Q10I", node, PAGE, 8, 0, 0, 0, *numbers)
 
     def close(self) -> None:
-        """Aborts what waits for the server. Not by a program: a process that is forked would wait too. Idempotent."""
+        """Aborts what waits for the server, and waits until it is over. Idempotent.
+
+        Not by a program: a process that is forked would wait too.
+        """
         if not self._is_mounted:
             return
         self._is_mounted = False
         assert self._libc.umount2(str(self._folder).encode(), MNT_FORCE | MNT_DETACH) == 0
         with suppress(OSError):  # it is closed all the same
             os.close(self.file)
-        self._thread.join(10.0)
+        for thread in (self._thread, *fds._closing):
+            thread.join(JOIN_SECONDS_MAX)
         os.close(self.device)

@@ -81,8 +81,6 @@ def test_files_of_silent_servers_take_few_threads_and_no_time(silent_fuse: Silen
     assert threading.active_count() == before + fds._CLOSING_THREADS_MAX
     # Those for which there was no thread are closed with the next ones.
     silent_fuse.close()
-    for thread in fds._closing:
-        thread.join(PATIENCE_S)
     close_foreign(())
     for thread in fds._closing:
         thread.join(PATIENCE_S)

@@ -783,6 +783,7 @@ def test_a_kernel_that_turns_no_carrier_ends_neither_a_session_nor_a_takeover(
     async def scenario(site: Site) -> None:
         guest = site.guest()
         await beside(guest.vmm.attach)
+        await beside(guest.vmm.frontend.get_features)  # all before it is done
         await guest.talks()
         monkeypatch.setattr(tun, "turn_carrier_off", refuse)
         await beside(guest.vmm.detach)
