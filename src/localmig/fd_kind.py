@@ -4,11 +4,14 @@ Owns:        the kinds that can be told apart, and how; whether two are one; /pr
 Never sees:  who sent a descriptor, or what for.
 Read next:   vmstate/description.py, which looks at the descriptors of a state that arrived.
 
-Nothing here touches what the descriptor's file shares with other processes: no ioctl, no read, no flag.
+Nothing here touches what the descriptor's file shares with other processes: no ioctl, no read, no flag. Nor does it
+wait for a file system's server, as fstat(2) may, but to tell a macvtap, which is known by nothing else. Only a
+destination asks for that, of what the source sent, and it serves nobody then.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -19,8 +22,8 @@ from typing import Final, assert_never
 
 from localmig.errors import is_shortage
 
-_TUN_DEVICE: Final = (10, 200)
-"""/dev/net/tun: MISC_MAJOR (linux/major.h) and TUN_MINOR (linux/miscdevice.h)."""
+_INTERFACE: Final = "iff:"
+"""What fdinfo of /dev/net/tun has: the interface's name, empty where there is none (drivers/net/tun.c)."""
 
 _TAP_DRIVERS: Final = ("macvtap", "ipvtap")
 """Whose devices are TAPs as well; their major numbers are given out by the kernel as it goes."""
@@ -47,7 +50,7 @@ def is_of_kind(fd: int, kind: FdKind) -> bool:
     """Whether a borrowed descriptor is of that kind."""
     match kind:
         case FdKind.TAP:
-            return _is_tap(os.fstat(fd))
+            return _is_tap(fd)
         case FdKind.SOCKET:
             return _socket_facts(fd) == (socket.AF_UNIX, socket.SOCK_STREAM, 0, False)
         case FdKind.LISTENING_SOCKET:
@@ -72,7 +75,7 @@ def interface_of(fd: int) -> str | None:
 
     Raises as `fdinfo`.
     """
-    return next(iter(fdinfo(fd, "iff:")), None) or None  # drivers/net/tun.c; empty while the queue is detached
+    return next(iter(fdinfo(fd, _INTERFACE)), None) or None
 
 
 def fdinfo(fd: int, name: str) -> list[str]:
@@ -106,11 +109,11 @@ def describe_fd(fd: int) -> str:
         return f"of file type {stat.S_IFMT(os.fstat(fd).st_mode):#o}"
 
 
-def _is_tap(status: os.stat_result) -> bool:
-    if not stat.S_ISCHR(status.st_mode):
-        return False
-    device = os.major(status.st_rdev), os.minor(status.st_rdev)
-    return device == _TUN_DEVICE or _driver(device[0]) in _TAP_DRIVERS
+def _is_tap(fd: int) -> bool:
+    if fdinfo(fd, _INTERFACE):
+        return True
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and _driver(os.major(status.st_rdev)) in _TAP_DRIVERS
 
 
 def _driver(major: int) -> str | None:
@@ -125,9 +128,12 @@ def _driver(major: int) -> str | None:
 
 def _socket_facts(fd: int) -> tuple[int, int, int, bool] | None:
     """Family, type, protocol and whether it listens; None of what is no socket."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return None
-    sock = socket.socket(fileno=fd)
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            return None
+        raise
     try:
         listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         return sock.family, sock.type, sock.proto, listens

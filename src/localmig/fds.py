@@ -26,6 +26,14 @@ FD_COUNT_MAX: Final = 253
 _CLOSE_SECONDS: Final = 0.01
 """For a file of this machine to be closed, which takes microseconds. Whoever calls waits no longer."""
 
+_CLOSING_THREADS_MAX: Final = 16
+"""Threads that may wait for silent servers. A frontend can send such a file with every message, and must not use up the
+threads that other guests need."""
+
+_closing: list[threading.Thread] = []
+_unclosed: list[int] = []
+"""Descriptors for which there was no thread. They are closed with the next ones."""
+
 _ANCILLARY_SIZE: Final = socket.CMSG_SPACE(FD_COUNT_MAX * array.array("i").itemsize)
 
 
@@ -106,22 +114,35 @@ def close_foreign(fds: Iterable[OwnedFd | None]) -> None:
     close(2) of a file on FUSE or NFS waits until its server has taken note, and a signal does not end that. So files
     are closed in a thread, which is left alone if it takes longer than files of this machine do.
     """
-    files = []
     for fd in fds:
         if fd is None or not fd.is_open:
             continue
         if _is_served_by_kernel(fd.fileno()):
             fd.close()
         else:
-            files.append(fd.release())
-    if files:
-        closing = threading.Thread(target=_close_files, args=(files,), daemon=True)
-        try:
-            closing.start()
-        except RuntimeError:  # this process may have no further thread
-            _close_files(files)
-        else:
-            closing.join(_CLOSE_SECONDS)
+            _unclosed.append(fd.release())
+    if _unclosed:
+        _close_beside()
+
+
+def _close_beside() -> None:
+    """Closes what is unclosed in a thread, unless as many as there may be wait for their servers."""
+    _closing[:] = [thread for thread in _closing if thread.is_alive()]
+    if len(_closing) == _CLOSING_THREADS_MAX:
+        return
+    files = _unclosed.copy()
+    thread = threading.Thread(target=_close_files, args=(files,), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # this process may have no further thread
+        if _closing:
+            return  # and perhaps because of these
+        _close_files(files)
+    else:
+        if not _closing:
+            thread.join(_CLOSE_SECONDS)  # where one waits already, this one is likely to
+        _closing.append(thread)
+    del _unclosed[: len(files)]
 
 
 def _close_files(files: Iterable[int]) -> None:
@@ -173,7 +194,7 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
             numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
             fds += [OwnedFd(number) for number in numbers]
     if flags & socket.MSG_CTRUNC:
-        close_all(fds)
+        close_foreign(fds)
         # As for who expects none: what is sent has room in `_ANCILLARY_SIZE`, so it was this process that had none.
         raise KernelError("descriptors were lost on the way: this process has no room for them", errno=errno.EMFILE)
     return data, fds

@@ -1,16 +1,18 @@
 """Fixtures of the kernel tier.
 
-Owns:        the network namespace of a test, the count of its descriptors.
+Owns:        the network namespace of a test, the count of its descriptors, a file whose server is silent.
 Never sees:  what is being tested.
 Read next:   any test here; guest_side.py for what queue pairs are tested with.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.kernel.silent_fuse import SilentFuse
 
 from localmig.errors import KernelError
 from localmig.testing.namespace import NetworkNamespace
@@ -37,3 +39,16 @@ def no_descriptor_is_lost(namespace: NetworkNamespace) -> Iterator[None]:
     before = set(Path("/proc/self/fd").iterdir())
     yield
     assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.fixture
+def silent_fuse(tmp_path: Path) -> Iterator[SilentFuse]:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse")
+    folder = tmp_path / "fuse"
+    folder.mkdir()
+    fuse = SilentFuse(folder)
+    try:
+        yield fuse
+    finally:
+        fuse.close()

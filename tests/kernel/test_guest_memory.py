@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import struct
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.kernel.silent_fuse import SilentFuse
 from tests.kernel.test_many_nics import LOCAL, Nic
 from tests.kernel.test_virtio_net import Guest, Site, beside, frame, run
 
@@ -31,9 +29,6 @@ from localmig.vhost_user.message import TABLE_REGION_COUNT_MAX, RegionDescriptio
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_lost")
 
 PAGE: Final = 4096
-
-MNT_FORCE, MNT_DETACH = 1, 2
-"""linux/fs.h."""
 
 
 def region(number: int, size: int = PAGE) -> RegionDescription:
@@ -299,77 +294,6 @@ async def refuses(site: Site, fd: int, reason: str) -> None:
 def test_a_file_that_is_no_memory_is_refused_and_the_session_goes_on(tmp_path: Path, path: str, reason: str) -> None:
     with OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
         run(tmp_path, lambda site: refuses(site, fd.fileno(), reason))
-
-
-class SilentFuse:
-    """A FUSE file system of one file, whose server answers until that is open and then never again."""
-
-    INIT, LOOKUP, GETATTR, OPEN, FLUSH, FORGET = 26, 1, 3, 14, 25, 2
-    MODES: Final = {1: 0o40755, 2: 0o100644}
-
-    def __init__(self, folder: Path) -> None:
-        self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        self.unanswered: list[int] = []
-        self._is_silent = False
-        options = f"fd={self.device},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        if self._libc.mount(b"silent", str(folder).encode(), b"fuse", 0, options) != 0:
-            os.close(self.device)
-            pytest.skip(f"no FUSE mount: {os.strerror(ctypes.get_errno())}")
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-        self.file = os.open(folder / "file", os.O_RDWR | os.O_CLOEXEC)
-        self._is_silent = True
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                request = os.read(self.device, 1 << 17)
-            except OSError:
-                return  # it is unmounted
-            _, opcode, unique, node = struct.unpack_from("=IIQQ", request)
-            if self._is_silent:
-                self.unanswered.append(opcode)
-            elif opcode != self.FORGET:
-                error, answer = self._answer(opcode, node)
-                os.write(self.device, struct.pack("=IiQ", 16 + len(answer), error, unique) + answer)
-
-    def _answer(self, opcode: int, node: int) -> tuple[int, bytes]:
-        match opcode:
-            case self.INIT:
-                return 0, struct.pack("=IIIIHHII", 7, 31, 0, 0, 1, 1, 4096, 1).ljust(64, b"\0")
-            case self.LOOKUP:
-                return 0, struct.pack("=QQQQII", 2, 0, 0, 0, 0, 0) + self._attributes(2)
-            case self.GETATTR:
-                return 0, struct.pack("=QII", 0, 0, 0) + self._attributes(node)
-            case self.OPEN:
-                return 0, struct.pack("=QIi", 0, 0, 0)
-        return -38, b""  # ENOSYS
-
-    def _attributes(self, node: int) -> bytes:
-        numbers = (0, 0, 0, self.MODES[node], 1, 0, 0, 0, PAGE, 0)
-        return struct.pack("=6Q10I", node, PAGE, 8, 0, 0, 0, *numbers)
-
-    def close(self, folder: Path) -> None:
-        """Aborts what waits for the server. Not by a program: a process that is forked would wait too."""
-        assert self._libc.umount2(str(folder).encode(), MNT_FORCE | MNT_DETACH) == 0
-        with suppress(OSError):  # it is closed all the same
-            os.close(self.file)
-        self._thread.join(10.0)
-        os.close(self.device)
-
-
-@pytest.fixture
-def silent_fuse(tmp_path: Path) -> Iterator[SilentFuse]:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("no /dev/fuse")
-    folder = tmp_path / "fuse"
-    folder.mkdir()
-    fuse = SilentFuse(folder)
-    try:
-        yield fuse
-    finally:
-        fuse.close(folder)
 
 
 def test_a_file_on_fuse_is_refused_by_name_and_its_server_is_not_waited_for(

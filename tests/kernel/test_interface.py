@@ -609,6 +609,43 @@ def test_all_taps_of_a_daemon_share_a_socket_and_each_sees_its_own() -> None:
     run(scenario)
 
 
+def test_a_tap_that_stays_home_asks_nothing_by_the_socket_that_came_with_another_one() -> None:
+    async def scenario() -> None:
+        async with serving() as source:
+            networks = Networks()
+            arrived = SeenTap(networks=networks)
+            arrived.adopt_setup(travelled(source))
+            # Whoever reads there takes away what the other one is told, and the source serves still.
+            with socket.socket(fileno=os.dup(source._opened().network.fd.fileno())) as sock:
+                ip("link", "set", "tap0", "mtu", "2000")
+                waiting = sock.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                home = [SeenTap(id=name, ifname=name, networks=networks) for name in ("tap1", "tap2")]
+                for tap in home:
+                    tap.open()
+                assert sock.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT) == waiting
+            assert len({tap._opened().network for tap in (arrived, *home)}) == 2
+            for tap in home:
+                tap.close()
+            arrived.discard()
+            await source.until(lambda: source.mtu == 2000)
+
+    run(scenario)
+
+
+def test_what_the_host_did_since_it_was_told_is_a_change_of_the_setup() -> None:
+    async def scenario() -> None:
+        async with serving() as tap:
+            changes: list[int] = []
+            tap.watch_setup(lambda: changes.append(tap.mtu))
+            ip("link", "set", "tap0", "mtu", "2000")
+            await tap.until(lambda: tap.mtu == 2000)
+            assert changes
+            assert tap.save_setup(with_descriptors=True).mtu == 2000
+            tap.watch_setup(None)
+
+    run(scenario)
+
+
 def test_lost_events_are_made_up_for() -> None:
     async def scenario() -> None:
         networks = Networks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from localmig.devices.virtio_net import Rings, VirtioNet, notes
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
+from localmig.netdev import tun
 from localmig.netdev.tap import Tap
 from localmig.testing.frontend import (
     CLOUD_HYPERVISOR,
@@ -770,6 +772,28 @@ def test_the_interface_has_a_carrier_while_a_driver_serves_the_nic(tmp_path: Pat
         assert not has_carrier()
 
     run(tmp_path, scenario, guest_carrier=True)
+
+
+def test_a_kernel_that_turns_no_carrier_ends_neither_a_session_nor_a_takeover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    async def scenario(site: Site) -> None:
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        monkeypatch.setattr(tun, "turn_carrier_off", refuse)
+        await beside(guest.vmm.detach)
+        site.device.freeze()
+        site.device.thaw()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+
+    run(tmp_path, scenario, guest_carrier=True)
+    assert "device 'nic0': netdev 'net0': cannot turn the carrier of TAP 'tap0' off: Invalid argument" in caplog.text
+    caplog.clear()  # its records lead to the frames of those errors, and to queue pairs
 
 
 # -- arriving -------------------------------------------------------------------------------------------------

@@ -320,3 +320,12 @@ def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are() -> N
 )
 def test_a_quantity_has_three_digits(number: float, text: str) -> None:
     assert quantity(number, "B") == text
+
+
+def test_a_daemon_of_before_is_shown_without_what_it_does_not_tell() -> None:
+    told = facts(device())
+    for each in told["netdevs"]:
+        for name in ("interface", "ifindex", "up", "notes"):
+            del each[name]
+    assert "nic0" in show(told)
+    assert "net0, tap tap0, MTU 1500, 1 of 1 queues attached" in show_device(told, "nic0")

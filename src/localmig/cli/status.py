@@ -234,7 +234,7 @@ def _notes(facts: Facts, device: Facts) -> Iterator[str]:
             yield f"vring {vring['index']} failed"
     for netdev in facts["netdevs"]:
         if netdev["id"] == device["netdev"]:
-            yield from netdev["notes"]
+            yield from netdev.get("notes", ())
     for each in facts["objects"]:
         if each["id"] in (device["id"], device["netdev"]) and not each["transfers"]:
             yield f"{each['id']} stays home: {each['reason']}"
@@ -316,7 +316,9 @@ def _netdev_facts(facts: Facts, device: Facts) -> str:
 
 def _interface_facts(netdev: Facts) -> str:
     """What the interface is now, or why that is not known."""
-    match netdev["interface"]:
+    match netdev.get("interface"):
+        case None:  # a daemon of before
+            return f"MTU {netdev['mtu']}"
         case "gone":
             return "gone: the interface was deleted"
         case "elsewhere":

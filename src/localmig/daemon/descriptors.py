@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.errors import ConfigError, StateError
-from localmig.fds import OwnedFd
+from localmig.fds import OwnedFd, close_foreign
 from localmig.options.address import Address, FdAddress
 
 COUNT_MAX: Final = 16
@@ -30,20 +30,21 @@ class NamedDescriptors:
             ConfigError: it would be taken for a number; `fd` is closed.
             StateError: there are too many; `fd` is closed.
         """
-        with fd:
+        try:
             if not name or name[0].isdigit():
                 raise ConfigError("Parameter 'fdname' expects a name not starting with a digit")
             if name not in self._named and len(self._named) == COUNT_MAX:
                 raise StateError(f"there are {COUNT_MAX} named file descriptors, which is the limit: closefd one")
-            if name in self._named:
-                self._named[name].close()
+            close_foreign((self._named.get(name),))
             self._named[name] = fd.take()
+        finally:
+            close_foreign((fd,))
 
     def close(self, name: str) -> None:
         """Closes the one with this name. ConfigError where there is none."""
         if name not in self._named:
             raise ConfigError(f"File descriptor named '{name}' not found")
-        self._named.pop(name).close()
+        close_foreign((self._named.pop(name),))
 
     def lent_for(self, address: Address) -> OwnedFd | None:
         """The one that `fd:NAME` means, None for any other address. ConfigError where there is none of that name."""
@@ -59,6 +60,5 @@ class NamedDescriptors:
 
     def close_all(self) -> None:
         """Closes all."""
-        for fd in self._named.values():
-            fd.close()
+        close_foreign(self._named.values())
         self._named.clear()

@@ -26,7 +26,7 @@ from typing import Final
 
 from localmig import fds as fds_module
 from localmig.errors import KernelError, PeerError, PeerLostError
-from localmig.fds import OwnedFd, close_all
+from localmig.fds import OwnedFd, close_all, close_foreign
 
 _HEADER: Final = struct.Struct(">4sB3xI")
 _MAGIC: Final = b"LMIG"
@@ -101,7 +101,7 @@ class Frame:
 
     def close(self) -> None:
         """Closes the descriptors that nobody took."""
-        close_all(fd for _, fd in self.fds)
+        close_foreign(fd for _, fd in self.fds)
 
 
 class FrameBuffer:
@@ -122,7 +122,7 @@ class FrameBuffer:
         if not fds:
             return
         if len(fds) > 1 or data[-1:] != b"\x20":
-            close_all(fds)
+            close_foreign(fds)
             raise PeerError(f"{len(fds)} descriptors came with byte {data[-1:].hex()}, expected one with byte 20")
         self._fds.append((len(self._data) - 1, fds[0]))
 
@@ -156,7 +156,7 @@ class FrameBuffer:
 
     def close(self) -> None:
         """Closes every descriptor still in the buffer."""
-        close_all(fd for _, fd in self._fds)
+        close_foreign(fd for _, fd in self._fds)
         self._fds = []
         self._data.clear()
 

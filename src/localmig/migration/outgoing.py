@@ -27,7 +27,7 @@ from typing import Final
 
 from localmig.device_api import Part
 from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, reason_of
-from localmig.fds import OwnedFd
+from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
 from localmig.migration.handover import (
@@ -342,19 +342,22 @@ class Outgoing:
         # What changes from here on counts as not known, also where it is in time to be saved.
         known = self._changes.count
         self._changed.difference_update(part.id for part in parts)
-        with ExitStack() as copies:
-            fds: list[tuple[int, int]] = []
+        copies: list[OwnedFd] = []
+        try:
             for number, part in enumerate(parts, 1):
                 self._stream.write(self._setup_section(part), piece)
                 # A frontend may replace a descriptor while the frame is on its way.
-                fds += [(at, copies.enter_context(OwnedFd(os.dup(fd))).fileno()) for at, fd in piece.fds[len(fds) :]]
+                copies += (OwnedFd(os.dup(fd)) for _, fd in piece.fds[len(copies) :])
                 if number % PARTS_AT_ONCE == 0:
                     await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
             await self._say(FrameKind.DESCRIPTION, describe(), timeout_s=deadline - time.monotonic())
-            data, fds = setup_payload(known, Blob(data=piece.data, fds=fds))
+            lent = [(at, copy.fileno()) for (at, _), copy in zip(piece.fds, copies, strict=True)]
+            data, fds = setup_payload(known, Blob(data=piece.data, fds=lent))
             # Last, because a destination that has it can do without us.
             await self._say(FrameKind.SETUP, data, fds, timeout_s=deadline - time.monotonic())
             self._progress.descriptors = max(self._progress.descriptors, len(fds))
+        finally:
+            close_foreign(copies)
 
     def _note_change(self, part_id: str) -> None:
         """A part changes next. Counted once for each time that it is saved, before it happens."""

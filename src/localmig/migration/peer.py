@@ -17,7 +17,7 @@ from typing import Final, Self
 from localmig.access import is_same_process, pid_of
 from localmig.errors import PeerError
 from localmig.fd_kind import fdinfo
-from localmig.fds import OwnedFd
+from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import resolve
 
 
@@ -40,7 +40,7 @@ class Peer:
                 must be the peer. The descriptor is closed.
         """
         with ExitStack() as refused:
-            refused.enter_context(fd)
+            refused.callback(close_foreign, (fd,))
             if (wrong := _wrong_about(fd, known)) is not None:
                 raise PeerError(f"the descriptor in HELLO {wrong}")
             refused.pop_all()
@@ -108,7 +108,7 @@ class _SharedCount:
             PeerError: it is no eventfd. The descriptor is closed.
         """
         with ExitStack() as refused:
-            refused.enter_context(fd)
+            refused.callback(close_foreign, (fd,))
             if not fdinfo(fd.fileno(), "eventfd-count:"):
                 raise PeerError("a descriptor behind the pidfd in HELLO is no eventfd")
             refused.pop_all()

@@ -11,8 +11,7 @@ import asyncio
 import logging
 import os
 import socket
-import stat
-from errno import EACCES, EIO, EPERM, ETIMEDOUT
+from errno import EACCES, EIO, ENOTSOCK, EPERM, ETIMEDOUT
 from typing import Any, Final
 
 from localmig.access import Access, peer_process
@@ -241,8 +240,14 @@ def _copy(address: FdAddress, given: OwnedFd | None) -> socket.socket | None:
             f"'{address}': no descriptor has this name, getfd gives it one; a number is an inherited one's"
         )
     try:
-        return socket.socket(fileno=os.dup(number)) if stat.S_ISSOCK(os.fstat(number).st_mode) else None
+        sock = socket.socket(fileno=number)
+        try:
+            return sock.dup()
+        finally:
+            sock.detach()
     except OSError as error:
+        if error.errno == ENOTSOCK:
+            return None
         raise ConfigError(f"'{address}' is no open descriptor: pass it to this process when it starts") from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from localmig.errors import ConfigError, LocalmigError
-from localmig.fds import OwnedFd, close_all
+from localmig.fds import OwnedFd, close_foreign
 from localmig.monitor.schema import Array, Command, Member, String, Struct
 from localmig.monitor.wire import Decoder, JsonSyntaxError, encode
 
@@ -95,18 +95,19 @@ class Session:
             PeerError: the client sent what cannot be read on from: close the connection.
         """
         self._fds += fds
-        close_all(self._fds[HELD_DESCRIPTOR_COUNT_MAX:])
+        close_foreign(self._fds[HELD_DESCRIPTOR_COUNT_MAX:])
         del self._fds[HELD_DESCRIPTOR_COUNT_MAX:]
         self._decoder.feed(data)
         for value in self._decoder.values():
             yield encode(self._answer(value))
         # The kernel may hand out the end of one message with the beginning of the next, so not before.
-        while fds and len(self._fds) > len(fds):
-            self._fds.pop(0).close()
+        if fds:
+            close_foreign(self._fds[: -len(fds)])
+            del self._fds[: -len(fds)]
 
     def close(self) -> None:
         """Closes the descriptors that nobody took. Idempotent."""
-        close_all(self._fds)
+        close_foreign(self._fds)
         self._fds.clear()
 
     def event(self, event: Event) -> bytes:

@@ -76,12 +76,15 @@ class Network:
     Attributes:
         namespace: what tells it from other network namespaces that exist.
         fd: its netlink socket, lent.
+        is_the_sources: whether another process has the socket too, and only that one may use it. So it is from arrival
+            until somebody watches here.
         users: the netdevs that need it, in the order in which they came.
     """
 
-    def __init__(self, fd: OwnedFd, namespace: int) -> None:
+    def __init__(self, fd: OwnedFd, namespace: int, *, is_the_sources: bool) -> None:
         self.namespace = namespace
         self.fd = fd
+        self.is_the_sources = is_the_sources
         # Nothing is set or asked by that.
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE, fileno=fd.fileno())
         self.users: dict[Watcher, None] = {}
@@ -130,6 +133,7 @@ class Network:
 
     def _exchange(self, request: bytes) -> Message:
         """Sends a request; its answer. Raises OSError, also as the kernel answers one."""
+        assert not self.is_the_sources, self.namespace
         for _ in range(ATTEMPTS_MAX):
             self._socket.send(request, socket.MSG_DONTWAIT)
             # The kernel has answered when send(2) returns: nothing is waited for.
@@ -161,6 +165,7 @@ class Network:
 
     def watch(self, watcher: Watcher) -> None:
         """Has `watcher` look soon, and at each change, until it unwatches. Idempotent."""
+        self.is_the_sources = False
         if not self._watching:
             asyncio.get_running_loop().add_reader(self.fd.fileno(), self._read)
         if watcher not in self._watching:
@@ -240,7 +245,10 @@ class Network:
 
 
 class Networks:
-    """The network namespaces that a daemon's netdevs are in: one `Network` for each."""
+    """The network namespaces that a daemon's netdevs are in: one `Network` for each.
+
+    Where one of several TAPs stays home in a handover there are two from then on: the first socket was the source's.
+    """
 
     def __init__(self) -> None:
         self._known: list[Network] = []
@@ -253,7 +261,8 @@ class Networks:
         """
         try:
             namespace = namespace_here()
-            network = self._find(namespace) or Network(_open_socket(), namespace)
+            ours = (network for network in self._all_of(namespace) if not network.is_the_sources)
+            network = next(ours, None) or Network(_open_socket(), namespace, is_the_sources=False)
         except OSError as error:
             raise KernelError(f"cannot watch interfaces: {error.strerror}", errno=error.errno or 0) from error
         return self._use(network, user)
@@ -263,16 +272,16 @@ class Networks:
 
         None where there is neither.
         """
-        network = self._find(namespace)
+        network = next(iter(self._all_of(namespace)), None)
         if network is None and fd is not None:
-            network = Network(fd.take(), namespace)
+            network = Network(fd.take(), namespace, is_the_sources=True)
         elif fd is not None:
             fd.close()
         return None if network is None else self._use(network, user)
 
-    def _find(self, namespace: int) -> Network | None:
+    def _all_of(self, namespace: int) -> list[Network]:
         self._known = [network for network in self._known if network.fd.is_open]
-        return next((network for network in self._known if network.namespace == namespace), None)
+        return [network for network in self._known if network.namespace == namespace]
 
     def _use(self, network: Network, user: Watcher) -> Network:
         if network not in self._known:

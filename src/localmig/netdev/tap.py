@@ -3,7 +3,7 @@
 Owns:        a TAP's queues, MTU, vnet header, offloads, bridge and scripts; what became of its interface.
 Never sees:  rings, vhost-user, options as text; an ioctl's number, a netlink message.
 Read next:   device_api/ for when each method is called, tun.py and rtnetlink.py for what is asked of the kernel,
-             watch.py for when, dataplane/ for who reads and writes the frames.
+             network.py for when, dataplane/ for who reads and writes the frames.
 
 What belongs to whom, which is what makes a handover delicate:
 
@@ -326,8 +326,10 @@ class Tap:
             again = True
         if self._open is not tap:
             return False
-        if (tap.mtu, tap.link_is_up) != before and self.observer is not None:
-            self.observer.interface_changed()
+        if (tap.mtu, tap.link_is_up) != before:
+            self._changing()
+            if self.observer is not None:
+                self.observer.interface_changed()
         return again
 
     def look_soon(self) -> None:
@@ -622,8 +624,9 @@ class Tap:
 
     def _arrived(self, state: TapState, descriptors: TapDescriptors) -> OpenTap:
         """One that came by a handover: nothing of it is touched."""
-        network = self._networks.adopt(descriptors.netlink, descriptors.namespace, self)
-        knows_it = network is not None and not descriptors.is_gone
+        known = self._networks.adopt(descriptors.netlink, descriptors.namespace, self)
+        network = known or self._networks.here(self)
+        knows_it = known is not None and not descriptors.is_gone
         return OpenTap(
             queues=tuple(queue.take() for queue in descriptors.queues),
             attached=list(descriptors.attached),
@@ -634,7 +637,7 @@ class Tap:
             arrived=True,
             ifname_opened=descriptors.ifname_opened,
             mtu_opened=descriptors.mtu_opened,
-            network=network or self._networks.here(self),
+            network=network,
             ifname=state.ifname,
             ifindex=descriptors.ifindex if knows_it else 0,
             mtu=state.mtu,

@@ -336,7 +336,7 @@ class VirtioNet(Part):
         self._drop_adopted()
         if not self._pairs:
             self._make_pairs()
-        self._known_mac = self._known_mac or state.mac or None
+        self._known_mac = self._own_mac or state.mac or None
         self._awaits_netdev = not self._netdev.is_open
         self._config_there = _read_config(self.id, state.config)
         self._check_acked(state, self._offer(has_uso=self._netdev.has_uso))
@@ -345,12 +345,15 @@ class VirtioNet(Part):
             return
         self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
         self._heirs = dict(enumerate(state.heirs))
+        self._receiving.clear()
         try:
             if state.socket.connection is not None:
                 connection = state.socket.connection
                 self._ledger_file = connection.ledger
                 self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
                 self._map_ledger()
+                for index in range(len(self._pairs)):
+                    self._go_on_receiving(index)
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
                 self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
                 if self._memory is not None:
@@ -368,12 +371,13 @@ class VirtioNet(Part):
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
         if self._awaits_netdev and self._netdev.is_open:
-            self._awaits_netdev = False
             assert self._endpoint is not None, self.id
             self._config_changed()
             if self._endpoint.session is not None:
                 self._set_up_netdev()
             self._apply_all()
+            # Not before: after an error this is called again.
+            self._awaits_netdev = False
 
     def discard(self) -> None:
         """Drops what was adopted; a socket of our own, beside the source's, goes too."""
@@ -456,7 +460,6 @@ class VirtioNet(Part):
     def _follow(self, event: Event) -> None:
         match event:
             case VringChanged(index=vring, anew=anew):
-                self._note_kicks()
                 self._apply(vring // 2, anew=vring if anew else None)
                 assert self._endpoint is not None, self.id
                 for drained, leader in self._endpoint.offer.drained_vrings.items():
@@ -530,6 +533,7 @@ class VirtioNet(Part):
             self._begin_receiving(index)
         self._settle(index)
         if index == 0:
+            self._note_kicks()
             self._tell_network()
         if self._rings.serving:
             self._start(index)
@@ -538,11 +542,14 @@ class VirtioNet(Part):
         """The interface has a carrier while a driver serves the NIC, where that is asked for."""
         if not self._netdev.is_open:
             return
-        state, first = self._session_state(), receive_queue(0)
-        if state is not None and self._endpoint is not None and self._endpoint.offer.serves(first, state.vrings):
-            self._netdev.driver_begins()
-        else:
-            self._netdev.driver_ends()
+        try:
+            if self._is_received(0):
+                self._netdev.driver_begins()
+            else:
+                self._netdev.driver_ends()
+        except KernelError as error:
+            # Neither a session nor a handover ends for that: a macvtap that arrived has no carrier to turn.
+            _logger.warning("device '%s': %s", self.id, error)
 
     def _steer(self, index: int) -> None:
         """Attaches the pair's TAP queue where the guest receives from it, and detaches it where it does not.
@@ -575,12 +582,20 @@ class VirtioNet(Part):
             return
         self._note_asked(index)
         state.vrings[receive_queue(index)].base_told = False
-        start = self._receiving[index] = packed_ring.START if state.is_packed else split_ring.START
+        start = self._receiving[index] = _start_of_rings(state)
         pair, heir = self._pairs[index], self._heirs.pop(index, STRANGER)
         if heir.kind == HeirKind.STRANGER:
             pair.refuse_waiting(start)
         elif heir.kind != HeirKind.ANYONE:
             pair.reserve_waiting(heir.position if heir.kind == HeirKind.RING else None)
+
+    def _go_on_receiving(self, index: int) -> None:
+        """A driver may receive that did so in the source: nothing that waits is for another one."""
+        state = self._session_state()
+        assert state is not None, self.id
+        if self._is_received(index) and self._heirs[index].kind == HeirKind.ANYONE:
+            del self._heirs[index]
+            self._receiving[index] = _start_of_rings(state)
 
     def _end_receiving(self, index: int) -> None:
         """No driver receives from now on."""
@@ -878,9 +893,12 @@ class VirtioNet(Part):
     def _note_kicks(self) -> None:
         """A new kick descriptor is a new life of a ring. QEMU makes one with a kick in it, whatever the driver does."""
         state = self._session_state()
-        for vring, count in self._kicks().items():
+        for (vring, count), position in zip(self._kicks().items(), self._pairs[0].positions(), strict=True):
             kick = None if state is None else state.vrings[vring].kick
-            if kick is not None and (vring not in self._kicks_before or self._kicks_before[vring][0] is not kick):
+            # Only of a ring that is laid out it is known what the descriptor is: a file's server may hold poll(2) up.
+            if kick is None or position is None:
+                continue
+            if vring not in self._kicks_before or self._kicks_before[vring][0] is not kick:
                 pending = select.poll()
                 pending.register(kick.fileno(), select.POLLIN)
                 self._kicks_before[vring] = kick, count + len(pending.poll(0))
@@ -1039,6 +1057,10 @@ def thread_name(device: str, queue_pair: int) -> str:
 
 def _vring_of(pair: int, direction: str) -> int:
     return receive_queue(pair) if direction == "rx" else transmit_queue(pair)
+
+
+def _start_of_rings(state: SessionState) -> int:
+    return packed_ring.START if state.is_packed else split_ring.START
 
 
 def _has_rings(pair: QueuePair) -> bool:
