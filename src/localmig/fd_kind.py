@@ -78,6 +78,11 @@ def interface_of(fd: int) -> str | None:
     return next(iter(fdinfo(fd, _INTERFACE)), None) or None
 
 
+def is_tun_queue(fd: int) -> bool:
+    """Whether a borrowed descriptor is one of /dev/net/tun, with an interface or without. Raises as `fdinfo`."""
+    return bool(fdinfo(fd, _INTERFACE))
+
+
 def fdinfo(fd: int, name: str) -> list[str]:
     """What the kernel tells of a borrowed descriptor under `name`, nothing for one of another kind.
 
@@ -110,7 +115,7 @@ def describe_fd(fd: int) -> str:
 
 
 def _is_tap(fd: int) -> bool:
-    if fdinfo(fd, _INTERFACE):
+    if is_tun_queue(fd):
         return True
     status = os.fstat(fd)
     return stat.S_ISCHR(status.st_mode) and _driver(os.major(status.st_rdev)) in _TAP_DRIVERS

@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Self
 
 from localmig.errors import KernelError, StateError
+from localmig.fd_kind import FdKind, is_of_kind, is_tun_queue
 
 FD_COUNT_MAX: Final = 253
 """Descriptors one message may carry: the kernel's SCM_MAX_FD; one more is EINVAL."""
@@ -152,15 +152,13 @@ def _close_files(files: Iterable[int]) -> None:
 
 
 def _is_served_by_kernel(fd: int) -> bool:
-    """Whether the file behind a descriptor is an eventfd, pipe, socket or memory. Asks nobody but the kernel."""
+    """Whether it is an eventfd, a pipe, a socket, memory or a TUN or TAP. Only the kernel is asked."""
     # What has no path has a name that begins with its kind; a path begins with a slash, wherever it was opened.
     try:
         name = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - with each message; a Path takes ten times as long
-        if name.startswith("/"):
-            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory has seals
+        return not name.startswith("/") or is_of_kind(fd, FdKind.MEMORY) or is_tun_queue(fd)
     except OSError:
         return False
-    return True
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:

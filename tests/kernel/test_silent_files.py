@@ -20,6 +20,7 @@ from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import FrameBuffer
 from localmig.migration.peer import Peer
 from localmig.monitor.protocol import Session
+from localmig.netdev import tun
 from localmig.testing.frontend import RX
 from localmig.vhost_user.message import ProtocolFeature
 
@@ -84,6 +85,13 @@ def test_files_of_silent_servers_take_few_threads_and_no_time(silent_fuse: Silen
     close_foreign(())
     for thread in fds._closing:
         thread.join(PATIENCE_S)
+
+
+def test_a_tap_and_memory_are_closed_at_once_and_by_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fds, "_close_beside", lambda: pytest.fail("a thread would close them"))
+    descriptors = OwnedFd(tun.open_device()), OwnedFd(os.memfd_create("guest"))
+    close_foreign(descriptors)
+    assert not any(fd.is_open for fd in descriptors)
 
 
 def test_what_the_other_side_of_a_handover_sends_is_closed_without_its_server(file: int) -> None:

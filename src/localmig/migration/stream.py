@@ -154,7 +154,7 @@ class OutgoingStream:
         """The switchover piece, of sections as they were described.
 
         Raises:
-            StateError: as `setup`, or the sections have another shape than the one that was described.
+            StateError: as `write`, or the sections have another shape than the one that was described.
         """
         piece = Blob()
         _append(sections, piece, len(self._numbers))

@@ -135,8 +135,9 @@ def hardware_address(fd: int) -> bytes:
 
 
 def namespace(fd: int) -> int | None:
-    """Which network namespace a queue's interface is in, as `rtnetlink.namespace` tells; None where the kernel does not
-    say: before Linux 5.3, or to a process without CAP_NET_ADMIN there.
+    """Which network namespace a queue's interface is in, as `network.namespace_here` tells it.
+
+    None where the kernel does not say: before Linux 5.3, or to a process without CAP_NET_ADMIN there.
     """
     try:
         held = fcntl.ioctl(fd, _TUNGETDEVNETNS)
