@@ -38,7 +38,7 @@ def _sections(known: Sequence[str]) -> Callable[[str], list[str]]:
         names = text.split(",")
         for name in names:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"'{name}' is no section; there are {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"'{name}' is not a section; the sections are {', '.join(known)}")
         return names
 
     return parse
