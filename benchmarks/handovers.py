@@ -199,7 +199,7 @@ def _note(findings: Findings, rounds: Sequence[Round], sizes: Sizes) -> None:
         "from asking for the handover to hearing of its end, with one NIC; setup's load shows in it, too."
     )
     findings.note(
-        f"Rings have 256 entries up to {FEW_NICS} NICs, 64 beyond. Fewer handovers where one takes seconds. "
+        f"Queues have 256 entries up to {FEW_NICS} NICs, 64 beyond. Fewer handovers where one takes seconds. "
         "To 1 NIC: median downtime as a multiple of the first row's with the same load."
     )
     for this in rounds:

@@ -19,12 +19,12 @@ from typing import Final
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
+from localmig.device_api.queues import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
-from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import Section, section_name
-from localmig.netdev.state import TAP, TapDescriptors, TapState
+from localmig.netdevs.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
 from localmig.vhost_user.session import ListenerState

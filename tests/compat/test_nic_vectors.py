@@ -9,10 +9,10 @@ from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
 
-from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
+from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream
-from localmig.netdev.state import TAP
+from localmig.netdevs.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
 

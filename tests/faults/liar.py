@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
+from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import LocalmigError
 from localmig.fds import OwnedFd, close_all
@@ -31,7 +31,7 @@ from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.hello import read_setup, setup_payload
 from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
-from localmig.netdev.state import TAP
+from localmig.netdevs.state import TAP
 from localmig.vmstate import Blob, close_descriptors, explain, save
 
 PATIENCE_S: Final = 20.0

@@ -641,3 +641,37 @@ def test_a_lie_is_found_and_named_and_the_guest_never_hears_of_it(honest: Honest
 def test_no_lie_left_a_socket_behind(honest: Honest) -> None:
     """Behind all of them: they share a source."""
     assert honest.sockets() <= honest.sockets_before + 2
+
+
+def one_further(told: tuple[int, ...], _: object) -> tuple[int, ...]:
+    *packed, split = told
+    return (*packed, split + 1)
+
+
+def test_a_position_that_guest_memory_contradicts_is_told_by_both_sides(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with new_site(tmp_path_factory) as site, ExitStack() as ends:
+        source = Honest(site, ends).source
+        pinger = site.pinger()
+        with Liar(SOURCE, FrameKind.SWITCHOVER, state_of(RINGS, "rx_next_avail", one_further)) as liar:
+            number = liar.ours[DESTINATION].fileno()
+            destination = site.daemon(
+                *("--incoming", f"fd:{number}", "--migration-parameter", "local=on"), inherited=[number]
+            )
+            liar.ours[DESTINATION].close()
+            asyncio.run(give(source, liar.ours[SOURCE]))
+            liar.ours[SOURCE].close()
+            source.execute("migrate", uri="fd:channel")
+            info = source.wait_migration()
+        report = pinger.stop()
+        assert (info["status"], report.lost) == ("completed", 0), info
+        told = re.compile(
+            r"device 'nic1': vring 0 \(rx\) goes on at (\d+), where its used index stands, and was told (\d+)"
+        )
+        for note in (info["local"]["note"], destination.wait_migration()["local"]["note"]):
+            match = told.search(note)
+            assert match is not None, note
+            begun, said = map(int, match.groups())
+            assert said == begun + 1
+        assert told.search(site.log_of(destination))

@@ -15,8 +15,8 @@ import pytest
 from tests.faults.test_handover_processes import hand_over
 
 from localmig.fds import OwnedFd
-from localmig.netdev import tun
-from localmig.netdev.tun import Flag
+from localmig.netdevs import tun
+from localmig.netdevs.tun import Flag
 from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, NetGuest
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature

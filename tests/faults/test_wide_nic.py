@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.faults.test_handover_processes import assert_undisturbed, hand_over
 
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, PROTOCOL_FEATURES, Frontend, NetGuest
 from localmig.testing.namespace import ip, link
 from localmig.testing.traffic import StreamReceiver, StreamReport, StreamSender

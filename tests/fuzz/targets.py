@@ -26,7 +26,7 @@ from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
-from localmig.devices.virtio_net.rings import RINGS, RINGS_SETUP
+from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
 from localmig.fd_kind import FdKind
@@ -39,7 +39,7 @@ from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError
-from localmig.netdev.state import TAP
+from localmig.netdevs.state import TAP
 from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
 from localmig.options.specs import (
     AnySpec,

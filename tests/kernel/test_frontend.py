@@ -17,7 +17,7 @@ from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide, socket_pair
 
 from localmig.dataplane import DriverCounters, QueuePair
 from localmig.errors import PeerError, PeerLostError
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest
 from localmig.testing.guest import GuestProcess, GuestSettings
 from localmig.testing.namespace import NetworkNamespace, configure, create_tap

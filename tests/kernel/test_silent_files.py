@@ -20,7 +20,7 @@ from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import FrameBuffer
 from localmig.migration.peer import Peer
 from localmig.monitor.protocol import Session
-from localmig.netdev import tun
+from localmig.netdevs import tun
 from localmig.testing.frontend import RX
 from localmig.vhost_user.message import ProtocolFeature
 

@@ -15,12 +15,13 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
-from localmig.devices.virtio_net import Rings, VirtioNet, notes
+from localmig.device_api import Queues
+from localmig.devices.virtio_net import VirtioNet, notes
 from localmig.devices.virtio_net.state import VirtioNetState
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev import tun
-from localmig.netdev.tap import Tap
+from localmig.netdevs import tun
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import (
     CLOUD_HYPERVISOR,
     DRIVER_FEATURES,
@@ -85,7 +86,7 @@ class Site:
         plan = (
             ListenAt(path=self.path) if reconnect_ms is None else ConnectTo(path=self.path, reconnect_ms=reconnect_ms)
         )
-        self.rings = Rings(tracer)
+        self.rings = Queues(tracer)
         self.device = VirtioNet(
             id="nic0",
             netdev=self.tap,
@@ -415,6 +416,9 @@ def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
         state = site.rings.save_switchover()
         site.rings.adopt_switchover(state._replace(rx_next_avail=(3,)))
         site.rings.resume()
+        told = "device 'nic0': vring 0 (rx) goes on at 17, where its used index stands, and was told 3"
+        assert site.device.take_notes() == [told]
+        assert site.device.take_notes() == []
         fact = await site.fact(RingCorrected)
         assert (fact.device, fact.vring, fact.told, fact.begun) == ("nic0", RX, 3, QUEUE_SIZE + 1)
         await guest.talks()
@@ -808,7 +812,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
             tracer = Tracer()
             tap = Tap(id="net1", ifname="tap1")
             path = str(tmp_path / "nic1.sock")
-            rings = Rings(tracer)
+            rings = Queues(tracer)
             device = VirtioNet(
                 id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
             )
@@ -840,7 +844,7 @@ def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: P
                 netdev=site.tap,
                 socket=ListenAt(path=str(tmp_path / "nic1.sock")),
                 local_migration=True,
-                rings=Rings(tracer),
+                rings=Queues(tracer),
                 tracer=tracer,
             )
             # What the TAP knows is not known before it is there.

@@ -19,7 +19,7 @@ from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, Socke
 from localmig.errors import PeerError
 from localmig.fd_kind import FdKind, describe_fd, is_of_kind
 from localmig.fds import OwnedFd, close_all
-from localmig.netdev.state import TAP
+from localmig.netdevs.state import TAP
 from localmig.vmstate import Description, check_descriptors, fd
 
 

@@ -96,6 +96,7 @@ class FakePart(Part):
         self.changing: Callable[[], None] | None = None
         self.position = 0
         self.file: OwnedFd | None = None
+        self.notes: list[str] = []
         side.parts.append(self)
 
     @property
@@ -177,6 +178,10 @@ class FakePart(Part):
     def source_released(self) -> None:
         with self.side.points(f"{self.id}.source_released"):
             pass
+
+    def take_notes(self) -> list[str]:
+        with self.side.points(f"{self.id}.take_notes"):
+            return list(self.notes)
 
     def discard(self) -> None:
         with self.side.points(f"{self.id}.discard"):
@@ -803,6 +808,25 @@ def test_a_destination_that_cannot_be_killed_past_commit_is_not_joined_by_the_so
     note = note_of(world)
     assert note is not None
     assert note.endswith("cannot be killed: look whether it serves")
+
+
+# -- notes ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_part_noted_at_its_takeover_is_told_by_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePart, "take_notes", lambda part: [f"{part.id} goes on elsewhere"])
+    world = hand_over(monkeypatch)
+    assert world.outgoing is not None
+    assert world.incoming is not None
+    assert world.outgoing.info().note == "destination: a goes on elsewhere; destination: b goes on elsewhere"
+    assert world.incoming.info().note == "a goes on elsewhere; b goes on elsewhere"
+
+
+def test_what_a_part_noted_is_told_by_who_took_over_from_a_dead_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePart, "take_notes", lambda part: [f"{part.id} goes on elsewhere"])
+    world = hand_over(monkeypatch, at("source", "before send COMMIT", What.DIES))
+    assert world.incoming is not None
+    assert str(world.incoming.info().note).endswith("from guest memory; a goes on elsewhere; b goes on elsewhere")
 
 
 # -- recording --------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 
 from localmig.daemon.objects import Objects
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.device_api import Queues
+from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 from localmig.options import TapSpec, VirtioNetSpec
 from localmig.trace import Tracer
 
@@ -29,7 +30,7 @@ def test_parts_are_built_netdevs_first_and_rings_last() -> None:
     other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
     parts = Objects(netdevs=(TAP, other_tap), devices=(NIC, other_nic)).build(Tracer())
     assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic1", "*"]
-    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet, Rings]
+    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet, Queues]
 
 
 def test_specs_that_do_not_fit_each_other_are_refused_at_once() -> None:

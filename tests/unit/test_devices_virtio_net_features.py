@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmig.device_api import Offload
 from localmig.devices.virtio_net.features import offer, tap_offloads
-from localmig.netdev.tun import Offload
 from localmig.vhost_user.protocol import Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetFeature

@@ -9,6 +9,8 @@ import pytest
 
 from localmig.errors import PeerError
 from localmig.migration.hello import (
+    NOTE_LENGTH_MAX,
+    NOTES_MAX,
     OBJECT_COUNT_MAX,
     PROTOCOL,
     REASON_LENGTH_MAX,
@@ -29,7 +31,7 @@ HELLO = Hello(
         HandoverObject(kind="device", options={"driver": "virtio-net", "id": "nic0", "mac": None, "queues": 1}),
     ),
 )
-DONE = Done(serving_ns=1_234_567_890_123, phases=(("adopt", 5_000), ("start", 70_000)))
+DONE = Done(serving_ns=1_234_567_890_123, phases=(("adopt", 5_000), ("start", 70_000)), notes=("vring 0 goes on",))
 ABSENT = object()
 
 
@@ -164,11 +166,31 @@ def test_done_comes_back_as_it_went() -> None:
         (("phases", 1, 0), 1),
         (("phases", 1, 1), "1"),
         (("phases", 1, 1), 1.5),
+        (("notes",), None),
+        (("notes",), "ab"),
+        (("notes",), [1]),
     ],
 )
 def test_a_done_with_one_wrong_field_is_refused(path: tuple[str | int, ...], value: object) -> None:
     with pytest.raises(PeerError, match="DONE lacks 'serving-ns' or 'phases'"):
         Done.decode(spoiled(DONE.encode(), path, value))
+
+
+def test_a_done_of_a_release_without_notes_has_none() -> None:
+    assert Done.decode(b'{"serving-ns": 1, "phases": []}').notes == ()
+
+
+def test_a_done_says_how_many_notes_it_left_out() -> None:
+    notes = tuple(f"{number}: \033 and {'long' * 100}" for number in range(NOTES_MAX + 2))
+    arrived = Done.decode(Done(serving_ns=1, phases=(), notes=notes).encode()).notes
+    assert [note[:8] for note in arrived[:-1]] == [f"{number}:   and" for number in range(NOTES_MAX)]
+    assert {len(note) for note in arrived[:-1]} == {NOTE_LENGTH_MAX}
+    assert arrived[-1] == "2 more of these are in the log of the destination"
+
+
+def test_notes_without_end_are_cut() -> None:
+    arrived = Done.decode(json.dumps({"serving-ns": 1, "phases": [], "notes": ["x" * 1000] * 1000}).encode()).notes
+    assert arrived == ("x" * NOTE_LENGTH_MAX,) * (NOTES_MAX + 1)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff"])

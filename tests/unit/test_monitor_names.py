@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from localmig.device_api import Offload
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
-from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.virtio import DeviceStatus, Feature
 from localmig.virtio.net import NetFeature

@@ -32,7 +32,7 @@ from localmig.fds import OwnedFd
 from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
 from localmig.monitor.schema import PARAMETERS, parameters_changed
-from localmig.netdev.script import NO_SCRIPT
+from localmig.netdevs.script import NO_SCRIPT
 from localmig.options import (
     CONFIG_BYTES_MAX,
     AccessSpec,

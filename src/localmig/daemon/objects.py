@@ -2,7 +2,7 @@
 
 Owns:        which class serves which spec, the order of parts, the comparison of our specs with the source's.
 Never sees:  a channel, the run state.
-Read next:   devices/virtio_net/ and netdev/ for the parts.
+Read next:   devices/virtio_net/ and netdevs/ for the parts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
-from localmig.device_api import Part
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.device_api import Part, Queues
+from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
-from localmig.netdev.network import Networks
-from localmig.netdev.tap import Tap
+from localmig.netdevs.network import Networks
+from localmig.netdevs.tap import Tap
 from localmig.options import (
     AnySpec,
     TapSpec,
@@ -64,7 +64,7 @@ class Objects:
 
     def build(self, tracer: Tracer) -> list[Part]:
         """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
-        rings = Rings(tracer)
+        rings = Queues(tracer)
         networks = Networks()
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"

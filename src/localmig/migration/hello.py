@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final
@@ -29,6 +30,12 @@ _CHANGES: Final = struct.Struct(">Q")
 
 REASON_LENGTH_MAX: Final = 4096
 """Characters of a reason that are kept: some lines for people; the rest is noise."""
+
+NOTES_MAX: Final = 10
+"""Notes in a DONE. A fault that hits one ring of a guest mostly hits many, and ten lines show what it is."""
+
+NOTE_LENGTH_MAX: Final = 256
+"""Characters of a note that are kept: a line for people."""
 
 
 @functools.cache
@@ -112,30 +119,42 @@ class Done:
     Attributes:
         serving_ns: CLOCK_MONOTONIC when the last ring ran again; of no use to a source on another machine.
         phases: (name, nanoseconds) of the destination's steps.
+        notes: what an operator should know of how the guest goes on there. More than `NOTES_MAX` are counted only.
     """
 
     serving_ns: int
     phases: tuple[tuple[str, int], ...]
+    notes: Sequence[str] = ()
 
     def encode(self) -> bytes:
         """The frame's payload."""
-        return json.dumps({"serving-ns": self.serving_ns, "phases": self.phases}).encode()
+        notes = [note[:NOTE_LENGTH_MAX] for note in self.notes[:NOTES_MAX]]
+        if more := len(self.notes) - len(notes):
+            notes.append(f"{more} more of these are in the log of the destination")
+        return json.dumps({"serving-ns": self.serving_ns, "phases": self.phases, "notes": notes}).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Done:
         """Reads it. Raises PeerError if it is none."""
         fields = _read_object(data, "DONE")
-        serving_ns, phases = fields.get("serving-ns"), fields.get("phases")
+        # A release from before has no notes.
+        serving_ns, phases, notes = fields.get("serving-ns"), fields.get("phases"), fields.get("notes", [])
         if not (
             isinstance(serving_ns, int)
+            and isinstance(notes, list)
+            and all(isinstance(note, str) for note in notes)
             and isinstance(phases, list)
             and all(
                 isinstance(phase, list) and len(phase) == 2 and isinstance(phase[0], str) and isinstance(phase[1], int)
                 for phase in phases
             )
         ):
-            raise PeerError("DONE lacks 'serving-ns' or 'phases'")
-        return cls(serving_ns=serving_ns, phases=tuple((name[:64], ns) for name, ns in phases))
+            raise PeerError("DONE lacks 'serving-ns' or 'phases', or has them or 'notes' in another form")
+        return cls(
+            serving_ns=serving_ns,
+            phases=tuple((name[:64], ns) for name, ns in phases),
+            notes=tuple(_printable(note[:NOTE_LENGTH_MAX]) for note in notes[: NOTES_MAX + 1]),
+        )
 
 
 def setup_payload(changes: int, blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
@@ -167,7 +186,11 @@ def encode_reason(reason: str) -> bytes:
 
 def decode_reason(data: bytes) -> str:
     """The reason in REFUSE or CANCEL, fit to be shown."""
-    return "".join(c if c.isprintable() else " " for c in data.decode(errors="replace")[:REASON_LENGTH_MAX])
+    return _printable(data.decode(errors="replace")[:REASON_LENGTH_MAX])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _read_object(data: bytes, name: str) -> dict[str, Any]:

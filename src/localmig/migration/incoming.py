@@ -182,7 +182,7 @@ class Incoming:
             else:
                 # The guest is served here and nowhere else: whatever this is, it is no reason to stop.
                 _logger.exception("internal error after the takeover")
-                self._progress.note = f"internal error after the takeover: {error!r}"
+                self._progress.add_note(f"internal error after the takeover: {error!r}")
                 try:
                     self._tell_serving()
                 except Exception:
@@ -235,7 +235,7 @@ class Incoming:
             try:
                 await channel.receive_end(timeout_s=RELEASE_TIMEOUT_S)
             except (OSError, PeerError, KernelError) as error:
-                self._progress.note = f"the source did not let go: {reason_of(error) or 'no end of the channel'}"
+                self._progress.add_note(f"the source did not let go: {reason_of(error) or 'no end of the channel'}")
         await self._settle()
 
     async def _switch_over(self, channel: Channel, frame: Frame) -> bool:
@@ -261,8 +261,12 @@ class Incoming:
         )
         # Before it is sent: a source that has read it lets go.
         self._is_sole_owner = True
-        is_told = await self._say_done(channel, Done(serving_ns=self._progress.serving_ns, phases=own_phases).encode())
+        notes = self._take_notes()
+        done = Done(serving_ns=self._progress.serving_ns, phases=own_phases, notes=notes)
+        is_told = await self._say_done(channel, done.encode())
         self._tell_serving()
+        for note in notes:
+            self._progress.add_note(note)
         for name, duration_ns in own_phases:
             self._progress.add_phase(name, duration_ns)
         return is_told
@@ -280,7 +284,7 @@ class Incoming:
         except (KernelError, TimeoutError) as error:
             # A source that waits for DONE would end this process for its silence.
             channel.close()
-            self._progress.note = f"the source could not be told that this daemon serves: {reason_of(error)}"
+            self._progress.add_note(f"the source could not be told that this daemon serves: {reason_of(error)}")
             return False
         return True
 
@@ -404,9 +408,15 @@ class Incoming:
             problems += for_all(self._parts, lambda part: part.resume())
         self._progress.serving_ns = time.monotonic_ns()
         problems += for_all(self._parts, lambda part: part.thaw(), short=self.unthawed)
-        self._progress.note = "; ".join([self._progress.note, *problems])
+        self._progress.note = "; ".join([self._progress.note, *problems, *self._take_notes()])
         self._tell_serving()
         await self._settle()
+
+    def _take_notes(self) -> list[str]:
+        """What both sides show of how the guest goes on."""
+        notes: list[str] = []
+        problems = for_all(self._parts, lambda part: notes.extend(part.take_notes()))
+        return notes + problems
 
     def _tell_serving(self) -> None:
         if not self._has_told_serving:
@@ -426,7 +436,7 @@ class Incoming:
             if is_dead:
                 break
         if problems:
-            self._progress.note = "; ".join([*([self._progress.note] if self._progress.note else []), *problems])
+            self._progress.add_note("; ".join(problems))
         if self._peer is not None and not (self._revocation is not None and self._revocation.has_let_go):
             # A source that was killed is dead a moment after its channel ended; nothing of it is to be kept then.
             await self._peer.wait_dead(timeout_s=DEATH_GRACE_S)

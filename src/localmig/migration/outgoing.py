@@ -463,7 +463,7 @@ class Outgoing:
         else:
             problems = for_all(self._parts, lambda part: part.release())
             if problems:
-                self._progress.note = "; ".join(["something is still held here, end this daemon", *problems])
+                self._progress.add_note("; ".join(["something is still held here, end this daemon", *problems]))
             if self._revocation is not None:
                 # Before the channel ends, for then the destination may hand over in its turn.
                 self._revocation.let_go()
@@ -509,6 +509,8 @@ class Outgoing:
         self._progress.serving_ns = done.serving_ns
         self._progress.add_phase("done", time.monotonic_ns() - begun_ns)
         self._progress.add_phases_of_the_other_side("destination", done.phases)
+        for note in done.notes:
+            self._progress.add_note(f"destination: {note}")
         return SourceEvent.DONE_RECEIVED
 
     async def _fence(self) -> SourceEvent:

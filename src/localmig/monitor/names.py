@@ -2,7 +2,7 @@
 
 Owns:        the tables from bits to names.
 Never sees:  what a bit does.
-Read next:   virtio/, vhost_user/message.py and netdev/tun.py for the bits; commands/objects.py, which shows them.
+Read next:   virtio/, vhost_user/message.py and netdevs/tun.py for the bits; commands/objects.py, which shows them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntFlag
 from typing import Final
 
-from localmig.netdev.tun import Offload
+from localmig.device_api import Offload
 from localmig.vhost_user.message import PROTOCOL_FEATURES_BIT, ProtocolFeature
 from localmig.virtio import DeviceStatus, Feature
 from localmig.virtio.net import NetFeature

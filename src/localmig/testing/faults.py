@@ -35,8 +35,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
-from localmig.device_api import Part
-from localmig.devices.virtio_net import Rings, VirtioNet
+from localmig.device_api import Part, Queues
+from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import MirrorChannel
@@ -44,7 +44,7 @@ from localmig.migration.handover import DestinationState, Machine, SourceState
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.peer import Peer
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 
 
 class Place(StrEnum):
@@ -385,17 +385,17 @@ def _install_states(trap: Trap) -> None:
 
 def _install_parts(trap: Trap) -> None:
     """Every kind of part that there is, at the steps that it has of its own."""
-    for kind in (Tap, VirtioNet, Rings):
+    for kind in (Tap, VirtioNet, Queues):
         for step in PART_STEPS:
             if step in vars(kind):
                 _wrap(trap, kind, step, partial(_step_of, step))
-    stop = Rings.stop
+    stop = Queues.stop
 
-    def stop_and_count(self: Rings) -> None:
+    def stop_and_count(self: Queues) -> None:
         trap.downtime_begins()
         stop(self)
 
-    Rings.stop = stop_and_count  # type: ignore[method-assign]
+    Queues.stop = stop_and_count  # type: ignore[method-assign]
 
 
 def _step_of(step: str, part: Part) -> str:
@@ -404,21 +404,21 @@ def _step_of(step: str, part: Part) -> str:
 
 def _install_witness(journal: Journal) -> None:
     """Rings start and stop nowhere but here; a frontend's word starts one only while these run."""
-    resume, stop = Rings.resume, Rings.stop
+    resume, stop = Queues.resume, Queues.stop
 
-    def watched_resume(self: Rings) -> None:
+    def watched_resume(self: Queues) -> None:
         if not self.serving:
             journal.rings_start()
         resume(self)
 
-    def watched_stop(self: Rings) -> None:
+    def watched_stop(self: Queues) -> None:
         was_serving = self.serving
         stop(self)
         if was_serving:
             journal.rings_stopped()
 
-    Rings.resume = watched_resume  # type: ignore[method-assign]
-    Rings.stop = watched_stop  # type: ignore[method-assign]
+    Queues.resume = watched_resume  # type: ignore[method-assign]
+    Queues.stop = watched_stop  # type: ignore[method-assign]
 
 
 def _wrap(trap: Trap, kind: type, name: str, subject: Callable[[Any], str | None]) -> None:

@@ -21,9 +21,9 @@ from typing import Final, Self
 
 from localmig import fds
 from localmig.dataplane import DriverCounters, DriverPair, GuestMemory
+from localmig.device_api import Offload
 from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
-from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     PROTOCOL_FEATURES_BIT,

@@ -32,7 +32,7 @@ from types import FrameType
 from typing import Any, Final, Self
 
 from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, NetGuest, sending_offloads
 from localmig.testing.namespace import NetworkNamespace, carrier_changes, configure, isolate, link
 from localmig.virtio import Feature

@@ -1,6 +1,6 @@
 """virtio-net: a NIC whose rings the packet path serves and whose host side is a netdev.
 
-Owns:        the device (device.py), how its state travels (state.py), the rings of all devices (rings.py).
+Owns:        the device (device.py), how its state travels (state.py).
 Never sees:  /dev/net/tun, the stream, QMP.
 Read next:   device.py.
 """
@@ -8,6 +8,5 @@ Read next:   device.py.
 from __future__ import annotations
 
 from localmig.devices.virtio_net.device import VirtioNet
-from localmig.devices.virtio_net.rings import Rings
 
-__all__ = ["Rings", "VirtioNet"]
+__all__ = ["VirtioNet"]

@@ -6,7 +6,7 @@ Read next:   vhost_user/protocol.py for the events, dataplane/ for the queue pai
 
 A queue pair runs while three things hold: the frontend wants one of its rings served, guest memory holds that ring,
 and this process serves. The first two are decided in `_apply` alone; the third belongs to all devices together, see
-rings.py.
+device_api/queues.py.
 
 A ring is served while it is started and enabled. The transmit rings behind the first pair are served while they are
 started and the first pair's is enabled: a guest that goes to fewer queue pairs leaves packets in rings that its VMM
@@ -28,17 +28,15 @@ from typing import Final
 
 from localmig import dataplane, trace
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
-from localmig.device_api import Part
+from localmig.device_api import Netdev, Offload, Part
+from localmig.device_api.queues import Queues
 from localmig.devices.virtio_net.features import check_acked, offer, tap_offloads
 from localmig.devices.virtio_net.heir import ANYONE, NOBODY, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.notes import NOT_SHARED, Notes, excess_note, set_up_notes
-from localmig.devices.virtio_net.rings import Rings
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd
-from localmig.netdev.tap import Tap
-from localmig.netdev.tun import Offload
 from localmig.trace import (
     DeviceNoted,
     GuestAnnounced,
@@ -119,10 +117,10 @@ class VirtioNet(Part):
         self,
         *,
         id: str,  # noqa: A002 - the user's word
-        netdev: Tap,
+        netdev: Netdev,
         socket: ListenAt | ConnectTo,
         local_migration: bool,
-        rings: Rings,
+        rings: Queues,
         tracer: Tracer,
         offloads: NetFeature = OFFLOADS,
         mac: bytes | None = None,
@@ -180,7 +178,7 @@ class VirtioNet(Part):
     def open(self) -> None:
         """Listens, or sees to a connection. The netdev is open already."""
         self._make_pairs()
-        if self._netdev.was_opened_by_name:
+        if self._netdev.is_fresh:
             # What the kernel sends by itself when an interface comes up, IPv6 for one, is for no driver.
             self._heirs = dict.fromkeys(range(self._netdev.queue_count), NOBODY)
         try:
@@ -190,7 +188,7 @@ class VirtioNet(Part):
             raise
 
     def resume(self) -> None:
-        """Nothing: its queue pairs start with all others, see `Rings`."""
+        """Nothing: its queue pairs start with all others, see `Queues`."""
 
     def stop(self) -> None:
         """Nothing, as `resume`."""
@@ -364,9 +362,17 @@ class VirtioNet(Part):
             raise PeerError(f"device '{self.id}': {error}") from error
 
     def recover(self) -> None:
-        """Sees to it that frontends find it: who died may have claimed the socket's path. For the rings see `Rings`."""
+        """Sees to it that frontends find it: who died may have claimed the socket's path. Rings: see `Queues`."""
         assert self._endpoint is not None, self.id
         self._endpoint.contact = self._socket.recover(self._endpoint.contact)
+
+    def take_notes(self) -> list[str]:
+        """Rings whose used index in guest memory stands elsewhere than the source said."""
+        return [
+            f"device '{self.id}': {text}"
+            for index in range(len(self._pairs))
+            for text in self._report_corrections(index, logging.WARNING)
+        ]
 
     def source_released(self) -> None:
         """A TAP that the source had open until now is there at last, and rings that waited for it can run."""
@@ -410,7 +416,7 @@ class VirtioNet(Part):
             self._send_rarp(self._known_mac)
 
     def interface_changed(self) -> None:
-        """The guest is told the interface's MTU and whether its link is up. See `netdev.tap.Observer`."""
+        """The guest is told the interface's MTU and whether its link is up. See `NetdevObserver`."""
         if self._endpoint is None:
             return
         if self._netdev.frame_length_max > self._frame_length_laid_out:
@@ -419,7 +425,7 @@ class VirtioNet(Part):
         self._tracer.emit(InterfaceChanged(device=self.id, mtu=self._netdev.mtu, link_is_up=self._netdev.link_is_up))
 
     def queues_changed(self) -> None:
-        """The queue pairs read and write the interface that was attached. See `netdev.tap.Observer`."""
+        """The queue pairs read and write the interface that was attached. See `NetdevObserver`."""
         if self._endpoint is not None:
             # A successor lays its queue pairs out again too: the descriptors that it has of the TAP close next.
             self._endpoint.note_change()
@@ -824,20 +830,16 @@ class VirtioNet(Part):
         # A queue pair whose TAP's interface is gone signals too. The netdev knows, and may attach another one.
         self._netdev.look_soon()
 
-    def _report_corrections(self, index: int, level: int) -> None:
-        """Tells of rings that began elsewhere than they were told."""
+    def _report_corrections(self, index: int, level: int) -> list[str]:
+        """Tells of rings that began elsewhere than they were told, and gives the same as text."""
+        texts = []
         for direction, told, begun in self._pairs[index].take_corrections():
             vring = _vring_of(index, direction)
-            _logger.log(
-                level,
-                "device '%s': vring %s (%s) goes on at %s, where its used index stands, and was told %s",
-                self.id,
-                vring,
-                direction,
-                begun,
-                told,
-            )
+            text = f"vring {vring} ({direction}) goes on at {begun}, where its used index stands, and was told {told}"
+            _logger.log(level, "device '%s': %s", self.id, text)
             self._tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
+            texts.append(text)
+        return texts
 
     def _note_refusal(self, reason: str) -> None:
         _logger.warning("device '%s': the frontend's request is refused: %s", self.id, reason)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from localmig.device_api import Offload
 from localmig.errors import PeerError
-from localmig.netdev.tun import Offload
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature

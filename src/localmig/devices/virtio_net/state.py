@@ -2,7 +2,7 @@
 
 Owns:        the descriptions of its session, memory and descriptors.
 Never sees:  a live object.
-Read next:   device.py, which saves and adopts them; rings.py for what travels inside the downtime.
+Read next:   device.py, which saves and adopts them; device_api/queues.py for what travels inside the downtime.
 """
 
 from __future__ import annotations

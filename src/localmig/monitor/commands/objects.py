@@ -2,7 +2,7 @@
 
 Owns:        query-devices and query-netdevs; QMP's names for all that there is to see.
 Never sees:  clients, JSON text, a device.
-Read next:   the dataclasses these tables are about: devices/virtio_net/info.py, vhost_user/info.py, netdev/info.py.
+Read next:   the dataclasses these tables are about: devices/virtio_net/info.py, vhost_user/info.py, netdevs/info.py.
 
 QEMU has no such commands. Feature bits have the names that its x-query-virtio-status gives them.
 """
@@ -16,7 +16,7 @@ from localmig.dataplane import Counters
 from localmig.devices.virtio_net.info import VirtioNetInfo
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
 from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
-from localmig.netdev.info import TapInfo, Whereabouts
+from localmig.netdevs.info import TapInfo, Whereabouts
 
 _NAMES: Final = Array(String())
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from localmig.netdev.tun import Offload
+from localmig.device_api import Offload
 
 
 class Whereabouts(StrEnum):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmig.netdev import rtnetlink
-from localmig.netdev.rtnetlink import RTM_NEWLINK, Link, changed_link, decode_link, messages
+from localmig.netdevs import rtnetlink
+from localmig.netdevs.rtnetlink import RTM_NEWLINK, Link, changed_link, decode_link, messages
 
 IFF_UP = 1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_CARRIER = 1, 3, 4, 10, 18, 33

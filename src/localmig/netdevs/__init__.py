@@ -5,6 +5,6 @@ Never sees:  rings, vhost-user, which device is on the other side.
 Read next:   tap.py.
 """
 
-from localmig.netdev.tap import Tap
+from localmig.netdevs.tap import Tap
 
 __all__ = ["Tap"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from localmig.device_api import Offload
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
-from localmig.netdev.tun import Offload
 from localmig.vmstate import Description, array, boolean, fd, optional, text, u8, u16, u32, u64
 from localmig.vmstate import struct as nested
 

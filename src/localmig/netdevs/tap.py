@@ -33,20 +33,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Final, Protocol
+from typing import Final
 
+from localmig.device_api import Framing, Netdev, Offload
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
-from localmig.netdev import tun
-from localmig.netdev.info import TapInfo
-from localmig.netdev.network import Network, Networks, namespace_here
-from localmig.netdev.opened import OpenTap, Wanted
-from localmig.netdev.opening import Opener, find, kernel_errors
-from localmig.netdev.script import NO_SCRIPT, run_script
-from localmig.netdev.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
-from localmig.netdev.tun import Offload
-from localmig.vmstate import Description
+from localmig.netdevs import tun
+from localmig.netdevs.info import TapInfo
+from localmig.netdevs.network import Network, Networks, namespace_here
+from localmig.netdevs.opened import OpenTap, Wanted
+from localmig.netdevs.opening import Opener, find, kernel_errors
+from localmig.netdevs.script import NO_SCRIPT, run_script
+from localmig.netdevs.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
 
 _logger = logging.getLogger(__name__)
 
@@ -58,20 +57,8 @@ SEGMENTED_LENGTH_MAX: Final = 65536
 1.2, section 5.1.6.3.1, counts with it too."""
 
 
-class Observer(Protocol):
-    """Who reads and writes a TAP's frames."""
-
-    def interface_changed(self) -> None:
-        """The MTU or the link is another one."""
-
-    def queues_changed(self) -> None:
-        """The queues have other descriptors, with everything as after `open`; the old ones are open until this ends."""
-
-
-class Tap:
+class Tap(Netdev):
     """A TAP, closed until `open` opens it or `adopt_setup` receives it.
-
-    It has the methods of `device_api.Part`, which this layer cannot name.
 
     Args:
         id: the user's name for it.
@@ -88,13 +75,10 @@ class Tap:
         stays_home: why its descriptors do not move, None where they do.
         networks: the networks of all TAPs of a daemon.
 
-    Attributes:
-        observer: who reads and writes the frames, None where nobody does.
-        mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
     """
 
-    setup: ClassVar[Description[Any]] = TAP
-    switchover: ClassVar[Description[Any] | None] = None
+    framing = Framing.TAP
+    setup = TAP
 
     def __init__(
         self,
@@ -130,7 +114,7 @@ class Tap:
         )
         self._stays_home = stays_home
         self._networks = networks or Networks()
-        self.observer: Observer | None = None
+        self.observer = None
         self.mtu_told = 0
         self._is_thawed = False
         self._open: OpenTap | None = None
@@ -152,7 +136,7 @@ class Tap:
         return self._open is not None and self._open.arrived
 
     @property
-    def was_opened_by_name(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether this process opened it, so that nothing in its queues waited for a guest of an earlier one."""
         return self._open is not None and not self._open.arrived and bool(self._open.ifname_opened)
 
@@ -409,10 +393,6 @@ class Tap:
         """As a part's: called before the device on the other side changes how the TAP is set."""
         self._changing = changing or _do_nothing
 
-    def frontend_waits(self) -> bool:
-        """Never: a TAP has no frontend."""
-        return False
-
     @property
     def moves(self) -> bool:
         """Whether its descriptors do. See `network.Watcher`."""
@@ -450,10 +430,6 @@ class Tap:
     def _is_first_to_move(self, network: Network) -> bool:
         """Whether none of the TAPs that move before this one brings its network's socket."""
         return next((user for user in network.users if user.moves), None) is self
-
-    def save_switchover(self) -> Any:
-        """Never called: nothing of a TAP travels inside the downtime."""
-        raise NotImplementedError
 
     def release(self) -> None:
         """Closes this process's copy. The interface stays as long as another process has it open."""
@@ -513,13 +489,6 @@ class Tap:
             if error.errno != errno.EBUSY:
                 raise
             self._awaited = replace(state, ifname=ifname)  # busy here, so it is the same machine's
-
-    def check_switchover(self, state: Any) -> None:
-        """Never called, as `save_switchover`."""
-        raise NotImplementedError
-
-    def adopt_switchover(self, state: Any | None) -> None:
-        """Nothing, as `save_switchover`."""
 
     def recover(self) -> None:
         """Makes the TAP what this process knows of it: the process that died may have served, and changed it.

@@ -2,7 +2,7 @@
 
 Owns:        whether the daemon's rings may run; where they stand and what they counted, as it travels.
 Never sees:  what a frontend said; a single ring.
-Read next:   device.py, which lays the rings out; dataplane/ for what runs them.
+Read next:   devices/virtio_net/device.py, which lays the rings out; dataplane/ for what runs them.
 
 A device for itself would be asked, stopped, written, read and started one after the other, and the guests of all others
 would wait meanwhile. Together that is one call for each of these steps, and a column for each number in the stream.
@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, Protocol
 
 from localmig import dataplane
 from localmig.dataplane import FRAME_SIZE_MAX, Counters, GuestMemory, QueuePair
-from localmig.device_api import Part
+from localmig.device_api.part import Part
 from localmig.errors import KernelError, PeerError
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
@@ -125,7 +125,7 @@ class Device(Protocol):
         """Those that exist now."""
 
 
-class Rings(Part):
+class Queues(Part):
     """The rings of a daemon. Every device joins before the first step; in the list of parts it stands behind them.
 
     Args:

@@ -16,15 +16,16 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final
 
+from localmig.device_api import Offload
 from localmig.errors import ConfigError, KernelError, LocalmigError
 from localmig.fds import OwnedFd, close_all
-from localmig.netdev import tun
-from localmig.netdev.network import Network
-from localmig.netdev.opened import OpenTap, Wanted, command_to_make
-from localmig.netdev.rtnetlink import Link
-from localmig.netdev.script import NO_SCRIPT
-from localmig.netdev.state import USO, VNET_HEADER_LENGTHS
-from localmig.netdev.tun import Flag, Offload
+from localmig.netdevs import tun
+from localmig.netdevs.network import Network
+from localmig.netdevs.opened import OpenTap, Wanted, command_to_make
+from localmig.netdevs.rtnetlink import Link
+from localmig.netdevs.script import NO_SCRIPT
+from localmig.netdevs.state import USO, VNET_HEADER_LENGTHS
+from localmig.netdevs.tun import Flag
 
 _logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from typing import Final, Protocol
 
 from localmig.errors import KernelError
 from localmig.fds import OwnedFd
-from localmig.netdev import rtnetlink
-from localmig.netdev.rtnetlink import DATAGRAM_SIZE_MAX, RTM_DELLINK, RTM_NEWLINK, Link, Message
+from localmig.netdevs import rtnetlink
+from localmig.netdevs.rtnetlink import DATAGRAM_SIZE_MAX, RTM_DELLINK, RTM_NEWLINK, Link, Message
 
 _logger = logging.getLogger(__name__)
 

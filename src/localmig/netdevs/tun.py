@@ -16,6 +16,8 @@ import struct
 from enum import IntFlag
 from typing import Final
 
+from localmig.device_api import Offload
+
 DEVICE: Final = "/dev/net/tun"
 
 _TUNSETIFF: Final = 0x400454CA
@@ -46,17 +48,6 @@ class Flag(IntFlag):
     DETACH_QUEUE = 0x0400
     NO_PI = 0x1000
     VNET_HDR = 0x4000
-
-
-class Offload(IntFlag):
-    """What whoever reads a TAP can take over from the kernel (TUN_F_…)."""
-
-    CSUM = 0x01
-    TSO4 = 0x02
-    TSO6 = 0x04
-    TSO_ECN = 0x08
-    USO4 = 0x20
-    USO6 = 0x40
 
 
 def open_device() -> int:

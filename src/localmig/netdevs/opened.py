@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from localmig.device_api import Offload
 from localmig.fds import OwnedFd
-from localmig.netdev.info import Whereabouts
-from localmig.netdev.network import Network
-from localmig.netdev.rtnetlink import Link
-from localmig.netdev.tun import Offload
+from localmig.netdevs.info import Whereabouts
+from localmig.netdevs.network import Network
+from localmig.netdevs.rtnetlink import Link
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
