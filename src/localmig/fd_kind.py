@@ -89,7 +89,9 @@ def fdinfo(fd: int, name: str) -> list[str]:
     Raises OSError where this process has no descriptor or memory to look.
     """
     try:
-        lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="utf-8", errors="replace").splitlines()
+        # With each descriptor of a handover; a Path takes three times as long.
+        with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         if is_shortage(error):
             raise

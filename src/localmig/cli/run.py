@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -70,6 +71,9 @@ examples:
     localmig run --netdev tap,help
     localmig run --device virtio-net,help
 """
+
+DESCRIPTOR_TABLE_SIZE: Final = 16384
+"""Descriptors of a thousand NICs and more; the table takes 128 KiB of the kernel's memory."""
 
 _NUMBER: Final = re.compile(r"-?[0-9]{1,20}", re.ASCII)
 """What is read as a number: as many digits as 64 bits can have."""
@@ -164,6 +168,7 @@ def execute(arguments: argparse.Namespace) -> int:
     ignore_until_handled()
     log = set_up_log(arguments.log, logging.DEBUG if arguments.verbose else logging.INFO)
     _raise_descriptor_limit()
+    _make_descriptor_table()
     with contextlib.ExitStack() as resources:
         tracer = Tracer()
         tracer.subscribe(_log_fact)
@@ -412,6 +417,20 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:  # where fs.nr_open was lowered below the hard limit
         _log.warning("RLIMIT_NOFILE stays at %d, it cannot be raised to %d: %s", soft, hard, error)
+
+
+def _make_descriptor_table() -> None:
+    """Lets the kernel make the table of descriptors as large as it may become, while there is one thread.
+
+    It grows by doubling. In a process with threads each growth waits for all processors (synchronize_rcu), some ten
+    milliseconds, and guests and frontends would wait with it.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull, "rb") as null:
+        try:
+            os.close(fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, min(soft, DESCRIPTOR_TABLE_SIZE) - 1))
+        except OSError as error:
+            _log.debug("the table of descriptors stays small: %s", error.strerror)
 
 
 def _log_fact(fact: Event) -> None:

@@ -425,7 +425,8 @@ class Outgoing:
         saved_ns = time.monotonic_ns()
         blob = self._stream.switchover(switchover_sections(self._parts))
         self._switchover = blob.data
-        await self._say(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=limit_s)
+        # Thousands of NICs do not fit into the socket's buffer, and while they are sent no frontend is looked after.
+        await self._say(FrameKind.SWITCHOVER, blob.data, blob.fds, timeout_s=min(limit_s, FROZEN_TIMEOUT_S))
         sent_ns = time.monotonic_ns()
         await self._expect_ready(limit_s - (sent_ns - stopped_ns) / 1e9)
         self._fire(SourceEvent.READY_RECEIVED)

@@ -375,20 +375,29 @@ _TYPES: Final[Mapping[str, type[AnySpec]]] = {spec_type.type_name: spec_type for
 
 
 def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
-    """The table of a type, in the order help prints it."""
-    return tuple(
-        Option(
-            name=row.name if row.metadata.get("is_offload") else row.name.replace("_", "-"),
-            attribute=row.name,
-            value=row.metadata["value"],
-            default=None if row.default is dataclasses.MISSING else row.default,
-            required=row.default is dataclasses.MISSING,
-            fit=row.metadata["fit"],
-            help=row.metadata["help"],
-            unsaid=row.metadata["unsaid"] if row.default in (None, dataclasses.MISSING) else row.default,
-            advice=row.metadata["advice"],
-        )
-        for row in dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
+    """The table of a type, in the order help prints it. Made once: a handover reads it for each object."""
+    if spec_type not in _tables:
+        rows = dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
+        _tables[spec_type] = tuple(map(_option_of, rows))
+    return _tables[spec_type]
+
+
+_tables: Final[dict[type[Spec], tuple[Option, ...]]] = {}
+
+
+def _option_of(row: dataclasses.Field[Any]) -> Option:
+    required = row.default is dataclasses.MISSING
+    default: Any = None if required else row.default
+    return Option(
+        name=row.name if row.metadata.get("is_offload") else row.name.replace("_", "-"),
+        attribute=row.name,
+        value=row.metadata["value"],
+        default=default,
+        required=required,
+        fit=row.metadata["fit"],
+        help=row.metadata["help"],
+        unsaid=row.metadata["unsaid"] if default is None else default,
+        advice=row.metadata["advice"],
     )
 
 
