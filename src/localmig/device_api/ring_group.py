@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localmig.dataplane import GuestMemory, QueuePair, Ring
+from localmig.dataplane import CallbackQueues, GuestMemory, InFlight, QueuePair, Ring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +23,14 @@ class Layout:
         rings: one for each of the group's vrings, None for one that is not to run.
         features: virtio feature bits that the driver acknowledged.
         packed: the rings' format.
+        in_flight: where chains that are kept are remembered for a successor.
     """
 
     memory: GuestMemory
     rings: tuple[Ring | None, ...]
     features: int
     packed: bool
+    in_flight: InFlight | None
 
 
 class RingGroup(ABC):
@@ -42,7 +44,7 @@ class RingGroup(ABC):
 
     name: str
     vrings: tuple[int, ...]
-    engine: QueuePair
+    engine: QueuePair | CallbackQueues
 
     @abstractmethod
     def lay_out(self, layout: Layout) -> None:
@@ -55,6 +57,9 @@ class RingGroup(ABC):
     @abstractmethod
     def stop(self) -> Sequence[int | None]:
         """Stops the rings and gives their positions, None for one that is not laid out. Idempotent."""
+
+    def give_back(self, vring: int) -> None:
+        """Returns what is in flight of a stopped ring, before anybody is told where it stands. Nothing for most."""
 
     @abstractmethod
     def is_running(self) -> bool:
