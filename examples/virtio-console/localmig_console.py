@@ -84,9 +84,10 @@ class VirtioConsole(CallbackDevice):
             os.write(self._terminal.near.fileno(), chain.readable)
         chain.complete()
 
-    def on_reset(self) -> None:
-        """What was kept leads nowhere."""
-        self._buffers.clear()
+    def on_returned(self, ring: str) -> None:
+        """What was kept of it leads nowhere."""
+        if ring == "receive":
+            self._buffers.clear()
 
     def _read(self) -> None:
         assert self._terminal.near is not None

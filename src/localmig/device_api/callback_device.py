@@ -11,6 +11,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Final
 
 from localmig.dataplane import CallbackCounters
@@ -110,8 +111,8 @@ class CallbackDevice(VhostUserDevice):
     def on_chain(self, ring: str, chain: Chain) -> None:
         """A driver made a chain available. It is to be completed, now or later. Whatever this raises fails all rings."""
 
-    def on_reset(self) -> None:
-        """The driver is another one, or none: chains that were taken before lead nowhere. Called before further ones."""
+    def on_returned(self, ring: str) -> None:
+        """The driver has this ring back: chains of it that were taken lead nowhere. Called before further ones come."""
 
     def on_serving(self) -> None:
         """This process serves from now on: what is the device's own may be touched and watched. Called at each `thaw`."""
@@ -189,10 +190,10 @@ class CallbackDevice(VhostUserDevice):
         if self._thread is not None and not self._thread.pause():
             self._leave_behind(at_once=True)
 
-    def driver_left(self, group: RingGroup) -> None:
+    def ring_left(self, vring: int) -> None:
         """Lets the device's code know."""
         if self._thread is not None:
-            self._thread.post(self.on_reset)
+            self._thread.post(partial(self.on_returned, self.ring_names[vring]))
 
     def is_outdated(self) -> bool:
         """Whether its code ran since it was saved last."""

@@ -186,7 +186,10 @@ class VhostUserDevice(Part):
         """It is laid out, and may start next."""
 
     def driver_left(self, group: RingGroup) -> None:
-        """The driver of a stopped group is reset, or its session ends. It may be told so more than once."""
+        """The driver of a stopped group is reset, or its session ends."""
+
+    def ring_left(self, vring: int) -> None:
+        """A ring that was laid out is the driver's again; what was in flight of it has been returned."""
 
     def session_ended(self) -> None:
         """The session is over and every ring is stopped."""
@@ -530,8 +533,7 @@ class VhostUserDevice(Part):
         """Every ring stops: its descriptors close next."""
         for group in self._groups:
             self._stop(group)
-            for vring in group.vrings:
-                group.give_back(vring)
+            self._give_back(group, group.vrings)
             self.driver_left(group)
             group.release()
         self._memory = None
@@ -558,7 +560,8 @@ class VhostUserDevice(Part):
         """
         self.before_stop(group)
         self._stop(group, anew=anew)
-        self._give_back(group)
+        if (state := self.session_state) is not None:
+            self._give_back(group, [vring for vring in group.vrings if not state.vrings[vring].started])
         self.after_stop(group)
         self._lay_out(group)
         self.after_layout(group)
@@ -568,13 +571,12 @@ class VhostUserDevice(Part):
         if self._queues.serving:
             self._start(group)
 
-    def _give_back(self, group: RingGroup) -> None:
-        """What is in flight of rings that the frontend stopped: it is told where they stand next."""
-        state = self.session_state
-        if state is not None:
-            for vring in group.vrings:
-                if not state.vrings[vring].started:
-                    group.give_back(vring)
+    def _give_back(self, group: RingGroup, vrings: Sequence[int]) -> None:
+        """The frontend stopped these rings of a stopped group, and is told next where they stand."""
+        for vring, position in zip(group.vrings, group.positions(), strict=True):
+            if vring in vrings and position is not None:
+                group.give_back(vring)
+                self.ring_left(vring)
 
     def _change_memory(self) -> None:
         """Goes on with the session's new table. Groups whose rings stay where they are do not stop for it.
