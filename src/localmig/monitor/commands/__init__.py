@@ -13,9 +13,10 @@ from typing import Final
 from localmig.daemon import Daemon
 from localmig.monitor.commands import machine, migration, objects
 from localmig.monitor.events import EVENTS
-from localmig.monitor.introspection import SCHEMA_INFO, introspect
 from localmig.monitor.protocol import NEGOTIATE, NEGOTIATION
-from localmig.monitor.schema import Array, Command, String, Struct, returned
+from localmig.monitor.schema import Command
+from localmig.qapi import Array, String, Struct, returned
+from localmig.qapi.introspection import SCHEMA_INFO, introspect
 
 
 def query_commands(daemon: Daemon) -> list[dict[str, object]]:

@@ -15,8 +15,9 @@ from localmig.daemon import Daemon
 from localmig.dataplane import Counters
 from localmig.devices.virtio_net.info import VirtioNetInfo
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
-from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
+from localmig.monitor.schema import Command
 from localmig.netdevs.info import TapInfo, Whereabouts
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
 
 _NAMES: Final = Array(String())
 
