@@ -15,6 +15,21 @@ from typing import Final
 from localmig.migration import parameters as migration_parameters
 from localmig.migration.parameters import Parameters
 from localmig.qapi import NOTHING, Boolean, Enumeration, Member, String, Struct, Uint64, Union, ValueType
+from localmig.qapi.introspection import Described
+from localmig.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class PerType:
+    """A type that depends on which types of objects there are: `shape` describes it for clients."""
+
+    shape: Callable[[Registry], ValueType]
+
+    def read(self, value: object, name: str = "") -> dict[str, object]:
+        """Takes any members as `options`: the table of the object's type reads them."""
+        del name
+        assert isinstance(value, dict), value
+        return {"options": value}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +42,17 @@ class Command:
 
     name: str
     run: Callable[..., object]
-    arguments: Struct = NOTHING
+    arguments: Struct | PerType = NOTHING
     returns: ValueType = NOTHING
     descriptor: str | None = None
+
+    def described(self, registry: Registry) -> Described:
+        """This command as clients are told of it."""
+        return Described(
+            name=self.name,
+            arguments=self.arguments.shape(registry) if isinstance(self.arguments, PerType) else self.arguments,
+            returns=self.returns.shape(registry) if isinstance(self.returns, PerType) else self.returns,
+        )
 
 
 # -- QMP's names for ours -------------------------------------------------------------------------------------------

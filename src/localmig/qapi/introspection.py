@@ -11,7 +11,8 @@ event that uses it, never by its name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final
 
 from localmig.qapi.types import (
     Anything,
@@ -78,20 +79,13 @@ SCHEMA_INFO: Final = Union(
 """QEMU's SchemaInfo, as far as localmig has what it tells of."""
 
 
-class Described(Protocol):
-    """A command, as far as a client is told of it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """A command, as far as a client is told of it: what it is called, takes and returns."""
 
-    @property
-    def name(self) -> str:
-        """What a client calls it."""
-
-    @property
-    def arguments(self) -> Struct:
-        """What it takes."""
-
-    @property
-    def returns(self) -> ValueType:
-        """What it answers."""
+    name: str
+    arguments: ValueType
+    returns: ValueType
 
 
 def introspect(commands: Iterable[Described], events: Mapping[str, Struct]) -> list[dict[str, object]]:

@@ -27,10 +27,10 @@ def query_commands(daemon: Daemon) -> list[dict[str, object]]:
 
 def query_qmp_schema(daemon: Daemon) -> list[dict[str, object]]:
     """Every command and event with its types, in QEMU's introspection format."""
-    del daemon
     # The session answers this one itself, so it is in no table.
     negotiate = Command(name=NEGOTIATE, run=query_commands, arguments=NEGOTIATION)
-    return introspect((negotiate, *COMMANDS.values()), EVENTS)
+    commands = (command.described(daemon.registry) for command in (negotiate, *COMMANDS.values()))
+    return introspect(commands, EVENTS)
 
 
 COMMANDS: Final[Mapping[str, Command]] = {
