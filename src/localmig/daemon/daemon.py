@@ -128,7 +128,8 @@ class Daemon:
             self._open(first)
             # Before there are sockets, which are to be the user's, and threads, which would be left outside.
             self._privileges.give_up()
-            self._open([part for part in self._assembly.parts() if not any(part is each for each in first)])
+            opened = set(map(id, first))
+            self._open([part for part in self._assembly.parts() if id(part) not in opened])
             self._parts = self._assembly.parts()
         except BaseException:
             self._close_parts()

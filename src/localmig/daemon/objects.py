@@ -145,5 +145,5 @@ class Assembly:
         return [each.part for each in self._objects.values() if each.type.object_type.opens_with_privileges]
 
     def parts(self) -> list[Part]:
-        """Everything that a handover moves: the objects, then the rings of all devices."""
-        return [*self._parts.values(), self._queues]
+        """Everything that a handover moves: the objects, each after its own parts, then the rings of all devices."""
+        return [*(each for part in self._parts.values() for each in (*part.own_parts, part)), self._queues]
