@@ -17,7 +17,7 @@ from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide
 
 from localmig import dataplane
 from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
-from localmig.netdevs import Tap
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES
 from localmig.testing.namespace import NetworkNamespace, configure, ip
 from localmig.virtio import Feature

@@ -42,11 +42,13 @@ class Part(Protocol):
         setup: describes what travels while the guest runs.
         switchover: describes what travels inside the downtime, None where nothing does. Keep it small and of a
             size that does not change while the rings run.
+        own_parts: parts of the same object, which travel before it.
     """
 
     id: str
     setup: ClassVar[Description[Any]]
     switchover: ClassVar[Description[Any] | None] = None
+    own_parts: tuple[Part, ...] = ()
 
     # -- serving ------------------------------------------------------------------------------------------------
 

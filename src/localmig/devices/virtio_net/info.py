@@ -1,17 +1,20 @@
 """What there is to see of a virtio-net device, for people and programs that ask.
 
-Owns:        VirtioNetInfo.
-Never sees:  the device itself; QMP's names.
+Owns:        VirtioNetInfo, and its names in QMP.
+Never sees:  the device itself.
 Read next:   device.py, which fills it in; monitor/commands/objects.py for who asks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Final
 
 from localmig.dataplane import Counters
-from localmig.vhost_user.info import SessionInfo, VringInfo
+from localmig.qapi import Array, Boolean, Member, String, Struct, Uint64
+from localmig.qapi.bits import named
+from localmig.vhost_user.info import VRING, SessionInfo, VringInfo, feature_names, session_members
+from localmig.virtio.net import NetFeature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +48,6 @@ class VirtioNetInfo:
         notes: what keeps it from working, each with what to do.
     """
 
-    type_name: ClassVar[str] = "virtio-net"
-
     id: str
     netdev: str
     socket: str
@@ -56,3 +57,35 @@ class VirtioNetInfo:
     vrings: tuple[VringInfo, ...]
     queue_pairs: tuple[QueuePairInfo, ...]
     notes: tuple[str, ...]
+
+
+_FEATURES: Final = named("VIRTIO_NET_F_", NetFeature)
+
+
+def net_feature_names(bits: int) -> list[str]:
+    """A virtio-net device's feature bits."""
+    return feature_names(bits, _FEATURES)
+
+
+_COUNTERS: Final = Struct(
+    tuple(Member(name=name.replace("_", "-"), attribute=name, type=Uint64()) for name in Counters._fields)
+)
+
+_QUEUE_PAIR: Final = Struct(
+    (
+        Member(name="index", attribute="index", type=Uint64()),
+        Member(name="running", attribute="running", type=Boolean()),
+        Member(name="counters", attribute="counters", type=_COUNTERS),
+    )
+)
+
+SHOWN: Final = (
+    Member(name="netdev", attribute="netdev", type=String()),
+    Member(name="socket", attribute="socket", type=String()),
+    Member(name="server", attribute="server", type=Boolean()),
+    Member(name="mac", attribute="mac", type=String(), required=False, convert=lambda mac: mac.hex(":")),
+    Member(name="session", attribute="session", type=session_members(net_feature_names), required=False),
+    Member(name="vrings", attribute="vrings", type=Array(VRING)),
+    Member(name="queue-pairs", attribute="queue_pairs", type=Array(_QUEUE_PAIR)),
+)
+"""What query-devices shows of it, besides what it shows of every device."""
