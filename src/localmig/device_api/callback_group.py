@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from localmig.dataplane import CallbackCounters, CallbackQueues, GuestMemory
+from localmig.dataplane import CallbackCounters, CallbackQueues, GuestMemory, InFlight
 from localmig.dataplane import Chain as TakenChain
 from localmig.device_api.ring_group import Layout, RingGroup
 from localmig.virtio import Feature
@@ -63,6 +63,7 @@ class CallbackGroup(RingGroup):
         self.vrings = tuple(vrings)
         self.name = f"rings {', '.join(map(str, vrings))}"
         self.engine = CallbackQueues(len(self.vrings), event_fd)
+        self._in_flight: InFlight | None = None
 
     def take(self) -> Chain | None:
         """The next chain; None where none is there, or the rings stand still."""
@@ -76,6 +77,7 @@ class CallbackGroup(RingGroup):
 
     def lay_out(self, layout: Layout) -> None:
         """Tells it where its rings are."""
+        self._in_flight = layout.in_flight
         self.engine.configure(
             memory=layout.memory,
             rings=list(layout.rings),
@@ -96,6 +98,11 @@ class CallbackGroup(RingGroup):
     def give_back(self, vring: int) -> None:
         """Returns the chains in flight of a stopped ring unused, which the frontend knows no word for."""
         self.engine.give_back(self.vrings.index(vring))
+
+    def forget(self, vring: int) -> None:
+        """Chains of it that were taken lead nowhere."""
+        if self._in_flight is not None:
+            self._in_flight.forget(self.vrings.index(vring))
 
     def is_running(self) -> bool:
         """Whether chains can be taken."""
@@ -131,6 +138,7 @@ class CallbackGroup(RingGroup):
 
     def release(self) -> None:
         """Forgets rings, memory and descriptors."""
+        self._in_flight = None
         self.engine.release()
 
     def close(self) -> None:

@@ -61,6 +61,9 @@ class RingGroup(ABC):
     def give_back(self, vring: int) -> None:
         """Returns what is in flight of a stopped ring, before anybody is told where it stands. Nothing for most."""
 
+    def forget(self, vring: int) -> None:
+        """The driver sets a stopped ring up again: nothing of it is in flight any more, and its memory is the guest's."""
+
     @abstractmethod
     def is_running(self) -> bool:
         """Whether the rings run."""

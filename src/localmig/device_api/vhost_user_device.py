@@ -523,6 +523,9 @@ class VhostUserDevice(Part):
             case DeviceReset():
                 self.features_changed()
                 for group in self._groups:
+                    for vring in group.vrings:
+                        group.forget(vring)
+                        self.ring_left(vring)
                     self.driver_left(group)
                 self.apply_all()
                 self._rewind()
@@ -533,7 +536,8 @@ class VhostUserDevice(Part):
         """Every ring stops: its descriptors close next."""
         for group in self._groups:
             self._stop(group)
-            self._give_back(group, group.vrings)
+            # A ring that its frontend disabled may be other memory of the guest's by now.
+            self._give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
             self.driver_left(group)
             group.release()
         self._memory = None
@@ -561,7 +565,11 @@ class VhostUserDevice(Part):
         self.before_stop(group)
         self._stop(group, anew=anew)
         if (state := self.session_state) is not None:
-            self._give_back(group, [vring for vring in group.vrings if not state.vrings[vring].started])
+            stopped = [vring for vring in group.vrings if not state.vrings[vring].started]
+            self._give_back(group, [vring for vring in stopped if vring != anew])
+            if anew in stopped:
+                group.forget(anew)
+                self.ring_left(anew)
         self.after_stop(group)
         self._lay_out(group)
         self.after_layout(group)

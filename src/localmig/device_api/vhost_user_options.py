@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from localmig.device_api.objects import BuildContext
 from localmig.errors import ConfigError
 from localmig.options.specs import DeviceSpec, Fit, Spec, option
 from localmig.options.values import FileMode, GroupName, Number, SocketPath, Switch
@@ -69,6 +70,16 @@ class VhostUserSpec(DeviceSpec):
     def stays_home(self) -> str | None:
         """What local-migration= says."""
         return "local-migration=off" if self.local_migration is False else None
+
+    def arguments(self, context: BuildContext) -> dict[str, Any]:
+        """What every `VhostUserDevice` is made with."""
+        return {
+            "id": self.id,
+            "socket": self.contact,
+            "local_migration": self.stays_home is None,
+            "queues": context.queues,
+            "tracer": context.tracer,
+        }
 
     def claims(self) -> Iterator[tuple[str, Hashable]]:
         """Its socket."""
