@@ -1,5 +1,7 @@
 """virtio-console: the guest's console on a pseudoterminal of the host (virtio 1.2, section 5.3).
 
+Install it and run it:
+
     pip install ./examples/virtio-console
     localmig run --device virtio-console,id=con0,socket=/run/vm1/con0.sock,link=/run/vm1/console
     picocom /run/vm1/console
@@ -53,7 +55,11 @@ class Terminal:
 
 
 TERMINAL: Final = Description(
-    name="virtio-console", version=1, oldest_version=1, state=Terminal, fields=(optional(fd("near")), optional(fd("far")))
+    name="virtio-console",
+    version=1,
+    oldest_version=1,
+    state=Terminal,
+    fields=(optional(fd("near")), optional(fd("far"))),
 )
 
 
@@ -73,10 +79,10 @@ class VirtioConsole(CallbackDevice):
         self._buffers: deque[Chain] = deque()
         super().open()
 
-    def on_chain(self, ring: str, chain: Chain) -> None:
+    def on_chain(self, chain: Chain) -> None:
         """Prints what the guest sends; keeps what the guest gives to be typed into."""
         assert self._terminal.near is not None
-        if ring == "receive":
+        if chain.ring == "receive":
             self._buffers.append(chain)
             self.watch(self._terminal.near.fileno(), self._read)
             return

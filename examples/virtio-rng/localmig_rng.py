@@ -1,5 +1,7 @@
 """virtio-rng: bytes from the host's random number generator (virtio 1.2, section 5.4).
 
+Install it and run it:
+
     pip install ./examples/virtio-rng
     localmig run --device virtio-rng,id=rng0,socket=/run/vm1/rng0.sock
 """
@@ -34,7 +36,7 @@ class VirtioRng(CallbackDevice):
     ring_names = ("requests",)
     max_bytes: int
 
-    def on_chain(self, ring: str, chain: Chain) -> None:
+    def on_chain(self, chain: Chain) -> None:
         """Answers at once."""
         chain.complete(os.urandom(min(chain.writable, self.max_bytes)))
 

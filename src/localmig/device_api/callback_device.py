@@ -27,9 +27,7 @@ from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
 
-FEATURES: Final = (
-    Feature.VERSION_1 | Feature.ANY_LAYOUT | Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC
-)
+FEATURES: Final = Feature.VERSION_1 | Feature.ANY_LAYOUT | Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC
 """What the engine serves, whatever the device. Not IN_ORDER, for a device may keep chains; not packed rings."""
 
 PROTOCOL_FEATURES: Final = PROTOCOL_FEATURES_SERVED & ~(ProtocolFeature.RARP | ProtocolFeature.MTU)
@@ -108,14 +106,14 @@ class CallbackDevice(VhostUserDevice):
     # -- what an author writes ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def on_chain(self, ring: str, chain: Chain) -> None:
-        """A driver made a chain available. It is to be completed, now or later. Whatever this raises fails all rings."""
+    def on_chain(self, chain: Chain) -> None:
+        """A driver made a chain available, to be completed now or later. Whatever this raises fails all rings."""
 
     def on_returned(self, ring: str) -> None:
         """The driver has this ring back: chains of it that were taken lead nowhere. Called before further ones come."""
 
     def on_serving(self) -> None:
-        """This process serves from now on: what is the device's own may be touched and watched. Called at each `thaw`."""
+        """This process serves from now on: what is the device's own may be touched, and watched. At each `thaw`."""
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Has `callback` called in the device's thread whenever `fd` can be read, while this process serves."""
@@ -143,7 +141,7 @@ class CallbackDevice(VhostUserDevice):
 
     def make_groups(self, event_fd: int) -> Iterator[RingGroup]:
         """One group of all rings, and the thread that serves it."""
-        self._group = CallbackGroup(range(len(self.ring_names)), event_fd)
+        self._group = CallbackGroup(dict(enumerate(self.ring_names)), event_fd)
         yield self._group
         self._thread = CallbackThread(self.id, self._failed)
         self._thread.watch(self._group.engine.fileno(), self._take_chains)
@@ -225,7 +223,7 @@ class CallbackDevice(VhostUserDevice):
             chain = self._group.take()
             if chain is None:
                 return
-            self.on_chain(self.ring_names[chain.vring], chain)
+            self.on_chain(chain)
 
     def _failed(self, error: BaseException) -> None:
         if self._group is not None:
@@ -247,8 +245,8 @@ class CallbackDevice(VhostUserDevice):
         if self._stuck or not (at_once or self._thread.seconds_busy() > CALLBACK_SECONDS_MAX):
             return bool(self._stuck)
         self._stuck = (
-            f"its code has not returned for {self._thread.seconds_busy():.1f} s; hand over to a daemon with code that does, "
-            "and reset the driver"
+            f"its code has not returned for {self._thread.seconds_busy():.1f} s; hand over to a daemon with code that "
+            "does, and reset the driver"
         )
         self._thread.close()
         if self._group is not None:

@@ -7,9 +7,9 @@ Read next:   ring_group.py for the contract, callback_device.py for who takes ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from localmig.dataplane import CallbackCounters, CallbackQueues, GuestMemory, InFlight
+from localmig.dataplane import CallbackCounters, CallbackQueues, GuestMemory
 from localmig.dataplane import Chain as TakenChain
 from localmig.device_api.ring_group import Layout, RingGroup
 from localmig.virtio import Feature
@@ -22,18 +22,18 @@ class Chain:
     for as long as it likes, and complete it in any order, in any thread.
 
     Attributes:
-        vring: the number of its ring.
+        ring: the name of its ring.
         readable: what the driver wrote.
         writable: how many bytes the device may write.
         was_taken: whether another process had taken it and did not complete it.
     """
 
-    __slots__ = ("_group", "_taken", "readable", "vring", "was_taken", "writable")
+    __slots__ = ("_group", "_taken", "readable", "ring", "was_taken", "writable")
 
     def __init__(self, group: CallbackGroup, taken: TakenChain) -> None:
         self._group = group
         self._taken = taken
-        self.vring = group.vrings[taken.ring]
+        self.ring = group.names[taken.ring]
         self.readable = taken.readable
         self.writable = taken.writable
         self.was_taken = taken.was_taken
@@ -53,17 +53,17 @@ class CallbackGroup(RingGroup):
     """Rings of a device that its own code serves.
 
     Args:
-        vrings: their numbers in the device.
+        names: of its rings, by their numbers in the device.
         event_fd: signalled where a ring failed.
     """
 
     engine: CallbackQueues
 
-    def __init__(self, vrings: Sequence[int], event_fd: int) -> None:
-        self.vrings = tuple(vrings)
-        self.name = f"rings {', '.join(map(str, vrings))}"
+    def __init__(self, names: Mapping[int, str], event_fd: int) -> None:
+        self.vrings = tuple(names)
+        self.names = tuple(names.values())
+        self.name = f"rings {', '.join(self.names)}" if len(names) > 1 else f"ring {self.names[0]}"
         self.engine = CallbackQueues(len(self.vrings), event_fd)
-        self._in_flight: InFlight | None = None
 
     def take(self) -> Chain | None:
         """The next chain; None where none is there, or the rings stand still."""
@@ -77,14 +77,12 @@ class CallbackGroup(RingGroup):
 
     def lay_out(self, layout: Layout) -> None:
         """Tells it where its rings are."""
-        self._in_flight = layout.in_flight
         self.engine.configure(
             memory=layout.memory,
             rings=list(layout.rings),
             event_index=bool(layout.features & Feature.RING_EVENT_IDX),
             indirect=bool(layout.features & Feature.RING_INDIRECT_DESC),
             packed=layout.packed,
-            in_flight=layout.in_flight,
         )
 
     def start(self) -> int:
@@ -98,11 +96,6 @@ class CallbackGroup(RingGroup):
     def give_back(self, vring: int) -> None:
         """Returns the chains in flight of a stopped ring unused, which the frontend knows no word for."""
         self.engine.give_back(self.vrings.index(vring))
-
-    def forget(self, vring: int) -> None:
-        """Chains of it that were taken lead nowhere."""
-        if self._in_flight is not None:
-            self._in_flight.forget(self.vrings.index(vring))
 
     def is_running(self) -> bool:
         """Whether chains can be taken."""
@@ -138,7 +131,6 @@ class CallbackGroup(RingGroup):
 
     def release(self) -> None:
         """Forgets rings, memory and descriptors."""
-        self._in_flight = None
         self.engine.release()
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ each time the event loop has waited for something while a callback computes."""
 
 
 class CallbackThread:
-    """Calls what is watched, one after the other. Paused until `resume`. Only `unwatch` and `watch` may be called in it.
+    """Calls what is watched, one after the other. Paused until `resume`. `watch` and `unwatch` may be called in it too.
 
     Args:
         name: the thread's.

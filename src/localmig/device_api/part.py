@@ -117,7 +117,7 @@ class Part(Protocol):
     def is_outdated(self) -> bool:
         """Whether `save_setup` would save something else than last time, without `changing` having been called.
 
-        Asked once the part is frozen. For what a successor can do without if this process dies first.
+        Asked once it is quiesced. For what a successor can do without if this process dies first.
         """
         return False
 

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 
 from localmig import dataplane
 from localmig.dataplane import FRAME_SIZE_MAX, Counters, GuestMemory, QueuePair
+from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.part import Part
 from localmig.errors import KernelError, PeerError
 from localmig.fd_kind import FdKind
@@ -124,6 +125,10 @@ class Device(Protocol):
     def queue_pairs(self) -> Sequence[QueuePair]:
         """Those that exist now."""
 
+    @property
+    def callback_groups(self) -> Sequence[CallbackGroup]:
+        """Its rings that Python code serves."""
+
 
 class Queues(Part):
     """The rings of a daemon. Every device joins before the first step; in the list of parts it stands behind them.
@@ -165,11 +170,16 @@ class Queues(Part):
             for (device, index), began_ns in zip(self._places(), dataplane.start_all(self._pairs()), strict=True):
                 if began_ns is not None:
                     self._tracer.emit(RingsStarted(device=device, queue_pair=index, at_ns=began_ns))
+            for group in self._callback_groups():
+                if any(position is not None for position in group.positions()) and not group.is_running():
+                    group.start()
 
     def stop(self) -> None:
         """Stops every queue pair between two packets."""
         if self.serving:
             self.serving = False
+            for group in self._callback_groups():
+                group.stop()
             for (device, index), was_running in zip(self._places(), dataplane.stop_all(self._pairs()), strict=True):
                 if was_running:
                     self._tracer.emit(RingsStopped(device=device, queue_pair=index))
@@ -279,6 +289,8 @@ class Queues(Part):
         for pair in self._pairs():
             if pair.positions() != (None, None):
                 pair.set_positions(None, None)
+        for group in self._callback_groups():
+            group.engine.set_positions([None] * len(group.vrings))
 
     def discard(self) -> None:
         """Closes what came; devices drop what they adopted."""
@@ -290,6 +302,9 @@ class Queues(Part):
         if self._waiting is not None:
             self._waiting.close()
             self._waiting = None
+
+    def _callback_groups(self) -> Iterator[CallbackGroup]:
+        return (group for device in self._devices for group in device.callback_groups)
 
     def _pairs(self) -> list[QueuePair]:
         return [pair for device in self._devices for pair in device.queue_pairs]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localmig.dataplane import CallbackQueues, GuestMemory, InFlight, QueuePair, Ring
+from localmig.dataplane import CallbackQueues, GuestMemory, QueuePair, Ring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,14 +23,12 @@ class Layout:
         rings: one for each of the group's vrings, None for one that is not to run.
         features: virtio feature bits that the driver acknowledged.
         packed: the rings' format.
-        in_flight: where chains that are kept are remembered for a successor.
     """
 
     memory: GuestMemory
     rings: tuple[Ring | None, ...]
     features: int
     packed: bool
-    in_flight: InFlight | None
 
 
 class RingGroup(ABC):
@@ -60,9 +58,6 @@ class RingGroup(ABC):
 
     def give_back(self, vring: int) -> None:
         """Returns what is in flight of a stopped ring, before anybody is told where it stands. Nothing for most."""
-
-    def forget(self, vring: int) -> None:
-        """The driver sets a stopped ring up again: nothing of it is in flight any more, and its memory is the guest's."""
 
     @abstractmethod
     def is_running(self) -> bool:

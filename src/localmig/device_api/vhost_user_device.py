@@ -32,7 +32,7 @@ from localmig.device_api.own_state import OwnState
 from localmig.device_api.part import Part
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
-from localmig.errors import KernelError, LocalmigError, PeerError
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.trace import (
     DeviceNoted,
@@ -47,6 +47,7 @@ from localmig.trace import (
 )
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
+from localmig.vhost_user.message import VRING_INDEX_MAX
 from localmig.vhost_user.protocol import (
     DeviceReset,
     Event,
@@ -524,8 +525,7 @@ class VhostUserDevice(Part):
                 self.features_changed()
                 for group in self._groups:
                     for vring in group.vrings:
-                        group.forget(vring)
-                        self.ring_left(vring)
+                        self._forget(vring)
                     self.driver_left(group)
                 self.apply_all()
                 self._rewind()
@@ -568,8 +568,7 @@ class VhostUserDevice(Part):
             stopped = [vring for vring in group.vrings if not state.vrings[vring].started]
             self._give_back(group, [vring for vring in stopped if vring != anew])
             if anew in stopped:
-                group.forget(anew)
-                self.ring_left(anew)
+                self._forget(anew)
         self.after_stop(group)
         self._lay_out(group)
         self.after_layout(group)
@@ -585,6 +584,12 @@ class VhostUserDevice(Part):
             if vring in vrings and position is not None:
                 group.give_back(vring)
                 self.ring_left(vring)
+
+    def _forget(self, vring: int) -> None:
+        """The driver sets a stopped ring up again: its memory is the guest's, and nothing of it is in flight."""
+        if self._in_flight is not None:
+            self._in_flight.forget(vring)
+            self.ring_left(vring)
 
     def _change_memory(self) -> None:
         """Goes on with the session's new table. Groups whose rings stay where they are do not stop for it.
@@ -703,7 +708,6 @@ class VhostUserDevice(Part):
                     rings=rings,
                     features=state.features_acked,
                     packed=state.is_packed,
-                    in_flight=self._in_flight,
                 )
             )
         except ValueError as error:
@@ -737,6 +741,7 @@ class VhostUserDevice(Part):
             error_fd=_fileno(vring.error),
             next_avail=vring.next_avail,
             ledger=None if self._ledger is None else (self._ledger, index),
+            in_flight=None if self._in_flight is None else (self._in_flight, index),
         )
 
     def _start(self, group: RingGroup) -> None:
@@ -863,6 +868,8 @@ class VhostUserDevice(Part):
     # -- small things -------------------------------------------------------------------------------------------
 
     def _make_groups(self) -> None:
+        if (count := self.offer().vring_count) > VRING_INDEX_MAX + 1:
+            raise ConfigError(f"device '{self.id}' has {count} rings, vhost-user can name {VRING_INDEX_MAX + 1}")
         self._ring_events = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         # Into the list one after the other: what was made is closed with the device.
         for group in self.make_groups(self._ring_events.fileno()):

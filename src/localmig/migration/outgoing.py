@@ -316,11 +316,14 @@ class Outgoing:
             if self._changed:
                 await self._send_setup_again(SETUP_TIMEOUT_S)
         await self._quiesce()
+        self._outdated = {self._name(part) for part in self._parts if part.is_outdated()}
+        if self._outdated:
+            await self._send_setup_again(SETUP_TIMEOUT_S)
+            self._outdated.clear()
         self._frozen_at = time.monotonic()
         for part in self._parts:
             part.freeze()
-        self._outdated = {section_name(part.id, part.setup) for part in self._parts if part.is_outdated()}
-        if self._changed or self._outdated:
+        if self._changed:
             try:
                 await self._send_setup_again(FROZEN_TIMEOUT_S)
             except TimeoutError:
