@@ -19,7 +19,7 @@ use crate::memory::GuestMemory;
 /// Where one virtqueue is.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
 pub struct Ring {
-    spec: RingSpec,
+    pub spec: RingSpec,
 }
 
 #[pymethods]
