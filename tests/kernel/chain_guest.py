@@ -35,7 +35,6 @@ class ChainGuest:
     """A driver of `ring_count` split rings. `undo` ends it.
 
     Attributes:
-        rings: as the device gets to know them.
         in_flight_fd: the file for chains in flight.
         event_fd: for the device to hear of ring errors.
     """
@@ -52,11 +51,16 @@ class ChainGuest:
         self.in_flight_fd = InFlight.create(ring_count)
         undo.callback(os.close, self.in_flight_fd)
         self._available, self._used = [0] * ring_count, [0] * ring_count
-        self.rings = [self._ring(index) for index in range(ring_count)]
+        self._ring_count = ring_count
 
     def in_flight(self) -> InFlight:
         """The file as one process maps it."""
-        return InFlight(self.in_flight_fd, len(self.rings))
+        return InFlight(self.in_flight_fd, self._ring_count)
+
+    def rings(self) -> list[Ring]:
+        """The rings as one process gets to know them."""
+        in_flight = self.in_flight()
+        return [self._ring(index, in_flight) for index in range(self._ring_count)]
 
     def offer(self, ring: int, head: int, text: bytes) -> None:
         """Makes a chain available: `text`, and room for an answer. Kicks."""
@@ -100,7 +104,7 @@ class ChainGuest:
     def _buffer(self, ring: int, head: int) -> int:
         return self._start + _RING_BYTES * ring + _BUFFERS + _BUFFER_BYTES * head
 
-    def _ring(self, index: int) -> Ring:
+    def _ring(self, index: int, in_flight: InFlight) -> Ring:
         table, avail, used = self._areas(index)
         return Ring(
             size=SIZE,
@@ -111,6 +115,7 @@ class ChainGuest:
             call_fd=self.call_fds[index],
             error_fd=None,
             next_avail=None,
+            in_flight=(in_flight, index),
         )
 
 

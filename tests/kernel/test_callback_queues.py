@@ -23,14 +23,9 @@ def undo() -> Iterator[ExitStack]:
 
 
 def served(guest: ChainGuest) -> CallbackQueues:
-    queues = CallbackQueues(len(guest.rings), guest.event_fd)
-    queues.configure(
-        memory=guest.memory.mapping,
-        rings=guest.rings,
-        event_index=False,
-        indirect=True,
-        in_flight=guest.in_flight(),
-    )
+    rings = guest.rings()
+    queues = CallbackQueues(len(rings), guest.event_fd)
+    queues.configure(memory=guest.memory.mapping, rings=rings, event_index=False, indirect=True)
     queues.start()
     return queues
 
@@ -179,10 +174,8 @@ def test_files_and_configurations_that_cannot_be_are_refused(undo: ExitStack) ->
     queues = CallbackQueues(1, guest.event_fd)
     with pytest.raises(RuntimeError, match="not configured"):
         queues.start()
-    with pytest.raises(ValueError, match="ring 0: there is no place for it in an in-flight file"):
-        queues.configure(
-            memory=guest.memory.mapping, rings=guest.rings, event_index=False, indirect=True, in_flight=None
-        )
+    with pytest.raises(ValueError, match="2 rings are configured, there are 1"):
+        queues.configure(memory=guest.memory.mapping, rings=[None, None], event_index=False, indirect=True)
 
 
 def test_nothing_is_left_open(undo: ExitStack) -> None:

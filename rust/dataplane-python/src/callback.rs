@@ -10,7 +10,6 @@ use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-use crate::ledger::InFlight;
 use crate::memory::GuestMemory;
 use crate::queue_pair::Ring;
 
@@ -75,8 +74,7 @@ impl CallbackQueues {
             .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))
     }
 
-    #[pyo3(signature = (*, memory, rings, event_index, indirect, in_flight, packed=false))]
-    #[allow(clippy::too_many_arguments)] // keyword-only in Python
+    #[pyo3(signature = (*, memory, rings, event_index, indirect, packed=false))]
     fn configure(
         &self,
         py: Python<'_>,
@@ -84,7 +82,6 @@ impl CallbackQueues {
         rings: Vec<Option<Py<Ring>>>,
         event_index: bool,
         indirect: bool,
-        in_flight: Option<&InFlight>,
         packed: bool,
     ) -> PyResult<()> {
         let config = CallbackConfig {
@@ -92,7 +89,6 @@ impl CallbackQueues {
             format: if packed { Format::Packed } else { Format::Split },
             features: Features { event_index, indirect },
             rings: rings.iter().map(|ring| Some(ring.as_ref()?.get().spec.clone())).collect(),
-            in_flight: in_flight.map(|in_flight| Arc::clone(&in_flight.inner)),
         };
         py.detach(|| self.inner.configure(&config)).map_err(refused)
     }

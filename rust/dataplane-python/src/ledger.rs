@@ -52,7 +52,17 @@ impl Ledger {
 /// Which chains of split rings are in flight, in memory that a successor shares.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
 pub struct InFlight {
-    pub inner: Arc<dataplane::in_flight::InFlight>,
+    inner: Arc<dataplane::in_flight::InFlight>,
+}
+
+impl InFlight {
+    pub fn slot(&self, ring: usize) -> PyResult<dataplane::in_flight::Slot> {
+        self.inner.slot(ring).ok_or_else(|| no_ring(ring))
+    }
+}
+
+fn no_ring(ring: usize) -> PyErr {
+    PyValueError::new_err(format!("the in-flight file has no ring {ring}"))
 }
 
 #[pymethods]
@@ -73,6 +83,6 @@ impl InFlight {
         if self.inner.forget(ring) {
             return Ok(());
         }
-        Err(PyValueError::new_err(format!("the in-flight file has no ring {ring}")))
+        Err(no_ring(ring))
     }
 }

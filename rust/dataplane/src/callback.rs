@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::bell::{self, check_kick};
 use crate::chain::{Chain, Direction, Features, Layout, RingError};
 use crate::counters::{CallbackCounters, LiveCallbackCounters};
-use crate::in_flight::{InFlight, Parked, Slot, RING_COUNT_MAX};
+use crate::in_flight::{Parked, Slot, RING_COUNT_MAX};
 use crate::memory::{copy, GuestMemory};
 use crate::pump::{explain, Notifiers, RingSpec};
 use crate::queue_pair::lock;
@@ -90,8 +90,6 @@ pub struct CallbackConfig {
     pub features: Features,
     /// A place for each ring; None is one that is not served.
     pub rings: Vec<Option<RingSpec>>,
-    /// Where the chains in flight of split rings are remembered.
-    pub in_flight: Option<Arc<InFlight>>,
 }
 
 /// A ring that began elsewhere than it was told.
@@ -248,8 +246,8 @@ impl End {
         let slot = match config.format {
             Format::Packed => None,
             Format::Split => {
-                let slot = config.in_flight.as_ref().and_then(|in_flight| in_flight.slot(number));
-                Some(slot.ok_or_else(|| format!("{name}: there is no place for it in an in-flight file"))?)
+                let slot = spec.in_flight.clone();
+                Some(slot.ok_or_else(|| format!("{name}: there is no in-flight file for it"))?)
             }
         };
         let notifiers = Notifiers::of(&name, spec.call_fd, spec.error_fd)?;

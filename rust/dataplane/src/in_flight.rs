@@ -85,7 +85,7 @@ impl InFlight {
 
     /// The part of ring `index`; None where the file has none.
     #[must_use]
-    pub(crate) fn slot(self: &Arc<Self>, index: usize) -> Option<Slot> {
+    pub fn slot(self: &Arc<Self>, index: usize) -> Option<Slot> {
         (index < self.ring_count).then(|| Slot { in_flight: Arc::clone(self), start: index * SLOT_WORDS })
     }
 }
@@ -108,7 +108,7 @@ pub(crate) struct Parked {
 
 /// One ring's part of the file. Only whoever serves the ring writes to it.
 #[derive(Clone, Debug)]
-pub(crate) struct Slot {
+pub struct Slot {
     in_flight: Arc<InFlight>,
     start: usize,
 }

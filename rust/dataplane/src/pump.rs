@@ -18,6 +18,7 @@ use crate::backlog::Backlog;
 use crate::bell::{check_kick, Bell};
 use crate::chain::{Direction, Features, Layout, RingError};
 use crate::counters::{Counter, LiveCounters};
+use crate::in_flight;
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
@@ -80,6 +81,8 @@ pub struct RingSpec {
     pub next_avail: Option<u16>,
     /// Where a packed ring keeps its position for a successor.
     pub ledger: Option<Slot>,
+    /// Where a split ring whose chains are handed out keeps those in flight for a successor.
+    pub in_flight: Option<in_flight::Slot>,
 }
 
 /// All there is to know to run a pair.

@@ -674,6 +674,7 @@ mod tests {
                     error_fd: Some(error),
                     next_avail: None,
                     ledger: None,
+                    in_flight: None,
                 })
             };
             let config = Config {

@@ -53,7 +53,7 @@ impl Guest {
         Self { memory, queues, ends, file: InFlight::create(RINGS).unwrap() }
     }
 
-    fn spec(&self, ring: usize) -> RingSpec {
+    fn spec(&self, ring: usize, in_flight: &Arc<InFlight>) -> RingSpec {
         let [kick, call, error] = self.ends[ring].each_ref().map(AsRawFd::as_raw_fd);
         RingSpec {
             layout: self.queues[ring].layout,
@@ -62,6 +62,7 @@ impl Guest {
             error_fd: Some(error),
             next_avail: None,
             ledger: None,
+            in_flight: in_flight.slot(ring),
         }
     }
 
@@ -121,8 +122,7 @@ impl Server {
             memory: Arc::clone(&guest.memory),
             format: Format::Split,
             features: Features { event_index: false, indirect: true },
-            rings: (0..RINGS).map(|ring| rings[ring].then(|| guest.spec(ring))).collect(),
-            in_flight: Some(Arc::clone(&self.in_flight)),
+            rings: (0..RINGS).map(|ring| rings[ring].then(|| guest.spec(ring, &self.in_flight))).collect(),
         }
     }
 
@@ -699,8 +699,8 @@ fn what_cannot_be_configured_changes_nothing() {
     config.rings.pop();
     assert_eq!(refused(config), "1 rings are configured, there are 2");
     let mut config = server.config(&guest, [true; RINGS]);
-    config.in_flight = None;
-    assert_eq!(refused(config), "ring 0: there is no place for it in an in-flight file");
+    config.rings[0].as_mut().unwrap().in_flight = None;
+    assert_eq!(refused(config), "ring 0: there is no in-flight file for it");
     let mut config = server.config(&guest, [true; RINGS]);
     config.rings[1].as_mut().unwrap().layout.size = 6;
     assert_eq!(refused(config), "ring 1: a ring has 6 entries, it must be a power of two up to 32768");
@@ -727,13 +727,13 @@ fn a_packed_ring_hands_out_one_chain_at_a_time_and_a_successor_gets_the_same() {
             error_fd: Some(ends[2].as_raw_fd()),
             next_avail: position.map(Position::bits),
             ledger: slot(),
+            in_flight: None,
         };
         let config = CallbackConfig {
             memory: Arc::clone(&memory),
             format: Format::Packed,
             features: Features { event_index: true, indirect: true },
             rings: vec![Some(spec)],
-            in_flight: None,
         };
         queues.configure(&config).unwrap();
         queues.start().unwrap();

@@ -63,13 +63,13 @@ impl Place {
             error_fd: None,
             next_avail: None,
             ledger: None,
+            in_flight: InFlight::map(self.file.as_raw_fd(), 1).unwrap().slot(0),
         };
         let config = CallbackConfig {
             memory: Arc::clone(&self.memory),
             format: Format::Split,
             features: Features { event_index: true, indirect: true },
             rings: vec![Some(spec)],
-            in_flight: Some(InFlight::map(self.file.as_raw_fd(), 1).unwrap()),
         };
         queues.configure(&config).unwrap();
         queues.start().unwrap();

@@ -174,6 +174,8 @@ class Ring:
     `next_avail` is the position that was told: of a packed ring the index with the wrap counter in bit 15. None means
     what `ledger` says: a ledger and the ring's number in it. A split ring begins at the used index that stands in guest
     memory in any case; see `QueuePair.take_corrections`.
+
+    `in_flight` is a file and the ring's number in it. A split ring of `CallbackQueues` needs one.
     """
 
     def __new__(
@@ -188,6 +190,7 @@ class Ring:
         error_fd: int | None,
         next_avail: int | None,
         ledger: tuple[Ledger, int] | None = None,
+        in_flight: tuple[InFlight, int] | None = None,
     ) -> Ring: ...
 
 @final
@@ -364,21 +367,18 @@ class CallbackQueues:
         rings: Sequence[Ring | None],
         event_index: bool,
         indirect: bool,
-        in_flight: InFlight | None,
         packed: bool = False,
     ) -> None:
-        """Sets all there is to know; None is a ring that is not served. Touches neither guest memory nor `in_flight`.
+        """Sets all there is to know; None is a ring that is not served. Touches neither guest memory nor a file.
 
-        A ring with the same addresses, size, features and `in_flight` as before goes on: chains that were handed out
-        stay in flight, whatever happens to other rings. Every other ring begins anew: what was handed out of it is too
-        late, and what `in_flight` says is in flight is handed out (again) by `take`. It is for the device to have that
-        forgotten where the driver set the ring up again. A ring that failed runs again.
-
-        `in_flight` may be None for packed rings, which have their ledger.
+        A ring with the same addresses, size, features and place in the same in-flight file as before goes on: chains
+        that were handed out stay in flight, whatever happens to other rings. Every other ring begins anew: what was
+        handed out of it is too late, and what the file says is in flight is handed out (again) by `take`. The caller
+        has it forgotten (`InFlight.forget`) if the driver set the ring up again. A ring that failed runs again.
 
         Raises:
-            ValueError: a ring's size or alignment is wrong, it lies outside guest memory, it has no place in
-                `in_flight`, or there are not `ring_count` places. Nothing changed.
+            ValueError: a ring's size or alignment is wrong, it lies outside guest memory, it is split and has no
+                in-flight file, or there are not `ring_count` places. Nothing changed.
             RuntimeError: the rings run, or are closed.
         """
 
