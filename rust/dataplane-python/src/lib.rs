@@ -6,6 +6,7 @@
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+mod callback;
 mod driver;
 mod ledger;
 mod memory;
@@ -15,9 +16,14 @@ mod sandbox;
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
+    module.add("CALLBACK_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::CallbackCounters::NAMES)?)?;
+    module.add("CHAIN_DATA_SIZE_MAX", dataplane::callback::DATA_SIZE_MAX)?;
     module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
+    module.add_class::<callback::CallbackQueues>()?;
+    module.add_class::<callback::Chain>()?;
     module.add_class::<driver::DriverPair>()?;
+    module.add_class::<ledger::InFlight>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;

@@ -13,20 +13,20 @@ use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::ledger::Ledger;
+use crate::ledger::{InFlight, Ledger};
 use crate::memory::GuestMemory;
 
 /// Where one virtqueue is.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
 pub struct Ring {
-    spec: RingSpec,
+    pub spec: RingSpec,
 }
 
 #[pymethods]
 impl Ring {
     #[new]
     #[pyo3(signature = (*, size, descriptor_area, driver_area, device_area, kick_fd, call_fd, error_fd, next_avail,
-                        ledger=None))]
+                        ledger=None, in_flight=None))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         size: u32,
@@ -38,10 +38,12 @@ impl Ring {
         error_fd: Option<RawFd>,
         next_avail: Option<u16>,
         ledger: Option<(PyRef<'_, Ledger>, usize)>,
+        in_flight: Option<(PyRef<'_, InFlight>, usize)>,
     ) -> PyResult<Self> {
         let layout = Layout { size, descriptor_area, driver_area, device_area };
         let ledger = ledger.map(|(ledger, ring)| ledger.slot(ring)).transpose()?;
-        Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger } })
+        let in_flight = in_flight.map(|(in_flight, ring)| in_flight.slot(ring)).transpose()?;
+        Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger, in_flight } })
     }
 }
 

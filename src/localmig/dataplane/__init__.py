@@ -9,9 +9,13 @@ Read next:   `_dataplane.pyi` for the contract, counters.py for what is counted,
 from __future__ import annotations
 
 from localmig.dataplane._dataplane import (
+    CHAIN_DATA_SIZE_MAX,
     FRAME_SIZE_MAX,
+    CallbackQueues,
+    Chain,
     DriverPair,
     GuestMemory,
+    InFlight,
     Ledger,
     QueuePair,
     Ring,
@@ -30,14 +34,19 @@ from localmig.dataplane._dataplane import (
     stop_all,
     swap_memory,
 )
-from localmig.dataplane.counters import Counters, DriverCounters
+from localmig.dataplane.counters import CallbackCounters, Counters, DriverCounters
 
 __all__ = [
+    "CHAIN_DATA_SIZE_MAX",
     "FRAME_SIZE_MAX",
+    "CallbackCounters",
+    "CallbackQueues",
+    "Chain",
     "Counters",
     "DriverCounters",
     "DriverPair",
     "GuestMemory",
+    "InFlight",
     "Ledger",
     "QueuePair",
     "Ring",
