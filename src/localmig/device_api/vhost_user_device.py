@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Final
 
 from localmig import trace
 from localmig.dataplane import GuestMemory, Ledger, QueuePair, Ring
+from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
 from localmig.device_api.notes import NOT_SHARED, Notes, set_up_notes
 from localmig.device_api.own_state import OwnState
@@ -313,6 +314,16 @@ class VhostUserDevice(Part):
     def socket(self) -> ListenAt | ConnectTo:
         """Where and how frontends come."""
         return self._socket
+
+    def info(self) -> DeviceInfo:
+        """What every device shows; a subclass returns one with more members, which its type's `info` declares."""
+        return DeviceInfo(
+            socket=self.socket.path,
+            server=isinstance(self.socket, ListenAt),
+            session=self.session_info(),
+            vrings=tuple(self.vring_infos()),
+            notes=self.notes(),
+        )
 
     def session_info(self) -> SessionInfo | None:
         """The session as the frontend told it, None while there is none."""

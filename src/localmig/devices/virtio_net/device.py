@@ -153,7 +153,6 @@ class VirtioNet(VhostUserDevice):
     def info(self) -> VirtioNetInfo:
         """The session as the frontend told it, and each ring as its queue pair has it."""
         return VirtioNetInfo(
-            id=self.id,
             netdev=self._netdev.id,
             socket=self.socket.path,
             server=isinstance(self.socket, ListenAt),
