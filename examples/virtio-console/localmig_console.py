@@ -30,6 +30,7 @@ from localmig.device_api import (
     OwnedFd,
     PeerError,
     VhostUserSpec,
+    callback_members,
     fd,
     option,
     optional,
@@ -160,4 +161,4 @@ def build(spec: VirtioConsoleSpec, context: BuildContext) -> VirtioConsole:
     return device
 
 
-OBJECT: Final = ObjectType(spec=VirtioConsoleSpec, build=build)
+OBJECT: Final = ObjectType(spec=VirtioConsoleSpec, build=build, info=callback_members())

@@ -12,7 +12,16 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.device_api import BuildContext, CallbackDevice, Chain, Number, ObjectType, VhostUserSpec, option
+from localmig.device_api import (
+    BuildContext,
+    CallbackDevice,
+    Chain,
+    Number,
+    ObjectType,
+    VhostUserSpec,
+    callback_members,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,4 +57,4 @@ def build(spec: VirtioRngSpec, context: BuildContext) -> VirtioRng:
     return device
 
 
-OBJECT: Final = ObjectType(spec=VirtioRngSpec, build=build)
+OBJECT: Final = ObjectType(spec=VirtioRngSpec, build=build, info=callback_members())

@@ -70,13 +70,13 @@ class RegisteredType:
         needed = Netdev if spec.kind == "netdev" else Part
         if needed not in type(part).__mro__:
             raise ConfigError(
-                f"{self} cannot build {spec.kind} '{spec.id}': it gave a {type(part).__name__}, which is no "
+                f"{self} cannot build {spec.kind} '{spec.id}': it returned {type(part).__name__}, which is no "
                 f"{needed.__name__} of localmig.device_api"
             )
         if not isinstance(getattr(part, "setup", None), Description):
             raise ConfigError(f"{self} cannot build {spec.kind} '{spec.id}': its state ('setup') is no Description")
         if part.id != spec.id:
-            raise ConfigError(f"{self} cannot build {spec.kind} '{spec.id}': what it gave has the id '{part.id}'")
+            raise ConfigError(f"{self} cannot build {spec.kind} '{spec.id}': what it returned has the id '{part.id}'")
         return part
 
 
@@ -281,7 +281,7 @@ def _load(entry_points: list[EntryPoint]) -> RegisteredType:
 def _check(object_type: object, name: str) -> None:
     """Raises ConfigError where it is no type by that name whose objects this program can handle."""
     if not isinstance(object_type, ObjectType):
-        raise ConfigError(f"this is a {type(object_type).__name__}, expected an ObjectType of localmig.device_api")
+        raise ConfigError(f"this is of type {type(object_type).__name__}, expected localmig.device_api.ObjectType")
     spec = object_type.spec
     if not issubclass(spec, Spec):
         raise ConfigError("its spec is no class derived from DeviceSpec or NetdevSpec")
@@ -296,9 +296,7 @@ def _check(object_type: object, name: str) -> None:
         if not _is_text(row.help):
             raise ConfigError(f"option '{row.name}' has no help")
         if not all(hasattr(row.value, each) for each in ("word", "qapi", "read", "check")):
-            raise ConfigError(
-                f"option '{row.name}' has a {type(row.value).__name__} for its type, expected a ValueType"
-            )
+            raise ConfigError(f"option '{row.name}' has {type(row.value).__name__} for its type, expected a ValueType")
         if row.name == KINDS[spec.kind].selector:
             raise ConfigError(f"option '{row.name}' has the name of what selects the type")
         if row.reference is not None and row.reference.kind not in KINDS:

@@ -8,8 +8,9 @@ Read next:   part.py for the life of a part, callback_device.py and vhost_user_d
 
 from __future__ import annotations
 
-from localmig.device_api.callback_device import CallbackDevice
+from localmig.device_api.callback_device import CallbackDevice, callback_members
 from localmig.device_api.callback_group import CallbackGroup, Chain
+from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.netdev import Framing, Netdev, NetdevObserver, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.device_api.part import Announces, Part, RunsPrograms
@@ -19,7 +20,7 @@ from localmig.device_api.vhost_user_device import VhostUserDevice
 from localmig.device_api.vhost_user_options import VhostUserSpec
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
-from localmig.options.specs import Fit, Spec, option, reference
+from localmig.options.specs import DeviceSpec, Fit, NetdevSpec, Spec, option, reference
 from localmig.options.values import FilePath, Identifier, Number, Switch
 from localmig.vhost_user.protocol import Offer
 from localmig.vmstate import (
@@ -46,6 +47,8 @@ __all__ = [
     "Chain",
     "ConfigError",
     "Description",
+    "DeviceInfo",
+    "DeviceSpec",
     "FilePath",
     "Fit",
     "Framing",
@@ -54,6 +57,7 @@ __all__ = [
     "Layout",
     "Netdev",
     "NetdevObserver",
+    "NetdevSpec",
     "Number",
     "ObjectType",
     "Offer",
@@ -72,6 +76,8 @@ __all__ = [
     "array",
     "blob",
     "boolean",
+    "callback_members",
+    "device_members",
     "fd",
     "option",
     "optional",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Final
 from localmig.dataplane import CallbackCounters
 from localmig.device_api.callback_group import CallbackGroup, Chain
 from localmig.device_api.callback_thread import CALLBACK_SECONDS_MAX, CallbackThread
+from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import RingGroup
 from localmig.device_api.vhost_user_device import VhostUserDevice
+from localmig.qapi import Array, Member, Struct, Uint64
 from localmig.trace import Tracer
-from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.vhost_user.session import ConnectTo, ListenAt
@@ -49,26 +50,40 @@ class CallbackRingInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CallbackDeviceInfo:
+class CallbackDeviceInfo(DeviceInfo):
     """A device whose rings are served by its own code.
 
     Attributes:
-        id: the user's name for it.
-        socket: the path of its vhost-user socket.
-        server: whether it listens there.
-        session: None while no frontend is connected.
-        vrings: the session's rings.
         rings: what was counted of each.
-        notes: what keeps it from working, each with what to do.
     """
 
-    id: str
-    socket: str
-    server: bool
-    session: SessionInfo | None
-    vrings: tuple[VringInfo, ...]
     rings: tuple[CallbackRingInfo, ...]
-    notes: tuple[str, ...]
+
+
+_RING: Final = Struct(
+    (
+        Member(name="index", attribute="vring", type=Uint64()),
+        Member(
+            name="counters",
+            attribute="counters",
+            type=Struct(
+                tuple(
+                    Member(name=name.replace("_", "-"), attribute=name, type=Uint64())
+                    for name in CallbackCounters._fields
+                )
+            ),
+        ),
+    )
+)
+
+
+def callback_members(features: Mapping[int, str] | None = None) -> tuple[Member, ...]:
+    """What query-devices shows of a `CallbackDevice`: for an ObjectType's `info`.
+
+    Args:
+        features: names of the feature bits that only such devices have.
+    """
+    return (*device_members(features or {}), Member(name="rings", attribute="rings", type=Array(_RING)))
 
 
 class CallbackDevice(VhostUserDevice):
@@ -154,16 +169,11 @@ class CallbackDevice(VhostUserDevice):
         """The session, the rings, and what they counted."""
         counters = self._group.engine.counters() if self._group is not None else []
         return CallbackDeviceInfo(
-            id=self.id,
-            socket=self.socket.path,
-            server=isinstance(self.socket, ListenAt),
-            session=self.session_info(),
-            vrings=tuple(self.vring_infos()),
+            **self.facts(),
             rings=tuple(
                 CallbackRingInfo(vring=vring, counters=CallbackCounters(*values))
                 for vring, values in enumerate(counters)
             ),
-            notes=self.notes(),
         )
 
     # -- serving ------------------------------------------------------------------------------------------------

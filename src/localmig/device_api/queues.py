@@ -218,7 +218,8 @@ class Queues(Part):
     def save_switchover(self) -> RingsState:
         """Positions, exact once stopped, and counters; frames that wait go into their file."""
         pairs = self._pairs()
-        rx, tx, counters = dataplane.save_all(pairs)
+        rx, tx, counted = dataplane.save_all(pairs)
+        counters = counted or [[]] * len(Counters._fields)  # where there is no queue pair
         failed = dataplane.failed_rings(pairs)
         waiting = [0] * len(pairs) if self._waiting is None else dataplane.save_waiting(pairs, self._waiting.fileno())
         return RingsState(tuple(rx), tuple(tx), tuple(failed), tuple(waiting), *map(tuple, counters))

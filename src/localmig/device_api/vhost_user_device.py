@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Final
 from localmig import trace
 from localmig.dataplane import GuestMemory, InFlight, Ledger, QueuePair, Ring
 from localmig.device_api.callback_group import CallbackGroup
+from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
 from localmig.device_api.notes import NOT_SHARED, Notes, set_up_notes
 from localmig.device_api.own_state import OwnState
@@ -332,6 +333,20 @@ class VhostUserDevice(Part):
     def socket(self) -> ListenAt | ConnectTo:
         """Where and how frontends come."""
         return self._socket
+
+    def info(self) -> DeviceInfo:
+        """What every device shows; a subclass returns one with more members, which its type's `info` declares."""
+        return DeviceInfo(**self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """The members of a `DeviceInfo`, for one that has more."""
+        return {
+            "socket": self.socket.path,
+            "server": isinstance(self.socket, ListenAt),
+            "session": self.session_info(),
+            "vrings": tuple(self.vring_infos()),
+            "notes": self.notes(),
+        }
 
     def session_info(self) -> SessionInfo | None:
         """The session as the frontend told it, None while there is none."""

@@ -153,18 +153,13 @@ class VirtioNet(VhostUserDevice):
     def info(self) -> VirtioNetInfo:
         """The session as the frontend told it, and each ring as its queue pair has it."""
         return VirtioNetInfo(
-            id=self.id,
+            **self.facts(),
             netdev=self._netdev.id,
-            socket=self.socket.path,
-            server=isinstance(self.socket, ListenAt),
             mac=self._known_mac,
-            session=self.session_info(),
-            vrings=tuple(self.vring_infos()),
             queue_pairs=tuple(
                 QueuePairInfo(index=pair.index, running=self.moves(pair), counters=Counters(*pair.engine.counters()))
                 for pair in self._pairs
             ),
-            notes=self.notes(),
         )
 
     def moves(self, group: RingGroup) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from localmig.dataplane import Counters
+from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.qapi import Array, Boolean, Member, String, Struct, Uint64
 from localmig.qapi.bits import named
-from localmig.vhost_user.info import VRING, SessionInfo, VringInfo, feature_names, session_members
 from localmig.virtio.net import NetFeature
 
 
@@ -33,39 +33,21 @@ class QueuePairInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VirtioNetInfo:
+class VirtioNetInfo(DeviceInfo):
     """A NIC.
 
     Attributes:
-        id: the user's name for it.
         netdev: its host side's.
-        socket: the path of its vhost-user socket.
-        server: whether it listens there.
         mac: the guest's Ethernet address, None where nobody said it.
-        session: None while no frontend is connected.
-        vrings: the session's rings.
         queue_pairs: those that exist.
-        notes: what keeps it from working, each with what to do.
     """
 
-    id: str
     netdev: str
-    socket: str
-    server: bool
     mac: bytes | None
-    session: SessionInfo | None
-    vrings: tuple[VringInfo, ...]
     queue_pairs: tuple[QueuePairInfo, ...]
-    notes: tuple[str, ...]
 
 
 _FEATURES: Final = named("VIRTIO_NET_F_", NetFeature)
-
-
-def net_feature_names(bits: int) -> list[str]:
-    """A virtio-net device's feature bits."""
-    return feature_names(bits, _FEATURES)
-
 
 _COUNTERS: Final = Struct(
     tuple(Member(name=name.replace("_", "-"), attribute=name, type=Uint64()) for name in Counters._fields)
@@ -81,11 +63,8 @@ _QUEUE_PAIR: Final = Struct(
 
 SHOWN: Final = (
     Member(name="netdev", attribute="netdev", type=String()),
-    Member(name="socket", attribute="socket", type=String()),
-    Member(name="server", attribute="server", type=Boolean()),
     Member(name="mac", attribute="mac", type=String(), required=False, convert=lambda mac: mac.hex(":")),
-    Member(name="session", attribute="session", type=session_members(net_feature_names), required=False),
-    Member(name="vrings", attribute="vrings", type=Array(VRING)),
+    *device_members(_FEATURES),
     Member(name="queue-pairs", attribute="queue_pairs", type=Array(_QUEUE_PAIR)),
 )
-"""What query-devices shows of it, besides what it shows of every device."""
+"""What query-devices shows of it, besides what it shows of every object."""
