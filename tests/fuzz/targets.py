@@ -27,7 +27,7 @@ from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues import RINGS, RINGS_SETUP
+from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
 from localmig.fd_kind import FdKind
@@ -234,8 +234,8 @@ _OFFSET: Final = struct.Struct(">H")
 
 _EXPECTED: Final[tuple[tuple[Mapping[str, Description[Any]], Mapping[str, Description[Any]]], ...]] = (
     (
-        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.DEVICE_NAME: DEVICE, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
-        {nic.RINGS_NAME: RINGS},
+        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.DEVICE_NAME: DEVICE, nic.QUEUES_SETUP_NAME: QUEUES_SETUP},
+        {nic.QUEUES_NAME: QUEUES},
     ),
     ({synthetic.SETUP_NAME: synthetic.NIC}, {synthetic.RINGS_NAME: synthetic.NIC_RINGS}),
 )

@@ -58,10 +58,16 @@ pub struct CallbackQueues {
     inner: dataplane::callback::CallbackQueues,
 }
 
-fn refused(error: Error) -> PyErr {
+pub(crate) fn refused(error: Error) -> PyErr {
     match error {
         Error::Invalid(_) | Error::CompletedTwice { .. } => PyValueError::new_err(error.to_string()),
         _ => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+impl CallbackQueues {
+    pub(crate) fn inner(&self) -> &dataplane::callback::CallbackQueues {
+        &self.inner
     }
 }
 

@@ -859,6 +859,12 @@ impl CallbackQueues {
         Ok(())
     }
 
+    /// How many rings it has, configured or not.
+    #[must_use]
+    pub fn ring_count(&self) -> usize {
+        lock(&self.state).ends.len()
+    }
+
     /// Whether the rings can go on there; those that are not configured can anywhere.
     ///
     /// # Errors

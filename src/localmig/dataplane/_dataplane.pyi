@@ -6,7 +6,7 @@ Descriptors are lent: the caller keeps each one open for as long as the object t
 # ruff: noqa: PYI021 - there is no Python source these docstrings could stand in; this file is the contract
 
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 __all__ = [
     "CALLBACK_COUNTER_NAMES",
@@ -23,13 +23,12 @@ __all__ = [
     "QueuePair",
     "Ring",
     "check_positions",
-    "fail_rings",
-    "failed_rings",
     "forbid_programs",
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
     "load_waiting",
+    "recover_all",
     "save_all",
     "save_waiting",
     "set_dumpable",
@@ -506,14 +505,20 @@ class CallbackQueues:
     def close(self) -> None:
         """As `release`, for good; closes `fileno()`. Nobody may sleep on that any more. Idempotent."""
 
-def start_all(pairs: list[QueuePair]) -> list[int | None]:
-    """As `QueuePair.start` for each pair that is configured and stands still; all are scanned before a thread is woken.
+# What serves the rings of a daemon. Numbers of several engines stand one after the other, big endian, as they travel.
+# Positions are 2 bytes a ring; what failed is 1 byte a ring, 0 or 1; counters are 8 bytes each. A queue pair has two
+# rings, rx and tx, and one set of `COUNTER_NAMES`; callback queues have `CALLBACK_COUNTER_NAMES` for each ring.
+_Engines: TypeAlias = Sequence[QueuePair | CallbackQueues]
 
-    Gives for each the CLOCK_MONOTONIC nanoseconds at which its scan began, None where it was not started.
+def start_all(engines: _Engines) -> list[int | None]:
+    """As `start` for each that is configured and stands still, queue pairs first.
+
+    All rings of queue pairs are scanned before the first thread is woken. Gives for each engine the CLOCK_MONOTONIC
+    nanoseconds at which it began, None where it was not started.
     """
 
-def stop_all(pairs: list[QueuePair]) -> list[bool]:
-    """As `QueuePair.stop` for each; all threads are asked before one is waited for. Gives which of the pairs ran."""
+def stop_all(engines: _Engines) -> list[bool]:
+    """As `stop` for each, callback queues first. All threads are asked before one is waited for. Gives which ran."""
 
 def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
     """Lets every configured pair go on with `memory` where both its rings are in the same place there: gives which did.
@@ -522,56 +527,46 @@ def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
     the others are as they were.
     """
 
-def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[int]]]:
-    """(next_avail of each rx ring, of each tx ring, a list for each counter): a place for each pair in every list.
+def save_all(engines: _Engines) -> tuple[bytes, bytes, bytes]:
+    """Positions, what failed, and counters; exact once all are stopped. A ring that is not configured stands at 0."""
 
-    A ring that is not configured has 0. Counters come in the order of `COUNTER_NAMES`. Exact once the
-    pairs are stopped.
-    """
-
-def check_positions(pairs: list[QueuePair], rx: Sequence[int], tx: Sequence[int]) -> None:
-    """Whether the rings of each pair can go on there: a packed ring stands inside its entries. Changes nothing.
+def check_positions(engines: _Engines, positions: bytes) -> tuple[int, str] | None:
+    """The first engine, by its place, whose rings cannot go on there, and why; None if all can. Changes nothing.
 
     Raises:
-        ValueError: one cannot; the text names its place among the pairs.
-        RuntimeError: a pair runs.
+        ValueError: there is not a position for each ring. RuntimeError: an engine runs.
     """
 
-def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]) -> None:
-    """Sets what `save_all` gave; the position of a ring that is not configured is passed over.
+def load_all(engines: _Engines, positions: bytes, failed: bytes, counters: bytes) -> None:
+    """Sets what `save_all` gave. A ring that is not configured takes only the counters.
 
     Raises:
-        ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
-        OverflowError: a number is out of range. Nothing changed.
-        RuntimeError: a pair runs. Those before it are set.
+        ValueError: there are more or fewer numbers than that. Nothing changed.
+        RuntimeError: an engine runs. Those before it are set.
     """
 
-def save_waiting(pairs: list[QueuePair], fd: int) -> list[int]:
-    """Writes the frame that waits in each pair that is stopped into a memory file.
+def recover_all(engines: _Engines) -> None:
+    """As `set_positions` with None for each ring that is configured: whoever knew where they stand is dead.
 
-    Returns the length of each, 0 where none waits. Each pair has a place of its own in the file.
+    Raises:
+        RuntimeError: an engine runs. Those before it are set.
+    """
+
+def save_waiting(engines: _Engines, fd: int) -> bytes:
+    """Writes the frame that waits in each queue pair that is stopped into a memory file.
+
+    Returns the length of each, 4 bytes a queue pair, 0 where none waits. Each pair has a place of its own in the file.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-def load_waiting(pairs: list[QueuePair], fd: int, lengths: Sequence[int]) -> None:
+def load_waiting(engines: _Engines, fd: int, lengths: bytes) -> None:
     """Lets what `save_waiting` wrote wait here.
 
     Raises:
         ValueError: `lengths` has not a place for each pair (nothing changed), or one is more than `FRAME_SIZE_MAX`.
         OSError: the file has not so many bytes.
-        RuntimeError: a pair runs. Those before it are set.
-    """
-
-def failed_rings(pairs: list[QueuePair]) -> bytes:
-    """Which rings of each pair stopped for good: 1 is rx, 2 is tx, 3 both."""
-
-def fail_rings(pairs: list[QueuePair], failed: Sequence[int]) -> None:
-    """Takes note that these rings stopped for good elsewhere; one that is not configured is passed over.
-
-    Raises:
-        ValueError: `failed` has not a place for each pair. Nothing changed.
         RuntimeError: a pair runs. Those before it are set.
     """
 

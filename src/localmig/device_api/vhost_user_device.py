@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from localmig import trace
-from localmig.dataplane import GuestMemory, InFlight, Ledger, QueuePair, Ring
+from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
 from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
@@ -116,8 +116,6 @@ class VhostUserDevice(Part):
         self._in_flight_file: OwnedFd | None = None
         self._ring_events: OwnedFd | None = None
         self._groups: list[RingGroup] = []
-        self.queue_pairs: list[QueuePair] = []
-        """Those of its engines that are queue pairs."""
         self.callback_groups: list[CallbackGroup] = []
         """Those of its groups that Python code serves."""
         self._config_there = b""
@@ -219,11 +217,6 @@ class VhostUserDevice(Part):
     def load(self, state: Any) -> None:
         """Goes on with a checked state. Called again where it changed in the source."""
         raise NotImplementedError
-
-    @property
-    def queue_pair_count(self) -> int:
-        """How many of its engines are queue pairs while it is open."""
-        return 0
 
     def ring_name(self, vring: int) -> str:
         """What a ring is called when people are told of it."""
@@ -889,14 +882,13 @@ class VhostUserDevice(Part):
         # Into the list one after the other: what was made is closed with the device.
         for group in self.make_groups(self._ring_events.fileno()):
             self._groups.append(group)
-        self.queue_pairs = [group.engine for group in self._groups if isinstance(group.engine, QueuePair)]
         self.callback_groups = [group for group in self._groups if isinstance(group, CallbackGroup)]
 
     def _drop_groups(self) -> None:
         self.groups_dropped()
         for group in self._groups:
             group.close()
-        self._groups, self.queue_pairs, self.callback_groups = [], [], []
+        self._groups, self.callback_groups = [], []
         self._memory = None
         self._drop_records()
         if self._ring_events is not None:
