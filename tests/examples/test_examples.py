@@ -107,7 +107,7 @@ CHANGED: Final = (
     (EXAMPLES / "virtio-rng" / "localmig_rng.py")
     .read_text()
     .replace("OBJECT: Final", "VIRTIO_RNG: Final")
-    .replace("from localmig.device_api import ", "from localmig.device_api import Description, Subsection, u64, ")
+    .replace("from dataclasses", "from localmig.device_api import Description, Subsection, u64\nfrom dataclasses")
     .replace(
         "class VirtioRng(CallbackDevice):",
         '''@dataclass(frozen=True, kw_only=True, slots=True)

@@ -114,8 +114,7 @@ class CallbackThread:
 
     def _run(self) -> None:
         while self._await_turn():
-            while self._posted and self._begin():
-                self._call(self._posted.popleft())
+            self._call_posted()
             poll = select.poll()
             poll.register(self._wake.fileno(), select.POLLIN)
             for fd in tuple(self._watched):
@@ -123,8 +122,15 @@ class CallbackThread:
             for fd, _ in poll.poll():
                 if fd == self._wake.fileno():
                     os.eventfd_read(fd)
-                elif (callback := self._watched.get(fd)) is not None and self._begin():
+                    continue
+                # What was posted meanwhile may be about what this callback finds.
+                self._call_posted()
+                if (callback := self._watched.get(fd)) is not None and self._begin():
                     self._call(callback)
+
+    def _call_posted(self) -> None:
+        while self._posted and self._begin():
+            self._call(self._posted.popleft())
 
     def _await_turn(self) -> bool:
         """Waits while paused; whether to go on."""

@@ -575,7 +575,7 @@ class VhostUserDevice(Part):
         if (state := self.session_state) is not None:
             stopped = [vring for vring in group.vrings if not state.vrings[vring].started]
             self._give_back(group, [vring for vring in stopped if vring != anew])
-            if anew in stopped:
+            if anew is not None and (anew in stopped or not self._goes_on(group, anew)):
                 self._forget(anew)
         self.after_stop(group)
         self._lay_out(group)
@@ -592,6 +592,11 @@ class VhostUserDevice(Part):
             if vring in vrings and position is not None:
                 group.give_back(vring)
                 self.ring_left(vring)
+
+    def _goes_on(self, group: RingGroup, vring: int) -> bool:
+        """Whether a ring of a stopped group, which was given another kick descriptor, is the one that ran."""
+        index = group.vrings.index(vring)
+        return group.positions()[index] is not None and not group.failed()[index]
 
     def _forget(self, vring: int) -> None:
         """The driver sets a stopped ring up again: its memory is the guest's, and nothing of it is in flight."""
