@@ -19,6 +19,7 @@ from typing import Final
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
+from localmig.contact import ListenerState
 from localmig.device_api.queues import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
@@ -27,7 +28,6 @@ from localmig.migration.stream import Section, section_name
 from localmig.netdevs.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
-from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetConfig, NetFeature
 from localmig.vmstate import Blob

@@ -14,6 +14,7 @@ from localmig.errors import ConfigError, PeerError
 from localmig.options import (
     AnySpec,
     MonitorSpec,
+    StreamSpec,
     TapSpec,
     UnixAddress,
     VirtioNetSpec,
@@ -29,6 +30,7 @@ from localmig.options import (
 from localmig.options.specs import OFFLOADS, options_of
 
 TAP = TapSpec(id="net0", ifname="tap0", script="/etc/up", downscript="/etc/down", mtu=9000)
+STREAM = StreamSpec(id="net0", addr_path="/run/passt.sock", reconnect_ms=100)
 NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock", local_migration=False)
 
 
@@ -39,8 +41,12 @@ def test_keyval_text_becomes_a_spec() -> None:
     text = "tap,id=net0,ifname=tap0,script=/etc/up,downscript=/etc/down,mtu=9000,queues=1"
     assert parse_netdev(text) == TAP
     assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd=5)
-    assert parse_netdev("tap,id=a,sndbuf=65536").sndbuf == 65536
+    assert parse_netdev("tap,id=a,sndbuf=65536") == TapSpec(id="a", sndbuf=65536)
+    assert parse_netdev("stream,id=net0,server=off,addr.type=unix,addr.path=/run/passt.sock,reconnect-ms=100") == STREAM
+    nested = {"type": "stream", "id": "net0", "addr": {"type": "unix", "path": "/run/passt.sock"}, "reconnect-ms": 100}
+    assert parse_netdev(json.dumps(nested)) == STREAM
     inherited = parse_netdev("tap,id=a,fds=3:5:4")
+    assert isinstance(inherited, TapSpec)
     assert (inherited.descriptors, inherited.queues) == ((3, 5, 4), 3)
     assert parse_netdev("tap,id=a,fds=3:5:4,queues=3") == inherited
     text = "virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off"
@@ -72,10 +78,18 @@ def test_a_comma_at_the_end_is_no_option() -> None:
 
 
 NETDEV_ERRORS = {
-    "": "Parameter 'type' does not accept value '', one of: tap",
-    "id=net0": "Parameter 'type' is missing, one of: tap",
-    "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap",
-    "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap",
+    "": "Parameter 'type' does not accept value '', one of: tap, stream",
+    "id=net0": "Parameter 'type' is missing, one of: tap, stream",
+    "stream,id=a": "Parameter 'addr.path' is missing",
+    "stream,id=a,addr.type=inet,addr.path=/s": "Parameter 'addr.type' does not accept value 'inet', one of: unix",
+    "stream,id=a,addr.path=/s,server=on,reconnect-ms=1": (
+        "'reconnect-ms' option is incompatible with socket in server listen mode"
+    ),
+    '{"type": "stream", "id": "a", "addr": {"path": "/s", "host": "h"}}': (
+        "Parameter 'addr.host' is unexpected, stream has: id, addr.path, addr.type, server, reconnect-ms, mtu"
+    ),
+    "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap, stream",
+    "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap, stream",
     "tap": "Parameter 'id' is missing",
     "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: "
     + ", ".join(each.name for each in options_of(TapSpec)),
@@ -230,12 +244,17 @@ def test_a_spec_made_in_python_is_checked_as_well() -> None:
 
 @pytest.mark.parametrize("text", ["help", "?"])
 def test_help_lists_the_types(text: str) -> None:
-    assert help_for("netdev", text) == "netdev types:\n  tap                         a TAP interface of this machine"
+    assert help_for("netdev", text) == (
+        "netdev types:\n"
+        "  tap                         a TAP interface of this machine\n"
+        "  stream                      a UNIX stream socket, to passt or to QEMU's -netdev stream"
+    )
     assert "virtio-net" in (help_for("device", text) or "")
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "spec_type"), [("netdev", "tap", TapSpec), ("device", "virtio-net", VirtioNetSpec)]
+    ("kind", "name", "spec_type"),
+    [("netdev", "tap", TapSpec), ("netdev", "stream", StreamSpec), ("device", "virtio-net", VirtioNetSpec)],
 )
 def test_help_of_a_type_tells_each_option_once(kind: str, name: str, spec_type: type[AnySpec]) -> None:
     lines = (help_for(kind, f"{name},help") or "").splitlines()
@@ -309,10 +328,12 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=5,
 )
-NAMES = st.sampled_from([option.name for t in (TapSpec, VirtioNetSpec) for option in options_of(t)]) | st.text()
+NAMES = (
+    st.sampled_from([option.name for t in (TapSpec, StreamSpec, VirtioNetSpec) for option in options_of(t)]) | st.text()
+)
 
 
-@given(st.sampled_from([TAP, NIC]), st.dictionaries(NAMES, JSON_VALUES, min_size=1, max_size=3))
+@given(st.sampled_from([TAP, STREAM, NIC]), st.dictionaries(NAMES, JSON_VALUES, min_size=1, max_size=3))
 def test_whatever_a_mapping_holds_it_is_a_spec_or_a_peer_error(spec: AnySpec, spoiled: dict[str, Any]) -> None:
     try:
         result = from_mapping(spec.kind, to_mapping(spec) | spoiled)

@@ -11,17 +11,20 @@ mod ledger;
 mod memory;
 mod queue_pair;
 mod sandbox;
+mod stream;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
     module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
+    module.add("STREAM_IN_HAND_MAX", dataplane::stream::STREAM_IN_HAND_MAX)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
     module.add_class::<driver::DriverPair>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;
     module.add_class::<queue_pair::Ring>()?;
+    module.add_class::<stream::FrameStream>()?;
     module.add_function(wrap_pyfunction!(queue_pair::failed_rings, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::fail_rings, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;

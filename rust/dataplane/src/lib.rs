@@ -1,7 +1,7 @@
 //! The packet path: a vhost in miniature, without Python.
 //!
 //! Given guest memory, ring addresses, starting positions and descriptors it runs one thread a queue pair, which
-//! moves packets between a TAP and the guest's rings; `stop` gives the positions back.
+//! moves packets between a TAP or a stream and the guest's rings; `stop` gives the positions back.
 //!
 //! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
@@ -22,6 +22,7 @@ mod pump;
 pub mod queue_pair;
 mod ring;
 pub mod split;
+pub mod stream;
 pub mod sys;
 mod tap;
 mod window;
@@ -34,6 +35,6 @@ mod common;
 
 pub use backlog::FRAME_SIZE_MAX;
 pub use counters::{Counters, DriverCounters};
-pub use pump::{Config, Correction, Positions, RingSpec, Side};
+pub use pump::{Config, Correction, HostSide, Positions, RingSpec, Side};
 pub use ring::Format;
 pub use window::Offloads;

@@ -39,6 +39,7 @@ from localmig.options import (
     AccessSpec,
     Config,
     SandboxSpec,
+    TapSpec,
     check_together,
     help_for,
     parse_config,
@@ -296,6 +297,8 @@ def _read_privileges(arguments: argparse.Namespace, config: Config, netdevs: Seq
     _check_one("sandbox", sandbox, config.sandbox, arguments.config)
     runas, sandbox = runas or config.runas, sandbox or config.sandbox or SandboxSpec()
     for netdev in netdevs:
+        if not isinstance(netdev, TapSpec):
+            continue
         if sandbox.enabled and sandbox.spawn is False and netdev.downscript != NO_SCRIPT:
             raise ConfigError(
                 f"--sandbox {sandbox}: netdev '{netdev.id}' has downscript={netdev.downscript}, which could not be "

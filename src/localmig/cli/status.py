@@ -203,8 +203,8 @@ def _table_without_empty_columns(heads: Sequence[str], rows: Sequence[Sequence[s
 def _netdev(facts: Facts, device: Facts) -> str:
     for netdev in facts["netdevs"]:
         if netdev["id"] == device["netdev"]:
-            gone = ", gone" if netdev.get("interface") == "gone" else ""
-            return f"{netdev['id']} ({netdev.get('ifname', 'closed')}{gone})"
+            gone = ", gone" if netdev.get("interface") == "gone" or not netdev.get("connected", True) else ""
+            return f"{netdev['id']} ({netdev.get('ifname') or netdev.get('path', 'closed')}{gone})"
     return str(device["netdev"])
 
 
@@ -306,6 +306,11 @@ def _netdev_facts(facts: Facts, device: Facts) -> str:
     netdev = next((each for each in facts["netdevs"] if each["id"] == device["netdev"]), None)
     if netdev is None or not netdev["open"]:
         return f"{device['netdev']}, closed"
+    if "connected" in netdev:
+        return (
+            f"{netdev['id']}, {netdev['type']} {netdev['path']}, {'listens' if netdev['server'] else 'connects'}, "
+            f"{'a peer' if netdev['connected'] else 'no peer'}, MTU {netdev['mtu']}"
+        )
     offloads = " ".join(_without_prefix(netdev["offloads"], "TUN_F_")) or "none"
     return (
         f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, {_interface_facts(netdev)}, "

@@ -30,7 +30,7 @@ from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Announcement, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
-from localmig.options import SandboxSpec, TapSpec, VirtioNetSpec
+from localmig.options import NetdevSpec, SandboxSpec, VirtioNetSpec
 from localmig.options.address import Address, Defer, IncomingSpec
 from localmig.trace import RunStateChanged, Tracer
 
@@ -69,7 +69,7 @@ class Daemon:
     def __init__(
         self,
         *,
-        netdevs: Sequence[TapSpec] = (),
+        netdevs: Sequence[NetdevSpec] = (),
         devices: Sequence[VirtioNetSpec] = (),
         incoming: IncomingSpec | None = None,
         access: Access | None = None,
@@ -121,11 +121,11 @@ class Daemon:
             return
         try:
             built = self._objects.build(self.tracer)
-            netdev_count = len(self._objects.netdevs)
-            self._open(built[:netdev_count])
+            self._open([part for part in built if part.needs_privileges])
             # Before there are sockets, which are to be the user's, and threads, which would be left outside.
             self._privileges.give_up()
-            self._open(built[netdev_count:])
+            self._open([part for part in built if not part.needs_privileges])
+            self._parts = built
         except BaseException:
             self._close_parts()
             raise

@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
-from localmig.device_api import Part, Queues
+from localmig.contact import ConnectTo, ListenAt
+from localmig.device_api import Netdev, Part, Queues
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
 from localmig.netdevs.network import Networks
+from localmig.netdevs.stream import Stream
 from localmig.netdevs.tap import Tap
 from localmig.options import (
     AnySpec,
+    NetdevSpec,
+    StreamSpec,
     TapSpec,
     VirtioNetSpec,
     check_together,
@@ -29,7 +33,6 @@ from localmig.options import (
 from localmig.options.specs import OFFLOADS, settle_local_migration
 from localmig.options.values import mac_bytes
 from localmig.trace import Tracer
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio.net import NetFeature
 
 
@@ -37,7 +40,7 @@ from localmig.virtio.net import NetFeature
 class Objects:
     """The specs of a daemon, checked together."""
 
-    netdevs: tuple[TapSpec, ...] = ()
+    netdevs: tuple[NetdevSpec, ...] = ()
     devices: tuple[VirtioNetSpec, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,27 +74,11 @@ class Objects:
             for device in self.devices
             if device.stays_home
         }
-        taps = {
-            spec.id: Tap(
-                id=spec.id,
-                ifname=spec.ifname,
-                script=spec.script,
-                downscript=spec.downscript,
-                mtu=spec.mtu,
-                queues=spec.queues,
-                fds=spec.descriptors,
-                sndbuf=spec.sndbuf,
-                bridge=spec.br,
-                guest_carrier=spec.guest_carrier,
-                stays_home=stays_home.get(spec.id),
-                networks=networks,
-            )
-            for spec in self.netdevs
-        }
+        netdevs = {spec.id: _netdev(spec, stays_home.get(spec.id), networks) for spec in self.netdevs}
         devices = [
             VirtioNet(
                 id=spec.id,
-                netdev=taps[spec.netdev],
+                netdev=netdevs[spec.netdev],
                 socket=_socket(spec),
                 local_migration=not spec.stays_home,
                 offloads=_offloads(spec),
@@ -102,7 +89,7 @@ class Objects:
             )
             for spec in self.devices
         ]
-        return [*taps.values(), *devices, rings]
+        return [*netdevs.values(), *devices, rings]
 
     def fit(self, hello: Hello) -> Objects:
         """What the destination builds: its own specs where it has any, filled up with what the source says.
@@ -126,14 +113,38 @@ class Objects:
             )
         if problems:
             raise PeerError("options do not fit: " + "; ".join(sorted(problems)))
-        source_netdevs = {spec.id: spec for spec in theirs.netdevs}
-        return replace(
-            self,
-            netdevs=tuple(
-                spec if spec.ifname or spec.descriptors else replace(spec, ifname=source_netdevs[spec.id].ifname)
-                for spec in self.netdevs
-            ),
-        )
+        return replace(self, netdevs=tuple(_completed(spec, theirs_by_id[spec.id]) for spec in self.netdevs))
+
+
+def _completed(ours: NetdevSpec, theirs: AnySpec) -> NetdevSpec:
+    """Ours with the interface that the source opened, where ours says none."""
+    if isinstance(ours, TapSpec) and isinstance(theirs, TapSpec) and not ours.ifname and not ours.descriptors:
+        return replace(ours, ifname=theirs.ifname)
+    return ours
+
+
+def _netdev(spec: NetdevSpec, stays_home: str | None, networks: Networks) -> Netdev:
+    if isinstance(spec, StreamSpec):
+        plan: ListenAt | ConnectTo
+        if spec.server:
+            plan = ListenAt(path=spec.addr_path, peer="peer")
+        else:
+            plan = ConnectTo(path=spec.addr_path, reconnect_ms=spec.reconnect_ms, peer="peer")
+        return Stream(id=spec.id, plan=plan, mtu=spec.mtu, stays_home=stays_home)
+    return Tap(
+        id=spec.id,
+        ifname=spec.ifname,
+        script=spec.script,
+        downscript=spec.downscript,
+        mtu=spec.mtu,
+        queues=spec.queues,
+        fds=spec.descriptors,
+        sndbuf=spec.sndbuf,
+        bridge=spec.br,
+        guest_carrier=spec.guest_carrier,
+        stays_home=stays_home,
+        networks=networks,
+    )
 
 
 def _socket(spec: VirtioNetSpec) -> ListenAt | ConnectTo:
@@ -154,7 +165,7 @@ def _read(hello: Hello) -> Objects:
         specs.append(from_mapping(each.kind, each.options))
     try:
         return Objects(
-            netdevs=tuple(spec for spec in specs if isinstance(spec, TapSpec)),
+            netdevs=tuple(spec for spec in specs if isinstance(spec, TapSpec | StreamSpec)),
             devices=tuple(spec for spec in specs if isinstance(spec, VirtioNetSpec)),
         )
     except ConfigError as error:

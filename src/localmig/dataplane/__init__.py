@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from localmig.dataplane._dataplane import (
     FRAME_SIZE_MAX,
+    STREAM_IN_HAND_MAX,
     DriverPair,
+    FrameStream,
     GuestMemory,
     Ledger,
     QueuePair,
@@ -34,9 +36,11 @@ from localmig.dataplane.counters import Counters, DriverCounters
 
 __all__ = [
     "FRAME_SIZE_MAX",
+    "STREAM_IN_HAND_MAX",
     "Counters",
     "DriverCounters",
     "DriverPair",
+    "FrameStream",
     "GuestMemory",
     "Ledger",
     "QueuePair",

@@ -8,8 +8,8 @@ Read next:   part.py for the life of a part, netdev.py for the host side of a NI
 
 from __future__ import annotations
 
-from localmig.device_api.netdev import Framing, Netdev, NetdevObserver, Offload
+from localmig.device_api.netdev import Netdev, NetdevObserver, Offload
 from localmig.device_api.part import Announces, Part, RunsPrograms
 from localmig.device_api.queues import Queues
 
-__all__ = ["Announces", "Framing", "Netdev", "NetdevObserver", "Offload", "Part", "Queues", "RunsPrograms"]
+__all__ = ["Announces", "Netdev", "NetdevObserver", "Offload", "Part", "Queues", "RunsPrograms"]

@@ -40,11 +40,13 @@ class Part(Protocol):
         setup: describes what travels while the guest runs.
         switchover: describes what travels inside the downtime, None where nothing does. Keep it small and of a
             size that does not change while the rings run.
+        needs_privileges: whether a fresh daemon opens it before it gives up what it may. It needs no other part then.
     """
 
     id: str
     setup: ClassVar[Description[Any]]
     switchover: ClassVar[Description[Any] | None] = None
+    needs_privileges: ClassVar[bool] = False
 
     # -- serving ------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from localmig.device_api import Framing, Netdev, Offload
+from localmig.device_api import Netdev, Offload
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
@@ -77,8 +77,8 @@ class Tap(Netdev):
 
     """
 
-    framing = Framing.TAP
     setup = TAP
+    needs_privileges = True
 
     def __init__(
         self,
@@ -148,6 +148,10 @@ class Tap(Netdev):
     def fileno(self, queue: int = 0) -> int:
         """The descriptor of a queue, lent. StateError if the TAP is not open, as for all that follows."""
         return self._opened().queues[queue].fileno()
+
+    def host(self, queue: int = 0) -> int:
+        """As `fileno`."""
+        return self.fileno(queue)
 
     @property
     def ifname(self) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -22,6 +23,7 @@ from localmig.options.keyval import is_json, parse_json, parse_keyval
 from localmig.options.values import (
     FD_MAX,
     FD_MIN,
+    Choice,
     Descriptors,
     FileMode,
     FilePath,
@@ -90,13 +92,19 @@ class Option:
 
 
 def _option(
-    value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: Value | None = None, advice: str = ""
+    value: ValueType,
+    help_text: str,
+    *,
+    fit: Fit = Fit.ALWAYS,
+    unsaid: Value | None = None,
+    advice: str = "",
+    name: str | None = None,
 ) -> dict[str, Any]:
-    """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'.
+    """The metadata of a field that is an option. The option's name is `name`, or the field's, with '-' for '_'.
 
     `unsaid` is for one whose default is None, because it makes a difference whether it was given.
     """
-    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid, "advice": advice}
+    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid, "advice": advice, "name": name}
 
 
 def _offload(help_text: str) -> Any:
@@ -263,6 +271,53 @@ class TapSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSpec(Spec):
+    """`--netdev stream,…`: the host side of a NIC, a UNIX stream socket on which each frame follows its length."""
+
+    kind: ClassVar[str] = "netdev"
+    selector: ClassVar[str] = "type"
+    type_name: ClassVar[str] = "stream"
+    summary: ClassVar[str] = "a UNIX stream socket, to passt or to QEMU's -netdev stream"
+
+    id: str = field(metadata=_option(Identifier(), "name of this netdev, for a device's netdev="))
+    addr_path: str = field(
+        metadata=_option(SocketPath(), "path of the socket", fit=Fit.WITH_DESCRIPTORS, name="addr.path")
+    )
+    addr_type: str = field(
+        default="unix",
+        metadata=_option(Choice(("unix",)), "kind of the socket", fit=Fit.WITH_DESCRIPTORS, name="addr.type"),
+    )
+    server: bool = field(
+        default=False,
+        metadata=_option(
+            Switch(),
+            "whether the daemon listens on the socket and the peer connects; off: the other way round",
+            fit=Fit.WITH_DESCRIPTORS,
+        ),
+    )
+    reconnect_ms: int = field(
+        default=0,
+        metadata=_option(
+            Number(lowest=0, highest=RECONNECT_MS_MAX, reason="a peer that came back waits a minute at most"),
+            "with server=off, milliseconds between two attempts to connect to the peer; 0: one attempt, at the start",
+            fit=Fit.OURS,
+        ),
+    )
+    mtu: int = field(
+        default=1500,
+        metadata=_option(
+            Number(lowest=MTU_MIN, highest=MTU_MAX, reason="a TAP's, and with it no frame is longer than passt takes"),
+            "MTU that the guest is told, and the longest packet that is sent for it",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        Spec.__post_init__(self)
+        if self.server and self.reconnect_ms:
+            raise ConfigError("'reconnect-ms' option is incompatible with socket in server listen mode")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VirtioNetSpec(Spec):
     """`--device virtio-net,…`: the guest side of a NIC, served over vhost-user."""
 
@@ -365,13 +420,15 @@ class MonitorSpec:
         check_path(self.path)
 
 
-NetdevSpec = TapSpec
+NetdevSpec = TapSpec | StreamSpec
 DeviceSpec = VirtioNetSpec
 AnySpec = NetdevSpec | DeviceSpec
 
 SpecT = TypeVar("SpecT", bound=AnySpec)
 
-_TYPES: Final[Mapping[str, type[AnySpec]]] = {spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)}
+_TYPES: Final[Mapping[str, type[AnySpec]]] = {
+    spec_type.type_name: spec_type for spec_type in (TapSpec, StreamSpec, VirtioNetSpec)
+}
 
 
 def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
@@ -389,7 +446,7 @@ def _option_of(row: dataclasses.Field[Any]) -> Option:
     required = row.default is dataclasses.MISSING
     default: Any = None if required else row.default
     return Option(
-        name=row.name if row.metadata.get("is_offload") else row.name.replace("_", "-"),
+        name=row.metadata["name"] or (row.name if row.metadata.get("is_offload") else row.name.replace("_", "-")),
         attribute=row.name,
         value=row.metadata["value"],
         default=default,
@@ -513,6 +570,7 @@ def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
     if type_name not in types:
         raise ConfigError(f"Parameter '{selector}' does not accept value '{type_name}', one of: {', '.join(types)}")
     options = {option.name: option for option in options_of(types[type_name])}
+    values = dict(_flat(values, {name.partition(".")[0] for name in options if "." in name}))
     for key in values:
         if key != selector and key not in options:
             raise ConfigError(f"Parameter '{key}' is unexpected, {type_name} has: {', '.join(options)}")
@@ -524,6 +582,15 @@ def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
             option.value.check(option.name, values[option.name])
     arguments: dict[str, Any] = {options[key].attribute: value for key, value in values.items() if key != selector}
     return types[type_name](**arguments)
+
+
+def _flat(values: Mapping[str, object], nested: AbstractSet[str]) -> Iterator[tuple[str, object]]:
+    """QEMU nests in JSON, as TOML does, what has a dot in its name in text: `nested` is what stands before the dot."""
+    for key, value in values.items():
+        if key in nested and isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
 
 
 def _types(kind: str) -> dict[str, type[AnySpec]]:
@@ -641,13 +708,13 @@ def check_together(
                 f"device '{device.id}': can't take netdev '{device.netdev}', it's in use by device '{user}'"
             )
     _check_local_migration(netdevs, devices)
-    _check_distinct("interface", [(f"netdev '{netdev.id}'", netdev.ifname) for netdev in netdevs])
-    _check_distinct(
-        "descriptor", [(f"netdev '{netdev.id}'", number) for netdev in netdevs for number in netdev.descriptors]
-    )
+    taps = [netdev for netdev in netdevs if isinstance(netdev, TapSpec)]
+    _check_distinct("interface", [(f"netdev '{tap.id}'", tap.ifname) for tap in taps])
+    _check_distinct("descriptor", [(f"netdev '{tap.id}'", number) for tap in taps for number in tap.descriptors])
     _check_distinct(
         "socket",
         [
+            *((f"netdev '{netdev.id}'", netdev.addr_path) for netdev in netdevs if isinstance(netdev, StreamSpec)),
             *((f"device '{device.id}'", device.socket) for device in devices),
             ("--qmp", monitor.path if monitor else None),
             ("--incoming", incoming.path if isinstance(incoming, UnixAddress) else None),
@@ -657,9 +724,9 @@ def check_together(
 
 def _check_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> None:
     """Raises ConfigError where a device and its netdev were given different values."""
-    said = {netdev.id: netdev.local_migration_supported for netdev in netdevs}
+    said = {netdev.id: netdev.local_migration_supported for netdev in netdevs if isinstance(netdev, TapSpec)}
     for device in devices:
-        ours, netdevs_word = device.local_migration, said[device.netdev]
+        ours, netdevs_word = device.local_migration, said.get(device.netdev)
         if ours is not None and netdevs_word is not None and ours != netdevs_word:
             raise ConfigError(
                 f"device '{device.id}' has local-migration={_text(ours)} and its netdev '{device.netdev}' has "
@@ -669,7 +736,9 @@ def _check_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[Devi
 
 def settle_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> tuple[DeviceSpec, ...]:
     """The devices with their netdevs' word on local migration as their own: off, or not said."""
-    home = {netdev.id for netdev in netdevs if netdev.local_migration_supported is False}
+    home = {
+        netdev.id for netdev in netdevs if isinstance(netdev, TapSpec) and netdev.local_migration_supported is False
+    }
     return tuple(
         dataclasses.replace(device, local_migration=False if device.stays_home or device.netdev in home else None)
         for device in devices

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from localmig import dataplane, trace
+from localmig.contact import ConnectTo, Contact, ListenAt
 from localmig.dataplane import Counters, GuestMemory, Ledger, QueuePair, Ring
 from localmig.device_api import Netdev, Offload, Part
 from localmig.device_api.queues import Queues
@@ -68,7 +69,7 @@ from localmig.vhost_user.protocol import (
     check_servable,
     check_state,
 )
-from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
+from localmig.vhost_user.session import Endpoint
 from localmig.virtio import Feature, packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
@@ -737,7 +738,7 @@ class VirtioNet(Part):
             pair.configure(
                 memory=self._memory,
                 # A detached queue sends nothing; all of them send into the same interface.
-                tap_fd=self._netdev.fileno(index if self._receives(index) else 0),
+                host=self._netdev.host(index if self._receives(index) else 0),
                 header_length=header_length(state.features_acked),
                 frame_length_max=self._netdev.frame_length_max,
                 # What waits may come with all that this driver took, also if the options allow less since.
@@ -943,6 +944,7 @@ class VirtioNet(Part):
         return offer(
             queue_pair_count=self._netdev.queue_count,
             offloads=self._offloads,
+            has_offloads=self._netdev.has_offloads,
             has_uso=has_uso,
             has_mac=self._own_mac is not None,
             packed=self._packed,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from localmig.contact import LISTENER, ListenerState
 from localmig.devices.virtio_net.heir import HEIR, Heir
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
-from localmig.vhost_user.description import LISTENER, SESSION
+from localmig.vhost_user.description import SESSION
 from localmig.vhost_user.message import CONFIG_SIZE_MAX
 from localmig.vhost_user.protocol import SessionState
-from localmig.vhost_user.session import ListenerState
 from localmig.virtio.net import MAC_LENGTH
 from localmig.vmstate import Description, array, blob, fd, optional, struct, u64
 

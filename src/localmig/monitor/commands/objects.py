@@ -9,6 +9,7 @@ QEMU has no such commands. Feature bits have the names that its x-query-virtio-s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from localmig.daemon import Daemon
@@ -17,6 +18,7 @@ from localmig.devices.virtio_net.info import VirtioNetInfo
 from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
 from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
 from localmig.netdevs.info import TapInfo, Whereabouts
+from localmig.netdevs.stream import StreamInfo
 
 _NAMES: Final = Array(String())
 
@@ -86,15 +88,28 @@ _TAP: Final = (
     Member(name="notes", attribute="notes", type=_NAMES),
 )
 
+_STREAM: Final = (
+    Member(name="open", attribute="is_open", type=Boolean()),
+    Member(name="path", attribute="path", type=String()),
+    Member(name="server", attribute="is_server", type=Boolean()),
+    Member(name="connected", attribute="is_connected", type=Boolean()),
+    Member(name="mtu", attribute="mtu", type=Uint64()),
+    Member(name="notes", attribute="notes", type=_NAMES),
+)
+
 _ID: Final = Member(name="id", attribute="id", type=String())
 
 
-def _type_of(info: type[VirtioNetInfo | TapInfo]) -> Member:
-    return Member(name="type", attribute="type_name", type=Enumeration((info.type_name,)))
+def _union(branches: Mapping[str, tuple[Member, ...]]) -> Union:
+    return Union(
+        base=(_ID,),
+        tag=Member(name="type", attribute="type_name", type=Enumeration(tuple(branches))),
+        branches=branches,
+    )
 
 
-_DEVICE: Final = Union(base=(_ID,), tag=_type_of(VirtioNetInfo), branches={VirtioNetInfo.type_name: _VIRTIO_NET})
-_NETDEV: Final = Union(base=(_ID,), tag=_type_of(TapInfo), branches={TapInfo.type_name: _TAP})
+_DEVICE: Final = _union({VirtioNetInfo.type_name: _VIRTIO_NET})
+_NETDEV: Final = _union({TapInfo.type_name: _TAP, StreamInfo.type_name: _STREAM})
 
 
 def query_devices(daemon: Daemon) -> object:
@@ -104,7 +119,7 @@ def query_devices(daemon: Daemon) -> object:
 
 def query_netdevs(daemon: Daemon) -> object:
     """Every netdev as it is set."""
-    return to_qmp(Array(_NETDEV), [info for info in daemon.infos() if isinstance(info, TapInfo)])
+    return to_qmp(Array(_NETDEV), [info for info in daemon.infos() if isinstance(info, TapInfo | StreamInfo)])
 
 
 COMMANDS: Final = (
