@@ -20,9 +20,10 @@ from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
 from localmig.contact import ListenerState
+from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
 from localmig.device_api.queues import RINGS, RINGS_SETUP, RingsSetup, RingsState
 from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
-from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState, VirtioNetState
+from localmig.devices.virtio_net.state import VIRTIO_NET, VirtioNetState
 from localmig.fds import OwnedFd
 from localmig.migration.stream import Section, section_name
 from localmig.netdevs.state import TAP, TapDescriptors, TapState
@@ -35,6 +36,7 @@ from localmig.vmstate import Blob
 VECTORS: Final = Path(__file__).parent / "vectors"
 
 TAP_NAME: Final = section_name("net0", TAP)
+DEVICE_NAME: Final = section_name("nic0", DEVICE)
 NIC_NAME: Final = section_name("nic0", VIRTIO_NET)
 QUEUE_PAIRS_NAME: Final = section_name("*", RINGS_SETUP)
 RINGS_NAME: Final = section_name("*", RINGS)
@@ -52,6 +54,7 @@ class Daemon:
 
     tap: TapState
     nic: VirtioNetState
+    device: DeviceState
     rings: RingsState
     waiting: OwnedFd | None
 
@@ -61,6 +64,7 @@ class Daemon:
         return [
             Section(name=TAP_NAME, description=TAP, state=self.tap),
             Section(name=NIC_NAME, description=VIRTIO_NET, state=self.nic),
+            Section(name=DEVICE_NAME, description=DEVICE, state=self.device),
             Section(name=QUEUE_PAIRS_NAME, description=RINGS_SETUP, state=self._queue_pairs),
         ]
 
@@ -104,9 +108,11 @@ class Sample:
         return Daemon(
             tap=_tap(None if self is HOME else _descriptors(self.queue_pairs, take)),
             nic=VirtioNetState(
-                features_acked=0 if self is IDLE else self.features,
                 mac=b"" if self is IDLE else bytes.fromhex("525400123456"),
                 heirs=() if self is HOME else (_HEIRS[self is IDLE],) + (ANYONE,) * (self.queue_pairs - 1),
+            ),
+            device=DeviceState(
+                features_acked=0 if self is IDLE else self.features,
                 config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 socket=None if self is HOME else _socket(self, take),
             ),
@@ -157,7 +163,7 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
     if sample is not CONNECTED:
         listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
     if sample is IDLE:
-        return SocketState(listener=listener, connection=None)
+        return SocketState(listener=listener, connections=())
     connection, session, ledger = next(fds), _session_state(fds), None
     if sample is WIDE:
         session.features_acked = sample.features
@@ -167,9 +173,8 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
         session.features_acked = sample.features
         for vring, position in zip(session.vrings, (0x8012, 0x03F0), strict=True):
             vring.next_avail = position
-    return SocketState(
-        listener=listener, connection=ConnectionState(connection=connection, session=session, ledger=ledger)
-    )
+    state = ConnectionState(connection=connection, session=session, ledger=ledger, in_flight=None)
+    return SocketState(listener=listener, connections=(state,))
 
 
 def _session_state(fds: Iterator[OwnedFd]) -> SessionState:

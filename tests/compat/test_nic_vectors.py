@@ -9,6 +9,7 @@ from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
 
+from localmig.device_api.device_state import DEVICE
 from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream
@@ -31,25 +32,36 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
     pieces = read_vector(sample.path)
     offsets = walk(b"".join(pieces)).descriptors
     incoming = IncomingStream(
-        setup={nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
+        setup={
+            nic.TAP_NAME: TAP,
+            nic.NIC_NAME: VIRTIO_NET,
+            nic.DEVICE_NAME: DEVICE,
+            nic.QUEUE_PAIRS_NAME: RINGS_SETUP,
+        },
         switchover={nic.RINGS_NAME: RINGS},
     )
     with open_descriptors(sample.descriptor_count) as fds:
         incoming.description(pieces.description)
-        tap, device, queue_pairs = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
+        tap, own, device, queue_pairs = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
         (rings,) = incoming.switchover(pieces.switchover)
-        if device.state.socket is not None and device.state.socket.connection is not None:
-            session = device.state.socket.connection.session
+        for connection in device.state.socket.connections if device.state.socket is not None else ():
+            session = connection.session
             # A stream brings tuples.
             session.regions, session.vrings = list(session.regions), list(session.vrings)
             session.unparsed_fds = list(session.unparsed_fds)
-        arrived = Daemon(tap=tap.state, nic=device.state, rings=rings.state, waiting=queue_pairs.state.waiting)
+        arrived = Daemon(
+            tap=tap.state,
+            nic=own.state,
+            device=device.state,
+            rings=rings.state,
+            waiting=queue_pairs.state.waiting,
+        )
         assert arrived == sample.daemon(fds)
         outgoing, piece = begun(arrived.setup)
         assert piece.data == pieces.setup
         assert outgoing.describe(arrived.switchover) == pieces.description
         assert outgoing.switchover(arrived.switchover).data == pieces.switchover
-        for section in (tap, device, queue_pairs):
+        for section in (tap, own, device, queue_pairs):
             close_descriptors(section.description, section.state)
         assert not any(fd.is_open for fd in fds)
 
@@ -69,7 +81,9 @@ def test_the_vector_explains_itself(sample: Sample) -> None:
 
 
 def test_the_session_explains_itself() -> None:
-    session = walk(b"".join(read_vector(nic.SESSION.path))).sections[nic.NIC_NAME]["socket"]["connection"]["session"]
+    session = walk(b"".join(read_vector(nic.SESSION.path))).sections[nic.DEVICE_NAME]["socket"]["connections"][
+        "session"
+    ]
     assert session["features_acked"] == nic.FEATURES
     assert [region["guest_address"] for region in session["regions"]] == [0, 1 << 32]
     assert [vring["size"] for vring in session["vrings"]] == [256, 1024]
@@ -79,9 +93,8 @@ def test_the_session_explains_itself() -> None:
 @pytest.mark.parametrize("sample", [nic.SESSION, nic.PACKED, nic.WIDE], ids=lambda sample: sample.name)
 def test_the_session_is_one_that_can_be(sample: Sample) -> None:
     with open_descriptors(sample.descriptor_count) as fds:
-        socket = sample.daemon(fds).nic.socket
+        socket = sample.daemon(fds).device.socket
         assert socket is not None
-        assert socket.connection is not None
         count = sample.queue_pairs
         offer = Offer(features=sample.features, vring_count=2 * count)
-        check_state(socket.connection.session, offer)
+        check_state(socket.connections[0].session, offer)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
+from localmig.device_api.device_state import DEVICE
 from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import LocalmigError
@@ -44,7 +45,7 @@ SETUP_SECTIONS: Final = {
     section_name(part_id, description): description
     for part_id, description in (
         *(("net0", TAP), ("net1", TAP)),
-        *(("nic0", VIRTIO_NET), ("nic1", VIRTIO_NET)),
+        *(("nic0", VIRTIO_NET), ("nic0", DEVICE), ("nic1", VIRTIO_NET), ("nic1", DEVICE)),
         ("*", RINGS_SETUP),
     )
 }

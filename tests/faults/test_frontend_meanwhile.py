@@ -108,7 +108,7 @@ def test_a_recording_has_what_a_frontend_changed_and_nothing_twice(chain: Chain,
     stream = analyze((tmp_path / "stream").read_bytes())
     names = [section.name for section in stream.sections]
     assert len(names) == len(set(names))
-    nic = next(section for section in stream.sections if section.name == "nic0/virtio-net")
+    nic = next(section for section in stream.sections if section.name == "nic0/vhost-user-device")
     assert [field.value for field in walk(nic.fields) if field.name == "mtu"] == [1234]
 
 

@@ -286,11 +286,12 @@ def section_renamed(sections: Sections) -> None:
 CHANGES_SIZE: Final = 8
 """Bytes in front of SETUP's sections."""
 
-NIC: Final = "nic0/virtio-net"
-OTHER_NIC: Final = "nic1/virtio-net"
+NIC: Final = "nic0/vhost-user-device"
+OTHER_NIC: Final = "nic1/vhost-user-device"
+NIC_OWN: Final = "nic0/virtio-net"
 NET: Final = "net0/tap"
 RINGS: Final = "*/virtio-net-rings"
-SESSION: Final = "socket.connection.session"
+SESSION: Final = "socket.connections[0].session"
 
 
 def of_another_program(session: Any, _: object) -> Any:
@@ -381,7 +382,7 @@ LIES: Final = [
         ("too long", longer, "setup piece of the migration stream: 1 bytes are left over"),
         ("a section twice", sections_of(section_twice), 'section "net0/tap" came twice'),
         ("a section missing", sections_of(section_missing), 'section "\\*/virtio-net-queue-pairs" is missing'),
-        ("sections out of order", sections_of(sections_reversed), "is number 4 instance 0, expected number 0"),
+        ("sections out of order", sections_of(sections_reversed), "is number 6 instance 0, expected number 0"),
         ("an unknown section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
         ("no descriptors", without_descriptors, "has no descriptor at offset"),
         ("one descriptor missing", without_one(3), "has no descriptor at offset"),
@@ -412,12 +413,12 @@ LIES: Final = [
         ),
         (
             "a listener for a connection",
-            state_of(NIC, "socket.connection.connection", that_of(NIC, "socket", "listener", "fd")),
+            state_of(NIC, "socket.connections[0].connection", that_of(NIC, "socket", "listener", "fd")),
             "kind 'socket', what came is 'listening-socket'",
         ),
         (
             "no ledger",
-            state_of(NIC, "socket.connection.ledger", made(eventfd)),
+            state_of(NIC, "socket.connections[0].ledger", made(eventfd)),
             "kind 'memory', what came is 'anon_inode:\\[eventfd\\]'",
         ),
         (
@@ -432,15 +433,15 @@ LIES: Final = [
         ),
         (
             "one connection for two NICs",
-            state_of(OTHER_NIC, "socket.connection", lambda _, states: states[NIC].socket.connection),
-            'connection" of section "nic0/virtio-net" and field .* of section "nic1/virtio-net" are one and the same',
+            state_of(OTHER_NIC, "socket.connections[0]", lambda _, states: states[NIC].socket.connections[0]),
+            'of section "nic0/vhost-user-device" and field .* of section "nic1/vhost-user-device" are one and the same',
         ),
         (
             "smaller guest memory",
             state_of(NIC, f"{SESSION}.regions[0].fd", made(small_sealed_file)),
             "which has 0x0 and is sealed against shrinking: it is another file",
         ),
-        ("a small ledger", state_of(NIC, "socket.connection.ledger", made(small_file)), "ledger"),
+        ("a small ledger", state_of(NIC, "socket.connections[0].ledger", made(small_file)), "ledger"),
         # What they are told to be.
         (
             "features that nobody can serve",
@@ -457,7 +458,7 @@ LIES: Final = [
             state_of(NIC, SESSION, of_another_program),
             "of which 0x10000000000 cannot be served here",
         ),
-        ("a short address", state_of(NIC, "mac", b"\1\2\3"), "Ethernet address of 3 bytes, must be 6"),
+        ("a short address", state_of(NIC_OWN, "mac", b"\1\2\3"), "Ethernet address of 3 bytes, must be 6"),
         ("a short config", state_of(NIC, "config", b"\1\2\3"), "configuration space has 3 bytes, expected 24"),
         (
             "fewer vrings",
@@ -465,7 +466,7 @@ LIES: Final = [
             "session has 2 vrings, the device has 4",
         ),
         ("a vring of no size", state_of(NIC, f"{SESSION}.vrings[0].size", 40000), "40000"),
-        ("a ring without ledger", state_of(NIC, "socket.connection.ledger", None), "no ledger came"),
+        ("a ring without ledger", state_of(NIC, "socket.connections[0].ledger", None), "no ledger came"),
         ("a queue less", state_of(NET, "descriptors.queues", lambda q, _: q[:1]), "has queues=2 here and 1 there"),
         (
             "no queue attached",

@@ -26,6 +26,7 @@ from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
+from localmig.device_api.device_state import DEVICE
 from localmig.device_api.queues import RINGS, RINGS_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
@@ -239,7 +240,7 @@ _OFFSET: Final = struct.Struct(">H")
 
 _EXPECTED: Final[tuple[tuple[Mapping[str, Description[Any]], Mapping[str, Description[Any]]], ...]] = (
     (
-        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
+        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.DEVICE_NAME: DEVICE, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
         {nic.RINGS_NAME: RINGS},
     ),
     ({synthetic.SETUP_NAME: synthetic.NIC}, {synthetic.RINGS_NAME: synthetic.NIC_RINGS}),

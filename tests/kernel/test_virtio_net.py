@@ -16,9 +16,9 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from localmig.contact import ConnectTo, ListenAt
-from localmig.device_api import Queues
-from localmig.devices.virtio_net import VirtioNet, notes
-from localmig.devices.virtio_net.state import VirtioNetState
+from localmig.device_api import Queues, notes
+from localmig.device_api.device_state import DeviceState
+from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.netdevs import tun
@@ -93,7 +93,7 @@ class Site:
             socket=plan,
             local_migration=True,
             packed=packed,
-            rings=self.rings,
+            queues=self.rings,
             tracer=tracer,
         )
         self.device.open()
@@ -577,7 +577,7 @@ def test_a_rarp_for_the_guest_goes_into_the_network(tmp_path: Path) -> None:
         assert packet[14:42] == bytes.fromhex("0001 0800 06 04 0003") + 2 * (MAC + bytes(4))
         assert len(packet) == 60
         # Who serves the guest elsewhere knows it too.
-        assert site.device.save_setup(with_descriptors=False).mac == MAC
+        assert site.device.save(with_descriptors=False).mac == MAC
         await guest.talks()
 
     run(tmp_path, scenario)
@@ -814,9 +814,9 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
             path = str(tmp_path / "nic1.sock")
             rings = Queues(tracer)
             device = VirtioNet(
-                id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, rings=rings, tracer=tracer
+                id="nic1", netdev=tap, socket=ListenAt(path=path), local_migration=True, queues=rings, tracer=tracer
             )
-            device.adopt_setup(VirtioNetState(features_acked=0, mac=b"", config=config.encode(), heirs=(), socket=None))
+            device.adopt_setup(DeviceState(features_acked=0, config=config.encode(), socket=None))
             ends.callback(device.close)
             device.thaw()
             frontend = ends.enter_context(await beside(Frontend.connect, path))
@@ -832,7 +832,7 @@ def test_the_mtu_is_known_while_the_tap_is_awaited(tmp_path: Path) -> None:
 
 def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: Path) -> None:
     acked = int(Feature.VERSION_1 | NetFeature.CSUM | NetFeature.HOST_USO)
-    state = VirtioNetState(features_acked=acked, mac=b"", config=NetConfig().encode(), heirs=(), socket=None)
+    state = DeviceState(features_acked=acked, config=NetConfig().encode(), socket=None)
 
     async def scenario(site: Site) -> None:
         tracer = Tracer()
@@ -844,7 +844,7 @@ def test_a_tap_without_udp_segmentation_refuses_a_guest_that_uses_it(tmp_path: P
                 netdev=site.tap,
                 socket=ListenAt(path=str(tmp_path / "nic1.sock")),
                 local_migration=True,
-                rings=Queues(tracer),
+                queues=Queues(tracer),
                 tracer=tracer,
             )
             # What the TAP knows is not known before it is there.

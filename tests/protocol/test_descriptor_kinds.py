@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from tests.compat import nic
 from tests.protocol.test_stream_descriptors import no_descriptor_is_left
 
-from localmig.devices.virtio_net.state import VIRTIO_NET, ConnectionState, SocketState
+from localmig.device_api.device_state import DEVICE, SocketState
 from localmig.errors import PeerError
 from localmig.fd_kind import FdKind, describe_fd, is_of_kind
 from localmig.fds import OwnedFd, close_all
@@ -117,20 +118,22 @@ def test_each_field_of_a_nic_is_named_where_another_kind_came() -> None:
         daemon = nic.PACKED.daemon(fds)
         with pytest.raises(PeerError, match=r'field "descriptors\.queues\[0\]" is a descriptor of kind \'tap\''):
             check_descriptors(TAP, daemon.tap)
-        state = daemon.nic.socket
+        state = daemon.device.socket
         assert isinstance(state, SocketState)
         assert state.listener is not None
-        assert isinstance(state.connection, ConnectionState)
+        (connection,) = state.connections
         fields = (
             (state.listener.fd, "socket.listener.fd", "listening-socket"),
-            (state.connection.connection, "socket.connection.connection", "socket"),
-            (state.connection.ledger, "socket.connection.ledger", "memory"),
+            (connection.connection, "socket.connections[0].connection", "socket"),
+            (connection.ledger, "socket.connections[0].ledger", "memory"),
         )
         for held, path, kind in fields:
-            with pytest.raises(PeerError, match=f"field \"{path}\" is a descriptor of kind '{kind}', .* '/dev/null'"):
-                check_descriptors(VIRTIO_NET, daemon.nic)
+            with pytest.raises(
+                PeerError, match=f"field \"{re.escape(path)}\" is a descriptor of kind '{kind}', .* '/dev/null'"
+            ):
+                check_descriptors(DEVICE, daemon.device)
             assert held is not None
             with MAKERS[kind]() as right:
                 os.dup2(right.fileno(), held.fileno(), inheritable=False)
-        check_descriptors(VIRTIO_NET, daemon.nic)
+        check_descriptors(DEVICE, daemon.device)
         close_all(fds)

@@ -8,6 +8,7 @@ import pytest
 
 from localmig.daemon.objects import Objects
 from localmig.device_api import Queues
+from localmig.device_api.own_state import OwnState
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
@@ -29,8 +30,8 @@ def hello(objects: Objects, *, local: bool = True) -> Hello:
 def test_parts_are_built_netdevs_first_and_rings_last() -> None:
     other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
     parts = Objects(netdevs=(TAP, other_tap), devices=(NIC, other_nic)).build(Tracer())
-    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic1", "*"]
-    assert [type(part) for part in parts] == [Tap, Tap, VirtioNet, VirtioNet, Queues]
+    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic0", "nic1", "nic1", "*"]
+    assert [type(part) for part in parts] == [Tap, Tap, OwnState, VirtioNet, OwnState, VirtioNet, Queues]
 
 
 def test_specs_that_do_not_fit_each_other_are_refused_at_once() -> None:
@@ -46,14 +47,14 @@ def test_types_are_what_the_user_wrote() -> None:
 def test_a_device_that_stays_home_keeps_its_netdev_there_too() -> None:
     home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
     reasons = [part.local_migration_blocker() for part in home.build(Tracer())]
-    assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off", None]
+    assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off", "local-migration=off", None]
 
 
 @pytest.mark.parametrize("device", [None, False])
 def test_what_a_netdev_says_of_local_migration_is_its_devices_and_travels_as_that(device: bool | None) -> None:
     nic = dataclasses.replace(NIC, local_migration=device)
     said = Objects(netdevs=(dataclasses.replace(TAP, local_migration_supported=False),), devices=(nic,))
-    assert [part.local_migration_blocker() is None for part in said.build(Tracer())] == [False, False, True]
+    assert [part.local_migration_blocker() is None for part in said.build(Tracer())] == [False, False, False, True]
     home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
     assert said.for_hello() == home.for_hello()
     assert (said.fit(hello(home)), home.fit(hello(said))) == (said, home)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from localmig.devices.virtio_net.device import thread_name
 from localmig.devices.virtio_net.features import offer
+from localmig.devices.virtio_net.queue_pairs import thread_name
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.virtio import Feature
 from localmig.virtio.net import (

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from localmig.devices.virtio_net import notes
-from localmig.devices.virtio_net.notes import Notes, excess_note, set_up_notes
+from localmig.device_api import notes
+from localmig.device_api.notes import Notes, set_up_notes
+from localmig.devices.virtio_net.device import excess_note
 from localmig.fds import OwnedFd
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
@@ -38,7 +39,7 @@ def session(region: MemoryRegion | None, *vrings: VringState, was_served: bool =
 
 
 def found(state: SessionState) -> list[str]:
-    return list(set_up_notes(state, has_spoken=True))
+    return list(set_up_notes(state, (0, 1), has_spoken=True))
 
 
 def test_a_frontend_that_waits_for_its_guest_is_no_matter() -> None:
@@ -83,10 +84,10 @@ def test_rings_without_memory_are_told_of() -> None:
 
 def test_a_frontend_that_says_nothing_or_half_a_message_is_told_of() -> None:
     fresh = SessionState(vrings=[VringState(), VringState()])
-    (note,) = set_up_notes(fresh, has_spoken=False)
+    (note,) = set_up_notes(fresh, (0, 1), has_spoken=False)
     assert "says nothing" in note
     fresh.unparsed = b"\1\0\0"
-    (note,) = set_up_notes(fresh, has_spoken=True)
+    (note,) = set_up_notes(fresh, (0, 1), has_spoken=True)
     assert "in the middle of a message" in note
 
 

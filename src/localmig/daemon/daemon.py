@@ -20,6 +20,7 @@ from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Objects
 from localmig.device_api import Announces, Part, RunsPrograms
+from localmig.device_api.own_state import OwnState
 from localmig.errors import ConfigError, LocalmigError, StateError
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
@@ -345,8 +346,8 @@ class Daemon:
         types = self._objects.types()
         reports = []
         for part in self._parts:
-            if part.id not in types:
-                continue  # none of the user's objects
+            if part.id not in types or isinstance(part, OwnState):
+                continue  # none of the user's objects, or a part of one
             reason = part.local_migration_blocker()
             reports.append(
                 LocalMigrationReport(id=part.id, type=types[part.id], transfers=reason is None, reason=reason)

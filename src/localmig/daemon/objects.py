@@ -67,7 +67,7 @@ class Objects:
 
     def build(self, tracer: Tracer) -> list[Part]:
         """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
-        rings = Queues(tracer)
+        queues = Queues(tracer)
         networks = Networks()
         stays_home = {
             device.netdev: f"device '{device.id}' has local-migration=off"
@@ -84,12 +84,13 @@ class Objects:
                 offloads=_offloads(spec),
                 mac=mac_bytes(spec.mac) if spec.mac is not None else None,
                 packed=spec.packed,
-                rings=rings,
+                queues=queues,
                 tracer=tracer,
             )
             for spec in self.devices
         ]
-        return [*netdevs.values(), *devices, rings]
+        parts = (part for device in devices for part in (*device.own_parts, device))
+        return [*netdevs.values(), *parts, queues]
 
     def fit(self, hello: Hello) -> Objects:
         """What the destination builds: its own specs where it has any, filled up with what the source says.

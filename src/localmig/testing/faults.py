@@ -384,10 +384,13 @@ def _install_states(trap: Trap) -> None:
 
 
 def _install_parts(trap: Trap) -> None:
-    """Every kind of part that there is, at the steps that it has of its own."""
+    """Every kind of part that there is, at the steps where it does something.
+
+    What is a device's own is saved, checked and adopted right before the device, which has points there.
+    """
     for kind in (Tap, VirtioNet, Queues):
         for step in PART_STEPS:
-            if step in vars(kind):
+            if getattr(kind, step) is not getattr(Part, step):
                 _wrap(trap, kind, step, partial(_step_of, step))
     stop = Queues.stop
 

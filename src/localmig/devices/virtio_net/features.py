@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.device_api import Offload
-from localmig.errors import PeerError
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
@@ -83,12 +82,6 @@ def offer(
         protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
-
-
-def check_acked(features_acked: int, offered: Offer) -> None:
-    """Whether a guest can be served on whose frontend connects again. PeerError if it uses what is not offered."""
-    if missing := features_acked & ~offered.all_features:
-        raise PeerError(f"the guest uses features {features_acked:#x}, of which {missing:#x} are not offered here")
 
 
 def tap_offloads(features_acked: int, allowed: NetFeature) -> Offload:

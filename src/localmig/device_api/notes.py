@@ -1,22 +1,21 @@
-"""What keeps a NIC from working, told to people once it has lasted.
+"""What keeps a device from working, told to people once it has lasted.
 
 Owns:        the sentences about what a frontend did and did not do; when they are looked for, and that each is told
              once.
-Never sees:  a log, guest memory, a queue pair, a socket.
-Read next:   device.py, which finds the facts; cli/status.py, which shows the notes.
+Never sees:  a log, guest memory, a ring, a socket.
+Read next:   vhost_user_device.py, which finds the facts; cli/status.py, which shows the notes.
 
-A frontend sets up a NIC within milliseconds, once its guest's driver is ready; before that it may wait for ever. So
+A frontend sets up a device within milliseconds, once its guest's driver is ready; before that it may wait for ever. So
 what is missing counts after a set-up began, and if two looks in a row find it missing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from localmig.vhost_user.protocol import SessionState, VringState
-from localmig.virtio.net import receive_queue, transmit_queue
 
 LOOK_SECONDS: Final = 1.5
 """Between two looks. A set-up takes milliseconds, on a machine that swaps perhaps a second."""
@@ -39,19 +38,8 @@ _STEPS: Final[tuple[tuple[str, Callable[[VringState], bool]], ...]] = (
 """What a ring needs before it is served, and whether it came."""
 
 
-def excess_note(device: str, netdev: str, *, asked: int, there: int) -> str:
-    """What is said of a frontend that sets up more queue pairs than the device has.
-
-    That is QEMU: it takes the answer to GET_QUEUE_NUM, which counts virtqueues, for a number of pairs.
-    """
-    return (
-        f"QEMU asks for {asked} pairs, {device} has {there}: what the guest sends through the others is lost; give QEMU"
-        f" queues={there}, or netdev '{netdev}' queues={asked}"
-    )
-
-
-def set_up_notes(state: SessionState, *, has_spoken: bool) -> Iterator[str]:
-    """What is said of a frontend that does not finish its set-up.
+def set_up_notes(state: SessionState, vrings: Sequence[int], *, has_spoken: bool) -> Iterator[str]:
+    """What is said of a frontend that does not finish the set-up of the rings a device cannot do without.
 
     `has_spoken`: it sent a whole message in this process, or its session came by a handover.
     """
@@ -59,13 +47,12 @@ def set_up_notes(state: SessionState, *, has_spoken: bool) -> Iterator[str]:
         yield "the frontend stopped in the middle of a message; look into its log, or end it"
     elif not has_spoken:
         yield "a program is connected and says nothing; end it, because frontends wait until it leaves"
-    first = receive_queue(0), transmit_queue(0)
-    started = sum(state.vrings[index].started for index in first)
+    started = sum(state.vrings[index].started for index in vrings)
     if started and not state.regions:
         yield _NO_MEMORY
-    elif (started == 1 or not state.was_served) and (started or state.features_acked):
+    elif (0 < started < len(vrings) or not state.was_served) and (started or state.features_acked):
         for name, came in _STEPS:
-            missing = " and ".join(str(index) for index in first if not came(state.vrings[index]))
+            missing = " and ".join(str(index) for index in vrings if not came(state.vrings[index]))
             if missing:
                 yield f"the frontend stopped half-way: there was no {name} for vring {missing}; look into its log"
                 return

@@ -1,0 +1,83 @@
+"""What a device has besides its sessions and rings, as a part that travels beside it.
+
+Owns:        OwnState.
+Never sees:  what that state is.
+Read next:   vhost_user_device.py, whose `save`, `check` and `load` it calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from localmig.device_api.part import Part
+from localmig.vmstate import Description
+
+
+class HasOwnState(Protocol):
+    """A device with a state of its own."""
+
+    id: str
+
+    def local_migration_blocker(self) -> str | None:
+        """Why its descriptors stay home, None where they move."""
+
+    def save(self, *, with_descriptors: bool) -> Any:
+        """The state, its descriptors lent."""
+
+    def check(self, state: Any) -> None:
+        """Raises PeerError where it cannot be served."""
+
+    def load(self, state: Any) -> None:
+        """Takes it over."""
+
+
+class OwnState(Part):
+    """The section of a device's own. It stands before the device in the list of parts: the device builds on it."""
+
+    def __init__(self, device: HasOwnState, description: Description[Any]) -> None:
+        self.id = device.id
+        self.setup = description
+        self._device = device
+
+    def open(self) -> None:
+        """Nothing, as in what follows: the device does it."""
+
+    def resume(self) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+    def freeze(self) -> None:
+        """Nothing."""
+
+    def thaw(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def local_migration_blocker(self) -> str | None:
+        """What the device says."""
+        return self._device.local_migration_blocker()
+
+    def save_setup(self, *, with_descriptors: bool) -> Any:
+        """What the device saves."""
+        return self._device.save(with_descriptors=with_descriptors)
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def check_setup(self, state: Any) -> None:
+        """Whether the device can go on with it."""
+        self._device.check(state)
+
+    def adopt_setup(self, state: Any) -> None:
+        """Lets the device go on with it."""
+        self._device.load(state)
+
+    def recover(self) -> None:
+        """Nothing."""
+
+    def discard(self) -> None:
+        """Nothing."""
