@@ -369,7 +369,18 @@ def test_frames_that_a_guest_has_no_buffers_for_wait_through_handovers(site: Sit
 # -- deaths -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["before-send:SWITCHOVER=kill", "before-send:COMMIT=kill"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "after-send:SETUP=kill",
+        "before:net0.freeze=kill",
+        "after:net0.freeze=kill",
+        "before:net0.save_switchover=kill",
+        "after:net0.save_switchover=kill",
+        "before-send:SWITCHOVER=kill",
+        "before-send:COMMIT=kill",
+    ],
+)
 def test_after_the_death_of_the_source_the_connection_is_made_again(site: Site, fault: str) -> None:
     source = site.source(fault=fault)
     peer = site.peer()
@@ -386,14 +397,17 @@ def test_after_the_death_of_the_source_the_connection_is_made_again(site: Site, 
     assert "the process died that had frames of it in hand" in site.log()
 
 
-def test_after_the_death_of_the_destination_before_commit_nothing_has_happened(site: Site) -> None:
+@pytest.mark.parametrize(
+    "fault", ["before:net0.adopt_setup=kill", "after:net0.adopt_setup=kill", "after:net0.adopt_switchover=kill"]
+)
+def test_after_the_death_of_the_destination_before_commit_nothing_has_happened(site: Site, fault: str) -> None:
     source = site.source()
     peer = site.peer()
     site.guest()
     wire = on_the_wire(frame(2))
     peer.sock.sendall(wire[:20])
     peer.await_read()
-    destination = site.destination(fault="before-send:READY=kill")
+    destination = site.destination(fault=fault)
     source.execute("migrate", uri=site.address)
     assert source.wait_migration()["status"] == "failed"
     assert destination.wait() == -signal.SIGKILL
@@ -402,12 +416,13 @@ def test_after_the_death_of_the_destination_before_commit_nothing_has_happened(s
     check_both_ways(site, peer, 3)
 
 
-def test_a_source_that_comes_back_makes_the_connection_again(site: Site) -> None:
+@pytest.mark.parametrize("fault", ["after-receive:COMMIT=kill", "before:net0.thaw=kill", "after:net0.thaw=kill"])
+def test_a_source_that_comes_back_makes_the_connection_again(site: Site, fault: str) -> None:
     source = site.source()
     peer = site.peer()
     site.guest()
     check_both_ways(site, peer, 1)
-    destination = site.destination(fault="after-receive:COMMIT=kill")
+    destination = site.destination(fault=fault)
     source.execute("migrate", uri=site.address)
     assert source.wait_migration()["status"] == "failed"
     assert destination.wait() == -signal.SIGKILL
