@@ -34,7 +34,7 @@ from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.netdevs.state import TAP
 from localmig.netdevs.stream import IN_HAND, STREAM
-from localmig.vmstate import Blob, close_descriptors, explain, save
+from localmig.vmstate import Blob, Description, close_descriptors, explain, save
 
 PATIENCE_S: Final = 20.0
 """No daemon takes so long for anything here."""
@@ -50,7 +50,10 @@ SETUP_SECTIONS: Final = {
         ("*", RINGS_SETUP),
     )
 }
-SWITCHOVER_SECTIONS: Final = {section_name("net2", IN_HAND): IN_HAND, section_name("*", RINGS): RINGS}
+SWITCHOVER_SECTIONS: Final[dict[str, Description[Any]]] = {
+    section_name("net2", IN_HAND): IN_HAND,
+    section_name("*", RINGS): RINGS,
+}
 
 
 @dataclass(kw_only=True, slots=True)
