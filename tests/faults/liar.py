@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues import RINGS, RINGS_SETUP
+from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import LocalmigError
 from localmig.fds import OwnedFd, close_all
@@ -47,12 +47,12 @@ SETUP_SECTIONS: Final = {
     for part_id, description in (
         *(("net0", TAP), ("net1", TAP), ("net2", STREAM)),
         *(("nic0", VIRTIO_NET), ("nic0", DEVICE), ("nic1", VIRTIO_NET), ("nic1", DEVICE)),
-        ("*", RINGS_SETUP),
+        ("*", QUEUES_SETUP),
     )
 }
 SWITCHOVER_SECTIONS: Final[dict[str, Description[Any]]] = {
     section_name("net2", IN_HAND): IN_HAND,
-    section_name("*", RINGS): RINGS,
+    section_name("*", QUEUES): QUEUES,
 }
 
 

@@ -23,21 +23,21 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 from localmig.contact import LISTENER, ConnectTo, Contact, Departure, ListenAt, ListenerState, borrowed_socket
 from localmig.dataplane import STREAM_IN_HAND_MAX, FrameStream
 from localmig.device_api import Netdev
+from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, PeerError, StateError
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd, close_all
+from localmig.netdevs.stream_options import MTU, StreamSpec
+from localmig.qapi import Boolean, Member, String, Uint64
 from localmig.vmstate import Description, fd, optional, u32
 from localmig.vmstate import struct as nested
 
 _logger = logging.getLogger(__name__)
-
-MTU: Final = 1500
-"""Where the options say none: an Ethernet's, in bytes."""
 
 _FRAME_OVERHEAD: Final = 14 + 4
 """An Ethernet header and a VLAN tag."""
@@ -120,8 +120,6 @@ class StreamInfo:
         mtu: the guest's, in bytes.
         notes: what is so and should perhaps not be, and what to do, a sentence each.
     """
-
-    type_name: ClassVar[str] = "stream"
 
     id: str
     is_open: bool
@@ -486,3 +484,25 @@ def _shut_down(connection: OwnedFd) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.detach()
+
+
+def _build(spec: StreamSpec, context: BuildContext) -> Stream:
+    plan: ListenAt | ConnectTo
+    if spec.server:
+        plan = ListenAt(path=spec.addr_path, peer="peer")
+    else:
+        plan = ConnectTo(path=spec.addr_path, reconnect_ms=spec.reconnect_ms, peer="peer")
+    return Stream(id=spec.id, plan=plan, mtu=spec.mtu, stays_home=context.stays_home)
+
+
+OBJECT: Final = ObjectType(
+    spec=StreamSpec,
+    build=_build,
+    info=(
+        Member(name="open", attribute="is_open", type=Boolean()),
+        Member(name="path", attribute="path", type=String()),
+        Member(name="server", attribute="is_server", type=Boolean()),
+        Member(name="connected", attribute="is_connected", type=Boolean()),
+        Member(name="mtu", attribute="mtu", type=Uint64()),
+    ),
+)
