@@ -61,6 +61,7 @@ impl Guest {
                 error_fd: None,
                 next_avail: None,
                 ledger: None,
+                in_flight: None,
             })
         };
         let config = Config {
