@@ -48,12 +48,14 @@ class Netdev(Part, Protocol):
         has_offloads: whether checksums and segmentation can be left to whoever is at its ends.
         queue_count: how many queues it has, open or not: a queue pair of the NIC for each.
         observer: who reads and writes the frames, None where nobody does.
+        mac_told: the guest's Ethernet address, empty where it is not known; for a note.
         mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
     """
 
     has_offloads: ClassVar[bool] = True
     queue_count: int
     observer: NetdevObserver | None = None
+    mac_told: bytes = b""
     mtu_told: int = 0
 
     # -- at any time --------------------------------------------------------------------------------------------

@@ -71,8 +71,9 @@ class VirtioNet(VhostUserDevice):
         self._offloads = offloads
         self._packed = packed
         self._own_mac = mac
-        self._known_mac = mac
+        self._known_mac: bytes | None = None
         """The guest's address as far as anybody said it, for the network."""
+        self._know_mac(mac)
         self._awaits_netdev = False
         self._receiving: dict[int, int] = {}
         """Queue pairs whose receive ring is served, and where a ring of its format begins."""
@@ -178,7 +179,7 @@ class VirtioNet(VhostUserDevice):
 
     def load(self, state: VirtioNetState) -> None:
         """Takes them over."""
-        self._known_mac = self._own_mac or state.mac or None
+        self._know_mac(self._own_mac or state.mac or None)
         self._heirs = dict(enumerate(state.heirs))
         self._receiving.clear()
 
@@ -245,7 +246,7 @@ class VirtioNet(VhostUserDevice):
                 self._check_mtu(mtu)
                 self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
-                self._known_mac = mac
+                self._know_mac(mac)
                 self._send_rarp(mac)
             case _:
                 super().on_event(event)
@@ -418,6 +419,10 @@ class VirtioNet(VhostUserDevice):
             except KernelError as error:
                 _logger.warning("device '%s': %s", self.id, error)
             self.apply_all()
+
+    def _know_mac(self, mac: bytes | None) -> None:
+        self._known_mac = mac
+        self._netdev.mac_told = mac or b""
 
     def _send_rarp(self, mac: bytes) -> None:
         if self._netdev.is_open:
