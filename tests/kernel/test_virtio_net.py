@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.device_api import Queues, notes
 from localmig.device_api.device_state import DeviceState
 from localmig.devices.virtio_net import VirtioNet
@@ -37,7 +38,6 @@ from localmig.testing.frontend import (
 from localmig.testing.namespace import ip, link
 from localmig.trace import DeviceNoted, Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
 from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length
 

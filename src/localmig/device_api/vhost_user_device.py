@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from localmig import trace
+from localmig.contact import ConnectTo, Contact, ListenAt
 from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
 from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.device_info import DeviceInfo
@@ -62,7 +63,7 @@ from localmig.vhost_user.protocol import (
     check_servable,
     check_state,
 )
-from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
+from localmig.vhost_user.session import Endpoint
 from localmig.virtio import packed_ring, split_ring
 from localmig.vmstate import Description
 

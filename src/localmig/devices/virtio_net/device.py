@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Final
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.dataplane import Counters
 from localmig.device_api import CallbackGroup, Netdev, Offload, Queues, RingGroup, VhostUserDevice
 from localmig.devices.virtio_net.control import ERROR, OK, Announced, Command, OffloadsSet, PairsSet, read_command
@@ -31,7 +32,6 @@ from localmig.devices.virtio_net.state import ALL_OFFLOADS, VIRTIO_NET, VirtioNe
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.trace import GuestAnnounced, InterfaceChanged, Tracer
 from localmig.vhost_user.protocol import Event, MtuSet, Offer, RarpRequested, SessionState, VringState
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import packed_ring, split_ring
 from localmig.virtio.net import (
     MAC_LENGTH,
@@ -99,8 +99,9 @@ class VirtioNet(VhostUserDevice):
         self._offloads = offloads
         self._packed = packed
         self._own_mac = mac
-        self._known_mac = mac
+        self._known_mac: bytes | None = None
         """The guest's address as far as anybody said it, for the network."""
+        self._know_mac(mac)
         self._awaits_netdev = False
         self._receiving: dict[int, int] = {}
         """Queue pairs whose receive ring is served, and where a ring of its format begins."""
@@ -237,7 +238,7 @@ class VirtioNet(VhostUserDevice):
 
     def load(self, state: VirtioNetState) -> None:
         """Takes them over."""
-        self._known_mac = self._own_mac or state.mac or None
+        self._know_mac(self._own_mac or state.mac or None)
         self._heirs = dict(enumerate(state.heirs))
         self._receiving.clear()
         self._pairs_used, self._guest_offloads = state.pairs_used, state.guest_offloads
@@ -311,7 +312,7 @@ class VirtioNet(VhostUserDevice):
                 self._check_mtu(mtu)
                 self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
-                self._known_mac = mac
+                self._know_mac(mac)
                 self._send_rarp(mac)
             case _:
                 super().on_event(event)
@@ -525,6 +526,7 @@ class VirtioNet(VhostUserDevice):
         return offer(
             queue_pair_count=self._netdev.queue_count,
             offloads=self._offloads,
+            has_offloads=self._netdev.has_offloads,
             has_uso=has_uso,
             has_mac=self._own_mac is not None,
             packed=self._packed,
@@ -563,6 +565,10 @@ class VirtioNet(VhostUserDevice):
             except KernelError as error:
                 _logger.warning("device '%s': %s", self.id, error)
             self.apply_all()
+
+    def _know_mac(self, mac: bytes | None) -> None:
+        self._known_mac = mac
+        self._netdev.mac_told = mac or b""
 
     def _send_rarp(self, mac: bytes) -> None:
         if self._netdev.is_open:

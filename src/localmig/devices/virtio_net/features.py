@@ -46,7 +46,9 @@ _USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO
 """What not every kernel's TAP has."""
 
 
-def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac: bool, packed: bool) -> Offer:
+def offer(
+    *, queue_pair_count: int, offloads: NetFeature, has_offloads: bool, has_uso: bool, has_mac: bool, packed: bool
+) -> Offer:
     """What a frontend is offered, and what can be served of one that was offered more by another process.
 
     That is all that the packet path knows. Offloads that a guest acknowledged for what it sends are in each frame's
@@ -55,11 +57,14 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
     Args:
         queue_pair_count: as many as the netdev has queues.
         offloads: which of `virtio.net.OFFLOADS` the options leave.
-        has_uso: whether the TAP has UDP segmentation.
+        has_offloads: whether the netdev has any.
+        has_uso: whether it has UDP segmentation.
         has_mac: whether the options say the guest's address.
         packed: whether they let guests have packed rings.
     """
-    possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
+    possible = NetFeature(0)
+    if has_offloads:
+        possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
     features = FEATURES | without_orphans(offloads & possible)
     if queue_pair_count > 1:
         features |= NetFeature.MQ
