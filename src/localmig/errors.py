@@ -16,6 +16,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 
@@ -49,6 +51,21 @@ class KernelError(LocalmigError):
     def __init__(self, text: str, *, errno: int) -> None:
         super().__init__(text)
         self.errno = errno
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Around code of a package that adds types: whatever it raises that is no error of ours becomes a ConfigError.
+
+    Args:
+        what: whose code it is and what it could not do, for the text.
+    """
+    try:
+        yield
+    except LocalmigError:
+        raise
+    except Exception as error:  # a package's author may get anything wrong
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 _MEMORY_ADVICE: Final = "free memory of the machine, or raise the limit of the control group of process {pid}"

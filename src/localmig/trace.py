@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -151,7 +151,7 @@ class Tracer:
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[[Event], None]] = []
-        self._held: list[Event] | None = None
+        self._held: list[Event | Callable[[], Iterable[Event]]] | None = None
         self._on_release: list[Callable[[], None]] = []
 
     @property
@@ -177,6 +177,17 @@ class Tracer:
         for subscriber in tuple(self._subscribers):
             subscriber(event)
 
+    def emit_made(self, make: Callable[[], Iterable[Event]]) -> None:
+        """As `emit` for each event that `make` gives. While events are held back it is called at the release only.
+
+        A guest waits until then, and each event takes a microsecond to make.
+        """
+        if self._held is not None:
+            self._held.append(make)
+            return
+        for event in make():
+            self.emit(event)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Holds events back until the end of the block, which hands them out in order. Not to be nested."""
@@ -185,9 +196,12 @@ class Tracer:
         try:
             yield
         finally:
-            events, self._held = self._held, None
-            for event in events:
-                self.emit(event)
+            held, self._held = self._held, None
+            for each in held:
+                if isinstance(each, Event):
+                    self.emit(each)
+                else:
+                    self.emit_made(each)
             callbacks, self._on_release = self._on_release, []
             for callback in callbacks:
                 callback()

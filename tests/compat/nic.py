@@ -10,6 +10,7 @@ Read next:   test_nic_vectors.py, vectors/README.md.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from typing import Final
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
+from localmig.dataplane import Counters, QueuePair
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
-from localmig.device_api.queues import RINGS, RINGS_SETUP, RingsSetup, RingsState
+from localmig.device_api.queues_state import ENGINE_KINDS, QUEUES, QUEUES_SETUP, QueuesSetup, QueuesState
 from localmig.devices.virtio_net.heir import ANYONE, Heir, HeirKind
 from localmig.devices.virtio_net.state import VIRTIO_NET, VirtioNetState
 from localmig.fds import OwnedFd
@@ -38,8 +40,8 @@ VECTORS: Final = Path(__file__).parent / "vectors"
 TAP_NAME: Final = section_name("net0", TAP)
 DEVICE_NAME: Final = section_name("nic0", DEVICE)
 NIC_NAME: Final = section_name("nic0", VIRTIO_NET)
-QUEUE_PAIRS_NAME: Final = section_name("*", RINGS_SETUP)
-RINGS_NAME: Final = section_name("*", RINGS)
+QUEUES_SETUP_NAME: Final = section_name("*", QUEUES_SETUP)
+QUEUES_NAME: Final = section_name("*", QUEUES)
 
 FEATURES: Final = 0x1_7001_8008
 """VERSION_1, EVENT_IDX, INDIRECT_DESC, protocol features, STATUS, MRG_RXBUF, MTU."""
@@ -55,7 +57,7 @@ class Daemon:
     tap: TapState
     nic: VirtioNetState
     device: DeviceState
-    rings: RingsState
+    queues: QueuesState
     waiting: OwnedFd | None
 
     @property
@@ -65,18 +67,18 @@ class Daemon:
             Section(name=TAP_NAME, description=TAP, state=self.tap),
             Section(name=NIC_NAME, description=VIRTIO_NET, state=self.nic),
             Section(name=DEVICE_NAME, description=DEVICE, state=self.device),
-            Section(name=QUEUE_PAIRS_NAME, description=RINGS_SETUP, state=self._queue_pairs),
+            Section(name=QUEUES_SETUP_NAME, description=QUEUES_SETUP, state=self._queues_setup),
         ]
 
     @property
-    def _queue_pairs(self) -> RingsSetup:
-        names = tuple(f"nic0/{index}" for index in range(len(self.rings.rx_packets)))
-        return RingsSetup(queue_pairs=names, waiting=self.waiting)
+    def _queues_setup(self) -> QueuesSetup:
+        kind, pair_count = ENGINE_KINDS[QueuePair], len(self.queues.waiting) // 4
+        return QueuesSetup.of(((f"nic0/{index}", kind, 2) for index in range(pair_count)), self.waiting)
 
     @property
     def switchover(self) -> list[Section]:
         """The sections that travel inside the downtime."""
-        return [Section(name=RINGS_NAME, description=RINGS, state=self.rings)]
+        return [Section(name=QUEUES_NAME, description=QUEUES, state=self.queues)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +118,7 @@ class Sample:
                 config=NetConfig(queue_pair_count_max=self.queue_pairs, mtu=9000).encode(),
                 socket=None if self is HOME else _socket(self, take),
             ),
-            rings=_rings((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
+            queues=_queues((0, 0) if self is IDLE else (0x1234, 0xFFFF), queue_pairs=self.queue_pairs),
             waiting=None if self is HOME else next(take),
         )
 
@@ -233,29 +235,30 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
     )
 
 
-def _rings(next_avail: tuple[int, int], *, queue_pairs: int) -> RingsState:
-    rx_next_avail, tx_next_avail = next_avail
-    first = RingsState(
-        rx_next_avail=(rx_next_avail,),
-        tx_next_avail=(tx_next_avail,),
-        failed=(2,),
-        rx_waiting=(0,),
-        rx_packets=(1 << 40,),
-        rx_bytes=(3 << 50,),
-        rx_dropped_length=(1,),
-        rx_dropped_stale=(9,),
-        rx_dropped_error=(10,),
-        rx_kicks=(2,),
-        rx_calls=(3,),
-        tx_packets=(77,),
-        tx_bytes=(7700,),
-        tx_dropped_interface=(4,),
-        tx_dropped_header=(5,),
-        tx_dropped_memory=(6,),
-        tx_kicks=(7,),
-        tx_calls=(8,),
+def _queues(next_avail: tuple[int, int], *, queue_pairs: int) -> QueuesState:
+    idle = queue_pairs - 1
+    counters = Counters(
+        rx_packets=1 << 40,
+        rx_bytes=3 << 50,
+        rx_dropped_length=1,
+        rx_dropped_stale=9,
+        rx_dropped_error=10,
+        rx_kicks=2,
+        rx_calls=3,
+        tx_packets=77,
+        tx_bytes=7700,
+        tx_dropped_interface=4,
+        tx_dropped_header=5,
+        tx_dropped_memory=6,
+        tx_kicks=7,
+        tx_calls=8,
     )
-    return RingsState(*(column + (0,) * (queue_pairs - 1) for column in first))
+    return QueuesState(
+        positions=struct.pack(">2H", *next_avail) + bytes(4 * idle),
+        failed=b"\0\1" + bytes(2 * idle),
+        waiting=bytes(4 * queue_pairs),
+        counters=struct.pack(f">{len(counters)}Q", *counters) + bytes(8 * len(counters) * idle),
+    )
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
 
+from localmig.dataplane import Counters
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues import RINGS, RINGS_SETUP
+from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.migration.stream import IncomingStream
 from localmig.netdevs.state import TAP
@@ -36,14 +37,14 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
             nic.TAP_NAME: TAP,
             nic.NIC_NAME: VIRTIO_NET,
             nic.DEVICE_NAME: DEVICE,
-            nic.QUEUE_PAIRS_NAME: RINGS_SETUP,
+            nic.QUEUES_SETUP_NAME: QUEUES_SETUP,
         },
-        switchover={nic.RINGS_NAME: RINGS},
+        switchover={nic.QUEUES_NAME: QUEUES},
     )
     with open_descriptors(sample.descriptor_count) as fds:
         incoming.description(pieces.description)
-        tap, own, device, queue_pairs = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
-        (rings,) = incoming.switchover(pieces.switchover)
+        tap, own, device, queues_setup = incoming.setup(pieces.setup, zip(offsets, fds, strict=True))
+        (queues,) = incoming.switchover(pieces.switchover)
         for connection in device.state.socket.connections if device.state.socket is not None else ():
             session = connection.session
             # A stream brings tuples.
@@ -53,15 +54,15 @@ def test_today_reads_the_vector_and_could_write_it_again(sample: Sample) -> None
             tap=tap.state,
             nic=own.state,
             device=device.state,
-            rings=rings.state,
-            waiting=queue_pairs.state.waiting,
+            queues=queues.state,
+            waiting=queues_setup.state.waiting,
         )
         assert arrived == sample.daemon(fds)
         outgoing, piece = begun(arrived.setup)
         assert piece.data == pieces.setup
         assert outgoing.describe(arrived.switchover) == pieces.description
         assert outgoing.switchover(arrived.switchover).data == pieces.switchover
-        for section in (tap, own, device, queue_pairs):
+        for section in (tap, own, device, queues_setup):
             close_descriptors(section.description, section.state)
         assert not any(fd.is_open for fd in fds)
 
@@ -71,13 +72,16 @@ def test_the_vector_explains_itself(sample: Sample) -> None:
     sections = walk(b"".join(read_vector(sample.path))).sections
     assert sections[nic.TAP_NAME]["ifname"] == b"tap0"
     assert sections[nic.TAP_NAME]["mtu"] == 9000
-    rings = sections[nic.RINGS_NAME]
+    queues = sections[nic.QUEUES_NAME]
+    engine = sections[nic.QUEUES_SETUP_NAME]["engines"]
+    assert (engine["name"], engine["counters"]) == (b"queue-pair", [name.encode() for name in Counters._fields])
     position = 0 if sample is nic.IDLE else 0xFFFF
     if sample.queue_pairs > 1:
-        assert (rings["rx_packets"], rings["tx_next_avail"]) == ([1 << 40, 0], [position, 0])
+        assert sections[nic.QUEUES_SETUP_NAME]["groups"] == [b"nic0/0", b"nic0/1"]
+        assert queues["waiting"] == [0, 0]
         assert sections[nic.TAP_NAME]["descriptors"]["attached"] == [True, False]
-    else:
-        assert (rings["rx_packets"], rings["tx_next_avail"]) == (1 << 40, position)
+    assert queues["positions"][1:] == [position, *(0, 0) * (sample.queue_pairs - 1)]
+    assert dict(zip(Counters._fields, queues["counters"], strict=False))["rx_packets"] == 1 << 40
 
 
 def test_the_session_explains_itself() -> None:

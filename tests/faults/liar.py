@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues import RINGS, RINGS_SETUP
+from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import LocalmigError
 from localmig.fds import OwnedFd, close_all
@@ -46,10 +46,10 @@ SETUP_SECTIONS: Final = {
     for part_id, description in (
         *(("net0", TAP), ("net1", TAP)),
         *(("nic0", VIRTIO_NET), ("nic0", DEVICE), ("nic1", VIRTIO_NET), ("nic1", DEVICE)),
-        ("*", RINGS_SETUP),
+        ("*", QUEUES_SETUP),
     )
 }
-SWITCHOVER_SECTIONS: Final = {section_name("*", RINGS): RINGS}
+SWITCHOVER_SECTIONS: Final = {section_name("*", QUEUES): QUEUES}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -290,8 +291,36 @@ NIC: Final = "nic0/vhost-user-device"
 OTHER_NIC: Final = "nic1/vhost-user-device"
 NIC_OWN: Final = "nic0/virtio-net"
 NET: Final = "net0/tap"
-RINGS: Final = "*/virtio-net-rings"
+QUEUES: Final = "*/queues"
+QUEUES_SETUP: Final = "*/queues-setup"
 SESSION: Final = "socket.connections[0].session"
+
+
+def one_group_less(setup: Any) -> Any:
+    """Rings that nobody hands over."""
+    return dataclasses.replace(
+        setup, groups=setup.groups[:-1], group_engines=setup.group_engines[:-1], ring_counts=setup.ring_counts[:-1]
+    )
+
+
+def without_last(size: int) -> Callable[[bytes, object], bytes]:
+    """An array without its last bytes."""
+    return lambda array, _: array[:-size]
+
+
+def moved(source: str, destination: str, size: int) -> Callable[[Any, object], Any]:
+    """As many bytes in all, of which some are in another array."""
+
+    def change(state: Any, _: object) -> Any:
+        less, more = getattr(state, source), getattr(state, destination)
+        return state._replace(**{source: less[:-size], destination: more + bytes(size)})
+
+    return change
+
+
+def byte_of_array(place: int, value: int) -> Callable[[bytes, object], bytes]:
+    """An array with another byte at `place`."""
+    return lambda array, _: array[:place] + bytes((value,)) + array[place + 1 :]
 
 
 def of_another_program(session: Any, _: object) -> Any:
@@ -336,7 +365,7 @@ LIES: Final = [
         (
             "a section missing",
             vmdesc_of(lambda v: v["devices"].pop()),
-            'does not tell of section "\\*/virtio-net-rings"',
+            'does not tell of section "\\*/queues"',
         ),
         ("a section twice", vmdesc_of(lambda v: v["devices"].append(v["devices"][0])), "tells of a section twice"),
         (
@@ -381,7 +410,7 @@ LIES: Final = [
         ("too short", cut_by(1), "setup piece"),
         ("too long", longer, "setup piece of the migration stream: 1 bytes are left over"),
         ("a section twice", sections_of(section_twice), 'section "net0/tap" came twice'),
-        ("a section missing", sections_of(section_missing), 'section "\\*/virtio-net-queue-pairs" is missing'),
+        ("a section missing", sections_of(section_missing), 'section "\\*/queues-setup" is missing'),
         ("sections out of order", sections_of(sections_reversed), "is number 6 instance 0, expected number 0"),
         ("an unknown section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
         ("no descriptors", without_descriptors, "has no descriptor at offset"),
@@ -396,7 +425,7 @@ LIES: Final = [
         (
             "everything described again",
             described_again,
-            r'tells of a section "\*/virtio-net-rings" of .*, which was not expected',
+            r'tells of a section "\*/queues" of .*, which was not expected',
         ),
         ("a change that never comes", changed_without_setup, "SWITCHOVER came where SETUP was expected"),
         ("SWITCHOVER", first(Said(kind=FrameKind.SWITCHOVER)), "SWITCHOVER came where SETUP was expected"),
@@ -493,9 +522,39 @@ LIES: Final = [
             "downscript './down' is no absolute path",
         ),
         (
-            "fewer queue pairs",
-            state_of("*/virtio-net-queue-pairs", "queue_pairs", ("nic0/0",)),
-            "the source has 1 queue pairs, this daemon has 3",
+            "fewer groups of rings",
+            state_of(QUEUES_SETUP, "", lambda state, _: one_group_less(state)),
+            "the source has 2 groups of rings, this daemon has 3: the rest is the same",
+        ),
+        (
+            "fewer groups than engines of groups",
+            state_of(QUEUES_SETUP, "groups", ("nic0/0",)),
+            "the source has 1 groups of rings, the engines of 3 and the ring counts of 3",
+        ),
+        (
+            "another group of rings",
+            state_of(QUEUES_SETUP, "groups[1]", "nic0/7"),
+            "the source has 3 groups of rings, this daemon has 3: 'nic0/7' stands there for 'nic0/1' here",
+        ),
+        (
+            "another ring count",
+            state_of(QUEUES_SETUP, "ring_counts[2]", 3),
+            "'nic1/0' has 3 rings there and 2 here",
+        ),
+        (
+            "an engine that nobody told of",
+            state_of(QUEUES_SETUP, "group_engines[2]", 1),
+            "a group of rings has engine 1, the source has 1 of them",
+        ),
+        (
+            "an engine that is none",
+            state_of(QUEUES_SETUP, "engines[0].name", "steam"),
+            "the source has an engine 'steam', this release has queue-pair, callbacks",
+        ),
+        (
+            "another engine",
+            state_of(QUEUES_SETUP, "engines[0].name", "callbacks"),
+            "rings 'nic0/0' are served by 'callbacks' there and by 'queue-pair' here",
         ),
         ("memory that overlaps", state_of(NIC, f"{SESSION}.regions", lambda r, _: (*r, r[0])), "overlap|memory"),
     ),
@@ -505,17 +564,55 @@ LIES: Final = [
         ("too long", longer, "switchover piece of the migration stream: 1 bytes are left over"),
         ("nothing", instead(Said(kind=FrameKind.SWITCHOVER)), "switchover piece"),
         (
-            "a column too short",
-            state_of(RINGS, "rx_packets", (1,)),
-            r'section "\*/virtio-net-rings" has \d+ bytes, described were \d+',
+            "an array too short",
+            state_of(QUEUES, "counters", without_last(8)),
+            r'section "\*/queues" has \d+ bytes, described were \d+',
         ),
         (
-            "a column too short and one too long",
-            state_of(RINGS, "", lambda state, _: state._replace(rx_packets=(1,), rx_bytes=(0,) * 5)),
-            "column rx_packets of the rings has 1 places, there are 3 queue pairs",
+            "an array too long",
+            state_of(QUEUES, "positions", lambda array, _: array + bytes(2)),
+            r'section "\*/queues" has \d+ bytes, described were \d+',
         ),
-        ("a position outside", state_of(RINGS, "rx_next_avail", (0x7FFF, 0, 0)), "0x7fff|32767"),
-        ("rings that cannot fail", state_of(RINGS, "failed", (8, 0, 0)), "failed rings 0x8, of which there are 0x3"),
+        (
+            "positions of two rings less",
+            state_of(QUEUES, "", moved("positions", "waiting", 4)),
+            "4 positions came, expected 6",
+        ),
+        (
+            "positions of two rings more",
+            state_of(QUEUES, "", moved("waiting", "positions", 4)),
+            "8 positions came, expected 6",
+        ),
+        (
+            "more rings that failed",
+            state_of(QUEUES, "", moved("counters", "failed", 8)),
+            "14 failed rings came, expected 6",
+        ),
+        (
+            "more frames that wait",
+            state_of(QUEUES, "", moved("counters", "waiting", 8)),
+            "5 waiting frames came, expected 3",
+        ),
+        (
+            "a position outside",
+            state_of(QUEUES, "positions", byte_of_array(0, 0x7F)),
+            r"'nic0/0': rx ring: position .* is outside the ring's",
+        ),
+        (
+            "a ring that failed eight times",
+            state_of(QUEUES, "failed", byte_of_array(0, 8)),
+            "a ring has failed 8, which is 0 or 1",
+        ),
+        (
+            "a frame that is too long",
+            state_of(QUEUES, "waiting", byte_of_array(0, 1)),
+            r"a frame that waits for its guest has 16777216 bytes, limit is \d+",
+        ),
+        (
+            "a frame that is not there",
+            state_of(QUEUES, "waiting", byte_of_array(3, 60)),
+            "a frame that waits for its guest is not in its file",
+        ),
         ("the end mark missing", byte_at(-1, 7), "goes on with 0x7|unknown|0x07"),
         (
             "left out",
@@ -644,9 +741,10 @@ def test_no_lie_left_a_socket_behind(honest: Honest) -> None:
     assert honest.sockets() <= honest.sockets_before + 2
 
 
-def one_further(told: tuple[int, ...], _: object) -> tuple[int, ...]:
-    *packed, split = told
-    return (*packed, split + 1)
+def one_further(told: bytes, _: object) -> bytes:
+    """The receive ring of the last queue pair, which is a split one."""
+    *before, rx, tx = struct.unpack(f">{len(told) // 2}H", told)
+    return struct.pack(f">{len(told) // 2}H", *before, rx + 1, tx)
 
 
 def test_a_position_that_guest_memory_contradicts_is_told_by_both_sides(
@@ -655,7 +753,7 @@ def test_a_position_that_guest_memory_contradicts_is_told_by_both_sides(
     with new_site(tmp_path_factory) as site, ExitStack() as ends:
         source = Honest(site, ends).source
         pinger = site.pinger()
-        with Liar(SOURCE, FrameKind.SWITCHOVER, state_of(RINGS, "rx_next_avail", one_further)) as liar:
+        with Liar(SOURCE, FrameKind.SWITCHOVER, state_of(QUEUES, "positions", one_further)) as liar:
             number = liar.ours[DESTINATION].fileno()
             destination = site.daemon(
                 *("--incoming", f"fd:{number}", "--migration-parameter", "local=on"), inherited=[number]

@@ -27,36 +27,30 @@ from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues import RINGS, RINGS_SETUP
+from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd, close_all
 from localmig.migration.analysis import analyze
 from localmig.migration.channel import FrameBuffer, FrameKind
-from localmig.migration.hello import Done, HandoverObject, Hello, decode_reason, encode_reason
+from localmig.migration.hello import Done, HandoverObject, Hello, Origin, decode_reason, encode_reason
 from localmig.migration.stream import IncomingStream, Section
 from localmig.monitor.commands import COMMANDS
 from localmig.monitor.protocol import Session
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError
 from localmig.netdevs.state import TAP
-from localmig.options import parse_config, parse_device, parse_incoming, parse_monitor, parse_netdev
-from localmig.options.specs import (
-    AnySpec,
-    Fit,
-    TapSpec,
-    VirtioNetSpec,
-    from_mapping,
-    help_for,
-    options_of,
-    to_mapping,
-)
+from localmig.options import KINDS, Spec, parse_config, parse_incoming, parse_monitor, to_mapping
+from localmig.options.specs import Fit, options_of
+from localmig.registry import Registry
 from localmig.vhost_user.description import SESSION
 from localmig.vhost_user.message import HEADER_SIZE, Header, ProtocolFeature, decode_reply
 from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
 from localmig.virtio import Feature
 from localmig.vmstate import Blob, Description, Reader, check_descriptors, close_descriptors, load, save
+
+REGISTRY: Final = Registry(entry_points=list)
 
 SEEDS: Final = Path(__file__).parent / "seeds"
 
@@ -240,8 +234,8 @@ _OFFSET: Final = struct.Struct(">H")
 
 _EXPECTED: Final[tuple[tuple[Mapping[str, Description[Any]], Mapping[str, Description[Any]]], ...]] = (
     (
-        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.DEVICE_NAME: DEVICE, nic.QUEUE_PAIRS_NAME: RINGS_SETUP},
-        {nic.RINGS_NAME: RINGS},
+        {nic.TAP_NAME: TAP, nic.NIC_NAME: VIRTIO_NET, nic.DEVICE_NAME: DEVICE, nic.QUEUES_SETUP_NAME: QUEUES_SETUP},
+        {nic.QUEUES_NAME: QUEUES},
     ),
     ({synthetic.SETUP_NAME: synthetic.NIC}, {synthetic.RINGS_NAME: synthetic.NIC_RINGS}),
 )
@@ -332,8 +326,8 @@ def _read_frame(kind: FrameKind, data: bytes) -> None:
             hello = Hello.decode(data)
             assert Hello.decode(hello.encode()) == hello
             for each in hello.objects:
-                if each.kind in (TapSpec.kind, VirtioNetSpec.kind):
-                    _check_travels(from_mapping(each.kind, each.options))
+                if each.kind in KINDS:
+                    _check_travels(REGISTRY.read_theirs(each.kind, each.options, each.origin or Origin.own()))
         case FrameKind.DONE:
             done = Done.decode(data)
             assert Done.decode(done.encode()) == done
@@ -345,8 +339,8 @@ def _read_frame(kind: FrameKind, data: bytes) -> None:
             pass
 
 
-def _check_travels(spec: AnySpec) -> None:
-    there = from_mapping(spec.kind, json.loads(json.dumps(to_mapping(spec))))
+def _check_travels(spec: Spec) -> None:
+    there = REGISTRY.read_theirs(spec.kind, json.loads(json.dumps(to_mapping(spec))), Origin.own())
     for option in options_of(type(spec)):
         if option.fit is not Fit.NEVER:
             assert getattr(there, option.attribute) == getattr(spec, option.attribute), option.name
@@ -570,12 +564,10 @@ def options(data: bytes) -> None:
     name, _, text = os.fsdecode(data).partition(" ")
     try:
         match name:
-            case "--netdev":
-                help_for("netdev", text)
-                _check_travels(parse_netdev(text))
-            case "--device":
-                help_for("device", text)
-                _check_travels(parse_device(text))
+            case "--netdev" | "--device":
+                kind = name.removeprefix("--")
+                REGISTRY.help_for(kind, text)
+                _check_travels(REGISTRY.parse(kind, text))
             case "--qmp":
                 parse_monitor(text)
             case "--incoming":
@@ -588,11 +580,10 @@ def options(data: bytes) -> None:
 def config(data: bytes) -> None:
     """A file that describes a daemon."""
     try:
-        read = parse_config(data.decode())
+        read = parse_config(data.decode(), REGISTRY.read)
     except (ConfigError, UnicodeDecodeError):
         return
-    specs: list[AnySpec] = [*read.netdevs, *read.devices]
-    for spec in specs:
+    for spec in read.objects:
         _check_travels(spec)
 
 

@@ -20,10 +20,11 @@ import pytest
 from localmig.device_api import Offload
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
-from localmig.netdevs import Tap, network, tun
+from localmig.netdevs import network, tun
 from localmig.netdevs.info import Whereabouts
 from localmig.netdevs.network import Networks
 from localmig.netdevs.state import TAP, TapState
+from localmig.netdevs.tap import Tap
 from localmig.netdevs.tun import Flag
 from localmig.testing.namespace import CommandError, NetworkNamespace, carrier_changes, ip, link
 from localmig.vmstate import Blob, Reader, load, save
@@ -430,7 +431,7 @@ def test_a_tap_that_was_deleted_before_it_was_inherited_is_refused() -> None:
 
 PROGRAM: Final = """
 import asyncio, sys
-from localmig.netdevs import Tap
+from localmig.netdevs.tap import Tap
 
 async def main():
     tap = Tap(id="net0", ifname="tap0", bridge="br0")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -17,7 +19,7 @@ from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide
 
 from localmig import dataplane
 from localmig.dataplane import Counters, GuestMemory, QueuePair, Ring
-from localmig.netdevs import Tap
+from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES
 from localmig.testing.namespace import NetworkNamespace, configure, ip
 from localmig.virtio import Feature
@@ -310,16 +312,23 @@ def test_what_is_refused_changes_nothing(nic: Nic) -> None:
 def test_a_position_outside_a_packed_ring_is_found_before_it_is_set(nic: Nic) -> None:
     bare = QueuePair("bare", nic.event_fd)
     pairs = [bare, nic.pair]
-    dataplane.check_positions(pairs, (0xFFFF, 0x80FF), (0xFFFF, 0x00FF))
+
+    def check(rx: int, tx: int) -> tuple[int, str] | None:
+        return dataplane.check_positions(pairs, struct.pack(">4H", 0xFFFF, 0xFFFF, rx, tx))
+
+    assert check(0x80FF, 0x00FF) is None
     if nic.is_packed:
         for rx, tx, side in ((0x8100, 0x8000, "rx"), (0x8000, 0x7FFF, "tx")):
-            with pytest.raises(ValueError, match=f"queue pair 1: {side} ring: position .* is outside the ring's 256"):
-                dataplane.check_positions(pairs, (0, rx), (0, tx))
+            place, reason = check(rx, tx) or (None, "")
+            assert place == 1
+            assert re.search(f"{side} ring: position .* is outside the ring's 256", reason), reason
     else:
-        dataplane.check_positions(pairs, (0, 0xFFFF), (0, 0x1234))
+        assert check(0xFFFF, 0x1234) is None
+    with pytest.raises(ValueError, match="positions have 6 bytes, expected 8"):
+        dataplane.check_positions(pairs, bytes(6))
     nic.pair.start()
     with pytest.raises(RuntimeError, match="runs"):
-        dataplane.check_positions(pairs, (0, 0x8000), (0, 0x8000))
+        check(0x8000, 0x8000)
     bare.close()
 
 

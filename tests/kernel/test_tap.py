@@ -17,8 +17,9 @@ import pytest
 
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
-from localmig.netdevs import Tap, script, tun
+from localmig.netdevs import script, tun
 from localmig.netdevs.state import TAP, TapState
+from localmig.netdevs.tap import Tap
 from localmig.testing.namespace import NetworkNamespace, ip, link
 from localmig.vmstate import Blob, Reader, load, save
 
@@ -175,7 +176,7 @@ def test_a_machine_without_tun_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_missing_permission_says_what_to_do() -> None:
     program = """
 from localmig.errors import KernelError
-from localmig.netdevs import Tap
+from localmig.netdevs.tap import Tap
 for ifname in ("tap0", "tap1"):
     try:
         Tap(id="net0", ifname=ifname).open()
@@ -204,7 +205,7 @@ for ifname in ("tap0", "tap1"):
 
 def test_an_interface_that_is_ready_needs_no_privilege() -> None:
     program = """
-from localmig.netdevs import Tap
+from localmig.netdevs.tap import Tap
 tap = Tap(id="net0", ifname="tap0", mtu=1400)
 tap.open()
 print(tap.frame_length_max)

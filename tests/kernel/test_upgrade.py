@@ -261,7 +261,7 @@ def test_what_moved_is_recorded_and_explained(machine: Machine) -> None:
     explained = json.loads(machine.localmig("analyze", "--json", str(recording)).stdout)
     setup, switchover = explained["sections"][:2], explained["sections"][2:]
     assert [section["name"] for section in setup] == ["net0/tap", "nic0/virtio-net"]
-    assert "virtio-net-rings" in {section["description"] for section in switchover}
+    assert "queues" in {section["description"] for section in switchover}
     assert explained["descriptors"] == {"listening-socket": 1, "memory": 1, "netlink": 1, "tap": 1}
     tap = {field["name"]: field for field in explained["sections"][0]["fields"]}
     assert tap["ifname"]["text"] == "tap0"

@@ -414,7 +414,8 @@ def test_a_handover_that_tells_another_position_than_guest_memory_is_told_of(
         await guest.talks()
         site.rings.stop()
         state = site.rings.save_switchover()
-        site.rings.adopt_switchover(state._replace(rx_next_avail=(3,)))
+        site.rings.adopt_setup(site.rings.save_setup(with_descriptors=False))
+        site.rings.adopt_switchover(state._replace(positions=b"\0\3" + state.positions[2:]))
         site.rings.resume()
         told = "device 'nic0': vring 0 (rx) goes on at 17, where its used index stands, and was told 3"
         assert site.device.take_notes() == [told]

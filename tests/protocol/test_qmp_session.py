@@ -11,8 +11,9 @@ import pytest
 from localmig.errors import ConfigError, PeerError
 from localmig.fds import OwnedFd
 from localmig.monitor.protocol import HELD_DESCRIPTOR_COUNT_MAX, Event, Session, greeting, version_info
-from localmig.monitor.schema import Boolean, Command, Member, Struct
+from localmig.monitor.schema import Command
 from localmig.monitor.wire import VALUE_BYTES_MAX
+from localmig.qapi import Boolean, Member, Struct
 
 ECHO = Command(
     name="echo",

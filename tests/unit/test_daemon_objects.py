@@ -6,20 +6,34 @@ import dataclasses
 
 import pytest
 
-from localmig.daemon.objects import Objects
-from localmig.device_api import Queues
+from localmig.daemon.objects import Assembly, Objects
+from localmig.device_api import Part, Queues
 from localmig.device_api.own_state import OwnState
 from localmig.devices.virtio_net import VirtioNet
+from localmig.devices.virtio_net.options import VirtioNetSpec
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import HandoverObject, Hello
 from localmig.netdevs.tap import Tap
-from localmig.options import TapSpec, VirtioNetSpec
+from localmig.netdevs.tap_options import TapSpec
+from localmig.options import Spec
+from localmig.registry import Registry
 from localmig.trace import Tracer
 
 TAP = TapSpec(id="net0", ifname="tap0")
 NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock")
-BOTH = Objects(netdevs=(TAP,), devices=(NIC,))
-NOTHING = Objects()
+REGISTRY = Registry(entry_points=list)
+
+
+def together(*specs: Spec) -> Objects:
+    return Objects(specs=specs, registry=REGISTRY)
+
+
+def parts(objects: Objects) -> list[Part]:
+    return Assembly.of(objects, Tracer()).parts()
+
+
+BOTH = together(TAP, NIC)
+NOTHING = together()
 
 
 def hello(objects: Objects, *, local: bool = True) -> Hello:
@@ -29,33 +43,32 @@ def hello(objects: Objects, *, local: bool = True) -> Hello:
 
 def test_parts_are_built_netdevs_first_and_rings_last() -> None:
     other_tap, other_nic = TapSpec(id="net1"), VirtioNetSpec(id="nic1", netdev="net1", socket="/run/nic1.sock")
-    parts = Objects(netdevs=(TAP, other_tap), devices=(NIC, other_nic)).build(Tracer())
-    assert [part.id for part in parts] == ["net0", "net1", "nic0", "nic0", "nic1", "nic1", "*"]
-    assert [type(part) for part in parts] == [Tap, Tap, OwnState, VirtioNet, OwnState, VirtioNet, Queues]
+    built = parts(together(NIC, TAP, other_nic, other_tap))
+    assert [part.id for part in built] == ["net0", "net1", "nic0", "nic0", "nic1", "nic1", "*"]
+    assert [type(part) for part in built] == [Tap, Tap, OwnState, VirtioNet, OwnState, VirtioNet, Queues]
 
 
 def test_specs_that_do_not_fit_each_other_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="can't find netdev 'net0'"):
-        Objects(devices=(NIC,))
+        together(NIC)
 
 
-def test_types_are_what_the_user_wrote() -> None:
-    assert BOTH.types() == {"net0": "tap", "nic0": "virtio-net"}
+def test_objects_are_empty_where_nothing_was_asked_for() -> None:
     assert (NOTHING.is_empty, BOTH.is_empty) == (True, False)
 
 
 def test_a_device_that_stays_home_keeps_its_netdev_there_too() -> None:
-    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
-    reasons = [part.local_migration_blocker() for part in home.build(Tracer())]
+    home = together(TAP, dataclasses.replace(NIC, local_migration=False))
+    reasons = [part.local_migration_blocker() for part in parts(home)]
     assert reasons == ["device 'nic0' has local-migration=off", "local-migration=off", "local-migration=off", None]
 
 
 @pytest.mark.parametrize("device", [None, False])
 def test_what_a_netdev_says_of_local_migration_is_its_devices_and_travels_as_that(device: bool | None) -> None:
     nic = dataclasses.replace(NIC, local_migration=device)
-    said = Objects(netdevs=(dataclasses.replace(TAP, local_migration_supported=False),), devices=(nic,))
-    assert [part.local_migration_blocker() is None for part in said.build(Tracer())] == [False, False, False, True]
-    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
+    said = together(dataclasses.replace(TAP, local_migration_supported=False), nic)
+    assert [part.local_migration_blocker() is None for part in parts(said)] == [False, False, False, True]
+    home = together(TAP, dataclasses.replace(NIC, local_migration=False))
     assert said.for_hello() == home.for_hello()
     assert (said.fit(hello(home)), home.fit(hello(said))) == (said, home)
     with pytest.raises(PeerError, match="device 'nic0' has local-migration=off here and on there"):
@@ -65,9 +78,8 @@ def test_what_a_netdev_says_of_local_migration_is_its_devices_and_travels_as_tha
 @pytest.mark.parametrize("device", [None, True])
 @pytest.mark.parametrize("netdev", [None, True])
 def test_local_migration_that_is_on_does_not_travel(netdev: bool | None, device: bool | None) -> None:
-    said = Objects(
-        netdevs=(dataclasses.replace(TAP, local_migration_supported=netdev),),
-        devices=(dataclasses.replace(NIC, local_migration=device),),
+    said = together(
+        dataclasses.replace(TAP, local_migration_supported=netdev), dataclasses.replace(NIC, local_migration=device)
     )
     assert said.for_hello() == BOTH.for_hello()
 
@@ -76,9 +88,8 @@ def test_local_migration_that_is_on_does_not_travel(netdev: bool | None, device:
 def test_a_netdev_and_its_device_that_disagree_about_local_migration_are_refused(netdev: bool, device: bool) -> None:
     words = {True: "on", False: "off"}
     with pytest.raises(ConfigError) as caught:
-        Objects(
-            netdevs=(dataclasses.replace(TAP, local_migration_supported=netdev),),
-            devices=(dataclasses.replace(NIC, local_migration=device),),
+        together(
+            dataclasses.replace(TAP, local_migration_supported=netdev), dataclasses.replace(NIC, local_migration=device)
         )
     assert str(caught.value) == (
         f"device 'nic0' has local-migration={words[device]} and its netdev 'net0' has "
@@ -98,29 +109,29 @@ def test_a_destination_with_the_same_objects_keeps_its_own() -> None:
 
 
 def test_a_netdev_without_a_name_gets_the_sources() -> None:
-    own = Objects(netdevs=(TapSpec(id="net0", script="/etc/up"),), devices=(NIC,))
-    assert own.fit(hello(BOTH)).netdevs == (TapSpec(id="net0", script="/etc/up", ifname="tap0"),)
+    own = together(TapSpec(id="net0", script="/etc/up"), NIC)
+    assert own.fit(hello(BOTH)).specs == (TapSpec(id="net0", script="/etc/up", ifname="tap0"), NIC)
 
 
 def test_a_netdev_with_an_inherited_descriptor_needs_no_name() -> None:
-    own = Objects(netdevs=(TapSpec(id="net0", fd=7),), devices=(NIC,))
-    assert own.fit(hello(BOTH, local=False)).netdevs == (TapSpec(id="net0", fd=7),)
+    own = together(TapSpec(id="net0", fd=7), NIC)
+    assert own.fit(hello(BOTH, local=False)).specs == (TapSpec(id="net0", fd=7), NIC)
 
 
 @pytest.mark.parametrize(
     ("ours", "complaints"),
     [
         (
-            Objects(netdevs=(dataclasses.replace(TAP, id="net9"),), devices=(dataclasses.replace(NIC, netdev="net9"),)),
+            together(dataclasses.replace(TAP, id="net9"), dataclasses.replace(NIC, netdev="net9")),
             ["'net9' is here but not in the source", "'net0' is in the source but not here", "netdev=net9 here"],
         ),
-        (Objects(netdevs=(TAP,)), ["'nic0' is in the source but not here"]),
+        (together(TAP), ["'nic0' is in the source but not here"]),
         (
-            Objects(netdevs=(dataclasses.replace(TAP, ifname="tap1", mtu=9000),), devices=(NIC,)),
+            together(dataclasses.replace(TAP, ifname="tap1", mtu=9000), NIC),
             ["netdev 'net0' has ifname=tap1 here and tap0 there"],
         ),
         (
-            Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),)),
+            together(TAP, dataclasses.replace(NIC, local_migration=False)),
             ["device 'nic0' has local-migration=off here and on there"],
         ),
     ],
@@ -133,12 +144,10 @@ def test_every_option_that_does_not_fit_is_named(ours: Objects, complaints: list
 
 
 def test_what_only_matters_beside_descriptors_may_differ_without_them() -> None:
-    ours = Objects(
-        netdevs=(dataclasses.replace(TAP, ifname="tap1"),), devices=(dataclasses.replace(NIC, socket="/run/b.sock"),)
-    )
+    ours = together(dataclasses.replace(TAP, ifname="tap1"), dataclasses.replace(NIC, socket="/run/b.sock"))
     assert ours.fit(hello(BOTH, local=False)) == ours
-    home = Objects(netdevs=(TAP,), devices=(dataclasses.replace(NIC, local_migration=False),))
-    own = Objects(netdevs=ours.netdevs, devices=(dataclasses.replace(NIC, local_migration=False, socket="/b"),))
+    home = together(TAP, dataclasses.replace(NIC, local_migration=False))
+    own = together(ours.specs[0], dataclasses.replace(NIC, local_migration=False, socket="/b"))
     assert own.fit(hello(home)) == own
 
 

@@ -12,8 +12,9 @@ from typing import Any, Final
 import pytest
 
 from localmig.daemon import Daemon, RunState
-from localmig.daemon.objects import Objects
 from localmig.device_api import Part
+from localmig.device_api.objects import BuildContext
+from localmig.devices.virtio_net.options import VirtioNetSpec
 from localmig.errors import ConfigError, KernelError, StateError
 from localmig.migration.parameters import (
     COMMIT_TIMEOUT_MS_MAX,
@@ -22,9 +23,11 @@ from localmig.migration.parameters import (
     Parameters,
 )
 from localmig.migration.status import LocalMigrationReport
-from localmig.options import TapSpec, VirtioNetSpec
+from localmig.netdevs.tap_options import TapSpec
+from localmig.options import Spec
 from localmig.options.address import Defer, TcpAddress, UnixAddress
-from localmig.trace import Event, MigrationStatusChanged, RunStateChanged, Tracer
+from localmig.registry import RegisteredType
+from localmig.trace import Event, MigrationStatusChanged, RunStateChanged
 from localmig.vmstate import Description
 
 TAP: Final = TapSpec(id="net0", ifname="tap0")
@@ -110,10 +113,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the parts of every daemon are told."""
     made: list[str] = []
 
-    def build(objects: Objects, tracer: Tracer) -> list[RecordingPart]:
-        return [RecordingPart(spec.id, made, refuses=spec.id == "refuses") for spec in objects.specs]
+    def build(registered: RegisteredType, spec: Spec, context: BuildContext) -> RecordingPart:
+        return RecordingPart(spec.id, made, refuses=spec.id == "refuses")
 
-    monkeypatch.setattr(Objects, "build", build)
+    monkeypatch.setattr(RegisteredType, "build", build)
     return made
 
 
@@ -122,7 +125,7 @@ def run(scenario: Callable[[Daemon], Awaitable[None]], daemon: Daemon | None = N
     facts: list[Event] = []
 
     async def play() -> None:
-        made = daemon or Daemon(netdevs=[TAP], devices=[NIC])
+        made = daemon or Daemon(objects=[TAP, NIC])
         made.tracer.subscribe(facts.append)
         await made.start()
         await scenario(made)
@@ -164,7 +167,7 @@ def test_a_fresh_daemon_opens_serves_and_closes_in_order(calls: list[str]) -> No
 
 
 def test_a_part_that_cannot_be_opened_closes_those_before_it(calls: list[str]) -> None:
-    daemon = Daemon(netdevs=[TAP, TapSpec(id="refuses"), TapSpec(id="net2")], devices=[NIC])
+    daemon = Daemon(objects=[TAP, TapSpec(id="refuses"), TapSpec(id="net2"), NIC])
     with pytest.raises(KernelError, match="busy"):
         asyncio.run(daemon.start())
     assert calls == ["net0.open", "refuses.open", "refuses.close", "net0.close"]

@@ -87,7 +87,7 @@ def check_object(info: Info, use: Callable[..., Info]) -> None:
 
 @pytest.fixture
 def schema() -> Sequence[Info]:
-    return cast("Sequence[Info]", COMMANDS["query-qmp-schema"].run(None))
+    return cast("Sequence[Info]", COMMANDS["query-qmp-schema"].run(Daemon(incoming=Defer())))
 
 
 def test_the_schema_follows_the_rules_of_introspection(schema: Sequence[Info]) -> None:

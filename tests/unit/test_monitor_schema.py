@@ -14,11 +14,11 @@ from localmig.monitor.schema import (
     CAPABILITIES,
     MIGRATION_STATUS,
     PARAMETERS,
-    Uint64,
     capabilities_to_qmp,
     parameters_changed,
     parameters_to_qmp,
 )
+from localmig.qapi import Uint64
 
 UNIX_CHANNEL = {"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": "/x"}}
 

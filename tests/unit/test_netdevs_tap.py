@@ -11,8 +11,8 @@ import pytest
 from localmig.device_api import Part
 from localmig.errors import PeerError, StateError
 from localmig.fds import OwnedFd
-from localmig.netdevs import Tap
 from localmig.netdevs.state import TAP, TapDescriptors, TapState
+from localmig.netdevs.tap import Tap
 from localmig.vmstate import Blob, Reader, close_descriptors, load, save
 
 STATE = TapState(ifname="tap0", mtu=1500, vnet_header_length=12, offloads=0, has_uso=False, descriptors=None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Final
 
 import pytest
 
+from localmig.devices.virtio_net.options import VirtioNetSpec
 from localmig.errors import ConfigError
+from localmig.netdevs.tap_options import TapSpec
 from localmig.options import (
     AccessSpec,
     Config,
@@ -16,10 +19,11 @@ from localmig.options import (
     MonitorSpec,
     RunAsSpec,
     SandboxSpec,
-    TapSpec,
-    VirtioNetSpec,
-    parse_config,
 )
+from localmig.options import parse_config as parse
+from localmig.registry import Registry
+
+parse_config = partial(parse, read_object=Registry(entry_points=list).read)
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/operating.md"
 
@@ -29,8 +33,8 @@ def test_the_example_of_the_page_is_what_it_says() -> None:
     section = page[page.index("## From a file") :]
     example = section[section.index("    qmp = ") : section.index("`[[netdev]]` and")]
     assert parse_config(dedent(example)) == Config(
-        netdevs=(TapSpec(id="net0", ifname="tap0"),),
-        devices=(
+        objects=(
+            TapSpec(id="net0", ifname="tap0"),
             VirtioNetSpec(
                 id="nic0", netdev="net0", socket="/run/vm1/nic0.sock", socket_mode="0660", socket_group="kvm"
             ),

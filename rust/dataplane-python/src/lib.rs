@@ -6,7 +6,9 @@
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+mod callback;
 mod driver;
+mod engines;
 mod ledger;
 mod memory;
 mod queue_pair;
@@ -15,23 +17,27 @@ mod sandbox;
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTER_NAMES", PyTuple::new(module.py(), dataplane::Counters::NAMES)?)?;
+    module.add("CALLBACK_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::CallbackCounters::NAMES)?)?;
+    module.add("CHAIN_DATA_SIZE_MAX", dataplane::callback::DATA_SIZE_MAX)?;
     module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
+    module.add_class::<callback::CallbackQueues>()?;
+    module.add_class::<callback::Chain>()?;
     module.add_class::<driver::DriverPair>()?;
+    module.add_class::<ledger::InFlight>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;
     module.add_class::<queue_pair::Ring>()?;
-    module.add_function(wrap_pyfunction!(queue_pair::failed_rings, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::fail_rings, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::start_all, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::stop_all, module)?)?;
     module.add_function(wrap_pyfunction!(queue_pair::swap_memory, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::save_all, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::check_positions, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::load_all, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::save_waiting, module)?)?;
-    module.add_function(wrap_pyfunction!(queue_pair::load_waiting, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::check_positions, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::load_all, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::load_waiting, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::recover_all, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::save_all, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::save_waiting, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::start_all, module)?)?;
+    module.add_function(wrap_pyfunction!(engines::stop_all, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::forbid_programs, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::forbid_unneeded, module)?)?;
     module.add_function(wrap_pyfunction!(sandbox::keep_capabilities, module)?)?;

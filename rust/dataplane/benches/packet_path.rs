@@ -141,6 +141,7 @@ fn stop_under_load() {
         error_fd: None,
         next_avail: None,
         ledger: None,
+        in_flight: None,
     };
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {
@@ -204,6 +205,7 @@ fn receiving(frame_length: usize, frame_length_max: usize, rounds: u32) {
         error_fd: None,
         next_avail: None,
         ledger: None,
+        in_flight: None,
     };
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {

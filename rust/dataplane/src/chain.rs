@@ -29,6 +29,8 @@ pub enum Direction {
     ToGuest,
     /// The driver filled them (transmit).
     FromGuest,
+    /// First those that the driver filled, then those that the device fills; there may be none of either.
+    Both,
 }
 
 /// Why a ring cannot go on: what the guest wrote cannot be, or its memory is gone.
@@ -51,6 +53,13 @@ pub enum RingError {
     PositionUnknown,
     LedgerLength { count: u16 },
     LedgerMixed { from: u16 },
+    ReadableLength { length: u64, limit: usize },
+    ChainChanged { head: u16, length: u64, needed: usize },
+    HeadInFlight { head: u16 },
+    InFlightSize { found: u64, size: u16 },
+    InFlightEntry { head: u16, entry: u64 },
+    InFlightOrder { head: u16, other: u16 },
+    InFlightUsed { head: u16, told: u16, used: u16 },
     MemoryLost(Lost),
 }
 
@@ -75,6 +84,9 @@ impl fmt::Display for RingError {
             }
             Self::WrongDirection { index, expected: Direction::FromGuest } => {
                 write!(f, "descriptor {index} is write-only in a transmit queue")
+            }
+            Self::WrongDirection { index, expected: Direction::Both } => {
+                write!(f, "descriptor {index} is read-only and stands behind a write-only one of its chain")
             }
             Self::IndirectNotNegotiated { index } => {
                 write!(f, "descriptor {index} is indirect, which was not negotiated")
@@ -104,6 +116,34 @@ impl fmt::Display for RingError {
             Self::LedgerMixed { from } => {
                 write!(f, "the ring's ledger tells of used buffers from {from:#x} on and lists others")
             }
+            Self::ReadableLength { length, limit } => {
+                write!(f, "a descriptor chain has {length} bytes for the device to read, limit is {limit}")
+            }
+            Self::ChainChanged { head, length, needed } => {
+                write!(
+                    f,
+                    "the chain at descriptor {head} changed while it was in flight: it has {length} bytes left to \
+                     write to, {needed} are to be written"
+                )
+            }
+            Self::HeadInFlight { head } => {
+                write!(f, "the chain at descriptor {head} is made available again while it is in flight")
+            }
+            Self::InFlightSize { found, size } => {
+                write!(f, "the in-flight file is about a ring of {found} entries, this one has {size}")
+            }
+            Self::InFlightEntry { head, entry } => {
+                write!(f, "the in-flight file has {entry:#x} for descriptor {head}, which cannot be")
+            }
+            Self::InFlightOrder { head, other } => {
+                write!(f, "the in-flight file has the same place in order for descriptors {head} and {other}")
+            }
+            Self::InFlightUsed { head, told, used } => {
+                write!(
+                    f,
+                    "the in-flight file has descriptor {head} completed at used index {told}, the ring stands at {used}"
+                )
+            }
             Self::MemoryLost(lost) => lost.fmt(f),
             Self::ChainTooShort { length, header_length } => {
                 write!(
@@ -116,7 +156,7 @@ impl fmt::Display for RingError {
 }
 
 /// Where a ring is, as told by the frontend; untrusted. Addresses are the guest's.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     pub size: u32,
     /// The descriptor table, or the ring of descriptors.
@@ -128,7 +168,7 @@ pub struct Layout {
 }
 
 /// The features that change how a ring is read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
     pub event_index: bool,
     pub indirect: bool,
@@ -143,6 +183,8 @@ pub struct Chain {
     pub slots: u16,
     /// Buffers it added to the caller's vector.
     pub buffers: usize,
+    /// How many of them, the first ones, the driver filled.
+    pub readable_buffers: usize,
     /// Bytes in those buffers.
     pub length: u64,
 }
@@ -244,8 +286,11 @@ impl Table {
 pub(crate) struct Gathering<'a> {
     memory: &'a GuestMemory,
     direction: Direction,
+    /// The device may write to the next one. A chain of both directions turns once.
+    writable: bool,
     buffers: &'a mut Vec<libc::iovec>,
     before: usize,
+    readable_buffers: usize,
     pub(crate) length: u64,
 }
 
@@ -256,7 +301,8 @@ impl<'a> Gathering<'a> {
         buffers: &'a mut Vec<libc::iovec>,
     ) -> Self {
         let before = buffers.len();
-        Self { memory, direction, buffers, before, length: 0 }
+        let writable = direction == Direction::ToGuest;
+        Self { memory, direction, writable, buffers, before, readable_buffers: 0, length: 0 }
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -266,8 +312,8 @@ impl<'a> Gathering<'a> {
     /// Appends a descriptor's bytes as host memory: one buffer, or several where it lies across regions.
     #[inline]
     pub(crate) fn push(&mut self, index: u16, descriptor: &Descriptor, flags: u16) -> Result<(), RingError> {
-        if (flags & DESCRIPTOR_WRITE != 0) != (self.direction == Direction::ToGuest) {
-            return Err(RingError::WrongDirection { index, expected: self.direction });
+        if (flags & DESCRIPTOR_WRITE != 0) != self.writable {
+            self.turn(index)?;
         }
         if descriptor.length == 0 {
             return Err(RingError::EmptyBuffer { index });
@@ -289,12 +335,25 @@ impl<'a> Gathering<'a> {
         Ok(())
     }
 
+    /// Goes on with buffers that the device may write to, where that can be.
+    #[cold]
+    fn turn(&mut self, index: u16) -> Result<(), RingError> {
+        if self.direction != Direction::Both || self.writable {
+            return Err(RingError::WrongDirection { index, expected: self.direction });
+        }
+        self.readable_buffers = self.count();
+        self.writable = true;
+        Ok(())
+    }
+
     /// The chain, complete. It must have room for a header.
     pub(crate) fn chain(&self, id: u16, slots: u16, header_length: usize) -> Result<Chain, RingError> {
         let length = self.length;
         if length < header_length as u64 {
             return Err(RingError::ChainTooShort { length, header_length });
         }
-        Ok(Chain { id, slots, buffers: self.count(), length })
+        let buffers = self.count();
+        let readable_buffers = if self.writable { self.readable_buffers } else { buffers };
+        Ok(Chain { id, slots, buffers, readable_buffers, length })
     }
 }

@@ -104,3 +104,15 @@ counters! {
         tx_dropped,
     }
 }
+
+counters! {
+    /// What was done with the chains of a ring that are handed out. Bytes are those of buffers.
+    CallbackCounters of LiveCallbackCounters {
+        /// Completed, or returned unused.
+        chains,
+        bytes_read,
+        bytes_written,
+        kicks,
+        calls,
+    }
+}

@@ -1,8 +1,9 @@
 //! The ledger: where packed rings stand, in memory that outlives whoever runs them.
 //!
-//! Owns:        the file, a slot for each ring, the order of the stores.
+//! Owns:        a slot for each ring, the order of the stores.
 //! Never sees:  guest memory; who runs a ring.
-//! Read next:   `packed`, which writes a slot before it tells the guest, and reads it after a death.
+//! Read next:   `packed`, which writes a slot before it tells the guest, and reads it after a death; `word_file`, which
+//!              has the file.
 //!
 //! A split ring has its used index in guest memory. In a packed ring used descriptors are told from others only by
 //! one who knows the lap, and chains have several descriptors of which only the first is marked. So before anything
@@ -17,27 +18,20 @@
 //! A process that is killed leaves a prefix of its stores. Killed before step 2, the intent is the previous batch's,
 //! which was told whole, and the ring stands at its end. Killed behind it, the first descriptor says whether step 3
 //! ended; where it did not, a successor does it (again), from the log. Either way the ring goes on at `to`.
-//!
-//! Nothing here is waited for or synchronised to a disk: it is about processes of one machine that die.
 
-use std::fmt;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use crate::chain::{RingError, CHAIN_BUFFERS_MAX};
 use crate::packed::{Completion, Position};
+use crate::word_file::{WordFile, WordFileError};
 
 /// Used descriptors a batch may have: a frame has no more chains than a read has buffers.
 const LOG_LENGTH: usize = CHAIN_BUFFERS_MAX;
 
-/// The intent and the log.
+/// The intent and the log: two pages, of which a ring that merges few buffers touches one.
 const SLOT_WORDS: usize = 1 + LOG_LENGTH;
-
-/// Two pages, of which a ring that merges few buffers touches one.
-const SLOT_SIZE: usize = 8 * SLOT_WORDS;
 
 /// Rings a ledger may have: as many as vhost-user has numbers for.
 const RING_COUNT_MAX: usize = 256;
@@ -45,109 +39,35 @@ const RING_COUNT_MAX: usize = 256;
 /// The intent was written: no other bit of it tells a slot from one that never was.
 const WRITTEN: u64 = 1 << 63;
 
-/// Nobody may change the file's size, which would take the mapping away under whoever writes.
-const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-
-/// Why a ledger cannot be used.
-#[derive(Debug)]
-pub enum LedgerError {
-    /// The file is none.
-    Invalid(String),
-    /// The kernel refused.
-    System(io::Error),
-}
-
-impl fmt::Display for LedgerError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Invalid(reason) => write!(f, "ledger: {reason}"),
-            Self::System(error) => write!(f, "ledger: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for LedgerError {}
-
-fn checked(result: libc::c_int) -> Result<libc::c_int, LedgerError> {
-    if result < 0 {
-        return Err(LedgerError::System(io::Error::last_os_error()));
-    }
-    Ok(result)
-}
-
 /// A ledger, mapped. Unmapped when dropped.
 #[derive(Debug)]
 pub struct Ledger {
-    words: *mut u64,
+    file: WordFile,
     ring_count: usize,
 }
-
-// SAFETY: the mapping lives as long as the object, and every access to it is atomic.
-unsafe impl Send for Ledger {}
-// SAFETY: as above.
-unsafe impl Sync for Ledger {}
 
 impl Ledger {
     /// A new file for `ring_count` rings, at most 256. It costs memory only where rings write.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn create(ring_count: usize) -> Result<OwnedFd, LedgerError> {
+    pub fn create(ring_count: usize) -> Result<OwnedFd, WordFileError> {
         assert!((1..=RING_COUNT_MAX).contains(&ring_count), "{ring_count} rings");
-        // SAFETY: the name is a C string; the descriptor has no other owner.
-        let file = unsafe {
-            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-            OwnedFd::from_raw_fd(checked(libc::memfd_create(c"packed-ring-ledger".as_ptr(), flags))?)
-        };
-        let size = libc::off_t::try_from(SLOT_SIZE * ring_count).expect("2 MiB at most");
-        // SAFETY: plain system calls on our own descriptor.
-        unsafe {
-            checked(libc::ftruncate(file.as_raw_fd(), size))?;
-            checked(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS))?;
-        }
-        Ok(file)
+        WordFile::create("ledger", c"packed-ring-ledger", SLOT_WORDS * ring_count)
     }
 
     /// Maps a file that `create` made, here or in another process. `fd` is only used during the call.
     ///
     /// # Errors
     /// It is none for as many rings, or the kernel refused.
-    pub fn map(fd: RawFd, ring_count: usize) -> Result<Arc<Self>, LedgerError> {
-        let size = SLOT_SIZE * ring_count;
-        // SAFETY: an all-zero stat is a valid one to be filled in.
-        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-        // SAFETY: `stat` is valid for writing.
-        checked(unsafe { libc::fstat(fd, &raw mut stat) })?;
-        if usize::try_from(stat.st_size).ok() != Some(size) || ring_count == 0 {
-            let found = stat.st_size;
-            return Err(LedgerError::Invalid(format!("has {found} bytes, {ring_count} rings need {size}")));
-        }
-        // A file without seals could lose its pages while we write to them (SIGBUS); one of no memory file fails here.
-        // SAFETY: plain system call.
-        let seals = checked(unsafe { libc::fcntl(fd, libc::F_GET_SEALS) })?;
-        if seals & libc::F_SEAL_SHRINK == 0 {
-            return Err(LedgerError::Invalid("is not sealed against shrinking".into()));
-        }
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: no fixed address is asked for, so the new mapping replaces nothing.
-        let host = unsafe { libc::mmap(ptr::null_mut(), size, protection, libc::MAP_SHARED, fd, 0) };
-        if host == libc::MAP_FAILED {
-            return Err(LedgerError::System(io::Error::last_os_error()));
-        }
-        Ok(Arc::new(Self { words: host.cast(), ring_count }))
+    pub fn map(fd: RawFd, ring_count: usize) -> Result<Arc<Self>, WordFileError> {
+        Ok(Arc::new(Self { file: WordFile::map("ledger", fd, ring_count, SLOT_WORDS)?, ring_count }))
     }
 
     /// The slot of ring `index`; None where the ledger has none.
     #[must_use]
     pub fn slot(self: &Arc<Self>, index: usize) -> Option<Slot> {
         (index < self.ring_count).then(|| Slot { ledger: Arc::clone(self), start: index * SLOT_WORDS })
-    }
-}
-
-impl Drop for Ledger {
-    fn drop(&mut self) {
-        // SAFETY: this mapping was made in `map` and nobody else unmaps it.
-        unsafe { libc::munmap(self.words.cast(), SLOT_SIZE * self.ring_count) };
     }
 }
 
@@ -169,8 +89,7 @@ pub struct Slot {
 impl Slot {
     fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset < SLOT_WORDS);
-        // SAFETY: inside the mapping, because `start` is a slot's, and aligned, because a mapping begins on a page.
-        unsafe { AtomicU64::from_ptr(self.ledger.words.add(self.start + offset)) }
+        self.ledger.file.word(self.start + offset)
     }
 
     fn store_intent(&self, from: Position, to: Position, count: u16) {

@@ -1,20 +1,24 @@
 //! The packet path: a vhost in miniature, without Python.
 //!
 //! Given guest memory, ring addresses, starting positions and descriptors it runs one thread a queue pair, which
-//! moves packets between a TAP and the guest's rings; `stop` gives the positions back.
+//! moves packets between a TAP and the guest's rings; or it hands out the chains of other devices' rings, which somebody
+//! else answers. `stop` gives the positions back.
 //!
 //! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
 //! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
-//!              `queue_pair` (the thread); `driver` is the guest's side.
+//!              `queue_pair` (the thread); `in_flight`, `callback` (chains that are handed out); `driver` is the
+//!              guest's side.
 
 mod backing;
 mod backlog;
 mod bell;
+pub mod callback;
 pub mod chain;
 mod counters;
 pub mod driver;
 mod fault;
+pub mod in_flight;
 pub mod ledger;
 pub mod memory;
 pub mod packed;
@@ -25,6 +29,7 @@ pub mod split;
 pub mod sys;
 mod tap;
 mod window;
+pub mod word_file;
 
 #[cfg(test)]
 extern crate self as dataplane; // as `tests/common` calls it
@@ -33,7 +38,7 @@ extern crate self as dataplane; // as `tests/common` calls it
 mod common;
 
 pub use backlog::FRAME_SIZE_MAX;
-pub use counters::{Counters, DriverCounters};
+pub use counters::{CallbackCounters, Counters, DriverCounters};
 pub use pump::{Config, Correction, Positions, RingSpec, Side};
 pub use ring::Format;
 pub use window::Offloads;

@@ -506,7 +506,7 @@ impl GuestMemory {
 ///
 /// # Safety
 /// Both have `length` bytes.
-unsafe fn copy(source: *const u8, target: *mut u8, length: usize) {
+pub(crate) unsafe fn copy(source: *const u8, target: *mut u8, length: usize) {
     /// As one word, if both are aligned for one.
     unsafe fn word<T: Copy>(source: *const u8, target: *mut u8) -> bool {
         let (source, target) = (source.cast::<T>(), target.cast::<T>());

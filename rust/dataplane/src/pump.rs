@@ -18,6 +18,7 @@ use crate::backlog::Backlog;
 use crate::bell::{check_kick, Bell};
 use crate::chain::{Direction, Features, Layout, RingError};
 use crate::counters::{Counter, LiveCounters};
+use crate::in_flight;
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
@@ -80,6 +81,8 @@ pub struct RingSpec {
     pub next_avail: Option<u16>,
     /// Where a packed ring keeps its position for a successor.
     pub ledger: Option<Slot>,
+    /// Where a split ring whose chains are handed out keeps those in flight for a successor.
+    pub in_flight: Option<in_flight::Slot>,
 }
 
 /// All there is to know to run a pair.
@@ -152,7 +155,7 @@ impl RingEnd {
         let (layout, ledger) = (&spec.layout, spec.ledger.clone());
         let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
         let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
-        let notifiers = Notifiers::of(side, spec.call_fd, spec.error_fd)?;
+        let notifiers = Notifiers::of(&format_args!("{side} ring"), spec.call_fd, spec.error_fd)?;
         check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
         Ok(Self {
             side,
@@ -226,18 +229,22 @@ impl RingEnd {
 /// By what a ring's driver is called, and told that the ring failed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Notifiers {
-    call: Option<Bell>,
-    error: Option<Bell>,
+    pub(crate) call: Option<Bell>,
+    pub(crate) error: Option<Bell>,
 }
 
 impl Notifiers {
-    /// Looks at what the borrowed descriptors are.
+    /// Looks at what the borrowed descriptors are of `ring`, as errors call it.
     ///
     /// # Errors
     /// One of them cannot be one.
-    pub(crate) fn of(side: Side, call_fd: Option<RawFd>, error_fd: Option<RawFd>) -> Result<Self, String> {
+    pub(crate) fn of(
+        ring: &impl fmt::Display,
+        call_fd: Option<RawFd>,
+        error_fd: Option<RawFd>,
+    ) -> Result<Self, String> {
         let bell = |what, fd: Option<RawFd>| {
-            let reason = |reason| format!("{side} ring: {what} descriptor {reason}");
+            let reason = |reason| format!("{ring}: {what} descriptor {reason}");
             fd.map(|fd| Bell::of(fd).map_err(reason)).transpose()
         };
         Ok(Self { call: bell("call", call_fd)?, error: bell("error", error_fd)? })
@@ -606,7 +613,7 @@ impl Pump {
 }
 
 /// Why a ring cannot go on: zeros in the place of lost memory explain nothing.
-fn explain(error: RingError, memory: &GuestMemory) -> RingError {
+pub(crate) fn explain(error: RingError, memory: &GuestMemory) -> RingError {
     memory.lost().map_or(error, RingError::MemoryLost)
 }
 

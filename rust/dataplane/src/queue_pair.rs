@@ -116,7 +116,7 @@ struct Shared {
 }
 
 /// A lock whose holder panicked has nothing half-done that matters more than going on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -290,7 +290,8 @@ impl QueuePair {
         error_fd: Option<RawFd>,
     ) -> Result<(), Error> {
         // Looked at before the rings wait.
-        let notifiers = Notifiers::of(side, call_fd, error_fd).map_err(Error::Invalid)?;
+        let notifiers =
+            Notifiers::of(&format_args!("{side} ring"), call_fd, error_fd).map_err(Error::Invalid)?;
         self.between_packets(|pump, is_running| {
             pump.set_notifiers(side, notifiers, is_running, &self.shared.counters);
         });
@@ -673,6 +674,7 @@ mod tests {
                     error_fd: Some(error),
                     next_avail: None,
                     ledger: None,
+                    in_flight: None,
                 })
             };
             let config = Config {

@@ -19,7 +19,7 @@ use crate::memory::GuestMemory;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
-/// A split virtqueue. Chains are completed in the order they are taken.
+/// A split virtqueue. Chains are completed in any order; which ones are in flight is its owner's to know.
 ///
 /// It keeps the memory mapped that it lies in, and that the buffers it finds point into.
 #[derive(Debug)]
@@ -126,6 +126,11 @@ impl SplitRing {
         self.armed = false;
     }
 
+    /// The position of the next chain to complete.
+    pub(crate) fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
     /// The position of the next chain to take.
     #[must_use]
     pub fn next_avail(&self) -> u16 {
@@ -143,14 +148,26 @@ impl SplitRing {
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Option<Chain>, RingError> {
+        let Some(head) = self.next_head()? else { return Ok(None) };
+        let chain = self.walk(head, direction, header_length, buffers)?;
+        self.advance();
+        Ok(Some(chain))
+    }
+
+    /// Where the next chain begins; None where the guest has made no more available.
+    #[inline]
+    pub(crate) fn next_head(&mut self) -> Result<Option<u16>, RingError> {
         if self.next_avail == self.avail_index && !self.read_avail_index()? {
             return Ok(None);
         }
         let slot = 2 + usize::from(self.next_avail & (self.size - 1));
-        let head = u16::from_le(self.avail_field(slot).load(Ordering::Relaxed));
-        let chain = self.walk(head, direction, header_length, buffers)?;
+        Ok(Some(u16::from_le(self.avail_field(slot).load(Ordering::Relaxed))))
+    }
+
+    /// Takes the chain that `next_head` told of.
+    #[inline]
+    pub(crate) fn advance(&mut self) {
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(chain))
     }
 
     /// Gives the last `count` taken chains back: they are taken again next time, by whoever runs the ring.
@@ -169,7 +186,7 @@ impl SplitRing {
     }
 
     /// Follows the chain at `head` to its end and appends its buffers.
-    fn walk(
+    pub(crate) fn walk(
         &self,
         head: u16,
         direction: Direction,
@@ -209,12 +226,18 @@ impl SplitRing {
         }
     }
 
-    /// Completes the oldest chain that was taken and not completed; the guest learns of it at `publish`.
+    /// Completes a chain that was taken and not completed; the guest learns of it at `publish`.
     #[inline]
     pub fn complete(&mut self, chain: &Chain, written: u32) {
+        self.complete_head(chain.id, written);
+    }
+
+    /// As `complete`, for the chain that begins at `head`.
+    #[inline]
+    pub(crate) fn complete_head(&mut self, head: u16, written: u32) {
         let slot = 2 + 4 * usize::from(self.next_used & (self.size - 1));
         // Nobody reads the element before the index is published.
-        for (offset, word) in [(slot, u32::from(chain.id)), (slot + 2, written)] {
+        for (offset, word) in [(slot, u32::from(head)), (slot + 2, written)] {
             // SAFETY: the element's two words lie before the last field of the used ring, aligned to 4 as the ring.
             let field = unsafe { AtomicU32::from_ptr(self.used.add(offset).cast()) };
             field.store(word.to_le(), Ordering::Relaxed);

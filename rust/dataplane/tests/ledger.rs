@@ -1,6 +1,8 @@
 //! The ledger: whoever runs a packed ring may die at any instruction, and a successor goes on exactly.
 
 mod common;
+#[path = "common/victim.rs"]
+mod victim;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use dataplane::chain::{Direction, Features, RingError, CHAIN_BUFFERS_MAX};
 use dataplane::ledger::{Ledger, Slot};
 use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
+use victim::Victim;
 
 const HEADER: usize = 12;
 const RING: u64 = MEMORY_START;
@@ -22,9 +25,6 @@ const SLOT_BYTES: usize = 8 * 16;
 /// What the first process tells of a buffer, and what its successor does.
 const WRITTEN_BEFORE: u32 = 70;
 const WRITTEN_AFTER: u32 = 50;
-
-/// Instructions one turn may take before something is wrong with it: an unoptimised build needs some thousands.
-const STEPS_MAX: usize = 2_000_000;
 
 /// A ring in guest memory with its ledger.
 struct Place {
@@ -74,69 +74,12 @@ const TURNS: [&[u16]; 11] =
     [&[1], &[2], &[1, 1], &[3], &[1, 2, 1], &[], &[1, 1, 1, 1, 1], &[5], &[2, 3], &[1, 1], &[4]];
 const SIZE: u16 = 5;
 
-/// Runs `TURNS` in a child, one instruction at a time, and calls `look` whenever what it shares has changed.
-struct Victim {
-    pid: libc::pid_t,
-}
-
-impl Victim {
-    fn new(place: &Place, queue: &PackedQueue) -> Self {
-        let mut ring = place.ring(queue);
-        // All memory it needs, before it is alone: after fork(2) a child of many threads may not allocate.
-        let mut buffers = Vec::with_capacity(64);
-        ring.begin(Some(queue.next_avail.bits()), true).unwrap();
-        // SAFETY: the child touches its ring and nothing that another thread may have locked.
-        let pid = unsafe { libc::fork() };
-        assert!(pid >= 0);
-        if pid == 0 {
-            // SAFETY: plain system calls; nothing of this process is run after them.
-            unsafe {
-                libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
-                for _ in TURNS {
-                    libc::raise(libc::SIGSTOP);
-                    turn(&mut ring, &mut buffers, WRITTEN_BEFORE);
-                }
-                libc::raise(libc::SIGSTOP);
-                libc::_exit(0);
-            }
-        }
-        let victim = Self { pid };
-        assert_eq!(victim.wait(), libc::SIGSTOP, "it stops before its first turn");
-        victim
-    }
-
-    /// The signal that stopped it.
-    fn wait(&self) -> libc::c_int {
-        let mut status = 0;
-        // SAFETY: `status` is valid for writing, and the child is ours.
-        assert_eq!(unsafe { libc::waitpid(self.pid, &raw mut status, 0) }, self.pid);
-        assert!(libc::WIFSTOPPED(status), "it ended: {status:#x}");
-        libc::WSTOPSIG(status)
-    }
-
-    /// One turn, `look` behind each instruction.
-    fn turn(&self, mut look: impl FnMut()) {
-        for _ in 0..STEPS_MAX {
-            // SAFETY: the child is stopped and traced by this thread.
-            assert_eq!(unsafe { libc::ptrace(libc::PTRACE_SINGLESTEP, self.pid, 0, 0) }, 0);
-            match self.wait() {
-                libc::SIGTRAP => look(),
-                libc::SIGSTOP => return,
-                signal => panic!("it was stopped by signal {signal}"),
-            }
-        }
-        panic!("a turn never ended");
-    }
-}
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        // SAFETY: the child is ours.
-        unsafe {
-            libc::kill(self.pid, libc::SIGKILL);
-            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
-        }
-    }
+/// Runs `TURNS` in a child.
+fn victim(place: &Place, queue: &PackedQueue) -> Victim {
+    let mut ring = place.ring(queue);
+    let mut buffers = Vec::with_capacity(64);
+    ring.begin(Some(queue.next_avail.bits()), true).unwrap();
+    Victim::new(TURNS.len(), move |_| turn(&mut ring, &mut buffers, WRITTEN_BEFORE))
 }
 
 /// A successor of a process that left `ring` and `ledger`: the guest gets each of its `chains` back, once and in order.
@@ -178,7 +121,7 @@ fn a_process_that_dies_at_any_instruction_is_succeeded_exactly() {
     for start in [Position::START, Position { index: 4, wrap: false }] {
         let (place, spare) = (Place::new(), Place::new());
         let mut guest = PackedQueue::new(&place.memory, RING, SIZE, start);
-        let victim = Victim::new(&place, &guest);
+        let victim = victim(&place, &guest);
         let mut id = 0;
         let mut deaths = 0;
         for (number, offered) in TURNS.iter().enumerate() {

@@ -47,6 +47,7 @@ impl End {
             error_fd: Some(self.error.as_raw_fd()),
             next_avail: None,
             ledger: None,
+            in_flight: None,
         }
     }
 

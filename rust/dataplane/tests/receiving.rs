@@ -102,6 +102,7 @@ impl Guest {
                 error_fd: None,
                 next_avail: start,
                 ledger: self.ledger.slot(0),
+                in_flight: None,
             }),
             tx: None,
         }
@@ -274,6 +275,7 @@ fn a_frame_that_waits_blocks_no_packet_of_the_guest() {
         error_fd: None,
         next_avail: None,
         ledger: None,
+        in_flight: None,
     };
     guest.start_with(|config| config.tx = Some(spec));
     assert!(send(&guest.wire, &packet(450, 1)));

@@ -33,24 +33,22 @@ from localmig.fds import OwnedFd
 from localmig.migration.parameters import Parameters
 from localmig.monitor import QmpServer
 from localmig.monitor.schema import PARAMETERS, parameters_changed
-from localmig.netdevs.script import NO_SCRIPT
 from localmig.options import (
     CONFIG_BYTES_MAX,
+    KINDS,
     AccessSpec,
     Config,
     SandboxSpec,
+    Spec,
     check_together,
-    help_for,
     parse_config,
-    parse_device,
     parse_incoming,
     parse_monitor,
-    parse_netdev,
     parse_users,
     read_runas,
     read_sandbox,
 )
-from localmig.options.specs import NetdevSpec
+from localmig.registry import Registry
 from localmig.trace import Event, Tracer, to_json
 
 _EXAMPLES: Final = """\
@@ -95,20 +93,14 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="a TOML file with objects, QMP socket and parameters, to which the other options add",
     )
-    parser.add_argument(
-        "--netdev",
-        metavar="TYPE,id=ID[,OPTION=VALUE...]",
-        action="append",
-        default=[],
-        help="the host side of a NIC, or JSON; 'help' lists the types, 'TYPE,help' its options",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="TYPE,id=ID[,OPTION=VALUE...]",
-        action="append",
-        default=[],
-        help="a device for a guest, or JSON; 'help' lists the types, 'TYPE,help' its options",
-    )
+    for kind in KINDS:
+        parser.add_argument(
+            f"--{kind}",
+            metavar="TYPE,id=ID[,OPTION=VALUE...]",
+            action="append",
+            default=[],
+            help=f"{KINDS[kind].summary}, or JSON; 'help' lists the types, 'TYPE,help' its options",
+        )
     parser.add_argument("--qmp", metavar="unix:PATH", help="answer QMP at this UNIX socket")
     parser.add_argument(
         "--incoming",
@@ -160,9 +152,10 @@ def add_parser(commands: Any) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Carries the command out."""
-    for kind in ("netdev", "device"):
+    registry = Registry()
+    for kind in KINDS:
         for text in getattr(arguments, kind):
-            if (help_text := help_for(kind, text)) is not None:
+            if (help_text := registry.help_for(kind, text)) is not None:
                 print(help_text)
                 return 0
     ignore_until_handled()
@@ -177,17 +170,22 @@ def execute(arguments: argparse.Namespace) -> int:
             trace = resources.enter_context(TraceFile(arguments.trace))
             tracer.subscribe(trace.write)
         ready = resources.enter_context(Readiness(arguments.ready_fd))
-        failure = asyncio.run(_serve(arguments, tracer, ready, [file for file in (log, trace) if file is not None]))
+        files = [file for file in (log, trace) if file is not None]
+        failure = asyncio.run(_serve(arguments, registry, tracer, ready, files))
     if failure is not None:
         tell(f"localmig: error: {failure}")
     return 1 if failure else 0
 
 
 async def _serve(
-    arguments: argparse.Namespace, tracer: Tracer, ready: Readiness, files: Sequence[AppendedFile | TraceFile]
+    arguments: argparse.Namespace,
+    registry: Registry,
+    tracer: Tracer,
+    ready: Readiness,
+    files: Sequence[AppendedFile | TraceFile],
 ) -> str | None:
     """Serves until the end; gives the reason where the daemon failed. `files` are those that SIGHUP opens again."""
-    daemon, server = _build(arguments, tracer)
+    daemon, server = _build(arguments, registry, tracer)
     with signals_handled(daemon, reopen=lambda: _reopen(files)) as signals:
         return await _serve_until_quit(daemon, server, ready, signals)
 
@@ -226,24 +224,23 @@ async def _serve_until_quit(
             await server.close(reason=cause)
 
 
-def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpServer | None]:
+def _build(arguments: argparse.Namespace, registry: Registry, tracer: Tracer) -> tuple[Daemon, QmpServer | None]:
     """The daemon and its monitor, with nothing opened but the monitor's socket.
 
     That one comes first: a second daemon at the same place must end before it opens what the first one has.
     """
-    config = _read_config(arguments.config) if arguments.config is not None else Config()
-    netdevs = [*config.netdevs, *(parse_netdev(text) for text in arguments.netdev)]
-    devices = [*config.devices, *(parse_device(text) for text in arguments.device)]
+    config = _read_config(arguments.config, registry) if arguments.config is not None else Config()
+    objects = [*config.objects, *(registry.parse(kind, text) for kind in KINDS for text in getattr(arguments, kind))]
     monitor = parse_monitor(arguments.qmp) if arguments.qmp else None
     incoming = parse_incoming(arguments.incoming) if arguments.incoming else None
     _check_one("qmp", monitor, config.monitor, arguments.config)
     _check_one("incoming", incoming, config.incoming, arguments.config)
     monitor, incoming = monitor or config.monitor, incoming or config.incoming
-    check_together(netdevs, devices, monitor=monitor, incoming=incoming)
-    privileges = _read_privileges(arguments, config, netdevs)
+    check_together(objects, monitor=monitor, incoming=incoming)
+    privileges = _read_privileges(arguments, config, objects)
     daemon = Daemon(
-        netdevs=netdevs,
-        devices=devices,
+        objects=objects,
+        registry=registry,
         incoming=incoming,
         access=resolve_access(_read_access(arguments, config.access)),
         privileges=privileges,
@@ -261,7 +258,7 @@ def _build(arguments: argparse.Namespace, tracer: Tracer) -> tuple[Daemon, QmpSe
         return daemon, QmpServer(daemon, monitor.path, succeeds=incoming is not None)
 
 
-def _read_config(path: str) -> Config:
+def _read_config(path: str, registry: Registry) -> Config:
     """What the file at `path` asks for. ConfigError where it is wrong, KernelError where it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -271,7 +268,7 @@ def _read_config(path: str) -> Config:
     if len(data) > CONFIG_BYTES_MAX:
         raise ConfigError(f"--config {path}: more than {CONFIG_BYTES_MAX} bytes, which is the limit")
     try:
-        return parse_config(data.decode())
+        return parse_config(data.decode(), registry.read)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
 
@@ -288,18 +285,18 @@ def _read_access(arguments: argparse.Namespace, files: AccessSpec) -> AccessSpec
     )
 
 
-def _read_privileges(arguments: argparse.Namespace, config: Config, netdevs: Sequence[NetdevSpec]) -> Privileges:
+def _read_privileges(arguments: argparse.Namespace, config: Config, objects: Sequence[Spec]) -> Privileges:
     """What to give up by command line and file. ConfigError where they disagree, or with what is to be served."""
     runas = read_runas(arguments.runas) if arguments.runas else None
     sandbox = read_sandbox(arguments.sandbox) if arguments.sandbox else None
     _check_one("runas", runas, config.runas, arguments.config)
     _check_one("sandbox", sandbox, config.sandbox, arguments.config)
     runas, sandbox = runas or config.runas, sandbox or config.sandbox or SandboxSpec()
-    for netdev in netdevs:
-        if sandbox.enabled and sandbox.spawn is False and netdev.downscript != NO_SCRIPT:
+    for spec in objects:
+        if sandbox.enabled and sandbox.spawn is False and spec.program_at_end is not None:
             raise ConfigError(
-                f"--sandbox {sandbox}: netdev '{netdev.id}' has downscript={netdev.downscript}, which could not be "
-                "run: leave out one of them"
+                f"--sandbox {sandbox}: {spec.kind} '{spec.id}' has {spec.program_at_end}, which could not be run: "
+                "leave out one of them"
             )
     return Privileges(run_as=RunAs.resolve(runas) if runas else None, sandbox=Sandbox(sandbox))
 

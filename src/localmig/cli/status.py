@@ -48,6 +48,11 @@ _DROPS: Final = (
     "tx-dropped-memory",
 )
 
+_SHOWN_BY_NAME: Final = frozenset(
+    {"id", "type", "mac", "netdev", "socket", "server", "session", "vrings", "queue-pairs", "notes"}
+)
+"""What of a device has a place of its own in what is shown. Whatever else its type adds is shown as it comes."""
+
 Facts = Mapping[str, Any]
 """JSON objects as the daemon answers them."""
 
@@ -125,7 +130,7 @@ def rates(before: Sequence[Facts], after: Sequence[Facts], elapsed_s: float) -> 
 def totals(device: Facts) -> dict[str, int]:
     """A device's counters, all queue pairs together."""
     sums: dict[str, int] = {}
-    for pair in device["queue-pairs"]:
+    for pair in device.get("queue-pairs", ()):
         for name, count in pair["counters"].items():
             sums[name] = sums.get(name, 0) + count
     return sums
@@ -170,7 +175,7 @@ def _head(facts: Facts) -> list[str]:
 
 def _summary(devices: Sequence[Facts]) -> str:
     connected_count = sum("session" in device for device in devices)
-    vrings = [vring for device in devices for vring in device["vrings"]]
+    vrings = [vring for device in devices for vring in device.get("vrings", ())]
     running, failed = (sum(vring[what] for vring in vrings) for what in ("running", "failed"))
     return f"{len(devices)}, {connected_count} connected; {running} rings run, {failed} failed"
 
@@ -201,16 +206,20 @@ def _table_without_empty_columns(heads: Sequence[str], rows: Sequence[Sequence[s
 
 
 def _netdev(facts: Facts, device: Facts) -> str:
-    for netdev in facts["netdevs"]:
-        if netdev["id"] == device["netdev"]:
-            gone = ", gone" if netdev.get("interface") == "gone" else ""
-            return f"{netdev['id']} ({netdev.get('ifname', 'closed')}{gone})"
-    return str(device["netdev"])
+    netdev = _netdev_of(facts, device)
+    if netdev is None:
+        return str(device.get("netdev", ""))
+    gone = ", gone" if netdev.get("interface") == "gone" else ""
+    return f"{netdev['id']} ({netdev.get('ifname', netdev['type'] if netdev.get('open') else 'closed')}{gone})"
+
+
+def _netdev_of(facts: Facts, device: Facts) -> Facts | None:
+    return next((netdev for netdev in facts["netdevs"] if netdev["id"] == device.get("netdev")), None)
 
 
 def _rings(device: Facts) -> str:
     """Those that the frontend started, and how many of them run."""
-    started = [vring for vring in device["vrings"] if vring["started"]]
+    started = [vring for vring in device.get("vrings", ()) if vring["started"]]
     running = sum(vring["running"] for vring in started)
     if not started:
         return "none"
@@ -229,14 +238,13 @@ def _dropped(counts: Mapping[str, int]) -> int:
 def _notes(facts: Facts, device: Facts) -> Iterator[str]:
     """What wants a look. Drops are no reason: a guest that is not up yet drops what it is sent."""
     yield from device.get("notes", ())  # a daemon of before has none
-    for vring in device["vrings"]:
+    for vring in device.get("vrings", ()):
         if vring["failed"]:
             yield f"vring {vring['index']} failed"
-    for netdev in facts["netdevs"]:
-        if netdev["id"] == device["netdev"]:
-            yield from netdev.get("notes", ())
+    if (netdev := _netdev_of(facts, device)) is not None:
+        yield from netdev.get("notes", ())
     for each in facts["objects"]:
-        if each["id"] in (device["id"], device["netdev"]) and not each["transfers"]:
+        if each["id"] in (device["id"], device.get("netdev")) and not each["transfers"]:
             yield f"{each['id']} stays home: {each['reason']}"
 
 
@@ -277,35 +285,46 @@ def show_migration(migration: Facts) -> str:
 def show_device(facts: Facts, wanted: str) -> str:
     """One device as text for people."""
     device = device_of(facts, wanted)
-    lines = [
-        *_head(facts),
-        f"device     {', '.join(device[name] for name in ('id', 'type', 'mac') if name in device)}",
-        f"socket     {device['socket']}, {'listens' if device['server'] else 'connects'}",
-        f"netdev     {_netdev_facts(facts, device)}",
-        *(f"note       {note}" for note in _notes(facts, device)),
-        *_session_lines(device),
-    ]
-    if device["vrings"]:
+    lines = [*_head(facts), f"device     {', '.join(device[name] for name in ('id', 'type', 'mac') if name in device)}"]
+    if "socket" in device:
+        lines.append(f"socket     {device['socket']}, {'listens' if device['server'] else 'connects'}")
+    if "netdev" in device:
+        lines.append(f"netdev     {_netdev_facts(facts, device)}")
+    lines += [f"note       {note}" for note in _notes(facts, device)]
+    if "vrings" in device:
+        lines += _session_lines(device)
+    lines += [f"{name:<10} {_shown(device[name])}" for name in device if name not in _SHOWN_BY_NAME]
+    if device.get("vrings"):
+        is_nic = "queue-pairs" in device
         rows = [
             (
                 str(vring["index"]),
-                "from guest" if vring["index"] % 2 else "to guest",
+                ("from guest" if vring["index"] % 2 else "to guest") if is_nic else "",
                 str(vring["size"]),
                 str(vring["position"]),
                 _vring_state(vring),
             )
             for vring in device["vrings"]
         ]
-        lines += ["", table(("vring", "direction", "size", "position", "state"), rows)]
-    if device["queue-pairs"]:
+        heads = ("vring", "direction", "size", "position", "state")
+        lines += ["", _table_without_empty_columns(heads, rows)]
+    if device.get("queue-pairs"):
         lines += ["", _counters(facts, device)]
     return "\n".join(lines)
 
 
+def _shown(value: object) -> str:
+    """What a type adds, as it comes."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _netdev_facts(facts: Facts, device: Facts) -> str:
-    netdev = next((each for each in facts["netdevs"] if each["id"] == device["netdev"]), None)
-    if netdev is None or not netdev["open"]:
+    netdev = _netdev_of(facts, device)
+    if netdev is None or not netdev.get("open"):
         return f"{device['netdev']}, closed"
+    if "ifname" not in netdev:
+        more = (f"{name} {_shown(netdev[name])}" for name in netdev if name not in ("id", "type", "open", "notes"))
+        return ", ".join((netdev["id"], netdev["type"], *more))
     offloads = " ".join(_without_prefix(netdev["offloads"], "TUN_F_")) or "none"
     return (
         f"{netdev['id']}, {netdev['type']} {netdev['ifname']}, {_interface_facts(netdev)}, "

@@ -8,5 +8,6 @@ Read next:   daemon.py, then objects.py for how a spec becomes a part.
 from __future__ import annotations
 
 from localmig.daemon.daemon import Daemon, RunState
+from localmig.daemon.objects import BuiltObject
 
-__all__ = ["Daemon", "RunState"]
+__all__ = ["BuiltObject", "Daemon", "RunState"]

@@ -18,21 +18,21 @@ from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
-from localmig.daemon.objects import Objects
+from localmig.daemon.objects import Assembly, BuiltObject, Objects
 from localmig.device_api import Announces, Part, RunsPrograms
-from localmig.device_api.own_state import OwnState
-from localmig.errors import ConfigError, LocalmigError, StateError
+from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
-from localmig.migration.hello import Hello, program_version
+from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Announcement, Parameters
 from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
-from localmig.options import SandboxSpec, TapSpec, VirtioNetSpec
+from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
+from localmig.registry import Registry
 from localmig.trace import RunStateChanged, Tracer
 
 _logger = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ class Daemon:
     """Everything one process serves. All methods belong to the event loop's thread.
 
     Args:
-        netdevs: the host sides to build.
-        devices: the guest sides to build.
-        incoming: where a source will connect; None for a daemon that begins by itself. With none of `netdevs` and
-            `devices` given, an incoming daemon builds what the source has.
+        objects: what to build.
+        registry: the types of objects that there are; None: this program's, and those of installed packages.
+        incoming: where a source will connect; None for a daemon that begins by itself. With no `objects` given, an
+            incoming daemon builds what the source has.
         access: who may use QMP and migration sockets; None: root and this process's user.
         privileges: what the process gives up before it serves; None: nothing.
         tracer: where facts go.
@@ -70,8 +70,8 @@ class Daemon:
     def __init__(
         self,
         *,
-        netdevs: Sequence[TapSpec] = (),
-        devices: Sequence[VirtioNetSpec] = (),
+        objects: Sequence[Spec] = (),
+        registry: Registry | None = None,
         incoming: IncomingSpec | None = None,
         access: Access | None = None,
         privileges: Privileges | None = None,
@@ -80,10 +80,11 @@ class Daemon:
         self._privileges = privileges or Privileges(run_as=None, sandbox=Sandbox(SandboxSpec(enabled=False)))
         self.access = access or Access()
         self.tracer = tracer or Tracer()
-        program_version()  # while it is this one's
+        self.registry = registry or Registry()
         self.parameters = Parameters()
         self.descriptors = NamedDescriptors()
-        self._objects = Objects(netdevs=tuple(netdevs), devices=tuple(devices))
+        self._objects = Objects(specs=tuple(objects), registry=self.registry)
+        self._assembly = Assembly(self.tracer)
         if incoming is None and self._objects.is_empty:
             raise ConfigError("nothing to serve: give --netdev and --device, or --incoming to take over from a daemon")
         self._incoming_address = incoming
@@ -120,18 +121,21 @@ class Daemon:
             ConfigError, KernelError: something cannot be opened. What was opened is closed again.
         """
         if self._incoming_address is not None:
+            self.registry.look_up()
             self._privileges.give_up()
             self._set_run_state(RunState.INMIGRATE)
             if not isinstance(self._incoming_address, Defer):
                 self.migrate_incoming(self._incoming_address)
             return
         try:
-            built = self._objects.build(self.tracer)
-            netdev_count = len(self._objects.netdevs)
-            self._open(built[:netdev_count])
+            self._assembly = Assembly.of(self._objects, self.tracer)
+            first = self._assembly.parts_opened_with_privileges()
+            self._open(first)
             # Before there are sockets, which are to be the user's, and threads, which would be left outside.
             self._privileges.give_up()
-            self._open(built[netdev_count:])
+            opened = set(map(id, first))
+            self._open([part for part in self._assembly.parts() if id(part) not in opened])
+            self._parts = self._assembly.parts()
         except BaseException:
             self._close_parts()
             raise
@@ -145,7 +149,8 @@ class Daemon:
     def _open(self, parts: Sequence[Part]) -> None:
         for part in parts:
             self._parts.append(part)
-            part.open()
+            with blamed(f"cannot open '{part.id}'"):
+                part.open()
 
     def quit(self) -> None:
         """Begins an orderly end; `wait_quit` returns after it.
@@ -348,14 +353,11 @@ class Daemon:
 
     def local_migration_reports(self) -> list[LocalMigrationReport]:
         """For each object whether a local migration would move its descriptors."""
-        types = self._objects.types()
         reports = []
-        for part in self._parts:
-            if part.id not in types or isinstance(part, OwnState):
-                continue  # none of the user's objects, or a part of one
-            reason = part.local_migration_blocker()
+        for each in self._served():
+            reason = each.part.local_migration_blocker()
             reports.append(
-                LocalMigrationReport(id=part.id, type=types[part.id], transfers=reason is None, reason=reason)
+                LocalMigrationReport(id=each.spec.id, type=each.spec.type_name, transfers=reason is None, reason=reason)
             )
         return reports
 
@@ -364,9 +366,9 @@ class Daemon:
         """What this process may not do any more."""
         return self._privileges.sandbox.state
 
-    def infos(self) -> list[object]:
-        """What there is to see of each part, a dataclass of its own for each type. Reads only."""
-        return [info for part in self._parts if (info := part.info()) is not None]
+    def objects(self, kind: str) -> list[BuiltObject]:
+        """The objects of a kind that are served here."""
+        return [each for each in self._served() if each.spec.kind == kind]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -427,8 +429,14 @@ class Daemon:
 
     def _build(self, hello: Hello) -> Sequence[Part]:
         self._objects = self._objects.fit(hello)
-        self._parts = self._objects.build(self.tracer)
+        self._assembly = Assembly.of(self._objects, self.tracer)
+        self._parts = self._assembly.parts()
         return self._parts
+
+    def _served(self) -> list[BuiltObject]:
+        """The objects that this process has."""
+        here = set(map(id, self._parts))
+        return [each for each in self._assembly.objects if id(each.part) in here]
 
     def _give_up_programs(self) -> None:
         """Past this no program can be run, unless a TAP has a script to run still."""

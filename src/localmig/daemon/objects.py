@@ -1,109 +1,53 @@
 """From specs to parts: the object graph, and what of it travels in HELLO.
 
-Owns:        which class serves which spec, the order of parts, the comparison of our specs with the source's.
-Never sees:  a channel, the run state.
-Read next:   devices/virtio_net/ and netdevs/ for the parts.
+Owns:        the specs of a daemon together; what is built of them, in which order; the comparison of our specs with the
+             source's.
+Never sees:  a channel, the run state, a particular type.
+Read next:   registry.py for how a type is found, device_api/objects.py for what it says of itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from localmig.device_api import Part, Queues
-from localmig.devices.virtio_net import VirtioNet
+from localmig.device_api.objects import BuildContext
 from localmig.errors import ConfigError, PeerError
-from localmig.migration.hello import HandoverObject, Hello
-from localmig.netdevs.network import Networks
-from localmig.netdevs.tap import Tap
-from localmig.options import (
-    AnySpec,
-    TapSpec,
-    VirtioNetSpec,
-    check_together,
-    differences,
-    from_mapping,
-    to_mapping,
-)
-from localmig.options.specs import OFFLOADS, settle_local_migration
-from localmig.options.values import mac_bytes
+from localmig.migration.hello import HandoverObject, Hello, Origin
+from localmig.options import Spec, check_together, differences, reasons_to_stay_home, to_mapping
+from localmig.registry import RegisteredType, Registry
 from localmig.trace import Tracer
-from localmig.vhost_user.session import ConnectTo, ListenAt
-from localmig.virtio.net import NetFeature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objects:
-    """The specs of a daemon, checked together."""
+    """The specs of a daemon, checked together.
 
-    netdevs: tuple[TapSpec, ...] = ()
-    devices: tuple[VirtioNetSpec, ...] = ()
+    Attributes:
+        specs: in the order in which they are built: each after those that it refers to.
+        registry: knows their types.
+    """
+
+    specs: tuple[Spec, ...] = ()
+    registry: Registry = field(compare=False)
 
     def __post_init__(self) -> None:
-        check_together(self.netdevs, self.devices)
-        object.__setattr__(self, "devices", settle_local_migration(self.netdevs, self.devices))
-
-    @property
-    def specs(self) -> tuple[AnySpec, ...]:
-        """All of them, netdevs first."""
-        return (*self.netdevs, *self.devices)
+        object.__setattr__(self, "specs", check_together(self.specs))
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was asked for."""
         return not self.specs
 
-    def types(self) -> dict[str, str]:
-        """The type of each object by its id, as the user wrote it."""
-        return {spec.id: spec.type_name for spec in self.specs}
-
     def for_hello(self) -> tuple[HandoverObject, ...]:
         """What HELLO tells of them."""
-        return tuple(HandoverObject(kind=spec.kind, options=dict(to_mapping(spec))) for spec in self.specs)
-
-    def build(self, tracer: Tracer) -> list[Part]:
-        """The parts, each frozen and stopped: netdevs, then the devices on them, then the rings of all devices."""
-        queues = Queues(tracer)
-        networks = Networks()
-        stays_home = {
-            device.netdev: f"device '{device.id}' has local-migration=off"
-            for device in self.devices
-            if device.stays_home
-        }
-        taps = {
-            spec.id: Tap(
-                id=spec.id,
-                ifname=spec.ifname,
-                script=spec.script,
-                downscript=spec.downscript,
-                mtu=spec.mtu,
-                queues=spec.queues,
-                fds=spec.descriptors,
-                sndbuf=spec.sndbuf,
-                bridge=spec.br,
-                guest_carrier=spec.guest_carrier,
-                stays_home=stays_home.get(spec.id),
-                networks=networks,
-            )
-            for spec in self.netdevs
-        }
-        devices = [
-            VirtioNet(
-                id=spec.id,
-                netdev=taps[spec.netdev],
-                socket=_socket(spec),
-                local_migration=not spec.stays_home,
-                offloads=_offloads(spec),
-                mac=mac_bytes(spec.mac) if spec.mac is not None else None,
-                packed=spec.packed,
-                queues=queues,
-                tracer=tracer,
-            )
-            for spec in self.devices
-        ]
-        parts = (part for device in devices for part in (*device.own_parts, device))
-        return [*taps.values(), *parts, queues]
+        objects = []
+        for spec in self.specs:
+            found = self.registry.type_of(spec)
+            origin = None if found.is_built_in else found.origin
+            objects.append(HandoverObject(kind=spec.kind, options=dict(to_mapping(spec)), origin=origin))
+        return tuple(objects)
 
     def fit(self, hello: Hello) -> Objects:
         """What the destination builds: its own specs where it has any, filled up with what the source says.
@@ -111,7 +55,7 @@ class Objects:
         Raises:
             PeerError: the source's objects cannot be, or do not fit ours; the text has both sides' values.
         """
-        theirs = _read(hello)
+        theirs = self._read(hello)
         if self.is_empty:
             return theirs
         ours_by_id = {spec.id: spec for spec in self.specs}
@@ -120,43 +64,86 @@ class Objects:
             *(f"'{each}' is here but not in the source" for each in ours_by_id.keys() - theirs_by_id.keys()),
             *(f"'{each}' is in the source but not here" for each in theirs_by_id.keys() - ours_by_id.keys()),
         ]
-        home = {each for device in theirs.devices if device.stays_home for each in (device.id, device.netdev)}
+        home = {*reasons_to_stay_home(theirs.specs), *(spec.id for spec in theirs.specs if spec.stays_home is not None)}
         for each in ours_by_id.keys() & theirs_by_id.keys():
             problems += differences(
                 ours_by_id[each], theirs_by_id[each], with_descriptors=hello.local and each not in home
             )
         if problems:
             raise PeerError("options do not fit: " + "; ".join(sorted(problems)))
-        source_netdevs = {spec.id: spec for spec in theirs.netdevs}
-        return replace(
-            self,
-            netdevs=tuple(
-                spec if spec.ifname or spec.descriptors else replace(spec, ifname=source_netdevs[spec.id].ifname)
-                for spec in self.netdevs
-            ),
+        # In the source's order: rings are counted through.
+        return replace(self, specs=tuple(ours_by_id[spec.id].completed_by(spec) for spec in theirs.specs))
+
+    def _read(self, hello: Hello) -> Objects:
+        own = Origin(distribution=Origin.own().distribution, version=hello.version)
+        specs = [self.registry.read_theirs(each.kind, each.options, each.origin or own) for each in hello.objects]
+        try:
+            return replace(self, specs=tuple(specs))
+        except ConfigError as error:
+            raise PeerError(f"the source's objects cannot be: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltObject:
+    """An object and what it is made of.
+
+    Attributes:
+        spec: what was asked for.
+        type: knows what to show of it.
+        part: the object.
+    """
+
+    spec: Spec
+    type: RegisteredType
+    part: Part
+
+
+class Assembly:
+    """The parts of a daemon, and what they have together."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._queues = Queues(tracer)
+        self._shared: dict[type[Any], Any] = {}
+        self._objects: dict[str, BuiltObject] = {}
+        self._parts: dict[str, Part] = {}
+
+    @classmethod
+    def of(cls, objects: Objects, tracer: Tracer) -> Assembly:
+        """Builds all of `objects`: frozen, stopped, with nothing opened.
+
+        Raises:
+            ConfigError, KernelError: one of them cannot be built.
+        """
+        assembly = cls(tracer)
+        home = reasons_to_stay_home(objects.specs)
+        for spec in objects.specs:
+            assembly.add(spec, objects.registry.type_of(spec), stays_home=home.get(spec.id))
+        return assembly
+
+    def add(self, spec: Spec, type: RegisteredType, *, stays_home: str | None) -> BuiltObject:  # noqa: A002
+        """Builds one more object, whose references are there. As `of`."""
+        context = BuildContext(
+            tracer=self._tracer,
+            queues=self._queues,
+            stays_home=stays_home,
+            parts=self._parts,
+            shared_by_all=self._shared,
         )
+        built = BuiltObject(spec=spec, type=type, part=type.build(spec, context))
+        self._objects[spec.id] = built
+        self._parts[spec.id] = built.part
+        return built
 
+    @property
+    def objects(self) -> list[BuiltObject]:
+        """All of them, in the order in which they were built."""
+        return list(self._objects.values())
 
-def _socket(spec: VirtioNetSpec) -> ListenAt | ConnectTo:
-    if spec.server:
-        return ListenAt(path=spec.socket, mode=int(spec.socket_mode, base=8), group=spec.socket_group)
-    return ConnectTo(path=spec.socket, reconnect_ms=spec.reconnect_ms)
+    def parts_opened_with_privileges(self) -> list[Part]:
+        """Those whose `open` needs what the process gives up."""
+        return [each.part for each in self._objects.values() if each.type.object_type.opens_with_privileges]
 
-
-def _offloads(spec: VirtioNetSpec) -> NetFeature:
-    return reduce(or_, (NetFeature[name.upper()] for name in OFFLOADS if getattr(spec, name)), NetFeature(0))
-
-
-def _read(hello: Hello) -> Objects:
-    specs: list[AnySpec] = []
-    for each in hello.objects:
-        if each.kind not in (TapSpec.kind, VirtioNetSpec.kind):
-            raise PeerError(f"the source has an object of kind '{each.kind}', this release knows netdev and device")
-        specs.append(from_mapping(each.kind, each.options))
-    try:
-        return Objects(
-            netdevs=tuple(spec for spec in specs if isinstance(spec, TapSpec)),
-            devices=tuple(spec for spec in specs if isinstance(spec, VirtioNetSpec)),
-        )
-    except ConfigError as error:
-        raise PeerError(f"the source's objects cannot be: {error}") from error
+    def parts(self) -> list[Part]:
+        """Everything that a handover moves: the objects, each after its own parts, then the rings of all devices."""
+        return [*(each for part in self._parts.values() for each in (*part.own_parts, part)), self._queues]

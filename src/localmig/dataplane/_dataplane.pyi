@@ -6,25 +6,29 @@ Descriptors are lent: the caller keeps each one open for as long as the object t
 # ruff: noqa: PYI021 - there is no Python source these docstrings could stand in; this file is the contract
 
 from collections.abc import Sequence
-from typing import Final, final
+from typing import Final, TypeAlias, final
 
 __all__ = [
+    "CALLBACK_COUNTER_NAMES",
+    "CHAIN_DATA_SIZE_MAX",
     "COUNTER_NAMES",
     "DRIVER_COUNTER_NAMES",
     "FRAME_SIZE_MAX",
+    "CallbackQueues",
+    "Chain",
     "DriverPair",
     "GuestMemory",
+    "InFlight",
     "Ledger",
     "QueuePair",
     "Ring",
     "check_positions",
-    "fail_rings",
-    "failed_rings",
     "forbid_programs",
     "forbid_unneeded",
     "keep_capabilities",
     "load_all",
     "load_waiting",
+    "recover_all",
     "save_all",
     "save_waiting",
     "set_dumpable",
@@ -32,6 +36,13 @@ __all__ = [
     "stop_all",
     "swap_memory",
 ]
+
+CALLBACK_COUNTER_NAMES: Final[tuple[str, ...]]
+"""What each number of a ring's in `CallbackQueues.counters` is: the fields of `dataplane.CallbackCounters`."""
+
+CHAIN_DATA_SIZE_MAX: Final[int]
+"""Bytes of one chain that a device reads, and bytes that it may write. The longest that such devices move at once are
+64 KiB and a header, and a stop may have to wait while so much is copied."""
 
 COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `QueuePair.counters` is: the fields of `dataplane.Counters`."""
@@ -121,6 +132,38 @@ class Ledger:
         """A ring that nobody runs goes on at `position`."""
 
 @final
+class InFlight:
+    """Which chains of a device's split rings are in flight, in memory that a successor shares.
+
+    Whoever serves such a ring by `CallbackQueues` writes into it, so that after its death at any instruction the next
+    one knows exactly which chains are in flight: none is lost, none is completed twice. What it says is checked at each
+    start; a ring of which it says what cannot be fails.
+
+    Args:
+        fd: a file that `create` made, here or in another process; only used during the call.
+        ring_count: for how many rings it was made.
+
+    Raises:
+        ValueError: it is no such file. OSError: it is none of memory, or cannot be mapped.
+    """
+
+    def __new__(cls, fd: int, ring_count: int) -> InFlight: ...
+    @staticmethod
+    def create(ring_count: int) -> int:
+        """A new file for 1 to 256 rings, with nothing in flight; its descriptor is the caller's.
+
+        Raises:
+            ValueError: another number of rings. OSError: the kernel refuses.
+        """
+
+    def forget(self, ring: int) -> None:
+        """The driver set the ring up again, with whatever size: nothing of it is in flight any more.
+
+        Only for the process that may run the ring, and while it does not run. Chains that were handed out stay so until
+        the next start; completing one of them after that is too late. ValueError if the file has no such ring.
+        """
+
+@final
 class Ring:
     """Where one virtqueue is, plain numbers: `size` entries, three guest addresses, borrowed eventfds.
 
@@ -130,6 +173,8 @@ class Ring:
     `next_avail` is the position that was told: of a packed ring the index with the wrap counter in bit 15. None means
     what `ledger` says: a ledger and the ring's number in it. A split ring begins at the used index that stands in guest
     memory in any case; see `QueuePair.take_corrections`.
+
+    `in_flight` is a file and the ring's number in it. A split ring of `CallbackQueues` needs one.
     """
 
     def __new__(
@@ -144,6 +189,7 @@ class Ring:
         error_fd: int | None,
         next_avail: int | None,
         ledger: tuple[Ledger, int] | None = None,
+        in_flight: tuple[InFlight, int] | None = None,
     ) -> Ring: ...
 
 @final
@@ -272,14 +318,207 @@ class QueuePair:
     def close(self) -> None:
         """Stops, ends the thread and joins it. Idempotent; also done when the object goes away."""
 
-def start_all(pairs: list[QueuePair]) -> list[int | None]:
-    """As `QueuePair.start` for each pair that is configured and stands still; all are scanned before a thread is woken.
+@final
+class Chain:
+    """A chain of buffers that a device took and has to complete, when it likes.
 
-    Gives for each the CLOCK_MONOTONIC nanoseconds at which its scan began, None where it was not started.
+    Attributes:
+        ring: the number of its ring.
+        head: what the driver knows it by: its first descriptor in a split ring, its buffer id in a packed one.
+        readable: what the driver wrote, at most `CHAIN_DATA_SIZE_MAX` bytes.
+        writable: how many bytes the device may write, at most `CHAIN_DATA_SIZE_MAX`.
+        was_taken: whoever served the ring before had taken it, and did not complete it as far as the guest knows.
     """
 
-def stop_all(pairs: list[QueuePair]) -> list[bool]:
-    """As `QueuePair.stop` for each; all threads are asked before one is waited for. Gives which of the pairs ran."""
+    @property
+    def ring(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def readable(self) -> bytes: ...
+    @property
+    def writable(self) -> int: ...
+    @property
+    def was_taken(self) -> bool: ...
+
+@final
+class CallbackQueues:
+    """All rings of a device that Python answers: it takes chains of buffers, and completes them in any order.
+
+    There is no thread in it: the device's own sleeps on `fileno()`, and calls `take` until there is nothing. A chain
+    that is taken and not completed is *in flight*, for as long as the device likes. Of a packed ring one chain is in
+    flight at a time, so a device that keeps several offers no packed rings.
+
+    Every method may be called by any thread, releases the GIL, and waits for no more than the copying of one chain. A
+    ring that the guest broke stops alone: its error eventfd fires, `event_fd` is signalled, and `take_ring_errors`
+    tells the reason.
+
+    Args:
+        ring_count: how many rings the device has; they are known by their numbers, from 0 on.
+        event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take.
+    """
+
+    def __new__(cls, ring_count: int, event_fd: int) -> CallbackQueues: ...
+    def configure(
+        self,
+        *,
+        memory: GuestMemory,
+        rings: Sequence[Ring | None],
+        event_index: bool,
+        indirect: bool,
+        packed: bool = False,
+    ) -> None:
+        """Sets all there is to know; None is a ring that is not served. Touches neither guest memory nor a file.
+
+        A ring with the same addresses, size, features and place in the same in-flight file as before goes on: chains
+        that were handed out stay in flight, whatever happens to other rings. Every other ring begins anew: what was
+        handed out of it is too late, and what the file says is in flight is handed out (again) by `take`. The caller
+        has it forgotten (`InFlight.forget`) if the driver set the ring up again. A ring that failed runs again.
+
+        Raises:
+            ValueError: a ring's size or alignment is wrong, it lies outside guest memory, it is split and has no
+                in-flight file, or there are not `ring_count` places. Nothing changed.
+            RuntimeError: the rings run, or are closed.
+        """
+
+    def check_positions(self, positions: Sequence[int]) -> None:
+        """Whether each ring can go on there; one that is not configured can anywhere. Changes nothing.
+
+        Raises:
+            ValueError: one cannot; the text names it. RuntimeError: the rings run.
+        """
+
+    def set_positions(self, positions: Sequence[int | None]) -> None:
+        """Tells where each ring goes on; passed over for one that is not configured. RuntimeError if the rings run.
+
+        A split ring goes on at the used index in guest memory and as many chains as are in flight, whatever is told
+        here; see `take_corrections`. None is for rings of a process that died: a packed ring goes on where its ledger
+        says, and every guest is called once at `start`, for a call may have been lost.
+        """
+
+    def start(self) -> int:
+        """Lets the rings run. Gives the CLOCK_MONOTONIC nanoseconds at which it began.
+
+        Chains in flight that were not handed out here come first from `take`, in the order in which they were taken
+        first. What another process completed meanwhile is in flight here no more. What was completed here since `stop`
+        is told to the guest now.
+
+        Raises:
+            RuntimeError: the rings run already, or were never configured. Nothing changed.
+        """
+
+    def stop(self) -> list[int | None]:
+        """Stops, and gives where each ring would go on, None for one that is not configured.
+
+        Afterwards neither guest memory nor a kick descriptor is touched, and `take` gives nothing. Chains in flight
+        stay in flight. Stopping stopped rings gives the same answer.
+        """
+
+    def give_back(self, ring: int) -> int:
+        """Returns the chains in flight of a stopped ring to the guest, unused (length 0) and in order; gives how many.
+
+        For a frontend's GET_VRING_BASE, before the position is told: vhost-user has no word for chains in flight unless
+        INFLIGHT_SHMFD is negotiated. Chains that were completed since `stop` are completed, not returned. For the
+        device all of them are too late from now on. A ring that failed is left alone; a packed one returns nothing,
+        because its chain is only taken out of the ring when it is completed.
+
+        Raises:
+            RuntimeError: the rings run, or this one is not configured. Nothing changed.
+        """
+
+    def positions(self) -> list[int | None]:
+        """Where each ring would go on, None for one that is not configured."""
+
+    def is_running(self) -> bool: ...
+    def failed(self) -> list[bool]:
+        """Whether each ring stopped for good since it was configured."""
+
+    def fail(self, ring: int, reason: str) -> None:
+        """The device gives a ring up: it stops for good, as one that the guest broke. ValueError if there is no such
+        ring.
+        """
+
+    def set_failed(self, ring: int) -> None:
+        """Takes note that a ring stopped for good elsewhere, and everybody was told.
+
+        Raises:
+            RuntimeError: the rings run, or this one is not configured.
+        """
+
+    def take_ring_errors(self) -> list[tuple[int, str]]:
+        """(ring, reason) of each that failed since the last call."""
+
+    def take_corrections(self) -> list[tuple[int, int, int]]:
+        """(ring, where it was told to begin, where it began) of each such split ring since the last call."""
+
+    def counters(self) -> list[tuple[int, ...]]:
+        """What was counted for each ring, as `CallbackCounters(*counters)` names it."""
+
+    def set_counters(self, counters: Sequence[Sequence[int]]) -> None:
+        """Counting goes on from these, as many as `counters` gives. RuntimeError if the rings run."""
+
+    def set_notifiers(self, ring: int, *, call_fd: int | None, error_fd: int | None) -> None:
+        """Calls the ring's driver, and tells it of a failure, by other descriptors from now on; as `QueuePair` does.
+
+        Raises:
+            ValueError: a descriptor is neither eventfd nor pipe nor UNIX socket. Nothing changed.
+        """
+
+    def swap_memory(self, memory: GuestMemory) -> bool:
+        """Goes on with `memory` if all rings are in the same place there; False if they are not, and nothing changed.
+
+        Rings may run and chains may be in flight: their buffers are looked for when they are completed. Guest memory
+        that was used before is used no more afterwards.
+        """
+
+    def fileno(self) -> int:
+        """A borrowed descriptor for select, poll and epoll: readable when there may be a chain, or a ring failed.
+
+        It stays readable until `take` gives None. RuntimeError if closed.
+        """
+
+    def take(self) -> Chain | None:
+        """The next chain of any ring that runs, each ring in its turn; None if there is none. Waits for nothing.
+
+        A ring of which 1 MiB in `readable` is in flight, or one chain if it is packed, gives none until one is
+        completed.
+        """
+
+    def complete(self, chain: Chain, data: bytes) -> bool:
+        """Writes `data` into the chain's buffers and gives it back to the driver. By any thread, in any order.
+
+        While the rings are stopped it is kept, and done at the next `start` or `give_back`. It is lost with `release`,
+        and a successor's device gets the chain (again): a device to which that matters completes nothing between being
+        quiesced and being resumed.
+
+        Returns:
+            False if it is too late, and nothing was done: the ring failed, was configured anew, or the chain was given
+            back, forgotten, or completed by another process.
+
+        Raises:
+            ValueError: this chain was completed before, or `data` is longer than `chain.writable`. Nothing changed.
+        """
+
+    def release(self) -> None:
+        """Stops and forgets rings, memory and descriptors. `configure` makes it usable again."""
+
+    def close(self) -> None:
+        """As `release`, for good; closes `fileno()`. Nobody may sleep on that any more. Idempotent."""
+
+# What serves the rings of a daemon. Numbers of several engines stand one after the other, big endian, as they travel.
+# Positions are 2 bytes a ring; what failed is 1 byte a ring, 0 or 1; counters are 8 bytes each. A queue pair has two
+# rings, rx and tx, and one set of `COUNTER_NAMES`; callback queues have `CALLBACK_COUNTER_NAMES` for each ring.
+_Engines: TypeAlias = Sequence[QueuePair | CallbackQueues]
+
+def start_all(engines: _Engines) -> list[int | None]:
+    """As `start` for each that is configured and stands still, queue pairs first.
+
+    All rings of queue pairs are scanned before the first thread is woken. Gives for each engine the CLOCK_MONOTONIC
+    nanoseconds at which it began, None where it was not started.
+    """
+
+def stop_all(engines: _Engines) -> list[bool]:
+    """As `stop` for each, callback queues first. All threads are asked before one is waited for. Gives which ran."""
 
 def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
     """Lets every configured pair go on with `memory` where both its rings are in the same place there: gives which did.
@@ -288,56 +527,46 @@ def swap_memory(pairs: list[QueuePair], memory: GuestMemory) -> list[bool]:
     the others are as they were.
     """
 
-def save_all(pairs: list[QueuePair]) -> tuple[list[int], list[int], list[list[int]]]:
-    """(next_avail of each rx ring, of each tx ring, a list for each counter): a place for each pair in every list.
+def save_all(engines: _Engines) -> tuple[bytes, bytes, bytes]:
+    """Positions, what failed, and counters; exact once all are stopped. A ring that is not configured stands at 0."""
 
-    A ring that is not configured has 0. Counters come in the order of `COUNTER_NAMES`. Exact once the
-    pairs are stopped.
-    """
-
-def check_positions(pairs: list[QueuePair], rx: Sequence[int], tx: Sequence[int]) -> None:
-    """Whether the rings of each pair can go on there: a packed ring stands inside its entries. Changes nothing.
+def check_positions(engines: _Engines, positions: bytes) -> tuple[int, str] | None:
+    """The first engine, by its place, whose rings cannot go on there, and why; None if all can. Changes nothing.
 
     Raises:
-        ValueError: one cannot; the text names its place among the pairs.
-        RuntimeError: a pair runs.
+        ValueError: there is not a position for each ring. RuntimeError: an engine runs.
     """
 
-def load_all(pairs: list[QueuePair], columns: tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]) -> None:
-    """Sets what `save_all` gave; the position of a ring that is not configured is passed over.
+def load_all(engines: _Engines, positions: bytes, failed: bytes, counters: bytes) -> None:
+    """Sets what `save_all` gave. A ring that is not configured takes only the counters.
 
     Raises:
-        ValueError: a list has not a place for each pair, or one for a counter is missing. Nothing changed.
-        OverflowError: a number is out of range. Nothing changed.
-        RuntimeError: a pair runs. Those before it are set.
+        ValueError: there are more or fewer numbers than that. Nothing changed.
+        RuntimeError: an engine runs. Those before it are set.
     """
 
-def save_waiting(pairs: list[QueuePair], fd: int) -> list[int]:
-    """Writes the frame that waits in each pair that is stopped into a memory file.
+def recover_all(engines: _Engines) -> None:
+    """As `set_positions` with None for each ring that is configured: whoever knew where they stand is dead.
 
-    Returns the length of each, 0 where none waits. Each pair has a place of its own in the file.
+    Raises:
+        RuntimeError: an engine runs. Those before it are set.
+    """
+
+def save_waiting(engines: _Engines, fd: int) -> bytes:
+    """Writes the frame that waits in each queue pair that is stopped into a memory file.
+
+    Returns the length of each, 4 bytes a queue pair, 0 where none waits. Each pair has a place of its own in the file.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-def load_waiting(pairs: list[QueuePair], fd: int, lengths: Sequence[int]) -> None:
+def load_waiting(engines: _Engines, fd: int, lengths: bytes) -> None:
     """Lets what `save_waiting` wrote wait here.
 
     Raises:
         ValueError: `lengths` has not a place for each pair (nothing changed), or one is more than `FRAME_SIZE_MAX`.
         OSError: the file has not so many bytes.
-        RuntimeError: a pair runs. Those before it are set.
-    """
-
-def failed_rings(pairs: list[QueuePair]) -> bytes:
-    """Which rings of each pair stopped for good: 1 is rx, 2 is tx, 3 both."""
-
-def fail_rings(pairs: list[QueuePair], failed: Sequence[int]) -> None:
-    """Takes note that these rings stopped for good elsewhere; one that is not configured is passed over.
-
-    Raises:
-        ValueError: `failed` has not a place for each pair. Nothing changed.
         RuntimeError: a pair runs. Those before it are set.
     """
 

@@ -46,6 +46,24 @@ class Counters(NamedTuple):
     tx_calls: int = 0
 
 
+class CallbackCounters(NamedTuple):
+    """What was done with the chains of one ring that Python answers. All start at 0 and only grow.
+
+    Attributes:
+        chains: chains that were completed, or returned unused.
+        bytes_read: bytes that the device read; twice those of a chain that it was handed again.
+        bytes_written: bytes that the device wrote.
+        kicks: times the guest told of new chains.
+        calls: times the guest was told of completed ones.
+    """
+
+    chains: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    kicks: int = 0
+    calls: int = 0
+
+
 class DriverCounters(NamedTuple):
     """What a driver did: rx is what came from the backend, tx what went to it. Bytes are those of frames.
 

@@ -1,29 +1,93 @@
 """What the author of a device or a netdev imports: our promise of stability.
 
-Owns:        nothing; the modules beside this one do.
+Owns:        nothing; the modules beside this one do, and what is lent here from other packages.
 Never sees:  a particular device or netdev, the stream.
-Read next:   part.py for the life of a part, vhost_user_device.py for devices, netdev.py for the host side of a NIC,
-             queues.py for the rings of all devices.
+Read next:   part.py for the life of a part, callback_device.py and vhost_user_device.py for devices, netdev.py for the
+             host side of a NIC, objects.py for how a type is declared, queues.py for the rings of all devices.
 """
 
 from __future__ import annotations
 
+from localmig.device_api.callback_device import CallbackDevice, callback_members
+from localmig.device_api.callback_group import CallbackGroup, Chain
+from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.netdev import Framing, Netdev, NetdevObserver, Offload
+from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.device_api.part import Announces, Part, RunsPrograms
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
 from localmig.device_api.vhost_user_device import VhostUserDevice
+from localmig.device_api.vhost_user_options import VhostUserSpec
+from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.fds import OwnedFd
+from localmig.options.specs import DeviceSpec, Fit, NetdevSpec, Spec, option, reference
+from localmig.options.values import FilePath, Identifier, Number, Switch
+from localmig.vhost_user.protocol import Offer
+from localmig.vmstate import (
+    Description,
+    Subsection,
+    array,
+    blob,
+    boolean,
+    fd,
+    numbers,
+    optional,
+    struct,
+    text,
+    u8,
+    u16,
+    u32,
+    u64,
+)
 
 __all__ = [
     "Announces",
+    "BuildContext",
+    "CallbackDevice",
+    "CallbackGroup",
+    "Chain",
+    "ConfigError",
+    "Description",
+    "DeviceInfo",
+    "DeviceSpec",
+    "FilePath",
+    "Fit",
     "Framing",
+    "Identifier",
+    "KernelError",
     "Layout",
     "Netdev",
     "NetdevObserver",
+    "NetdevSpec",
+    "Number",
+    "ObjectType",
+    "Offer",
     "Offload",
+    "OwnedFd",
     "Part",
+    "PeerError",
     "Queues",
     "RingGroup",
     "RunsPrograms",
+    "Spec",
+    "Subsection",
+    "Switch",
     "VhostUserDevice",
+    "VhostUserSpec",
+    "array",
+    "blob",
+    "boolean",
+    "callback_members",
+    "device_members",
+    "fd",
+    "numbers",
+    "option",
+    "optional",
+    "reference",
+    "struct",
+    "text",
+    "u8",
+    "u16",
+    "u32",
+    "u64",
 ]

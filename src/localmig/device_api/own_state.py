@@ -21,6 +21,12 @@ class HasOwnState(Protocol):
     def local_migration_blocker(self) -> str | None:
         """Why its descriptors stay home, None where they move."""
 
+    def is_outdated(self) -> bool:
+        """Whether the state is another one than was saved last."""
+
+    def note_saved(self) -> None:
+        """It is saved now."""
+
     def save(self, *, with_descriptors: bool) -> Any:
         """The state, its descriptors lent."""
 
@@ -63,7 +69,12 @@ class OwnState(Part):
 
     def save_setup(self, *, with_descriptors: bool) -> Any:
         """What the device saves."""
+        self._device.note_saved()
         return self._device.save(with_descriptors=with_descriptors)
+
+    def is_outdated(self) -> bool:
+        """What the device says."""
+        return self._device.is_outdated()
 
     def release(self) -> None:
         """Nothing."""

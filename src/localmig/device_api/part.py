@@ -19,6 +19,8 @@ A part is born frozen (its control sockets are not read) and stopped (its rings 
     ↑___|│       └→ recover ────────────┘     the source died: ring positions come from memory
          └→ discard                           at any time before COMMIT
 
+A part with code that takes time is told to `quiesce` before `freeze`; `thaw` lets it go on.
+
 Until `resume` in the destination the source may still run: a part touches no descriptor it shares with it. No
 ioctl, no fcntl, no read, no write, no shutdown; closing is allowed, for it only drops this process's copy.
 """
@@ -40,11 +42,13 @@ class Part(Protocol):
         setup: describes what travels while the guest runs.
         switchover: describes what travels inside the downtime, None where nothing does. Keep it small and of a
             size that does not change while the rings run.
+        own_parts: parts of the same object, which travel before it.
     """
 
     id: str
     setup: ClassVar[Description[Any]]
     switchover: ClassVar[Description[Any] | None] = None
+    own_parts: tuple[Part, ...] = ()
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -59,6 +63,13 @@ class Part(Protocol):
     @abstractmethod
     def stop(self) -> None:
         """Stops touching the guest's rings, in microseconds. Idempotent."""
+
+    def quiesce(self) -> bool:
+        """Begins nothing more that takes time, until `thaw`; whether nothing of that kind is under way.
+
+        Called before `freeze`, again and again until it is so. For code of an author's that cannot be interrupted.
+        """
+        return True
 
     @abstractmethod
     def freeze(self) -> None:
@@ -102,6 +113,13 @@ class Part(Protocol):
 
         Called again for a part that changed since.
         """
+
+    def is_outdated(self) -> bool:
+        """Whether `save_setup` would save something else than last time, without `changing` having been called.
+
+        Asked once it is quiesced. For what a successor can do without if this process dies first.
+        """
+        return False
 
     def frontend_waits(self) -> bool:
         """Whether a frontend said something that nobody has read, while this part is frozen."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localmig.dataplane import GuestMemory, QueuePair, Ring
+from localmig.dataplane import CallbackQueues, GuestMemory, QueuePair, Ring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class RingGroup(ABC):
 
     name: str
     vrings: tuple[int, ...]
-    engine: QueuePair
+    engine: QueuePair | CallbackQueues
 
     @abstractmethod
     def lay_out(self, layout: Layout) -> None:
@@ -55,6 +55,9 @@ class RingGroup(ABC):
     @abstractmethod
     def stop(self) -> Sequence[int | None]:
         """Stops the rings and gives their positions, None for one that is not laid out. Idempotent."""
+
+    def give_back(self, vring: int) -> None:
+        """Returns what is in flight of a stopped ring, before anybody is told where it stands. Nothing for most."""
 
     @abstractmethod
     def is_running(self) -> bool:

@@ -24,15 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from localmig import trace
-from localmig.dataplane import GuestMemory, Ledger, QueuePair, Ring
+from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
+from localmig.device_api.callback_group import CallbackGroup
+from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
 from localmig.device_api.notes import NOT_SHARED, Notes, set_up_notes
 from localmig.device_api.own_state import OwnState
 from localmig.device_api.part import Part
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
-from localmig.errors import KernelError, LocalmigError, PeerError
-from localmig.fds import OwnedFd
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
+from localmig.fds import OwnedFd, close_all
 from localmig.trace import (
     DeviceNoted,
     MemoryMapped,
@@ -46,6 +48,7 @@ from localmig.trace import (
 )
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
+from localmig.vhost_user.message import VRING_INDEX_MAX
 from localmig.vhost_user.protocol import (
     DeviceReset,
     Event,
@@ -109,10 +112,12 @@ class VhostUserDevice(Part):
         self._memory: GuestMemory | None = None
         self._ledger: Ledger | None = None
         self._ledger_file: OwnedFd | None = None
+        self._in_flight: InFlight | None = None
+        self._in_flight_file: OwnedFd | None = None
         self._ring_events: OwnedFd | None = None
         self._groups: list[RingGroup] = []
-        self.queue_pairs: list[QueuePair] = []
-        """Those of its engines that are queue pairs."""
+        self.callback_groups: list[CallbackGroup] = []
+        """Those of its groups that Python code serves."""
         self._config_there = b""
         self._failures: dict[int, str] = {}
         """Why a ring failed last, by its number."""
@@ -183,11 +188,24 @@ class VhostUserDevice(Part):
     def driver_left(self, group: RingGroup) -> None:
         """The driver of a stopped group is reset, or its session ends."""
 
+    def ring_left(self, vring: int) -> None:
+        """A ring that was laid out is the driver's again; what was in flight of it has been returned."""
+
     def session_ended(self) -> None:
         """The session is over and every ring is stopped."""
 
+    def groups_dropped(self) -> None:
+        """Its groups are closed next."""
+
     def thawing(self) -> None:
         """This process serves the session from now on."""
+
+    def is_outdated(self) -> bool:
+        """Whether `save` would give something else than last time, without a message of the frontend's."""
+        return False
+
+    def note_saved(self) -> None:
+        """`save` is called next."""
 
     def save(self, *, with_descriptors: bool) -> Any:
         """The state that `own_state` describes; descriptors in it are lent."""
@@ -199,11 +217,6 @@ class VhostUserDevice(Part):
     def load(self, state: Any) -> None:
         """Goes on with a checked state. Called again where it changed in the source."""
         raise NotImplementedError
-
-    @property
-    def queue_pair_count(self) -> int:
-        """How many of its engines are queue pairs while it is open."""
-        return 0
 
     def ring_name(self, vring: int) -> str:
         """What a ring is called when people are told of it."""
@@ -314,6 +327,20 @@ class VhostUserDevice(Part):
         """Where and how frontends come."""
         return self._socket
 
+    def info(self) -> DeviceInfo:
+        """What every device shows; a subclass returns one with more members, which its type's `info` declares."""
+        return DeviceInfo(**self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """The members of a `DeviceInfo`, for one that has more."""
+        return {
+            "socket": self.socket.path,
+            "server": isinstance(self.socket, ListenAt),
+            "session": self.session_info(),
+            "vrings": tuple(self.vring_infos()),
+            "notes": self.notes(),
+        }
+
     def session_info(self) -> SessionInfo | None:
         """The session as the frontend told it, None while there is none."""
         state = self.session_state
@@ -375,7 +402,7 @@ class VhostUserDevice(Part):
                     connection=session.connection,
                     session=session.backend.state,
                     ledger=self._ledger_file,
-                    in_flight=None,
+                    in_flight=self._in_flight_file,
                 )
                 connections = (connection,)
             socket = SocketState(listener=self._endpoint.contact.save(), connections=connections)
@@ -425,9 +452,9 @@ class VhostUserDevice(Part):
                 return
             self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
             for connection in state.socket.connections:
-                self._ledger_file = connection.ledger
+                self._ledger_file, self._in_flight_file = connection.ledger, connection.in_flight
                 self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
-                self._map_ledger()
+                self._map_records()
                 self.session_adopted()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
                 self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
@@ -465,7 +492,7 @@ class VhostUserDevice(Part):
             self._endpoint.discard()
             self._endpoint = None
         self._memory = None
-        self._drop_ledger()
+        self._drop_records()
 
     # -- the frontend's events ----------------------------------------------------------------------------------
 
@@ -497,7 +524,7 @@ class VhostUserDevice(Part):
             case RequestRefused(reason=reason):
                 self._note_refusal(reason)
             case FeaturesSet():
-                self._make_ledger()
+                self._make_records()
                 self.features_changed()
                 self.apply_all()
             case MemoryChanged():
@@ -505,6 +532,8 @@ class VhostUserDevice(Part):
             case DeviceReset():
                 self.features_changed()
                 for group in self._groups:
+                    for vring in group.vrings:
+                        self._forget(vring)
                     self.driver_left(group)
                 self.apply_all()
                 self._rewind()
@@ -515,12 +544,14 @@ class VhostUserDevice(Part):
         """Every ring stops: its descriptors close next."""
         for group in self._groups:
             self._stop(group)
+            # A ring that its frontend disabled may be other memory of the guest's by now.
+            self._give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
             self.driver_left(group)
             group.release()
         self._memory = None
         self._failures.clear()
         self._kicks_before.clear()
-        self._drop_ledger()
+        self._drop_records()
         self.session_ended()
         if reason is not None:
             # A frontend that comes again and again with the same mistake fills no log.
@@ -541,6 +572,11 @@ class VhostUserDevice(Part):
         """
         self.before_stop(group)
         self._stop(group, anew=anew)
+        if (state := self.session_state) is not None:
+            stopped = [vring for vring in group.vrings if not state.vrings[vring].started]
+            self._give_back(group, [vring for vring in stopped if vring != anew])
+            if anew is not None and (anew in stopped or not self._goes_on(group, anew)):
+                self._forget(anew)
         self.after_stop(group)
         self._lay_out(group)
         self.after_layout(group)
@@ -549,6 +585,24 @@ class VhostUserDevice(Part):
             self._note_kicks()
         if self._queues.serving:
             self._start(group)
+
+    def _give_back(self, group: RingGroup, vrings: Sequence[int]) -> None:
+        """The frontend stopped these rings of a stopped group, and is told next where they stand."""
+        for vring, position in zip(group.vrings, group.positions(), strict=True):
+            if vring in vrings and position is not None:
+                group.give_back(vring)
+                self.ring_left(vring)
+
+    def _goes_on(self, group: RingGroup, vring: int) -> bool:
+        """Whether a ring of a stopped group, which was given another kick descriptor, is the one that ran."""
+        index = group.vrings.index(vring)
+        return group.positions()[index] is not None and not group.failed()[index]
+
+    def _forget(self, vring: int) -> None:
+        """The driver sets a stopped ring up again: its memory is the guest's, and nothing of it is in flight."""
+        if self._in_flight is not None:
+            self._in_flight.forget(vring)
+            self.ring_left(vring)
 
     def _change_memory(self) -> None:
         """Goes on with the session's new table. Groups whose rings stay where they are do not stop for it.
@@ -593,33 +647,34 @@ class VhostUserDevice(Part):
         except ValueError as reason:
             raise PeerError(f"{self._group_of(vring).name}: {reason}") from reason
 
-    def _make_ledger(self) -> None:
-        """Packed rings need a ledger from the first packet on."""
+    def _make_records(self) -> None:
+        """Packed rings need a ledger from the first packet on, code that keeps chains needs to have them remembered."""
         state = self._state()
-        if not state.is_packed or self._ledger is not None:
-            return
         try:
-            self._ledger_file = OwnedFd(Ledger.create(len(state.vrings)))
+            if state.is_packed and self._ledger_file is None:
+                self._ledger_file = OwnedFd(Ledger.create(len(state.vrings)))
+            if self.callback_groups and self._in_flight_file is None:
+                self._in_flight_file = OwnedFd(InFlight.create(len(state.vrings)))
         except OSError as error:
-            raise KernelError(f"cannot make a ledger: {error.strerror}", errno=error.errno or 0) from error
-        self._map_ledger()
+            raise KernelError(f"cannot make a memory file: {error.strerror}", errno=error.errno or 0) from error
+        self._map_records()
 
-    def _map_ledger(self) -> None:
-        state = self._state()
-        if self._ledger_file is None:
-            return
+    def _map_records(self) -> None:
+        count = len(self._state().vrings)
         try:
-            self._ledger = Ledger(self._ledger_file.fileno(), len(state.vrings))
+            if self._ledger_file is not None and self._ledger is None:
+                self._ledger = Ledger(self._ledger_file.fileno(), count)
+            if self._in_flight_file is not None and self._in_flight is None:
+                self._in_flight = InFlight(self._in_flight_file.fileno(), count)
         except ValueError as error:
             raise PeerError(str(error)) from error
         except OSError as error:
-            raise KernelError(f"cannot map the ledger: {error.strerror}", errno=error.errno or 0) from error
+            raise KernelError(f"cannot map a memory file: {error.strerror}", errno=error.errno or 0) from error
 
-    def _drop_ledger(self) -> None:
-        self._ledger = None
-        if self._ledger_file is not None:
-            self._ledger_file.close()
-            self._ledger_file = None
+    def _drop_records(self) -> None:
+        self._ledger = self._in_flight = None
+        close_all((self._ledger_file, self._in_flight_file))
+        self._ledger_file = self._in_flight_file = None
 
     def _settle(self, group: RingGroup) -> None:
         """Writes into the ledger where rings go on that may not run for a while, and may run elsewhere next."""
@@ -661,7 +716,12 @@ class VhostUserDevice(Part):
         self.before_layout(group)
         try:
             group.lay_out(
-                Layout(memory=self._memory, rings=rings, features=state.features_acked, packed=state.is_packed)
+                Layout(
+                    memory=self._memory,
+                    rings=rings,
+                    features=state.features_acked,
+                    packed=state.is_packed,
+                )
             )
         except ValueError as error:
             raise PeerError(f"{group.name}: {error}") from error
@@ -694,6 +754,7 @@ class VhostUserDevice(Part):
             error_fd=_fileno(vring.error),
             next_avail=vring.next_avail,
             ledger=None if self._ledger is None else (self._ledger, index),
+            in_flight=None if self._in_flight is None else (self._in_flight, index),
         )
 
     def _start(self, group: RingGroup) -> None:
@@ -820,18 +881,21 @@ class VhostUserDevice(Part):
     # -- small things -------------------------------------------------------------------------------------------
 
     def _make_groups(self) -> None:
+        if (count := self.offer().vring_count) > VRING_INDEX_MAX + 1:
+            raise ConfigError(f"device '{self.id}' has {count} rings, vhost-user can name {VRING_INDEX_MAX + 1}")
         self._ring_events = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         # Into the list one after the other: what was made is closed with the device.
         for group in self.make_groups(self._ring_events.fileno()):
             self._groups.append(group)
-        self.queue_pairs = [group.engine for group in self._groups]
+        self.callback_groups = [group for group in self._groups if isinstance(group, CallbackGroup)]
 
     def _drop_groups(self) -> None:
+        self.groups_dropped()
         for group in self._groups:
             group.close()
-        self._groups, self.queue_pairs = [], []
+        self._groups, self.callback_groups = [], []
         self._memory = None
-        self._drop_ledger()
+        self._drop_records()
         if self._ring_events is not None:
             asyncio.get_running_loop().remove_reader(self._ring_events.fileno())
             self._ring_events.close()

@@ -44,12 +44,46 @@ def program_version() -> str:
     return metadata.version("localmig")
 
 
+_ORIGIN_LENGTH_MAX: Final = 128
+"""Letters of a package's name or version that are kept: what is longer helps nobody to install it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """The distribution, as `pip install` names it, that a type of objects comes from."""
+
+    distribution: str
+    version: str
+
+    @classmethod
+    def own(cls) -> Origin:
+        """This program."""
+        return cls(distribution="localmig", version=program_version())
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HandoverObject:
-    """A netdev or a device with its options, in the form of the command line's JSON; untrusted when it arrived."""
+    """A netdev or a device; untrusted when it arrived.
+
+    Attributes:
+        kind: what it is.
+        options: its options, in the form of the command line's JSON.
+        origin: where its type comes from; None: it is a part of the program that said HELLO.
+    """
 
     kind: str
     options: dict[str, object]
+    origin: Origin | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Its form in HELLO."""
+        fields: dict[str, object] = {"kind": self.kind, "options": self.options}
+        if self.origin is not None:
+            fields |= {"distribution": self.origin.distribution, "distribution-version": self.origin.version}
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +110,7 @@ class Hello:
                 "version": self.version,
                 "local": self.local,
                 "running": self.running,
-                "objects": [{"kind": each.kind, "options": each.options} for each in self.objects],
+                "objects": [each.as_json() for each in self.objects],
             }
         ).encode()
 
@@ -209,4 +243,15 @@ def _read_handover_object(fields: object) -> HandoverObject:
     kind, options = fields.get("kind"), fields.get("options")
     if not (isinstance(kind, str) and isinstance(options, dict)):
         raise PeerError("HELLO has an object without 'kind' or 'options'")
-    return HandoverObject(kind=kind[:64], options=options)
+    return HandoverObject(kind=kind[:64], options=options, origin=_read_origin(fields))
+
+
+def _read_origin(fields: dict[str, object]) -> Origin | None:
+    distribution, version = fields.get("distribution"), fields.get("distribution-version")
+    if distribution is None and version is None:
+        return None
+    if not (isinstance(distribution, str) and isinstance(version, str)):
+        raise PeerError("HELLO has an object whose 'distribution' or 'distribution-version' is no string")
+    return Origin(
+        distribution=_printable(distribution[:_ORIGIN_LENGTH_MAX]), version=_printable(version[:_ORIGIN_LENGTH_MAX])
+    )

@@ -75,6 +75,12 @@ monitor, so it is promised one within 100 ms; the rest of that is for going back
 FROZEN_LOOK_S: Final = 0.01
 """How often it is looked, after that, whether a frontend waits: a part of what is left of the 100 ms."""
 
+QUIESCE_TIMEOUT_S: Final = 1.5
+"""How long code of a device's own may go on before it is left behind: longer than a device lets it."""
+
+QUIESCE_LOOK_S: Final = 0.001
+"""How often it is looked whether such code has returned."""
+
 PARTS_AT_ONCE: Final = 16
 """Parts that are saved before the event loop gets a turn: a few milliseconds, in which frontends wait for an answer."""
 
@@ -126,6 +132,8 @@ class Outgoing:
         self._watched: list[Part] = []
         self._changed: set[str] = set()
         """Ids of parts that changed since they were saved."""
+        self._outdated: set[str] = set()
+        """Setup sections that are another since, and that a destination can do without."""
         self._frozen: list[Part] = []
         self._frozen_at = 0.0
         self._stopped: list[Part] = []
@@ -307,9 +315,13 @@ class Outgoing:
         for _ in range(CATCH_UP_ROUNDS_MAX - 1):
             if self._changed:
                 await self._send_setup_again(SETUP_TIMEOUT_S)
+        await self._quiesce()
+        self._outdated = {self._name(part) for part in self._parts if part.is_outdated()}
+        if self._outdated:
+            await self._send_setup_again(SETUP_TIMEOUT_S)
+            self._outdated.clear()
         self._frozen_at = time.monotonic()
         for part in self._parts:
-            self._frozen.append(part)
             part.freeze()
         if self._changed:
             try:
@@ -321,12 +333,22 @@ class Outgoing:
                     f"{limit_ms:.0f} ms; try again"
                 ) from None
 
+    async def _quiesce(self) -> None:
+        """Waits for code of devices' own that is under way; frontends are answered meanwhile."""
+        self._frozen = list(self._parts)
+        busy = self._frozen
+        deadline = time.monotonic() + QUIESCE_TIMEOUT_S
+        while busy := [part for part in busy if not part.quiesce()]:
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(QUIESCE_LOOK_S)
+
     async def _send_setup_again(self, timeout_s: float) -> None:
         """Lets the destination replace what changed. TimeoutError where that takes longer than `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         self._fire(SourceEvent.SETUP_OUTDATED)
-        changed = [part for part in self._parts if part.id in self._changed]
-        names = [section_name(part.id, part.setup) for part in changed]
+        changed = [part for part in self._parts if part.id in self._changed or self._name(part) in self._outdated]
+        names = [self._name(part) for part in changed]
         await self._send_setup(changed, Blob(), lambda: self._stream.describe_again(names), deadline=deadline)
         await self._expect(FrameKind.SETUP_ACK, deadline - time.monotonic(), "take what a frontend changed")
         self._fire(SourceEvent.SETUP_ACKED)
@@ -358,6 +380,9 @@ class Outgoing:
             self._progress.descriptors = max(self._progress.descriptors, len(fds))
         finally:
             close_foreign(copies)
+
+    def _name(self, part: Part) -> str:
+        return section_name(part.id, part.setup)
 
     def _note_change(self, part_id: str) -> None:
         """A part changes next. Counted once for each time that it is saved, before it happens."""

@@ -13,7 +13,8 @@ from typing import Final
 from localmig import trace
 from localmig.daemon import RunState
 from localmig.monitor.protocol import Event
-from localmig.monitor.schema import MIGRATION_STATUS, Boolean, Enumeration, Struct, returned
+from localmig.monitor.schema import MIGRATION_STATUS
+from localmig.qapi import Boolean, Enumeration, Struct, returned
 
 EVENTS: Final[Mapping[str, Struct]] = {
     "MIGRATION": Struct((returned("status", MIGRATION_STATUS),)),

@@ -15,8 +15,9 @@ from typing import Final
 
 from localmig.errors import ConfigError, LocalmigError
 from localmig.fds import OwnedFd, close_foreign
-from localmig.monitor.schema import Array, Command, Member, String, Struct
+from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError, encode
+from localmig.qapi import Array, Member, String, Struct
 
 NEGOTIATE: Final = "qmp_capabilities"
 """The command that opens a session."""

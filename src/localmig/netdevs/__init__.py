@@ -4,7 +4,3 @@ Owns:        TAP interfaces: opening, configuring, handing over.
 Never sees:  rings, vhost-user, which device is on the other side.
 Read next:   tap.py.
 """
-
-from localmig.netdevs.tap import Tap
-
-__all__ = ["Tap"]

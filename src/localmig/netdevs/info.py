@@ -1,7 +1,7 @@
 """What there is to see of a TAP, for people and programs that ask.
 
-Owns:        TapInfo.
-Never sees:  the TAP itself; QMP's names.
+Owns:        TapInfo, and its names in QMP.
+Never sees:  the TAP itself.
 Read next:   opened.py, which says what is so; monitor/commands/objects.py for who asks.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import Final
 
 from localmig.device_api import Offload
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Uint64
+from localmig.qapi.bits import named, names_of
 
 
 class Whereabouts(StrEnum):
@@ -44,8 +46,6 @@ class TapInfo:
         notes: what is so and should perhaps not be, and what to do, a sentence each.
     """
 
-    type_name: ClassVar[str] = "tap"
-
     id: str
     is_open: bool
     queue_count: int
@@ -59,3 +59,27 @@ class TapInfo:
     vnet_header_length: int | None = None
     offloads: Offload = Offload(0)  # noqa: RUF009 - a number
     notes: tuple[str, ...] = ()
+
+
+_OFFLOADS: Final = named("TUN_F_", Offload)
+
+
+def offload_names(bits: int) -> list[str]:
+    """What a TAP leaves to its reader."""
+    return names_of(bits, _OFFLOADS)
+
+
+SHOWN: Final = (
+    Member(name="open", attribute="is_open", type=Boolean()),
+    Member(name="queues", attribute="queue_count", type=Uint64()),
+    Member(name="attached-queues", attribute="attached_count", type=Uint64()),
+    Member(name="interface", attribute="whereabouts", type=Enumeration(tuple(Whereabouts)), required=False),
+    Member(name="ifname", attribute="ifname", type=String(), required=False),
+    Member(name="ifindex", attribute="ifindex", type=Uint64(), required=False),
+    Member(name="mtu", attribute="mtu", type=Uint64(), required=False),
+    Member(name="up", attribute="is_up", type=Boolean(), required=False),
+    Member(name="bridge", attribute="bridge", type=String(), required=False),
+    Member(name="vnet-header-length", attribute="vnet_header_length", type=Uint64(), required=False),
+    Member(name="offloads", attribute="offloads", type=Array(String()), convert=offload_names),
+)
+"""What query-netdevs shows of it, besides what it shows of every netdev."""

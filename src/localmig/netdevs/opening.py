@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Final
 
 from localmig.device_api import Offload
 from localmig.errors import ConfigError, KernelError, LocalmigError
@@ -25,12 +24,10 @@ from localmig.netdevs.opened import OpenTap, Wanted, command_to_make
 from localmig.netdevs.rtnetlink import Link
 from localmig.netdevs.script import NO_SCRIPT
 from localmig.netdevs.state import USO, VNET_HEADER_LENGTHS
+from localmig.netdevs.tap_options import SNDBUF_MAX
 from localmig.netdevs.tun import Flag
 
 _logger = logging.getLogger(__name__)
-
-SNDBUF_MAX: Final = 2**31 - 1
-"""An int of the kernel's; no packet is ever held back by it."""
 
 
 class Opener:

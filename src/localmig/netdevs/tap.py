@@ -36,16 +36,18 @@ from pathlib import Path
 from typing import Final
 
 from localmig.device_api import Framing, Netdev, Offload
+from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
 from localmig.netdevs import tun
-from localmig.netdevs.info import TapInfo
+from localmig.netdevs.info import SHOWN, TapInfo
 from localmig.netdevs.network import Network, Networks, namespace_here
 from localmig.netdevs.opened import OpenTap, Wanted
 from localmig.netdevs.opening import Opener, find, kernel_errors
 from localmig.netdevs.script import NO_SCRIPT, run_script
 from localmig.netdevs.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
+from localmig.netdevs.tap_options import TapSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -703,3 +705,23 @@ def _is_deleted(tap: OpenTap) -> bool:
 def _absolute(script: str) -> str:
     """A script's path as it reads from any working directory."""
     return script if script == NO_SCRIPT else str(Path(script).absolute())
+
+
+def _build(spec: TapSpec, context: BuildContext) -> Tap:
+    return Tap(
+        id=spec.id,
+        ifname=spec.ifname,
+        script=spec.script,
+        downscript=spec.downscript,
+        mtu=spec.mtu,
+        queues=spec.queues,
+        fds=spec.descriptors,
+        sndbuf=spec.sndbuf,
+        bridge=spec.br,
+        guest_carrier=spec.guest_carrier,
+        stays_home=context.stays_home,
+        networks=context.shared(Networks),
+    )
+
+
+OBJECT: Final = ObjectType(spec=TapSpec, build=_build, info=SHOWN, opens_with_privileges=True)

@@ -1,8 +1,8 @@
 """Options: command line text, a file's text and mappings from another daemon become frozen specs.
 
 Owns:        what can be asked for: objects with their options, addresses, who may ask.
-Never sees:  the machine: no file is opened, no name looked up, nothing is tried.
-Read next:   specs.py for the tables, address.py for where migrations go.
+Never sees:  the machine: no file is opened, no name looked up, nothing is tried. Which types of objects there are.
+Read next:   specs.py for objects, address.py for where migrations go.
 """
 
 from localmig.options.address import (
@@ -18,34 +18,22 @@ from localmig.options.address import (
 from localmig.options.config import CONFIG_BYTES_MAX, Config, parse_config
 from localmig.options.process import (
     AccessSpec,
+    MonitorSpec,
     RunAsSpec,
     SandboxSpec,
+    parse_monitor,
     parse_users,
     read_runas,
     read_sandbox,
 )
-from localmig.options.specs import (
-    AnySpec,
-    DeviceSpec,
-    MonitorSpec,
-    NetdevSpec,
-    TapSpec,
-    VirtioNetSpec,
-    check_together,
-    differences,
-    from_mapping,
-    help_for,
-    parse_device,
-    parse_monitor,
-    parse_netdev,
-    to_mapping,
-)
+from localmig.options.specs import KINDS, DeviceSpec, NetdevSpec, Spec, differences, to_mapping
+from localmig.options.together import check_together, reasons_to_stay_home
 
 __all__ = [
     "CONFIG_BYTES_MAX",
+    "KINDS",
     "AccessSpec",
     "Address",
-    "AnySpec",
     "Config",
     "Defer",
     "DeviceSpec",
@@ -55,22 +43,18 @@ __all__ = [
     "NetdevSpec",
     "RunAsSpec",
     "SandboxSpec",
-    "TapSpec",
+    "Spec",
     "TcpAddress",
     "UnixAddress",
-    "VirtioNetSpec",
     "check_together",
     "differences",
-    "from_mapping",
-    "help_for",
     "parse_address",
     "parse_config",
-    "parse_device",
     "parse_incoming",
     "parse_monitor",
-    "parse_netdev",
     "parse_users",
     "read_runas",
     "read_sandbox",
+    "reasons_to_stay_home",
     "to_mapping",
 ]

@@ -2,7 +2,7 @@
 
 Owns:        the file's keys, the place of what is wrong in it.
 Never sees:  the file itself: its text is brought.
-Read next:   specs.py, whose tables say what each object may have.
+Read next:   specs.py for the tables that say what each object may have.
 
     qmp = "unix:/run/vm1/qmp.sock"          # as --qmp
     incoming = "defer"                      # as --incoming
@@ -20,14 +20,23 @@ Read next:   specs.py, whose tables say what each object may have.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from localmig.errors import ConfigError
 from localmig.options.address import IncomingSpec, parse_incoming
-from localmig.options.process import AccessSpec, RunAsSpec, SandboxSpec, parse_users, read_runas, read_sandbox
-from localmig.options.specs import DeviceSpec, MonitorSpec, NetdevSpec, read_device, read_monitor, read_netdev
+from localmig.options.process import (
+    AccessSpec,
+    MonitorSpec,
+    RunAsSpec,
+    SandboxSpec,
+    parse_users,
+    read_monitor,
+    read_runas,
+    read_sandbox,
+)
+from localmig.options.specs import KINDS, Spec
 
 CONFIG_BYTES_MAX: Final = 16 << 20
 """Longest file: ten thousand NICs with every option given have less than a kilobyte each."""
@@ -41,8 +50,7 @@ _KEYS: Final = (
     "runas",
     "sandbox",
     "migration-parameters",
-    "netdev",
-    "device",
+    *KINDS,
 )
 
 Read = TypeVar("Read")
@@ -56,8 +64,7 @@ class Config:
         migration_parameters: values by QMP's names, unchecked: what there is, QMP's tables know.
     """
 
-    netdevs: tuple[NetdevSpec, ...] = ()
-    devices: tuple[DeviceSpec, ...] = ()
+    objects: tuple[Spec, ...] = ()
     monitor: MonitorSpec | None = None
     incoming: IncomingSpec | None = None
     access: AccessSpec = field(default_factory=AccessSpec)
@@ -66,8 +73,19 @@ class Config:
     migration_parameters: Mapping[str, object] = field(default_factory=dict)
 
 
-def parse_config(text: str) -> Config:
+class ReadObject(Protocol):
+    """Makes a spec of an object's mapping."""
+
+    def __call__(self, kind: str, values: Mapping[str, object]) -> Spec:
+        """The spec of that kind. ConfigError where `values` describe none."""
+
+
+def parse_config(text: str, read_object: ReadObject) -> Config:
     """Reads the text of a file.
+
+    Args:
+        text: the file's.
+        read_object: knows which types of objects there are.
 
     Raises:
         ConfigError: with the place in it, and what is wrong in the words of the command line.
@@ -83,8 +101,7 @@ def parse_config(text: str) -> Config:
     if not isinstance(parameters, dict):
         raise ConfigError("Invalid parameter type for 'migration-parameters', expected: table")
     return Config(
-        netdevs=_objects(values, "netdev", read_netdev),
-        devices=_objects(values, "device", read_device),
+        objects=tuple(spec for kind in KINDS for spec in _objects(values, kind, read_object)),
         monitor=_string(values, "qmp", read_monitor),
         incoming=_string(values, "incoming", parse_incoming),
         access=AccessSpec(
@@ -98,17 +115,15 @@ def parse_config(text: str) -> Config:
     )
 
 
-def _objects(values: Mapping[str, object], key: str, read: Callable[[Mapping[str, object]], Read]) -> tuple[Read, ...]:
-    tables = values.get(key, [])
+def _objects(values: Mapping[str, object], kind: str, read: ReadObject) -> Iterator[Spec]:
+    tables = values.get(kind, [])
     if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
-        raise ConfigError(f"Invalid parameter type for '{key}', expected: array of tables, [[{key}]]")
-    objects = []
+        raise ConfigError(f"Invalid parameter type for '{kind}', expected: array of tables, [[{kind}]]")
     for index, table in enumerate(tables):
         try:
-            objects.append(read(table))
+            yield read(kind, table)
         except ConfigError as error:
-            raise ConfigError(f"{key}[{index}]: {error}") from error
-    return tuple(objects)
+            raise ConfigError(f"{kind}[{index}]: {error}") from error
 
 
 def _string(values: Mapping[str, object], key: str, read: Callable[[str], Read]) -> Read | None:

@@ -1,6 +1,7 @@
 """What a daemon's process may do, and who may talk to it.
 
-Owns:        the options that concern no object: users and modes of control sockets, the user to become, the sandbox.
+Owns:        the options that concern no object: the QMP socket, users and modes of control sockets, the user to become,
+             the sandbox.
 Never sees:  which users there are: names are looked up where they are needed.
 Read next:   access.py and confinement.py for what becomes of it.
 """
@@ -14,6 +15,7 @@ from localmig.access import ACCOUNT_ID_MAX
 from localmig.errors import ConfigError
 from localmig.options.keyval import parse_keyval
 from localmig.options.values import FileMode, GroupName, Switch, UserName
+from localmig.unix_socket import check_path
 
 USER_COUNT_MAX: Final = 64
 """Users listed: a machine has a few that manage guests, and a group is for more."""
@@ -107,3 +109,38 @@ def read_sandbox(text: str) -> SandboxSpec:
     if spawn not in (None, *_SPAWN.values()):
         raise ConfigError(f"Parameter 'spawn' expects allow or deny, not '{spawn}'")
     return SandboxSpec(enabled=bool(enabled), spawn=None if spawn is None else spawn == _SPAWN[True])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorSpec:
+    """`--qmp unix:PATH`: where the daemon answers QMP."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+
+
+def parse_monitor(text: str) -> MonitorSpec:
+    """Reads what `--qmp` takes: `unix:PATH`. QEMU's `,server=on,wait=off` may follow: so it always is.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return read_monitor(text)
+    except ConfigError as error:
+        raise ConfigError(f"--qmp {text}: {error}") from error
+
+
+def read_monitor(text: str) -> MonitorSpec:
+    """As `parse_monitor`; what is wrong does not name the option."""
+    values = parse_keyval(text, "address")
+    address = values.pop("address", "")
+    protocol, _, path = address.partition(":")
+    if protocol != "unix":
+        raise ConfigError(f"'{address}' is no UNIX socket, expected unix:PATH")
+    for key, value in values.items():
+        if (key, value) not in (("server", "on"), ("wait", "off")):
+            raise ConfigError(f"Parameter '{key}={value}' is unexpected, only server=on and wait=off may be there")
+    return MonitorSpec(path=path)

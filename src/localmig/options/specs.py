@@ -1,8 +1,9 @@
-"""The objects a user asks for: one declared table of options per type, and everything derived from it.
+"""What an object can be asked for with: one declared table of options per type, and everything derived from it.
 
-Owns:        the specs, their options (type, range, default, help), their text, mapping and help forms.
-Never sees:  files, sockets, interfaces: a spec that exists can still be impossible on this machine.
-Read next:   values.py for the types in the tables, daemon/ for what is built from a spec.
+Owns:        Spec and Option; reading, checking, help, the mapping that travels, the comparison of two specs.
+Never sees:  a particular type, files, sockets: a spec that exists can still be impossible on this machine.
+Read next:   values.py for the types in the tables, together.py for what several specs must be, registry.py for which
+             types there are; netdevs/tap_options.py for a whole example.
 
 A spec is its own table: each dataclass field is an option, its metadata says the rest. Whichever way a spec
 is made (text, JSON, a mapping from another daemon, Python), the same checks run when it is constructed.
@@ -12,46 +13,32 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 from localmig.errors import ConfigError, PeerError
-from localmig.options.address import IncomingSpec, UnixAddress
-from localmig.options.keyval import is_json, parse_json, parse_keyval
-from localmig.options.values import (
-    FD_MAX,
-    FD_MIN,
-    Descriptors,
-    FileMode,
-    FilePath,
-    GroupName,
-    Identifier,
-    InterfaceName,
-    MacAddress,
-    Number,
-    SocketPath,
-    Switch,
-    Value,
-    ValueType,
-)
-from localmig.unix_socket import check_path
-
-MTU_MIN: Final = 68
-"""Smallest MTU of IPv4 (RFC 791) and of a TAP; virtio names the same bound for the MTU a device gives."""
-
-MTU_MAX: Final = 65521
-"""Largest MTU the kernel lets a TAP have: 65535 less the Ethernet header."""
-
-QUEUE_COUNT_MAX: Final = 128
-"""vhost-user has 8 bits for the number of a vring, and a queue pair has two; the kernel has 256 for a TAP."""
+from localmig.options.values import Identifier, Value, ValueType
 
 
-RECONNECT_MS_MAX: Final = 60_000
-"""Longest pause between two attempts to connect: a VMM that came back is not left waiting for longer."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of object: `--netdev`, `--device`.
 
-SNDBUF_MAX: Final = 2**31 - 1
-"""TUNSETSNDBUF takes an int."""
+    Attributes:
+        selector: the key that names an object's type in text and mappings, QEMU's word for it.
+        summary: what such an object is, for help.
+    """
+
+    selector: str
+    summary: str
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "netdev": Kind(selector="type", summary="the host side of a NIC"),
+    "device": Kind(selector="driver", summary="a device for a guest"),
+}
+"""All kinds, by the command line option that makes one, without the dashes. What others refer to comes first."""
 
 
 class Fit(enum.Enum):
@@ -64,6 +51,19 @@ class Fit(enum.Enum):
     """Each side may have its own: it is not compared, but travels for a destination that was given no options."""
     NEVER = "never"
     """It is a matter of one process: it is not compared and does not travel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What an option refers to.
+
+    Attributes:
+        kind: the kind of the object whose id it has.
+        exclusive: whether that object can have one user only.
+    """
+
+    kind: str
+    exclusive: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,304 +81,158 @@ class Option:
     """What to do where source and destination do not fit."""
     unsaid: Value | None = None
     """What it means where it was not given: its default, if it has one."""
+    reference: Reference | None = None
 
     def help_line(self) -> str:
         """The row as help prints it."""
         left = f"  {self.name}={self.value.word}"
-        note = "" if self.unsaid is None else f" (default: {_text(self.unsaid)})"
+        note = "" if self.unsaid is None else f" (default: {value_text(self.unsaid)})"
         return f"{left:<29} {self.help}{' (required)' if self.required else note}"
 
 
-def _option(
-    value: ValueType, help_text: str, *, fit: Fit = Fit.ALWAYS, unsaid: Value | None = None, advice: str = ""
-) -> dict[str, Any]:
-    """The metadata of a field that is an option. The option's name is the field's, with '-' for '_'.
+_METADATA: Final = "localmig.option"
 
-    `unsaid` is for one whose default is None, because it makes a difference whether it was given.
+
+def option(
+    value: ValueType,
+    help: str,  # noqa: A002 - what it is
+    *,
+    default: Value | dataclasses._MISSING_TYPE | None = dataclasses.MISSING,
+    fit: Fit = Fit.ALWAYS,
+    unsaid: Value | None = None,
+    advice: str = "",
+    name: str | None = None,
+) -> Any:
+    """A field of a spec that is an option.
+
+    Args:
+        value: its type, with its range.
+        help: what it is for, in a line.
+        default: its value where it was not given; without one it must be given.
+        fit: when source and destination must agree.
+        unsaid: for one whose default is None, because it makes a difference whether it was given: what that means.
+        advice: what to do where the two do not fit.
+        name: its name, if that is another one than the field's with '-' for '_'.
     """
-    return {"value": value, "help": help_text, "fit": fit, "unsaid": unsaid, "advice": advice}
+    row = {"value": value, "help": help, "fit": fit, "unsaid": unsaid, "advice": advice, "name": name}
+    return field(default=default, metadata={_METADATA: row})
 
 
-def _offload(help_text: str) -> Any:
-    """A field that switches an offload. QEMU writes these names with '_', as nothing else.
+def reference(
+    kind: str,
+    help: str,  # noqa: A002 - what it is
+    *,
+    exclusive: bool = False,
+    default: dataclasses._MISSING_TYPE | None = dataclasses.MISSING,
+) -> Any:
+    """A field of a spec that has the id of another object: `str`, or `str | None` with `default=None`.
 
-    Each side may have its own: a session goes on with what it was offered, and the TAP leaves to a guest what both the
-    guest and the options allow.
+    The other object is built before this one and deleted after it.
+
+    Args:
+        kind: of the other object, one of `KINDS`.
+        help: what it is for, in a line.
+        exclusive: whether the other object can have one user only.
+        default: None where it may be left out.
     """
-    return field(default=True, metadata=_option(Switch(), help_text, fit=Fit.OURS) | {"is_offload": True})
+    row = {"value": Identifier(), "help": help, "reference": Reference(kind=kind, exclusive=exclusive)}
+    return field(default=default, metadata={_METADATA: row})
 
 
 class Spec:
     """What all specs share: every option is checked when the spec is constructed.
 
+    A spec of one's own is a frozen dataclass with slots and keywords only, whose fields are made by `option` and
+    `reference`. It derives from the spec of its kind. Whoever has a `__post_init__` calls `Spec.__post_init__(self)`.
+
     Attributes:
         kind: the command line option that makes it, without the dashes.
-        selector: the key that names the type in text and mappings, QEMU's word for it.
-        type_name: the value of that key.
+        type_name: the name of the type.
         summary: what the type is, for help.
+        id: the user's name for it.
     """
 
     __slots__ = ()
 
     kind: ClassVar[str]
-    selector: ClassVar[str]
     type_name: ClassVar[str]
     summary: ClassVar[str]
+    id: str
 
     def __post_init__(self) -> None:
-        for option in options_of(type(self)):
-            value = getattr(self, option.attribute)
+        for row in options_of(type(self)):
+            value = getattr(self, row.attribute)
             # None is an option that was not given; no other value stands for that.
-            if value is not None or option.required:
-                option.value.check(option.name, value)
+            if value is not None or row.required:
+                row.value.check(row.name, value)
+
+    def claims(self) -> Iterable[tuple[str, Hashable]]:
+        """What only one object can have: what it is called for people (`interface`), and which one it is."""
+        return ()
+
+    @property
+    def stays_home(self) -> str | None:
+        """The option that leaves its descriptors here in a local migration, as `NAME=VALUE`. None: they move."""
+        return None
+
+    @property
+    def program_at_end(self) -> str | None:
+        """The option that has a program run once it is let go of, as `NAME=VALUE`. None: there is none."""
+        return None
+
+    def settled(self, referred: Mapping[str, Spec]) -> Self:
+        """This spec with what follows from those that it refers to, which are settled; by id.
+
+        Settling what is settled changes nothing.
+
+        Raises:
+            ConfigError: they cannot be together.
+        """
+        del referred
+        return self
+
+    def completed_by(self, theirs: Spec) -> Self:
+        """This spec of a destination with what it takes over from the source's, which fits it."""
+        del theirs
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TapSpec(Spec):
-    """`--netdev tap,…`: the host side of a NIC, a TAP interface.
-
-    Neither `ifname` nor `fd`: the kernel chooses a name, or what arrives by migration decides.
-    """
+class NetdevSpec(Spec):
+    """What specs of netdevs share."""
 
     kind: ClassVar[str] = "netdev"
-    selector: ClassVar[str] = "type"
-    type_name: ClassVar[str] = "tap"
-    summary: ClassVar[str] = "a TAP interface of this machine"
 
-    id: str = field(metadata=_option(Identifier(), "name of this netdev, for a device's netdev="))
-    ifname: str | None = field(
-        default=None,
-        metadata=_option(
-            InterfaceName(),
-            "interface to open, created where it does not exist; without it the kernel chooses a name",
-            fit=Fit.WITH_DESCRIPTORS,
-        ),
-    )
-    script: str = field(
-        default="no",
-        metadata=_option(FilePath(), "program to run with the name of the interface once it is open", fit=Fit.NEVER),
-    )
-    downscript: str = field(
-        default="no",
-        metadata=_option(
-            FilePath(), "program to run with the name of the interface before it is closed", fit=Fit.NEVER
-        ),
-    )
-    mtu: int | None = field(
-        default=None,
-        metadata=_option(
-            Number(lowest=MTU_MIN, highest=MTU_MAX, reason="what the kernel lets a TAP have"),
-            "MTU to give the interface; without it the interface keeps its own",
-        ),
-    )
-    queues: int = field(
-        default=1,
-        metadata=_option(
-            Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
-            "queues of the interface, and queue pairs of the device on it; more than one need a VMM that serves the "
-            "control queue itself, as QEMU does: without one the guest's driver refuses the device",
-            advice="; end the daemon and start it with another number",
-        ),
-    )
-    fd: int | None = field(
-        default=None,
-        metadata=_option(
-            Number(lowest=FD_MIN, highest=FD_MAX, reason="a descriptor beyond the standard streams"),
-            "an open TAP with a vnet header, inherited from the parent process, in place of ifname",
-            fit=Fit.NEVER,
-        ),
-    )
-    fds: str | None = field(
-        default=None,
-        metadata=_option(
-            Descriptors(),
-            "as fd=, for an interface of several queues: a descriptor for each, in place of ifname and queues",
-            fit=Fit.NEVER,
-        ),
-    )
-
-    sndbuf: int = field(
-        default=0,
-        metadata=_option(
-            Number(lowest=0, highest=SNDBUF_MAX, reason="an int of the kernel's"),
-            "bytes a queue may have on their way into the network before it takes no more, 0 for no limit",
-            fit=Fit.WITH_DESCRIPTORS,
-        ),
-    )
-    br: str | None = field(
-        default=None,
-        metadata=_option(
-            InterfaceName(),
-            "bridge to put the interface into; one that arrives by migration is left where it is",
-            fit=Fit.WITH_DESCRIPTORS,
-        ),
-    )
-    guest_carrier: bool = field(
-        default=False,
-        metadata=_option(
-            Switch(),
-            "whether the interface has a carrier only while a driver serves the NIC; off: always",
-            fit=Fit.OURS,
-        ),
-    )
-    local_migration_supported: bool | None = field(
-        default=None,
-        metadata=_option(
-            Switch(),
-            "QEMU's place for local-migration= of the device on this netdev",
-            # As the device's.
-            fit=Fit.NEVER,
-        ),
-    )
-
-    def __post_init__(self) -> None:
-        Spec.__post_init__(self)
-        given = "fd=" if self.fds is None else "fds="
-        has_script = self.script != "no" or self.downscript != "no"
-        if self.descriptors and (self.ifname is not None or has_script or self.br is not None):
-            raise ConfigError(
-                f"ifname=, script=, downscript= and br= are invalid with {given}: who opened the TAP set it up"
-            )
-        if self.br is not None and has_script:
-            raise ConfigError("script= and downscript= are invalid with br=: say one way to connect the interface")
-        if self.fd is not None and self.fds is not None:
-            raise ConfigError("fd= is invalid with fds=: give every descriptor in fds=")
-        if self.fd is not None and self.queues != 1:
-            raise ConfigError(f"queues={self.queues} is invalid with fd=: give a descriptor for each queue in fds=")
-        if self.fds is not None:
-            count = len(self.descriptors)
-            if self.queues not in (1, count):
-                raise ConfigError(f"queues={self.queues} is invalid with fds=, which has {count} descriptors")
-            if count > QUEUE_COUNT_MAX:
-                raise ConfigError(f"Parameter 'fds' has {count} descriptors, limit is {QUEUE_COUNT_MAX}")
-            # What the other side is told, and what is compared with it.
-            object.__setattr__(self, "queues", count)
+    id: str = option(Identifier(), "name of this netdev, for a device's netdev=")
 
     @property
-    def descriptors(self) -> tuple[int, ...]:
-        """What fd= or fds= names; empty where the interface is opened by name."""
-        if self.fds is not None:
-            return tuple(map(int, self.fds.split(":")))
-        return () if self.fd is None else (self.fd,)
+    def local_migration_word(self) -> bool | None:
+        """Whether a local migration moves the descriptors, as far as this netdev was told; None: the device says."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VirtioNetSpec(Spec):
-    """`--device virtio-net,…`: the guest side of a NIC, served over vhost-user."""
+class DeviceSpec(Spec):
+    """What specs of devices share."""
 
     kind: ClassVar[str] = "device"
-    selector: ClassVar[str] = "driver"
-    type_name: ClassVar[str] = "virtio-net"
-    summary: ClassVar[str] = "a virtio NIC, served to a VMM over vhost-user"
 
-    id: str = field(metadata=_option(Identifier(), "name of this device"))
-    netdev: str = field(metadata=_option(Identifier(), "id of the netdev that is its host side"))
-    socket: str = field(
-        metadata=_option(
-            SocketPath(),
-            "UNIX socket of the vhost-user connection",
-            fit=Fit.WITH_DESCRIPTORS,
-        )
-    )
-    server: bool = field(
-        default=True,
-        metadata=_option(
-            Switch(),
-            "whether the daemon listens on the socket and the VMM connects; off: the other way round",
-            fit=Fit.WITH_DESCRIPTORS,
-        ),
-    )
-    reconnect_ms: int = field(
-        default=0,
-        metadata=_option(
-            Number(lowest=0, highest=RECONNECT_MS_MAX, reason="a VMM that came back waits a minute at most"),
-            "with server=off, milliseconds between two attempts to connect to the VMM; 0: one attempt, at the start",
-            fit=Fit.OURS,
-        ),
-    )
-    socket_mode: str = field(
-        default="0600",
-        metadata=_option(FileMode(), "with server=on, the socket's mode: who may connect", fit=Fit.WITH_DESCRIPTORS),
-    )
-    socket_group: str | None = field(
-        default=None,
-        metadata=_option(
-            GroupName(), "with server=on, the socket's group, by name or number", fit=Fit.WITH_DESCRIPTORS
-        ),
-    )
-    local_migration: bool | None = field(
-        default=None,
-        metadata=_option(
-            Switch(),
-            "whether a local migration moves this device's descriptors; off: its plain state only",
-            fit=Fit.WITH_DESCRIPTORS,
-            unsaid=True,
-        ),
-    )
-    mac: str | None = field(
-        default=None,
-        metadata=_option(
-            MacAddress(),
-            "the guest's Ethernet address, for who asks the device: User-Mode Linux does, QEMU has its own",
-        ),
-    )
-    packed: bool = field(
-        default=False,
-        metadata=_option(
-            Switch(),
-            "whether packed rings are offered; the VMM must know them: QEMU with packed=on does, User-Mode Linux not",
-            fit=Fit.OURS,
-        ),
-    )
-    csum: bool = _offload("let the guest leave checksums to the host")
-    guest_csum: bool = _offload("let the host leave checksums to the guest")
-    host_tso4: bool = _offload("let the guest leave segmentation to the host: TCP over IPv4")
-    host_tso6: bool = _offload("TCP over IPv6")
-    host_ecn: bool = _offload("TCP with explicit congestion notification")
-    host_uso: bool = _offload("UDP, where the kernel has it (Linux 6.2)")
-    guest_tso4: bool = _offload("let the host leave segmentation to the guest: TCP over IPv4")
-    guest_tso6: bool = _offload("TCP over IPv6")
-    guest_ecn: bool = _offload("TCP with explicit congestion notification")
-    guest_uso4: bool = _offload("UDP over IPv4, together with guest_uso6, where the kernel has it")
-    guest_uso6: bool = _offload("UDP over IPv6, together with guest_uso4, where the kernel has it")
-
-    @property
-    def stays_home(self) -> bool:
-        """Whether a local migration leaves its descriptors behind."""
-        return self.local_migration is False
-
-    def __post_init__(self) -> None:
-        Spec.__post_init__(self)
-        if self.server and self.reconnect_ms:
-            raise ConfigError("'reconnect-ms' option is incompatible with socket in server listen mode")
-        if not self.server and (self.socket_group is not None or self.socket_mode != "0600"):
-            raise ConfigError("socket-mode= and socket-group= are invalid with server=off: the VMM makes the socket")
+    id: str = option(Identifier(), "name of this device")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MonitorSpec:
-    """`--qmp unix:PATH`: where the daemon answers QMP."""
-
-    path: str
-
-    def __post_init__(self) -> None:
-        check_path(self.path)
-
-
-NetdevSpec = TapSpec
-DeviceSpec = VirtioNetSpec
-AnySpec = NetdevSpec | DeviceSpec
-
-SpecT = TypeVar("SpecT", bound=AnySpec)
-
-_TYPES: Final[Mapping[str, type[AnySpec]]] = {spec_type.type_name: spec_type for spec_type in (TapSpec, VirtioNetSpec)}
+SpecT = TypeVar("SpecT", bound=Spec)
 
 
 def options_of(spec_type: type[Spec]) -> tuple[Option, ...]:
-    """The table of a type, in the order help prints it. Made once: a handover reads it for each object."""
+    """The table of a type, in the order help prints it. Made once: a handover reads it for each object.
+
+    Raises:
+        ConfigError: the spec is wrong, whatever was asked for: a field is no option.
+    """
     if spec_type not in _tables:
-        rows = dataclasses.fields(spec_type)  # type: ignore[arg-type]  # every Spec is a dataclass
-        _tables[spec_type] = tuple(map(_option_of, rows))
+        if not dataclasses.is_dataclass(spec_type):
+            raise ConfigError(f"{spec_type.__qualname__} is no dataclass, which each spec is")
+        _tables[spec_type] = tuple(map(_option_of, dataclasses.fields(spec_type)))
     return _tables[spec_type]
 
 
@@ -386,192 +240,93 @@ _tables: Final[dict[type[Spec], tuple[Option, ...]]] = {}
 
 
 def _option_of(row: dataclasses.Field[Any]) -> Option:
+    said = row.metadata.get(_METADATA)
+    if said is None:
+        raise ConfigError(f"field '{row.name}' is no option: give it its type and help by option() or reference()")
     required = row.default is dataclasses.MISSING
     default: Any = None if required else row.default
     return Option(
-        name=row.name if row.metadata.get("is_offload") else row.name.replace("_", "-"),
+        name=said.get("name") or row.name.replace("_", "-"),
         attribute=row.name,
-        value=row.metadata["value"],
+        value=said["value"],
         default=default,
         required=required,
-        fit=row.metadata["fit"],
-        help=row.metadata["help"],
-        unsaid=row.metadata["unsaid"] if default is None else default,
-        advice=row.metadata["advice"],
+        fit=said.get("fit", Fit.ALWAYS),
+        help=said["help"],
+        unsaid=said.get("unsaid") if default is None else default,
+        advice=said.get("advice", ""),
+        reference=said.get("reference"),
     )
 
 
-OFFLOADS: Final = tuple(row.name for row in dataclasses.fields(VirtioNetSpec) if row.metadata.get("is_offload"))
-"""The options that switch an offload, each the name of virtio's feature in small letters."""
+def references_of(spec: Spec) -> dict[str, Reference]:
+    """The ids of the objects that `spec` refers to."""
+    return {
+        getattr(spec, row.attribute): row.reference
+        for row in options_of(type(spec))
+        if row.reference is not None and getattr(spec, row.attribute) is not None
+    }
 
 
-# -- text -> spec -------------------------------------------------------------------------------------------
+# -- text and mappings -> spec ------------------------------------------------------------------------------
 
 
-def parse_netdev(text: str) -> NetdevSpec:
-    """Reads what `--netdev` takes.
-
-    Raises:
-        ConfigError: with the option it is about, its text, and what is wrong.
-    """
-    return _parse("netdev", text, read_netdev)
+def read_texts(spec_type: type[Spec], texts: Mapping[str, str]) -> dict[str, object]:
+    """Texts to values of the types the table says; a key that is not in it is left for `build_spec` to refuse."""
+    rows = {row.name: row for row in options_of(spec_type)}
+    return {key: rows[key].value.read(key, text) if key in rows else text for key, text in texts.items()}
 
 
-def parse_device(text: str) -> DeviceSpec:
-    """Reads what `--device` takes.
-
-    Raises:
-        ConfigError: with the option it is about, its text, and what is wrong.
-    """
-    return _parse("device", text, read_device)
-
-
-def parse_monitor(text: str) -> MonitorSpec:
-    """Reads what `--qmp` takes: `unix:PATH`. QEMU's `,server=on,wait=off` may follow: so it always is.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    try:
-        return read_monitor(text)
-    except ConfigError as error:
-        raise ConfigError(f"--qmp {text}: {error}") from error
-
-
-def read_netdev(values: Mapping[str, object]) -> NetdevSpec:
-    """The netdev that a mapping in the JSON form describes. ConfigError where it describes none."""
-    spec = _build("netdev", values)
-    assert isinstance(spec, NetdevSpec), spec
-    return spec
-
-
-def read_device(values: Mapping[str, object]) -> DeviceSpec:
-    """The device that a mapping in the JSON form describes. ConfigError where it describes none."""
-    spec = _build("device", values)
-    assert isinstance(spec, DeviceSpec), spec
-    return spec
-
-
-def help_for(kind: str, text: str) -> str | None:
-    """The help that `text` asks for (`help`, `?`, or `TYPE,help`), None where it asks for none.
-
-    Args:
-        kind: "netdev" or "device".
-        text: what the user gave to that option.
-    """
-    name, _, rest = text.partition(",")
-    if name in ("help", "?"):
-        return "\n".join([f"{kind} types:", *(f"  {t.type_name:<27} {t.summary}" for t in _types(kind).values())])
-    spec_type = _types(kind).get(name)
-    if spec_type is None or not {"help", "?"} & set(rest.split(",")):
-        return None
-    return "\n".join([f"{name} options:", *(option.help_line() for option in options_of(spec_type))])
-
-
-def read_monitor(text: str) -> MonitorSpec:
-    """As `parse_monitor`; what is wrong does not name the option."""
-    values = parse_keyval(text, "address")
-    address = values.pop("address", "")
-    protocol, _, path = address.partition(":")
-    if protocol != "unix":
-        raise ConfigError(f"'{address}' is no UNIX socket, expected unix:PATH")
-    for key, value in values.items():
-        if (key, value) not in (("server", "on"), ("wait", "off")):
-            raise ConfigError(f"Parameter '{key}={value}' is unexpected, only server=on and wait=off may be there")
-    return MonitorSpec(path=path)
-
-
-def _parse(kind: str, text: str, read: Callable[[Mapping[str, object]], SpecT]) -> SpecT:
-    try:
-        if is_json(text):
-            return read(parse_json(text))
-        return read(_read(kind, parse_keyval(text, _selector(kind))))
-    except ConfigError as error:
-        raise ConfigError(f"--{kind} {text}: {error}") from error
-
-
-def _read(kind: str, texts: Mapping[str, str]) -> dict[str, object]:
-    """Texts to values of the types the table says; a key in no table is left for `_build` to refuse."""
-    spec_type = _types(kind).get(texts.get(_selector(kind), ""))
-    options = {option.name: option for option in options_of(spec_type)} if spec_type else {}
-    return {key: options[key].value.read(key, text) if key in options else text for key, text in texts.items()}
-
-
-def _build(kind: str, values: Mapping[str, object]) -> AnySpec:
-    """The spec that `values` describe; each may be of any type and value.
+def build_spec(spec_type: type[SpecT], values: Mapping[str, object]) -> SpecT:
+    """The spec that `values` describe; each may be of any type and value. The key of the type is not among them.
 
     Raises:
         ConfigError: in QEMU's words where it has them.
     """
-    selector = _selector(kind)
-    types = _types(kind)
-    if selector not in values:
-        raise ConfigError(f"Parameter '{selector}' is missing, one of: {', '.join(types)}")
-    type_name = values[selector]
-    if not isinstance(type_name, str):
-        raise ConfigError(f"Invalid parameter type for '{selector}', expected: string")
-    if type_name not in types:
-        raise ConfigError(f"Parameter '{selector}' does not accept value '{type_name}', one of: {', '.join(types)}")
-    options = {option.name: option for option in options_of(types[type_name])}
+    rows = {row.name: row for row in options_of(spec_type)}
     for key in values:
-        if key != selector and key not in options:
-            raise ConfigError(f"Parameter '{key}' is unexpected, {type_name} has: {', '.join(options)}")
-    for option in options.values():
-        if option.required and option.name not in values:
-            raise ConfigError(f"Parameter '{option.name}' is missing")
-        if option.name in values:
+        if key not in rows:
+            raise ConfigError(f"Parameter '{key}' is unexpected, {spec_type.type_name} has: {', '.join(rows)}")
+    for row in rows.values():
+        if row.required and row.name not in values:
+            raise ConfigError(f"Parameter '{row.name}' is missing")
+        if row.name in values:
             # The spec checks again, but takes None for an option that was not given; here it is a wrong value.
-            option.value.check(option.name, values[option.name])
-    arguments: dict[str, Any] = {options[key].attribute: value for key, value in values.items() if key != selector}
-    return types[type_name](**arguments)
+            row.value.check(row.name, values[row.name])
+    arguments: dict[str, Any] = {rows[key].attribute: value for key, value in values.items()}
+    return spec_type(**arguments)
 
 
-def _types(kind: str) -> dict[str, type[AnySpec]]:
-    return {name: spec_type for name, spec_type in _TYPES.items() if spec_type.kind == kind}
-
-
-def _selector(kind: str) -> str:
-    return next(iter(_types(kind).values())).selector
+def help_text(spec_type: type[Spec]) -> str:
+    """The options of a type, for people."""
+    return "\n".join([f"{spec_type.type_name} options:", *(row.help_line() for row in options_of(spec_type))])
 
 
 # -- spec <-> mapping ---------------------------------------------------------------------------------------
 
 
-def to_mapping(spec: AnySpec) -> dict[str, Value]:
+def to_mapping(spec: Spec) -> dict[str, Value]:
     """The form that travels in HELLO, which is the JSON form of the command line too.
 
     Left out: what stands at its default (an older daemon need not know it then) and what is a matter of this
     process alone, such as a descriptor's number.
     """
-    mapping: dict[str, Value] = {spec.selector: spec.type_name}
-    for option in options_of(type(spec)):
-        value = getattr(spec, option.attribute)
-        if option.fit is not Fit.NEVER and value != option.default:
-            mapping[option.name] = value
+    mapping: dict[str, Value] = {KINDS[spec.kind].selector: spec.type_name}
+    for row in options_of(type(spec)):
+        value = getattr(spec, row.attribute)
+        if row.fit is not Fit.NEVER and value != row.default:
+            mapping[row.name] = value
     return mapping
 
 
-def from_mapping(kind: str, mapping: Mapping[str, object]) -> AnySpec:
-    """The spec another daemon sent. Nothing of `mapping` is trusted.
-
-    Args:
-        kind: "netdev" or "device".
-        mapping: what `to_mapping` gave over there.
-
-    Raises:
-        PeerError: it describes no such object of ours.
-    """
-    try:
-        spec = _build(kind, mapping)
-    except ConfigError as error:
-        raise PeerError(f"{kind} {_name(mapping)} of the other side: {error}") from error
-    for option in options_of(type(spec)):
-        if option.fit is Fit.NEVER and option.name in mapping:
-            raise PeerError(f"{kind} '{spec.id}' of the other side: Parameter '{option.name}' does not travel")
-    return spec
+def check_travels(spec: Spec, mapping: Mapping[str, object]) -> None:
+    """Raises PeerError where the other side's mapping, which `spec` was built from, has what does not travel."""
+    for row in options_of(type(spec)):
+        if row.fit is Fit.NEVER and row.name in mapping:
+            raise PeerError(f"{spec.kind} '{spec.id}' of the other side: Parameter '{row.name}' does not travel")
 
 
-def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> list[str]:
+def differences(ours: Spec, theirs: Spec, *, with_descriptors: bool) -> list[str]:
     """Where two specs of one object do not fit, each as a text that names the option and both values.
 
     An option that one side left out fits every value: the state is checked later against what really is.
@@ -585,99 +340,22 @@ def differences(ours: AnySpec, theirs: AnySpec, *, with_descriptors: bool) -> li
         return [f"{ours.kind} '{ours.id}' is a {ours.type_name} here and a {theirs.type_name} there"]
     compared = {Fit.ALWAYS, Fit.WITH_DESCRIPTORS} if with_descriptors else {Fit.ALWAYS}
     texts = []
-    for option in options_of(type(ours)):
+    for row in options_of(type(ours)):
         here, there = (
-            option.unsaid if (value := getattr(spec, option.attribute)) is None else value for spec in (ours, theirs)
+            row.unsaid if (value := getattr(spec, row.attribute)) is None else value for spec in (ours, theirs)
         )
-        if option.fit in compared and here != there and here is not None and there is not None:
+        if row.fit in compared and here != there and here is not None and there is not None:
             texts.append(
-                f"{ours.kind} '{ours.id}' has {option.name}={_text(here)} here and {_text(there)} there{option.advice}"
+                f"{ours.kind} '{ours.id}' has {row.name}={value_text(here)} here and {value_text(there)} there"
+                f"{row.advice}"
             )
     return texts
 
 
-def _name(mapping: Mapping[str, object]) -> str:
-    identifier = mapping.get("id")
-    # Cut: it comes from the other side and may have any length.
-    return f"'{identifier[:64]}'" if isinstance(identifier, str) else "without id"
-
-
-def _text(value: Value) -> str:
+def value_text(value: Value) -> str:
+    """A value as the command line writes it."""
     match value:
         case bool():
             return "on" if value else "off"
         case _:
             return str(value)
-
-
-# -- all specs of a daemon ----------------------------------------------------------------------------------
-
-
-def check_together(
-    netdevs: Sequence[NetdevSpec],
-    devices: Sequence[DeviceSpec],
-    *,
-    monitor: MonitorSpec | None = None,
-    incoming: IncomingSpec | None = None,
-) -> None:
-    """Checks what no spec can know alone: ids, references, and names that only one can have.
-
-    Raises:
-        ConfigError: the first thing that does not fit, in QEMU's words where it has them.
-    """
-    specs: list[AnySpec] = [*netdevs, *devices]
-    seen: dict[str, AnySpec] = {}
-    for spec in specs:
-        # QEMU lets a netdev and a device share an id; here both are parts of a handover, told apart by id.
-        if (other := seen.setdefault(spec.id, spec)) is not spec:
-            raise ConfigError(f"Duplicate ID '{spec.id}' for {spec.kind}, a {other.kind} has it already")
-    users: dict[str, str] = {}
-    for device in devices:
-        if device.netdev not in {netdev.id for netdev in netdevs}:
-            have = ", ".join(f"'{netdev.id}'" for netdev in netdevs) or "none"
-            raise ConfigError(f"device '{device.id}': can't find netdev '{device.netdev}', there is {have}")
-        if (user := users.setdefault(device.netdev, device.id)) != device.id:
-            raise ConfigError(
-                f"device '{device.id}': can't take netdev '{device.netdev}', it's in use by device '{user}'"
-            )
-    _check_local_migration(netdevs, devices)
-    _check_distinct("interface", [(f"netdev '{netdev.id}'", netdev.ifname) for netdev in netdevs])
-    _check_distinct(
-        "descriptor", [(f"netdev '{netdev.id}'", number) for netdev in netdevs for number in netdev.descriptors]
-    )
-    _check_distinct(
-        "socket",
-        [
-            *((f"device '{device.id}'", device.socket) for device in devices),
-            ("--qmp", monitor.path if monitor else None),
-            ("--incoming", incoming.path if isinstance(incoming, UnixAddress) else None),
-        ],
-    )
-
-
-def _check_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> None:
-    """Raises ConfigError where a device and its netdev were given different values."""
-    said = {netdev.id: netdev.local_migration_supported for netdev in netdevs}
-    for device in devices:
-        ours, netdevs_word = device.local_migration, said[device.netdev]
-        if ours is not None and netdevs_word is not None and ours != netdevs_word:
-            raise ConfigError(
-                f"device '{device.id}' has local-migration={_text(ours)} and its netdev '{device.netdev}' has "
-                f"local-migration-supported={_text(netdevs_word)}: they are one switch, leave one out"
-            )
-
-
-def settle_local_migration(netdevs: Sequence[NetdevSpec], devices: Sequence[DeviceSpec]) -> tuple[DeviceSpec, ...]:
-    """The devices with their netdevs' word on local migration as their own: off, or not said."""
-    home = {netdev.id for netdev in netdevs if netdev.local_migration_supported is False}
-    return tuple(
-        dataclasses.replace(device, local_migration=False if device.stays_home or device.netdev in home else None)
-        for device in devices
-    )
-
-
-def _check_distinct(what: str, claims: Sequence[tuple[str, str | int | None]]) -> None:
-    seen: dict[str | int, str] = {}
-    for owner, name in claims:
-        if name is not None and (other := seen.setdefault(name, owner)) != owner:
-            raise ConfigError(f"{owner}: {what} '{name}' is used by {other} already")

@@ -13,6 +13,8 @@ from typing import ClassVar, Final, Protocol
 
 from localmig.access import ACCOUNT_ID_MAX
 from localmig.errors import ConfigError
+from localmig.qapi import Boolean, Integer, String
+from localmig.qapi import ValueType as QapiType
 from localmig.unix_socket import check_path
 
 ID_LENGTH_MAX: Final = 63
@@ -50,6 +52,8 @@ class ValueType(Protocol):
 
     word: ClassVar[str]
     """How help writes a value of this type."""
+    qapi: ClassVar[QapiType]
+    """What QMP's schema says of it; whose words say that a value is of another type."""
 
     def read(self, name: str, text: str) -> Value:
         """The value that `text` writes. Raises ConfigError where it writes none; the range is `check`'s."""
@@ -63,6 +67,7 @@ class Number:
     """A whole number in a range that has a reason."""
 
     word: ClassVar[str] = "<number>"
+    qapi: ClassVar[QapiType] = Integer()
     lowest: int
     highest: int
     reason: str
@@ -75,14 +80,12 @@ class Number:
 
     def check(self, name: str, value: object) -> None:
         """Checks type and range."""
-        # bool is an int in Python, but `true` is no number in JSON.
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"Invalid parameter type for '{name}', expected: integer")
-        if not self.lowest <= value <= self.highest:
+        number = Integer().read(value, name)
+        if not self.lowest <= number <= self.highest:
             span = (
                 f"a value between {self.lowest} and {self.highest}" if self.lowest < self.highest else f"{self.lowest}"
             )
-            raise ConfigError(f"Parameter '{name}' expects {span}, not {value}: {self.reason}")
+            raise ConfigError(f"Parameter '{name}' expects {span}, not {number}: {self.reason}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +93,7 @@ class Switch:
     """`on` or `off`."""
 
     word: ClassVar[str] = "<on|off>"
+    qapi: ClassVar[QapiType] = Boolean()
 
     def read(self, name: str, text: str) -> bool:
         """Reads `on` and `off`, as QEMU's keyval syntax does."""
@@ -99,8 +103,7 @@ class Switch:
 
     def check(self, name: str, value: object) -> None:
         """Checks the type."""
-        if not isinstance(value, bool):
-            raise ConfigError(f"Invalid parameter type for '{name}', expected: boolean")
+        Boolean().read(value, name)
 
 
 class _Text:
@@ -108,6 +111,7 @@ class _Text:
 
     __slots__ = ()
     word: ClassVar[str] = "<str>"
+    qapi: ClassVar[QapiType] = String()
 
     def read(self, name: str, text: str) -> str:
         """Takes `text` as it stands."""
@@ -116,11 +120,10 @@ class _Text:
 
     def check(self, name: str, value: object) -> None:
         """Checks the type, then the text."""
-        if not isinstance(value, str):
-            raise ConfigError(f"Invalid parameter type for '{name}', expected: string")
-        if "\0" in value:
+        text = String().read(value, name)
+        if "\0" in text:
             raise ConfigError(f"Parameter '{name}' has a NUL byte in its value")
-        self.check_text(name, value)
+        self.check_text(name, text)
 
     def check_text(self, name: str, text: str) -> None:
         """Raises ConfigError where `text` cannot be."""

@@ -1,15 +1,21 @@
 """What there is to see of a vhost-user session, for people and programs that ask.
 
-Owns:        SessionInfo and VringInfo.
+Owns:        SessionInfo and VringInfo, and their names in QMP.
 Never sees:  descriptors; the session itself.
 Read next:   protocol.py for what is said in a session, devices/ for who fills these in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
+from localmig.qapi import Array, Boolean, Member, String, Struct, Uint64
+from localmig.qapi.bits import named, names_of
+from localmig.vhost_user.message import PROTOCOL_FEATURES_BIT, ProtocolFeature
 from localmig.vhost_user.protocol import SessionState
+from localmig.virtio import DeviceStatus, Feature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,3 +71,62 @@ class VringInfo:
     position: int
     failed: bool
     failure: str | None
+
+
+_FEATURES: Final[Mapping[int, str]] = {
+    **named("VIRTIO_F_", Feature),
+    Feature.RING_INDIRECT_DESC.value: "VIRTIO_RING_F_INDIRECT_DESC",
+    Feature.RING_EVENT_IDX.value: "VIRTIO_RING_F_EVENT_IDX",
+    1 << PROTOCOL_FEATURES_BIT: "VHOST_USER_F_PROTOCOL_FEATURES",
+}
+_PROTOCOL_FEATURES: Final = named("VHOST_USER_PROTOCOL_F_", ProtocolFeature)
+_STATUS: Final = named("VIRTIO_CONFIG_S_", DeviceStatus)
+
+
+def feature_names(bits: int, device: Mapping[int, str]) -> list[str]:
+    """A device's feature bits; `device` has the names of those that only such devices have."""
+    return names_of(bits, {**_FEATURES, **device})
+
+
+def protocol_feature_names(bits: int) -> list[str]:
+    """vhost-user's own feature bits."""
+    return names_of(bits, _PROTOCOL_FEATURES)
+
+
+def status_names(bits: int) -> list[str]:
+    """The bits of a device status."""
+    return names_of(bits, _STATUS)
+
+
+def session_members(features: Callable[[int], list[str]]) -> Struct:
+    """A `SessionInfo` of a device whose feature bits have the names that `features` returns."""
+    names = Array(String())
+    return Struct(
+        (
+            Member(name="features", attribute="features_acked", type=names, convert=features),
+            Member(
+                name="protocol-features",
+                attribute="protocol_features_acked",
+                type=names,
+                convert=protocol_feature_names,
+            ),
+            Member(name="device-status", attribute="device_status", type=names, convert=status_names),
+            Member(name="memory-regions", attribute="region_count", type=Uint64()),
+            Member(name="memory-size", attribute="memory_size", type=Uint64()),
+        )
+    )
+
+
+VRING: Final = Struct(
+    (
+        Member(name="index", attribute="index", type=Uint64()),
+        Member(name="size", attribute="size", type=Uint64()),
+        Member(name="started", attribute="started", type=Boolean()),
+        Member(name="enabled", attribute="enabled", type=Boolean()),
+        Member(name="running", attribute="running", type=Boolean()),
+        Member(name="position", attribute="position", type=Uint64()),
+        Member(name="failed", attribute="failed", type=Boolean()),
+        Member(name="failure", attribute="failure", type=String(), required=False),
+    )
+)
+"""A `VringInfo`."""

@@ -52,7 +52,7 @@ from localmig.vmstate.description import (
     load,
     save,
 )
-from localmig.vmstate.fields import Field, array, blob, boolean, fd, optional, struct, text, u8, u16, u32, u64
+from localmig.vmstate.fields import Field, array, blob, boolean, fd, numbers, optional, struct, text, u8, u16, u32, u64
 
 __all__ = [
     "NAME_SIZE_MAX",
@@ -73,6 +73,7 @@ __all__ = [
     "fd",
     "files_of",
     "load",
+    "numbers",
     "optional",
     "save",
     "struct",

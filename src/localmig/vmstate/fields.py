@@ -12,6 +12,7 @@ Read next:   description.py, which puts fields together.
     fd            0x20, the descriptor travels with it      OwnedFd             fd
     struct        its fields                                its state           struct
     array         u32 count, elements                       tuple               uint32, each element
+    numbers       u32 count, integers of one size           bytes, as sent      uint32, each integer
     optional      0, or 1 and the field                     as the field|None   bool, the field
 
 What stands in front of a value (its size, count, presence) is a vmdesc field of its own, called `name.size`,
@@ -313,7 +314,7 @@ class _Array(Field):
                 error.add_outer(f"[{index}]")
                 raise
 
-    def get(self, reader: Reader, version: int) -> tuple[Any, ...]:
+    def get(self, reader: Reader, version: int) -> Any:
         (count,) = reader.unpack(_U32)
         if count > self.count_max:
             raise MalformedError(f"has {count} elements, limit is {self.count_max}")
@@ -345,6 +346,36 @@ class _Array(Field):
         for index, item in enumerate(value):
             for placed in self.element.descriptors(item):
                 yield placed.inside(f"[{index}]")
+
+
+class _Numbers(_Array):
+    """An array of integers that are bytes in the state, for code that makes and reads them quicker than Python."""
+
+    def __init__(self, name: str, since: int, element: _Scalar, count_max: int) -> None:
+        super().__init__(name, since, element, count_max)
+        self._size = element.layout.size
+
+    def put(self, value: Any, into: Blob) -> None:
+        count, rest = divmod(len(value), self._size)
+        if rest:
+            raise UnfitError(f"has {len(value)} bytes, an element has {self._size}")
+        if count > self.count_max:
+            raise UnfitError(f"has {count} elements, limit is {self.count_max}")
+        into.shape.append(count)
+        into.data += _U32.pack(count)
+        into.data += value
+
+    def get(self, reader: Reader, version: int) -> bytes:
+        (count,) = reader.unpack(_U32)
+        if count > self.count_max:
+            raise MalformedError(f"has {count} elements, limit is {self.count_max}")
+        return reader.take(count * self._size)
+
+    def explain(self, value: Any) -> list[Explained]:
+        return super().explain((0,) * (len(value) // self._size))
+
+    def descriptors(self, value: Any) -> Iterator[Placed]:
+        return iter(())
 
 
 class _Optional(Field):
@@ -588,6 +619,21 @@ def array(name: str, element: Description[Any] | Callable[[str], Field], *, coun
         since: the first version of the section that has it.
     """
     return _Array(name, since, element(name) if callable(element) else _Struct(name, 1, element), count_max)
+
+
+def numbers(name: str, element: Callable[[str], Field], *, count_max: int, since: int = 1) -> Field:
+    """At most `count_max` integers, bytes in the state: big endian, one after the other.
+
+    Args:
+        name: the attribute.
+        element: `u8`, `u16`, `u32` or `u64`.
+        count_max: most of them, with its reason beside the constant.
+        since: the first version of the section that has it.
+    """
+    scalar = element(name)
+    if not isinstance(scalar, _Scalar) or scalar.kind == "bool":
+        raise TypeError(f'field "{name}" is of numbers, and its element of none')
+    return _Numbers(name, since, scalar, count_max)
 
 
 def optional(field: Field) -> Field:

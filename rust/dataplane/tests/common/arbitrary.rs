@@ -79,7 +79,15 @@ impl Ends {
         ledger: Option<Slot>,
     ) -> RingSpec {
         let [kick, call, error] = self.rings[ring].each_ref().map(AsRawFd::as_raw_fd);
-        RingSpec { layout, kick_fd: kick, call_fd: Some(call), error_fd: Some(error), next_avail, ledger }
+        RingSpec {
+            layout,
+            kick_fd: kick,
+            call_fd: Some(call),
+            error_fd: Some(error),
+            next_avail,
+            ledger,
+            in_flight: None,
+        }
     }
 }
 

@@ -82,11 +82,6 @@ class VirtioNet(VhostUserDevice):
         """As the last session's, if that had too many."""
         netdev.observer = self
 
-    @property
-    def queue_pair_count(self) -> int:
-        """Queue pairs it has while it is open."""
-        return self._netdev.queue_count
-
     def ring_name(self, vring: int) -> str:
         """With its direction, as the guest sees it."""
         return f"vring {vring} ({'tx' if vring % 2 else 'rx'})"
@@ -153,18 +148,13 @@ class VirtioNet(VhostUserDevice):
     def info(self) -> VirtioNetInfo:
         """The session as the frontend told it, and each ring as its queue pair has it."""
         return VirtioNetInfo(
-            id=self.id,
+            **self.facts(),
             netdev=self._netdev.id,
-            socket=self.socket.path,
-            server=isinstance(self.socket, ListenAt),
             mac=self._known_mac,
-            session=self.session_info(),
-            vrings=tuple(self.vring_infos()),
             queue_pairs=tuple(
                 QueuePairInfo(index=pair.index, running=self.moves(pair), counters=Counters(*pair.engine.counters()))
                 for pair in self._pairs
             ),
-            notes=self.notes(),
         )
 
     def moves(self, group: RingGroup) -> bool:
@@ -181,7 +171,9 @@ class VirtioNet(VhostUserDevice):
         """Whether it is of a NIC with as many queue pairs."""
         if len(state.mac) not in (0, MAC_LENGTH):
             raise PeerError(f"device '{self.id}': Ethernet address of {len(state.mac)} bytes, must be {MAC_LENGTH}")
-        if len(state.heirs) not in (0, self.queue_pair_count) or any(heir.kind > max(HeirKind) for heir in state.heirs):
+        if len(state.heirs) not in (0, self._netdev.queue_count) or any(
+            heir.kind > max(HeirKind) for heir in state.heirs
+        ):
             raise PeerError(f"device '{self.id}': {state.heirs} is not an heir for each queue pair")
 
     def load(self, state: VirtioNetState) -> None:

@@ -47,6 +47,8 @@ class QueuePairRings(RingGroup):
         KernelError: there can be no further thread.
     """
 
+    engine: QueuePair
+
     def __init__(self, device: str, index: int, netdev: Netdev, event_fd: int) -> None:
         self.index = index
         self.name = f"queue pair {index}"

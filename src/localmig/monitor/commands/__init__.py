@@ -13,9 +13,10 @@ from typing import Final
 from localmig.daemon import Daemon
 from localmig.monitor.commands import machine, migration, objects
 from localmig.monitor.events import EVENTS
-from localmig.monitor.introspection import SCHEMA_INFO, introspect
 from localmig.monitor.protocol import NEGOTIATE, NEGOTIATION
-from localmig.monitor.schema import Array, Command, String, Struct, returned
+from localmig.monitor.schema import Command
+from localmig.qapi import Array, String, Struct, returned
+from localmig.qapi.introspection import SCHEMA_INFO, introspect
 
 
 def query_commands(daemon: Daemon) -> list[dict[str, object]]:
@@ -26,10 +27,10 @@ def query_commands(daemon: Daemon) -> list[dict[str, object]]:
 
 def query_qmp_schema(daemon: Daemon) -> list[dict[str, object]]:
     """Every command and event with its types, in QEMU's introspection format."""
-    del daemon
     # The session answers this one itself, so it is in no table.
     negotiate = Command(name=NEGOTIATE, run=query_commands, arguments=NEGOTIATION)
-    return introspect((negotiate, *COMMANDS.values()), EVENTS)
+    commands = (command.described(daemon.registry) for command in (negotiate, *COMMANDS.values()))
+    return introspect(commands, EVENTS)
 
 
 COMMANDS: Final[Mapping[str, Command]] = {

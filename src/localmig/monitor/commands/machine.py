@@ -15,7 +15,8 @@ from localmig.errors import ConfigError
 from localmig.fds import OwnedFd
 from localmig.migration.hello import program_version
 from localmig.monitor.protocol import version_info
-from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, returned
+from localmig.monitor.schema import Command
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Uint64, returned
 
 
 def query_version(daemon: Daemon) -> dict[str, object]:

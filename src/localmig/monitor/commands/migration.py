@@ -19,20 +19,13 @@ from localmig.monitor.schema import (
     CHANNEL,
     MIGRATION_STATUS,
     PARAMETERS,
-    Array,
-    Boolean,
     Command,
-    Integer,
-    Member,
-    String,
-    Struct,
-    Uint64,
     capabilities_to_qmp,
     parameters_changed,
     parameters_to_qmp,
-    returned,
 )
 from localmig.options.address import Address, FdAddress, UnixAddress, parse_address
+from localmig.qapi import Array, Boolean, Integer, Member, String, Struct, Uint64, returned
 
 
 def migrate(

@@ -1,113 +1,58 @@
 """Commands about what is served: devices, their sessions and rings, netdevs.
 
-Owns:        query-devices and query-netdevs; QMP's names for all that there is to see.
-Never sees:  clients, JSON text, a device.
-Read next:   the dataclasses these tables are about: devices/virtio_net/info.py, vhost_user/info.py, netdevs/info.py.
+Owns:        query-devices and query-netdevs.
+Never sees:  clients, JSON text, a particular type of objects.
+Read next:   registry.py for the types; the info.py of each type for what is shown of it.
 
 QEMU has no such commands. Feature bits have the names that its x-query-virtio-status gives them.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
-from localmig.daemon import Daemon
-from localmig.dataplane import Counters
-from localmig.devices.virtio_net.info import VirtioNetInfo
-from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
-from localmig.monitor.schema import Array, Boolean, Command, Enumeration, Member, String, Struct, Uint64, Union, to_qmp
-from localmig.netdevs.info import TapInfo, Whereabouts
+from localmig.daemon import BuiltObject, Daemon
+from localmig.errors import LocalmigError, blamed
+from localmig.monitor.schema import Command, PerType
+from localmig.qapi import Array, Enumeration, Member, String, Struct, Union, ValueType, returned, to_qmp
+from localmig.registry import Registry
 
-_NAMES: Final = Array(String())
-
-_SESSION: Final = Struct(
-    (
-        Member(name="features", attribute="features_acked", type=_NAMES, convert=feature_names),
-        Member(
-            name="protocol-features",
-            attribute="protocol_features_acked",
-            type=_NAMES,
-            convert=protocol_feature_names,
-        ),
-        Member(name="device-status", attribute="device_status", type=_NAMES, convert=status_names),
-        Member(name="memory-regions", attribute="region_count", type=Uint64()),
-        Member(name="memory-size", attribute="memory_size", type=Uint64()),
-    )
-)
-
-_VRING: Final = Struct(
-    (
-        Member(name="index", attribute="index", type=Uint64()),
-        Member(name="size", attribute="size", type=Uint64()),
-        Member(name="started", attribute="started", type=Boolean()),
-        Member(name="enabled", attribute="enabled", type=Boolean()),
-        Member(name="running", attribute="running", type=Boolean()),
-        Member(name="position", attribute="position", type=Uint64()),
-        Member(name="failed", attribute="failed", type=Boolean()),
-        Member(name="failure", attribute="failure", type=String(), required=False),
-    )
-)
-
-_COUNTERS: Final = Struct(
-    tuple(Member(name=name.replace("_", "-"), attribute=name, type=Uint64()) for name in Counters._fields)
-)
-
-_QUEUE_PAIR: Final = Struct(
-    (
-        Member(name="index", attribute="index", type=Uint64()),
-        Member(name="running", attribute="running", type=Boolean()),
-        Member(name="counters", attribute="counters", type=_COUNTERS),
-    )
-)
-
-_VIRTIO_NET: Final = (
-    Member(name="netdev", attribute="netdev", type=String()),
-    Member(name="socket", attribute="socket", type=String()),
-    Member(name="server", attribute="server", type=Boolean()),
-    Member(name="mac", attribute="mac", type=String(), required=False, convert=lambda mac: mac.hex(":")),
-    Member(name="session", attribute="session", type=_SESSION, required=False),
-    Member(name="vrings", attribute="vrings", type=Array(_VRING)),
-    Member(name="queue-pairs", attribute="queue_pairs", type=Array(_QUEUE_PAIR)),
-    Member(name="notes", attribute="notes", type=Array(String())),
-)
-
-_TAP: Final = (
-    Member(name="open", attribute="is_open", type=Boolean()),
-    Member(name="queues", attribute="queue_count", type=Uint64()),
-    Member(name="attached-queues", attribute="attached_count", type=Uint64()),
-    Member(name="interface", attribute="whereabouts", type=Enumeration(tuple(Whereabouts)), required=False),
-    Member(name="ifname", attribute="ifname", type=String(), required=False),
-    Member(name="ifindex", attribute="ifindex", type=Uint64(), required=False),
-    Member(name="mtu", attribute="mtu", type=Uint64(), required=False),
-    Member(name="up", attribute="is_up", type=Boolean(), required=False),
-    Member(name="bridge", attribute="bridge", type=String(), required=False),
-    Member(name="vnet-header-length", attribute="vnet_header_length", type=Uint64(), required=False),
-    Member(name="offloads", attribute="offloads", type=_NAMES, convert=offload_names),
-    Member(name="notes", attribute="notes", type=_NAMES),
-)
-
-_ID: Final = Member(name="id", attribute="id", type=String())
-
-
-def _type_of(info: type[VirtioNetInfo | TapInfo]) -> Member:
-    return Member(name="type", attribute="type_name", type=Enumeration((info.type_name,)))
-
-
-_DEVICE: Final = Union(base=(_ID,), tag=_type_of(VirtioNetInfo), branches={VirtioNetInfo.type_name: _VIRTIO_NET})
-_NETDEV: Final = Union(base=(_ID,), tag=_type_of(TapInfo), branches={TapInfo.type_name: _TAP})
+_NOTES: Final = Member(name="notes", attribute="notes", type=Array(String()))
+"""What of every object keeps it from working, each with what to do."""
 
 
 def query_devices(daemon: Daemon) -> object:
     """Every device with its session, its rings and what they counted."""
-    return to_qmp(Array(_DEVICE), [info for info in daemon.infos() if isinstance(info, VirtioNetInfo)])
+    return [_shown(each) for each in daemon.objects("device")]
 
 
 def query_netdevs(daemon: Daemon) -> object:
     """Every netdev as it is set."""
-    return to_qmp(Array(_NETDEV), [info for info in daemon.infos() if isinstance(info, TapInfo)])
+    return [_shown(each) for each in daemon.objects("netdev")]
+
+
+def _shown(built: BuiltObject) -> dict[str, object]:
+    """An object with what its type shows. One that cannot be shown has that for a note, and hides no other one."""
+    facts: dict[str, object] = {"id": built.spec.id, "type": built.spec.type_name}
+    try:
+        with blamed(f"{built.type} cannot show it"):
+            info = built.part.info()
+            own = to_qmp(Struct(built.type.object_type.info), info)
+            assert isinstance(own, dict), own
+            return {**facts, **own, "notes": list(getattr(info, "notes", ()))}
+    except LocalmigError as error:
+        return {**facts, "notes": [str(error)]}
+
+
+def _shape(registry: Registry, *, kind: str) -> ValueType:
+    """What is shown of objects of a kind."""
+    types = {each.spec.type_name: each.object_type.info for each in registry.known(kind)}
+    tag = returned("type", Enumeration(tuple(types)))
+    return Array(Union(base=(returned("id", String()), _NOTES), tag=tag, branches=types))
 
 
 COMMANDS: Final = (
-    Command(name="query-devices", run=query_devices, returns=Array(_DEVICE)),
-    Command(name="query-netdevs", run=query_netdevs, returns=Array(_NETDEV)),
+    Command(name="query-devices", run=query_devices, returns=PerType(partial(_shape, kind="device"))),
+    Command(name="query-netdevs", run=query_netdevs, returns=PerType(partial(_shape, kind="netdev"))),
 )

@@ -2,7 +2,7 @@
 
 Owns:        SchemaInfo, and how a type becomes one.
 Never sees:  clients, the daemon, which commands there are.
-Read next:   schema.py, the types.
+Read next:   types.py, the types.
 
 A type that has a name only in our code gets a number, as QEMU does it: a client finds a type through the command or
 event that uses it, never by its name.
@@ -11,13 +11,13 @@ event that uses it, never by its name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from localmig.monitor.schema import (
+from localmig.qapi.types import (
     Anything,
     Array,
     Boolean,
-    Command,
     Enumeration,
     Integer,
     Member,
@@ -79,7 +79,16 @@ SCHEMA_INFO: Final = Union(
 """QEMU's SchemaInfo, as far as localmig has what it tells of."""
 
 
-def introspect(commands: Iterable[Command], events: Mapping[str, Struct]) -> list[dict[str, object]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """A command, as far as a client is told of it: what it is called, takes and returns."""
+
+    name: str
+    arguments: ValueType
+    returns: ValueType
+
+
+def introspect(commands: Iterable[Described], events: Mapping[str, Struct]) -> list[dict[str, object]]:
     """What can be asked and heard, and every type that this needs.
 
     Args:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from localmig.device_api import Offload
-from localmig.monitor.names import feature_names, offload_names, protocol_feature_names, status_names
+from localmig.netdevs.info import offload_names
+from localmig.qapi.bits import named, names_of
+from localmig.vhost_user.info import feature_names, protocol_feature_names, status_names
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.virtio import DeviceStatus, Feature
 from localmig.virtio.net import NetFeature
@@ -20,7 +22,7 @@ def test_features_have_the_names_that_qemu_gives_them() -> None:
         | Feature.RING_PACKED
         | NetFeature.HOST_USO
     )
-    assert feature_names(bits) == [
+    assert feature_names(bits, named("VIRTIO_NET_F_", NetFeature)) == [
         "VIRTIO_NET_F_CSUM",
         "VIRTIO_NET_F_MRG_RXBUF",
         "VIRTIO_RING_F_INDIRECT_DESC",
@@ -36,5 +38,5 @@ def test_features_have_the_names_that_qemu_gives_them() -> None:
 
 
 def test_a_bit_without_a_name_is_told_by_its_number() -> None:
-    assert feature_names(1 << 43) == ["bit 43"]
-    assert feature_names(0) == []
+    assert names_of(1 << 43, {}) == ["bit 43"]
+    assert names_of(0, {}) == []

@@ -1,0 +1,179 @@
+"""Devices whose code is wrong lose their own rings and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+from tests.examples.conftest import found, hand_over, moved, write_package
+from tests.faults.conftest import Site
+
+from localmig.testing.driver import Driver
+
+SOURCE: Final = '''
+"""Devices that go wrong."""
+
+from dataclasses import dataclass
+
+from localmig.device_api import CallbackDevice, Description, ObjectType, PeerError, VhostUserSpec, callback_members, u8
+
+
+class Odd(CallbackDevice):
+    device_id = 42
+    ring_names = ("requests",)
+
+    def on_chain(self, chain):
+        match chain.readable:
+            case b"raise":
+                raise RuntimeError("no idea")
+            case b"loop":
+                while True:
+                    pass
+            case b"too long":
+                chain.complete(bytes(chain.writable + 1))
+            case b"twice":
+                chain.complete(b"once")
+                chain.complete(b"again")
+            case b"nothing":
+                self.forgotten = chain
+            case _:
+                chain.complete(b"fine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OddSpec(VhostUserSpec):
+    type_name = "odd"
+    summary = "a device that does what it is told"
+
+
+ODD = ObjectType(spec=OddSpec, build=lambda spec, context: Odd(**spec.arguments(context)), info=callback_members())
+
+
+class Wide(Odd):
+    ring_names = tuple(map(str, range(300)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WideSpec(VhostUserSpec):
+    type_name = "odd-wide"
+    summary = "a device with 300 rings"
+
+
+ODD_WIDE = ObjectType(spec=WideSpec, build=lambda spec, context: Wide(**spec.arguments(context)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    number: int
+
+
+class Picky(Odd):
+    own_state = Description(name="odd-picky", version=1, oldest_version=1, state=Number, fields=(u8("number"),))
+
+    def save(self, *, with_descriptors):
+        return Number(number=7)
+
+    def check(self, state):
+        raise PeerError(f"device '{self.id}': number {state.number} cannot be served here")
+
+    def load(self, state):
+        pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PickySpec(VhostUserSpec):
+    type_name = "odd-picky"
+    summary = "a device that takes nothing over"
+
+
+ODD_PICKY = ObjectType(spec=PickySpec, build=lambda spec, context: Picky(**spec.arguments(context)))
+'''
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    write_package(folder, "localmig-odd", SOURCE, "odd", "odd-wide", "odd-picky")
+    return folder
+
+
+def odd_at(site: Site, number: int, kind: str = "odd") -> tuple[str, str]:
+    return "--device", f"{kind},id=odd{number},socket={site.folder}/odd{number}.sock"
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (b"raise", "its code raised RuntimeError('no idea')"),
+        (b"too long", "its code raised ValueError("),
+        (b"twice", "its code raised ValueError("),
+        (b"loop", "its code has not returned for "),
+    ],
+)
+def test_code_that_goes_wrong_costs_its_own_rings_and_nothing_else(
+    site: Site, odd: Path, asked: bytes, reason: str
+) -> None:
+    with found(odd):
+        daemon = site.source(*site.objects(), *odd_at(site, 0), *odd_at(site, 1))
+    site.attach()
+    pinger = site.pinger()
+    with (
+        Driver(f"{site.folder}/odd0.sock", ring_count=1) as broken,
+        Driver(f"{site.folder}/odd1.sock", ring_count=1) as whole,
+    ):
+        broken.attach()
+        whole.attach()
+        assert broken.request(0, b"hello", room=8) == b"fine"
+        broken.add(0, asked, room=8)
+        failed = daemon.wait_fact(lambda fact: fact["event"] == "RingFailed")
+        assert failed["device"] == "odd0"
+        assert failed["reason"].startswith(reason)
+        assert whole.request(0, b"hello", room=8) == b"fine"
+        assert broken.frontend.get_features()
+        device = next(each for each in daemon.execute("query-devices") if each["id"] == "odd0")
+        assert device["vrings"][0]["failed"]
+        daemon = moved(site, daemon, odd)
+        assert whole.request(0, b"hello", room=8) == b"fine"
+        # A driver that begins anew is served again, by code that runs.
+        broken.reset()
+        broken.start()
+        assert broken.request(0, b"hello", room=8) == b"fine"
+    report = pinger.stop()
+    assert report.lost == 0
+
+
+def test_a_chain_that_is_forgotten_holds_nothing_up(site: Site, odd: Path) -> None:
+    with found(odd):
+        daemon = site.source(*site.objects(), *odd_at(site, 0))
+    with Driver(f"{site.folder}/odd0.sock", ring_count=1) as driver:
+        driver.attach()
+        driver.add(0, b"nothing", room=8)
+        assert driver.request(0, b"hello", room=8) == b"fine"
+        daemon = moved(site, daemon, odd)
+        assert driver.request(0, b"hello", room=8) == b"fine"
+        assert driver.stop() == [3]
+
+
+def test_a_device_with_too_many_rings_is_refused(site: Site, odd: Path) -> None:
+    with found(odd), site.namespace.entered():
+        command = [sys.executable, "-m", "localmig.cli", "run", *site.objects(), *odd_at(site, 0, "odd-wide")]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "device 'odd0' has 300 rings, vhost-user can name 256" in ended.stderr
+
+
+def test_a_state_that_the_device_refuses_stays_where_it_is(site: Site, odd: Path) -> None:
+    with found(odd):
+        daemon = site.source(*site.objects(), *odd_at(site, 0, "odd-picky"))
+    site.attach()
+    with Driver(f"{site.folder}/odd0.sock", ring_count=1) as driver:
+        driver.attach()
+        destination = hand_over(site, daemon, folders=(odd,))
+        info = daemon.wait_migration()
+        assert (info["status"], destination.wait()) == ("failed", 1)
+        assert "device 'odd0': number 7 cannot be served here" in info["error-desc"]
+        assert driver.request(0, b"hello", room=8) == b"fine"
+        assert site.ping().lost == 0

@@ -1,0 +1,255 @@
+"""The example devices, installed by pip and served to the kit's driver, while they are handed over, changed, killed."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+from tests.examples.conftest import EXAMPLES, found, hand_over, moved, write_package
+from tests.faults.conftest import Site
+
+from localmig.fds import OwnedFd
+from localmig.testing.daemon import DaemonProcess
+from localmig.testing.driver import Driver
+
+HANDOVERS: Final = 10
+RECEIVE, TRANSMIT = 0, 1
+BUFFERS: Final = 4
+
+
+def rng_at(site: Site, more: str = "") -> tuple[str, str]:
+    return "--device", f"virtio-rng,id=rng0,socket={site.folder}/rng0.sock{more}"
+
+
+def console_at(site: Site) -> tuple[str, str]:
+    return "--device", f"virtio-console,id=con0,socket={site.folder}/con0.sock,link={site.folder}/console"
+
+
+class Console:
+    """The guest's side of a console, and somebody at the terminal."""
+
+    def __init__(self, site: Site) -> None:
+        self.driver = Driver(f"{site.folder}/con0.sock", ring_count=2)
+        self.driver.attach()
+        for _ in range(BUFFERS):
+            self.driver.add(RECEIVE, room=64)
+        self.terminal = OwnedFd(os.open(site.folder / "console", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+
+    def prints(self, text: bytes) -> None:
+        self.driver.request(TRANSMIT, text)
+        assert self.shown(len(text)) == text
+
+    def shown(self, size: int) -> bytes:
+        poll = select.poll()
+        poll.register(self.terminal.fileno(), select.POLLIN)
+        text = b""
+        while len(text) < size:
+            assert poll.poll(10_000), f"{text!r} was shown, {size} bytes were printed"
+            text += os.read(self.terminal.fileno(), size)
+        return text
+
+    def types(self, text: bytes) -> None:
+        os.write(self.terminal.fileno(), text)
+        _, typed = self.driver.take_used(RECEIVE)
+        assert typed == text
+        self.driver.add(RECEIVE, room=64)
+
+    def close(self) -> None:
+        self.terminal.close()
+        self.driver.close()
+
+
+@contextmanager
+def console_of(site: Site) -> Iterator[Console]:
+    console = Console(site)
+    try:
+        yield console
+    finally:
+        console.close()
+
+
+def test_an_entropy_device_is_used_while_it_is_handed_over(site: Site, examples: Path) -> None:
+    with found(examples):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        for _ in range(HANDOVERS):
+            assert len({driver.request(0, room=32) for _ in range(10)}) == 10
+            daemon = moved(site, daemon, examples)
+        assert len(driver.request(0, room=4096)) == 4096
+        (device,) = (each for each in daemon.execute("query-devices") if each["id"] == "rng0")
+        assert device["session"]["memory-regions"] == 1
+        assert device["vrings"][0]["running"]
+
+
+def test_a_console_keeps_its_buffers_and_its_terminal_over_handovers(site: Site, examples: Path) -> None:
+    with found(examples):
+        daemon = site.source(*site.objects(), *console_at(site))
+    with console_of(site) as console:
+        for number in range(HANDOVERS):
+            console.prints(b"printed %d" % number)
+            console.types(b"typed %d" % number)
+            os.write(console.terminal.fileno(), b"meanwhile %d" % number)
+            daemon = moved(site, daemon, examples)
+            assert console.driver.take_used(RECEIVE)[1] == b"meanwhile %d" % number
+            console.driver.add(RECEIVE, room=64)
+        # All buffers are the device's still: none was lost, none came back empty.
+        for number in range(2 * BUFFERS):
+            console.types(b"%d" % number)
+
+
+CHANGED: Final = (
+    (EXAMPLES / "virtio-rng" / "localmig_rng.py")
+    .read_text()
+    .replace("OBJECT: Final", "VIRTIO_RNG: Final")
+    .replace("from dataclasses", "from localmig.device_api import Description, Subsection, u64\nfrom dataclasses")
+    .replace(
+        "class VirtioRng(CallbackDevice):",
+        '''@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """How many requests were answered."""
+
+    requests: int = 0
+
+
+SERVED = Description(
+    name="virtio-rng",
+    version=1,
+    oldest_version=1,
+    state=Served,
+    fields=(),
+    subsections=(
+        Subsection[Served](
+            name="virtio-rng/served",
+            version=1,
+            oldest_version=1,
+            needed=lambda served: served.requests > 0,
+            fields=(u64("requests"),),
+        ),
+    ),
+)
+
+
+class VirtioRng(CallbackDevice):''',
+    )
+    .replace(
+        '    ring_names = ("requests",)\n', '    ring_names = ("requests",)\n    own_state = SERVED\n    served = 0\n'
+    )
+    .replace(
+        "        chain.complete(os.urandom(min(chain.writable, self.max_bytes)))\n",
+        '''        self.served += 1
+        chain.complete(b"%d" % self.served)
+
+    def save(self, *, with_descriptors: bool) -> Served:
+        """How many."""
+        return Served(requests=self.served)
+
+    def load(self, state: Served) -> None:
+        """Goes on counting."""
+        self.served = state.requests
+''',
+    )
+)
+"""virtio-rng with another behaviour and a state of its own, which travels once it is needed."""
+
+
+def test_a_device_is_changed_under_a_running_guest_and_back(site: Site, tmp_path: Path) -> None:
+    plain = CHANGED.replace("fields=(u64", "fields=(u64")  # the same state without the new behaviour
+    plain = plain.replace('b"%d" % self.served', 'b"old"')
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, source, version in ((old, plain, "1.0"), (new, CHANGED, "2.0")):
+        folder.mkdir()
+        write_package(folder, "localmig-rng", source, "virtio-rng", version=version)
+    with found(old):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        assert driver.request(0, room=32) == b"old"
+        daemon = moved(site, daemon, new)
+        assert [driver.request(0, room=32) for _ in range(3)] == [b"2", b"3", b"4"]
+        daemon = moved(site, daemon, old)
+        assert driver.request(0, room=32) == b"old"
+        daemon = moved(site, daemon, new)
+        assert driver.request(0, room=32) == b"6"
+
+
+def test_a_destination_without_the_package_refuses_and_names_it(site: Site, examples: Path, tmp_path: Path) -> None:
+    with found(examples):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    site.attach()
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        destination = hand_over(site, daemon, folders=(tmp_path,))
+        info = daemon.wait_migration()
+        assert info["status"] == "failed"
+        assert "virtio-rng" in info["error-desc"]
+        assert "localmig-virtio-rng 1.0" in info["error-desc"], info
+        assert destination.wait() == 1
+        assert len(driver.request(0, room=32)) == 32
+        assert site.ping().lost == 0
+
+
+@pytest.mark.parametrize(
+    ("side", "fault", "survivor"),
+    [
+        ("source", "before-send:SWITCHOVER=kill", "destination"),
+        ("source", "before-send:COMMIT=kill", "destination"),
+        ("source", "after-send:COMMIT=kill", "destination"),
+        ("destination", "after-receive:SETUP=kill", "source"),
+        ("destination", "after-receive:SWITCHOVER=kill", "source"),
+        ("destination", "after-receive:COMMIT=kill", "source"),
+        ("destination", "after:*.resume=kill", "source"),
+    ],
+)
+def test_kept_chains_are_neither_lost_nor_taken_twice_when_a_side_dies(
+    site: Site, examples: Path, side: str, fault: str, survivor: str
+) -> None:
+    with found(examples):
+        daemon = site.source(*site.objects(), *console_at(site), fault=fault if side == "source" else None)
+    with console_of(site) as console:
+        for number in range(3):  # so that the ring has been around, and heads are out of order
+            console.types(b"before %d" % number)
+        destination = hand_over(site, daemon, folders=(examples,), fault=fault if side == "destination" else None)
+        ended, serving = (daemon, destination) if survivor == "destination" else (destination, daemon)
+        ended.wait()
+        serves_again(serving)
+        console.prints(b"printed after")
+        for number in range(3 * BUFFERS):
+            console.types(b"after %d" % number)
+
+
+def serves_again(daemon: DaemonProcess) -> None:
+    """Waits until this daemon has the guest for good."""
+    assert daemon.wait_migration()["status"] in ("completed", "failed")
+    assert daemon.execute("query-status")["status"] == "running"
+
+
+def test_a_vmm_that_pauses_gets_kept_chains_back_and_goes_on(site: Site, examples: Path) -> None:
+    with found(examples):
+        daemon = site.source(*site.objects(), *console_at(site))
+    with console_of(site) as console:
+        driver = console.driver
+        assert driver.stop() == [BUFFERS, 0]
+        returned = [driver.take_used(RECEIVE) for _ in range(BUFFERS)]
+        assert [typed for _, typed in returned] == [b""] * BUFFERS
+        for _ in returned:
+            driver.add(RECEIVE, room=64)
+        driver.start()
+        console.types(b"again")
+        driver.reset()
+        for _ in range(BUFFERS):
+            driver.add(RECEIVE, room=64)
+        driver.start()
+        console.types(b"anew")
+        driver.disconnect()
+        driver.attach()
+        for _ in range(BUFFERS):
+            assert driver.take_used(RECEIVE)[1] == b""
+            driver.add(RECEIVE, room=64)
+        console.types(b"another session")
+    assert daemon.is_alive
