@@ -24,7 +24,7 @@ from localmig.contact import ConnectTo, ListenAt
 from localmig.dataplane import Counters
 from localmig.device_api import CallbackGroup, Netdev, Offload, Queues, RingGroup, VhostUserDevice
 from localmig.devices.virtio_net.control import ERROR, OK, Announced, Command, OffloadsSet, PairsSet, read_command
-from localmig.devices.virtio_net.features import offer, tap_offloads
+from localmig.devices.virtio_net.features import has_control_queue, offer, tap_offloads
 from localmig.devices.virtio_net.heir import ANYONE, NOBODY, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.queue_pairs import QueuePairRings
@@ -131,8 +131,9 @@ class VirtioNet(VhostUserDevice):
         """A queue pair for each queue of the netdev."""
         for index in range(self._netdev.queue_count):
             yield QueuePairRings(self.id, index, self._netdev, event_fd)
-        self._control = CallbackGroup({control_queue(self._netdev.queue_count): "control"}, event_fd)
-        yield self._control
+        if has_control_queue(self._netdev.queue_count):
+            self._control = CallbackGroup({control_queue(self._netdev.queue_count): "control"}, event_fd)
+            yield self._control
 
     def keeps_chains(self) -> bool:
         """Where the frontend handed the control queue over."""
@@ -438,7 +439,7 @@ class VirtioNet(VhostUserDevice):
     @property
     def _has_control(self) -> bool:
         """Whether the driver commands through a control queue that is served here."""
-        return self.is_served(control_queue(self._netdev.queue_count))
+        return self._control is not None and self.is_served(control_queue(self._netdev.queue_count))
 
     @property
     def _driver_announces(self) -> bool:

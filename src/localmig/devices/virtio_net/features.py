@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.device_api import Offload
-from localmig.vhost_user.message import ProtocolFeature
+from localmig.vhost_user.message import VRING_INDEX_MAX, ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetFeature, control_queue, transmit_queue, without_orphans
@@ -26,12 +26,11 @@ FEATURES: Final = (
     | NetFeature.MRG_RXBUF
     | NetFeature.STATUS
     | NetFeature.MTU
-    # Linux refuses a NIC that offers GUEST_ANNOUNCE or MQ without CTRL_VQ.
-    | NetFeature.CTRL_VQ
-    | NetFeature.CTRL_GUEST_OFFLOADS
-    | NetFeature.GUEST_ANNOUNCE
 )
 """What the packet path serves, whatever the options say."""
+
+CONTROL: Final = NetFeature.CTRL_VQ | NetFeature.CTRL_GUEST_OFFLOADS | NetFeature.GUEST_ANNOUNCE
+"""What comes with a control queue. Linux refuses a NIC that offers GUEST_ANNOUNCE or MQ without CTRL_VQ."""
 
 _TAP_OFFLOADS: Final = (
     (NetFeature.GUEST_CSUM, Offload.CSUM),
@@ -68,6 +67,10 @@ def offer(
     features = FEATURES | without_orphans(offloads & possible)
     if queue_pair_count > 1:
         features |= NetFeature.MQ
+    vring_count = control_queue(queue_pair_count)
+    if has_control_queue(queue_pair_count):
+        features |= CONTROL
+        vring_count += 1
     if has_mac:
         features |= NetFeature.MAC
     if packed:
@@ -80,12 +83,17 @@ def offer(
     return Offer(
         features=features,
         servable_features=features | possible | NetFeature.MAC | Feature.RING_PACKED,
-        vring_count=control_queue(queue_pair_count) + 1,
+        vring_count=vring_count,
         # To a frontend that serves its control queue itself this ring is one of a queue pair that is not there.
         conditional_vrings={control_queue(queue_pair_count): NetFeature.CTRL_VQ},
         protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
+
+
+def has_control_queue(queue_pair_count: int) -> bool:
+    """Whether vhost-user can name it behind so many queue pairs: all but for 128, the most there can be."""
+    return control_queue(queue_pair_count) <= VRING_INDEX_MAX
 
 
 def tap_offloads(features_acked: int, allowed: NetFeature) -> Offload:
