@@ -67,7 +67,9 @@ def test_a_feature_without_the_one_it_requires_counts_for_nothing(features: int,
 
 
 def test_a_nic_with_as_many_rings_as_vhost_user_can_name_has_no_control_queue() -> None:
-    offered = offer(queue_pair_count=128, offloads=NetFeature(0), has_uso=False, has_mac=False, packed=False)
+    offered = offer(
+        queue_pair_count=128, offloads=NetFeature(0), has_offloads=True, has_uso=False, has_mac=False, packed=False
+    )
     assert offered.vring_count == 256
     assert not offered.features & (NetFeature.CTRL_VQ | NetFeature.GUEST_ANNOUNCE)
 
