@@ -475,7 +475,7 @@ def test_too_many_queue_pairs_are_told_of_once_however_often_the_frontend_comes(
         for _ in range(3):
             with await beside(Frontend.connect, site.path) as qemu, OwnedFd(os.eventfd(0)) as call:
                 await beside(qemu.set_protocol_features, ProtocolFeature.MQ)
-                assert await beside(qemu.get_queue_num) == 4
+                assert await beside(qemu.get_queue_num) == 5
                 for index in range(8):
                     await beside(qemu.set_vring_call, index, call.fileno())
                 note = await site.note("QEMU asks for 4 pairs, nic0 has 2")

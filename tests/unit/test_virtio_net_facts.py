@@ -76,7 +76,7 @@ def test_queues_are_counted_for_the_frontend_where_there_are_several_pairs(queue
         has_mac=False,
         packed=False,
     )
-    assert offered.vring_count == 2 * queue_pair_count
+    assert offered.vring_count == 2 * queue_pair_count + 1
     assert (ProtocolFeature.MQ in offered.protocol_features) == (queue_pair_count > 1)
     assert bool(offered.features & NetFeature.MQ) == (queue_pair_count > 1)
     assert offered.features >> 27 & 1, "ANY_LAYOUT"

@@ -13,7 +13,7 @@ from localmig.device_api import Offload
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
-from localmig.virtio.net import OFFLOADS, NetFeature, transmit_queue, without_orphans
+from localmig.virtio.net import OFFLOADS, NetFeature, control_queue, transmit_queue, without_orphans
 
 FEATURES: Final = (
     Feature.VERSION_1
@@ -26,6 +26,10 @@ FEATURES: Final = (
     | NetFeature.MRG_RXBUF
     | NetFeature.STATUS
     | NetFeature.MTU
+    # Linux refuses a NIC that offers GUEST_ANNOUNCE or MQ without CTRL_VQ.
+    | NetFeature.CTRL_VQ
+    | NetFeature.CTRL_GUEST_OFFLOADS
+    | NetFeature.GUEST_ANNOUNCE
 )
 """What the packet path serves, whatever the options say."""
 
@@ -63,8 +67,6 @@ def offer(
         possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
     features = FEATURES | without_orphans(offloads & possible)
     if queue_pair_count > 1:
-        # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
-        # to us without one in between, as User-Mode Linux has it, refuses the device then.
         features |= NetFeature.MQ
     if has_mac:
         features |= NetFeature.MAC
@@ -73,12 +75,14 @@ def offer(
     protocol_features = PROTOCOL_FEATURES_SERVED
     if queue_pair_count == 1:
         # The specification would have it, because a NIC may have any number of pairs. But QEMU takes the answer to
-        # GET_QUEUE_NUM, 2 here, for a number of pairs; without MQ it knows that there is one.
+        # GET_QUEUE_NUM, 3 here, for a number of pairs; without MQ it knows that there is one.
         protocol_features &= ~ProtocolFeature.MQ
     return Offer(
         features=features,
         servable_features=features | possible | NetFeature.MAC | Feature.RING_PACKED,
-        vring_count=2 * queue_pair_count,
+        vring_count=control_queue(queue_pair_count) + 1,
+        # To a frontend that serves its control queue itself this ring is one of a queue pair that is not there.
+        conditional_vrings={control_queue(queue_pair_count): NetFeature.CTRL_VQ},
         protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
