@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +88,17 @@ def test_an_entropy_device_is_used_while_it_is_handed_over(site: Site, examples:
         (device,) = (each for each in daemon.execute("query-devices") if each["id"] == "rng0")
         assert device["session"]["memory-regions"] == 1
         assert device["vrings"][0]["running"]
+        (ring,) = device["rings"]
+        assert (ring["name"], ring["counters"]["chains"]) == ("requests", 10 * HANDOVERS + 1)
+        assert daemon.qmp is not None
+        shown = subprocess.run(
+            [sys.executable, "-m", "localmig.cli", "status", str(daemon.qmp), "--device", "rng0"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "device     rng0, virtio-rng" in shown
+        assert re.search(r"^requests +101 ", shown, re.MULTILINE), shown
 
 
 def test_a_console_keeps_its_buffers_and_its_terminal_over_handovers(site: Site, examples: Path) -> None:

@@ -22,7 +22,7 @@ from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import RingGroup
 from localmig.device_api.vhost_user_device import VhostUserDevice
-from localmig.qapi import Array, Member, Struct, Uint64
+from localmig.qapi import Array, Member, String, Struct, Uint64
 from localmig.trace import Tracer
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
@@ -46,6 +46,7 @@ class CallbackRingInfo:
     """What a ring's engine counted, since the device was first served, handovers included."""
 
     vring: int
+    name: str
     counters: CallbackCounters
 
 
@@ -63,6 +64,7 @@ class CallbackDeviceInfo(DeviceInfo):
 _RING: Final = Struct(
     (
         Member(name="index", attribute="vring", type=Uint64()),
+        Member(name="name", attribute="name", type=String()),
         Member(
             name="counters",
             attribute="counters",
@@ -171,7 +173,7 @@ class CallbackDevice(VhostUserDevice):
         return CallbackDeviceInfo(
             **self.facts(),
             rings=tuple(
-                CallbackRingInfo(vring=vring, counters=CallbackCounters(*values))
+                CallbackRingInfo(vring=vring, name=self.ring_names[vring], counters=CallbackCounters(*values))
                 for vring, values in enumerate(counters)
             ),
         )
