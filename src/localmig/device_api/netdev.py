@@ -57,12 +57,14 @@ class Netdev(Part, Protocol):
         queue_count: how many queues it has, open or not: a queue pair of the NIC for each.
         observer: who reads and writes the frames, None where nobody does.
         mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
+        was_left: whether a NIC of this daemon was deleted that had it: what waits in its queues is for no other one.
     """
 
     framing: ClassVar[Framing]
     queue_count: int
     observer: NetdevObserver | None = None
     mtu_told: int = 0
+    was_left: bool = False
 
     # -- at any time --------------------------------------------------------------------------------------------
 

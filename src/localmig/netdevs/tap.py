@@ -74,7 +74,7 @@ class Tap(Netdev):
         sndbuf: bytes a queue may have on their way into the network before it takes no more, 0 for no limit.
         bridge: the bridge to put the interface into, None leaves it where it is.
         guest_carrier: whether the interface has a carrier only while a driver serves the NIC.
-        stays_home: why its descriptors do not move, None where they do.
+        stays_home: tells why its descriptors do not move, None where they do.
         networks: the networks of all TAPs of a daemon.
 
     """
@@ -95,7 +95,7 @@ class Tap(Netdev):
         sndbuf: int = 0,
         bridge: str | None = None,
         guest_carrier: bool = False,
-        stays_home: str | None = None,
+        stays_home: Callable[[], str | None] = lambda: None,
         networks: Networks | None = None,
     ) -> None:
         assert len(fds) in (0, queues), (queues, fds)
@@ -389,7 +389,7 @@ class Tap(Netdev):
 
     def local_migration_blocker(self) -> str | None:
         """What it was told, and: a TAP that is not open cannot move."""
-        return self._stays_home or (None if self._open is not None else "its TAP is not open")
+        return self._stays_home() or (None if self._open is not None else "its TAP is not open")
 
     def watch_setup(self, changing: Callable[[], None] | None) -> None:
         """As a part's: called before the device on the other side changes how the TAP is set."""
