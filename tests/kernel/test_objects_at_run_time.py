@@ -302,6 +302,32 @@ def test_a_netdev_stays_home_as_long_as_a_device_on_it_does(empty: DaemonProcess
             assert [each["transfers"] for each in empty.execute("query-local-migration")] == [True]
 
 
+def test_a_link_that_is_set_is_the_guests_and_the_interfaces_also_in_a_new_daemon(
+    empty: DaemonProcess, tmp_path: Path
+) -> None:
+    successor = ["--migration-parameter", "local=on", "--incoming", f"unix:{tmp_path}/migrate"]
+    with Nic(tmp_path, 0) as nic, Client(empty) as client:
+        nic.add(client)
+        nic.guest.attach()
+        nic.exchange()
+        client.execute("set_link", name="nic0", up=False)
+        empty.wait_event("InterfaceChanged", device="nic0", link_is_up=False)
+        assert [each["up"] for each in client.execute("query-netdevs")] == [False]
+        nic.near.send(bytes(header_length(nic.guest.features)) + frame(9))  # lost, as without a cable
+        with pytest.raises(PeerError, match="DeviceNotFound: Device 'nic1' not found, there is 'net0', 'nic0'"):
+            client.execute("set_link", name="nic1", up=True)
+        with DaemonProcess(successor, qmp=tmp_path / "successor") as second:
+            client.execute("migrate-set-parameters", local=True)
+            empty.execute("migrate", uri=f"unix:{tmp_path}/migrate")
+            assert empty.wait_migration()["status"] == "completed"
+            with pytest.raises(PeerError, match="set_link not allowed in run state 'postmigrate'"):
+                client.execute("set_link", name="net0", up=True)
+            assert [each["up"] for each in second.execute("query-netdevs")] == [False]
+            second.execute("set_link", name="net0", up=True)
+            second.wait_event("InterfaceChanged", device="nic0", link_is_up=True)
+            nic.exchange()
+
+
 def test_a_daemon_without_objects_hands_over_and_its_successor_can_be_given_some(
     empty: DaemonProcess, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ COMMANDS = [
     "query-status",
     "query-version",
     "quit",
+    "set_link",
     "stop",
 ]
 

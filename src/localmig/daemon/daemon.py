@@ -12,14 +12,14 @@ import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
 
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
-from localmig.device_api import Announces, Part, RunsPrograms
+from localmig.device_api import Announces, Netdev, Part, RunsPrograms
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
@@ -32,6 +32,7 @@ from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
+from localmig.options.specs import KINDS, references_of
 from localmig.registry import Registry
 from localmig.trace import ObjectAdded, ObjectDeleted, RunStateChanged, Tracer
 
@@ -293,6 +294,25 @@ class Daemon:
             if handover is not None:
                 handover.unthawed = [part for part in handover.unthawed if part not in gone]
         self.tracer.emit(ObjectDeleted(kind=kind, id=id))
+
+    def set_link(self, id: str, *, up: bool) -> None:  # noqa: A002 - the user's word
+        """Connects a netdev, or the one of a device, to the network, or takes it off.
+
+        Raises:
+            NotFoundError: there is no object of that id. As for all that follow: nothing was changed.
+            StateError: it has no link, a handover is under way, or the guest is another daemon's.
+            KernelError: the kernel refuses.
+        """
+        self._check_changeable("set_link")
+        spec = self._objects.find(id, *KINDS)
+        if spec.kind != "netdev":
+            behind = [each for each, reference in references_of(spec).items() if reference.kind == "netdev"]
+            if not behind:
+                raise StateError(f"{spec.kind} '{id}' has no link that could be set")
+            spec = self._objects[behind[0]]
+        netdev = cast(Netdev, self._assembly.built(spec.id).part)
+        with blamed(f"cannot set the link of '{spec.id}'"):
+            netdev.set_link(up=up)
 
     def _begin(self, parts: Sequence[Part]) -> None:
         """Opens the parts of an object and makes them do what all others do."""

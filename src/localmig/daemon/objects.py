@@ -51,6 +51,15 @@ class Objects:
     def __getitem__(self, id: str) -> Spec:  # noqa: A002 - the user's word
         return next(spec for spec in self.specs if spec.id == id)
 
+    def find(self, id: str, *kinds: str) -> Spec:  # noqa: A002
+        """The spec of that id and one of these kinds. NotFoundError where there is none."""
+        among = [spec for spec in self.specs if spec.kind in kinds]
+        for spec in among:
+            if spec.id == id:
+                return spec
+        have = ", ".join(f"'{spec.id}'" for spec in among) or "none"
+        raise NotFoundError(f"Device '{id}' not found, there is {have}")
+
     def added(self, spec: Spec) -> Objects:
         """All of them with one more. ConfigError where it does not fit the others."""
         return replace(self, specs=(*self.specs, spec))
@@ -62,9 +71,7 @@ class Objects:
             NotFoundError: there is none of that kind and id.
             StateError: another one refers to it.
         """
-        if not any(spec.id == id and spec.kind == kind for spec in self.specs):
-            have = ", ".join(f"'{spec.id}'" for spec in self.specs if spec.kind == kind) or "none"
-            raise NotFoundError(f"Device '{id}' not found, there is {have}")
+        self.find(id, kind)
         for spec in self.specs:
             if id in references_of(spec):
                 raise StateError(f"{kind} '{id}' is in use by {spec.kind} '{spec.id}': delete that one first")

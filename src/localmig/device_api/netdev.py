@@ -12,6 +12,7 @@ from enum import IntFlag, StrEnum
 from typing import ClassVar, Final, Protocol
 
 from localmig.device_api.part import Part
+from localmig.errors import StateError
 
 QUEUE_COUNT_MAX: Final = 128
 """Queues of a netdev: vhost-user has 8 bits for the number of a vring, and a queue pair has two."""
@@ -157,6 +158,16 @@ class Netdev(Part, Protocol):
     def driver_ends(self) -> None:
         """No driver serves it. Otherwise as `driver_begins`."""
         return
+
+    def set_link(self, *, up: bool) -> None:
+        """Connects it to the network or takes it off, as if somebody had the cable. The observer is told.
+
+        Raises:
+            StateError: that cannot be done to it. As for the next: the link is as it was.
+            KernelError: the kernel refuses.
+        """
+        del up
+        raise StateError(f"netdev '{self.id}' has no link that could be set")
 
     @abstractmethod
     def inject(self, frame: bytes) -> None:

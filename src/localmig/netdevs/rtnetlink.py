@@ -102,13 +102,19 @@ def bring_up(sequence: int, ifindex: int) -> bytes:
     return _set(sequence, ifindex, flags=_IFF_UP)
 
 
+def bring_down(sequence: int, ifindex: int) -> bytes:
+    """Brings an interface down."""
+    return _set(sequence, ifindex, flags=0)
+
+
 def set_master(sequence: int, ifindex: int, master: int) -> bytes:
     """Makes an interface a port of the bridge `master`, and of no other."""
     return _set(sequence, ifindex, _attribute(_IFLA_MASTER, struct.pack("=I", master)))
 
 
-def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int = 0) -> bytes:
-    payload = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags, flags) + attributes
+def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int | None = None) -> bytes:
+    changed = 0 if flags is None else _IFF_UP
+    payload = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags or 0, changed) + attributes
     return _request(_RTM_SETLINK, _NLM_F_ACK, sequence, payload)
 
 

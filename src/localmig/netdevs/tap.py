@@ -265,6 +265,22 @@ class Tap(Netdev):
         """No driver serves it: the interface has none, where the options say so. Otherwise as `driver_begins`."""
         self._let_carrier_be(on=not self._wanted.guest_carrier)
 
+    def set_link(self, *, up: bool) -> None:
+        """Brings the interface up or down. Only the process that serves may call this.
+
+        Raises:
+            StateError: the interface is not here.
+            KernelError: the kernel refuses; the text says what to do.
+        """
+        self.look()
+        tap, word = self._opened(), "up" if up else "down"
+        if not tap.ifindex:
+            raise StateError(f"netdev '{self.id}': '{tap.ifname}' is not here and cannot be brought {word}")
+        advice = f"do it with CAP_NET_ADMIN: ip link set {tap.ifname} {word}"
+        with kernel_errors(self.id, f"cannot bring '{tap.ifname}' {word}", {errno.EPERM: advice}):
+            (tap.network.bring_up if up else tap.network.bring_down)(tap.ifindex)
+        self.look()
+
     def inject(self, frame: bytes) -> None:
         """Sends one Ethernet frame into the network as if from the guest. Only for the process that serves.
 

@@ -1,6 +1,6 @@
 """Commands about what is served: devices, their sessions and rings, netdevs.
 
-Owns:        query-devices and query-netdevs; netdev_add, netdev_del, device_add, device_del.
+Owns:        query-devices and query-netdevs; netdev_add, netdev_del, device_add, device_del, set_link.
 Never sees:  clients, JSON text, a particular type of objects.
 Read next:   registry.py for the types; the info.py of each type for what is shown of it.
 
@@ -17,7 +17,7 @@ from localmig.daemon import BuiltObject, Daemon
 from localmig.errors import LocalmigError, blamed
 from localmig.monitor.schema import Command, PerType
 from localmig.options.specs import KINDS, options_of
-from localmig.qapi import Array, Enumeration, Member, String, Struct, Union, ValueType, returned, to_qmp
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Union, ValueType, returned, to_qmp
 from localmig.registry import Registry
 
 _NOTES: Final = Member(name="notes", attribute="notes", type=Array(String()))
@@ -59,6 +59,12 @@ def delete(daemon: Daemon, *, kind: str, id: str) -> dict[str, object]:  # noqa:
     return {}
 
 
+def set_link(daemon: Daemon, *, name: str, up: bool) -> dict[str, object]:
+    """Takes a NIC off the network, or connects it again."""
+    daemon.set_link(name, up=up)
+    return {}
+
+
 def _options(registry: Registry, *, kind: str) -> ValueType:
     """What describes an object of a kind: a member for each option of its type."""
     types = {
@@ -80,6 +86,10 @@ def _shape(registry: Registry, *, kind: str) -> ValueType:
     return Array(Union(base=(returned("id", String()), _NOTES), tag=tag, branches=types))
 
 
+_LINK: Final = Struct(
+    (Member(name="name", attribute="name", type=String()), Member(name="up", attribute="up", type=Boolean()))
+)
+
 _ID: Final = Struct((Member(name="id", attribute="id", type=String()),))
 
 COMMANDS: Final = (
@@ -90,4 +100,5 @@ COMMANDS: Final = (
         for kind in KINDS
     ),
     *(Command(name=f"{kind}_del", run=partial(delete, kind=kind), arguments=_ID) for kind in KINDS),
+    Command(name="set_link", run=set_link, arguments=_LINK),
 )
