@@ -21,6 +21,7 @@ from localmig.daemon import Daemon
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import PeerError, PeerLostError
 from localmig.netdevs.network import Network
+from localmig.netdevs.stream import Stream
 from localmig.netdevs.tap import Tap
 from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
@@ -363,7 +364,10 @@ def test_hundreds_of_nics_that_come_and_go_leave_no_object_and_no_task(tmp_path:
     async def come_and_go(daemon: Daemon, count: int) -> None:
         for number in range(count):
             options = {"driver": "virtio-net", "id": f"nic{number}", "netdev": f"net{number}"}
-            daemon.add_object("netdev", {"type": "tap", "id": f"net{number}"})
+            netdev = (
+                {"type": "tap"} if number % 2 else {"type": "stream", "addr.path": str(tmp_path / "p"), "server": True}
+            )
+            daemon.add_object("netdev", netdev | {"id": f"net{number}"})
             daemon.add_object("device", options | {"socket": str(tmp_path / "nic.sock")})
             await asyncio.sleep(0)
             daemon.delete_object("device", f"nic{number}")
@@ -372,13 +376,13 @@ def test_hundreds_of_nics_that_come_and_go_leave_no_object_and_no_task(tmp_path:
 
     def there() -> tuple[object, ...]:
         gc.collect()
-        parts = sum(isinstance(each, VirtioNet | Tap | Network) for each in gc.get_objects())
+        parts = sum(isinstance(each, VirtioNet | Tap | Stream | Network) for each in gc.get_objects())
         return len(asyncio.all_tasks()), threading.active_count(), len(list(Path("/proc/self/fd").iterdir())), parts
 
     async def play() -> None:
         daemon = Daemon()
         await daemon.start()
-        await come_and_go(daemon, 5)
+        await come_and_go(daemon, 6)
         before = there()
         tracemalloc.start()
         try:

@@ -35,18 +35,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from localmig.device_api import Framing, Netdev, Offload
+from localmig.device_api import Netdev, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
+from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.netdevs import tun
 from localmig.netdevs.info import SHOWN, TapInfo
 from localmig.netdevs.network import Network, Networks, namespace_here
 from localmig.netdevs.opened import OpenTap, Wanted
 from localmig.netdevs.opening import Opener, find, kernel_errors
 from localmig.netdevs.script import NO_SCRIPT, run_script
-from localmig.netdevs.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
+from localmig.netdevs.state import OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
 from localmig.netdevs.tap_options import TapSpec
 
 _logger = logging.getLogger(__name__)
@@ -79,7 +80,6 @@ class Tap(Netdev):
 
     """
 
-    framing = Framing.TAP
     setup = TAP
 
     def __init__(
@@ -150,6 +150,10 @@ class Tap(Netdev):
     def fileno(self, queue: int = 0) -> int:
         """The descriptor of a queue, lent. StateError if the TAP is not open, as for all that follows."""
         return self._opened().queues[queue].fileno()
+
+    def host(self, queue: int = 0) -> int:
+        """As `fileno`."""
+        return self.fileno(queue)
 
     @property
     def ifname(self) -> str:
@@ -398,7 +402,7 @@ class Tap(Netdev):
             bridge=tap.bridge or None,
             vnet_header_length=tap.vnet_header_length,
             offloads=tap.offloads,
-            notes=tuple(tap.notes(self._wanted, mtu_told=self.mtu_told)),
+            notes=tuple(self._notes(tap)),
         )
 
     # -- source --------------------------------------------------------------------------------------------
@@ -581,10 +585,17 @@ class Tap(Netdev):
         if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
 
+    def _opener(self, network: Network) -> Opener:
+        return Opener(self._wanted, network)
+
+    def _notes(self, tap: OpenTap) -> Iterator[str]:
+        """What is so and should perhaps not be."""
+        return tap.notes(self._wanted, mtu_told=self.mtu_told)
+
     def _open_by_name(self, ifname: str) -> OpenTap:
         """Opens the TAP and runs the script; an empty name lets the kernel choose one."""
         with self._in_network_here() as network:
-            tap = Opener(self._wanted, network).open_anew(ifname)
+            tap = self._opener(network).open_anew(ifname)
             tap.downscript = self._downscript
             try:
                 run_script(self._script, tap.ifname)
@@ -595,7 +606,7 @@ class Tap(Netdev):
 
     def _take_inherited(self) -> OpenTap:
         with self._in_network_here() as network:
-            tap = Opener(self._wanted, network).take_inherited()
+            tap = self._opener(network).take_inherited()
             tap.downscript = self._downscript
             return tap
 
@@ -638,14 +649,14 @@ class Tap(Netdev):
 
     def _see(self, tap: OpenTap) -> None:
         """Notes what the interface is now. Raises OSError where the kernel does not say."""
-        known = set(tap.notes(self._wanted, mtu_told=self.mtu_told))
+        known = set(self._notes(tap))
         found = tun.interface(tap.queues[0].fileno())
         tap.is_gone = found is None
         if found is None:
             tap.ifindex, tap.bridge_ifindex, tap.bridge = 0, 0, ""
         else:
             tap.see(found[0], find(tap.network, tap.queues[0], found[0], tap.ifindex))
-        for note in tap.notes(self._wanted, mtu_told=self.mtu_told):
+        for note in self._notes(tap):
             if note not in known:
                 _logger.warning("netdev '%s': %s", self.id, note)
 
@@ -664,7 +675,7 @@ class Tap(Netdev):
             tap.refusal = "it is in another network namespace than this daemon; hand over to one that is started there"
             return False
         try:
-            fresh = Opener(self._wanted, tap.network).open_existing(found)
+            fresh = self._opener(tap.network).open_existing(found)
         except LocalmigError as error:
             if str(error) != tap.refusal:
                 tap.refusal = str(error)

@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Protocol
 
 from localmig.access import ACCOUNT_ID_MAX
 from localmig.errors import ConfigError
+from localmig.limits import INTERFACE_NAME_BYTES_MAX, PATH_BYTES_MAX
 from localmig.qapi import Boolean, Integer, String
 from localmig.qapi import ValueType as QapiType
 from localmig.unix_socket import check_path
@@ -20,17 +21,11 @@ from localmig.unix_socket import check_path
 ID_LENGTH_MAX: Final = 63
 """An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
 
-INTERFACE_NAME_LENGTH_MAX: Final = 15
-"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
-
 FD_MIN: Final = 3
 """0, 1 and 2 are the standard streams."""
 
 FD_MAX: Final = 1048575
 """Highest descriptor the kernel gives out unless fs.nr_open was raised."""
-
-PATH_BYTES_MAX: Final = 4095
-"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
 
 _DIGITS_MAX: Final = 20
 """Digits of the largest unsigned 64-bit number: what is longer is no number of ours, and slow to read."""
@@ -50,8 +45,10 @@ Value = str | int | bool
 class ValueType(Protocol):
     """One type of value: from text to value, and the check that every value passes wherever it came from."""
 
-    word: ClassVar[str]
-    """How help writes a value of this type."""
+    @property
+    def word(self) -> str:
+        """How help writes a value of this type."""
+
     qapi: ClassVar[QapiType]
     """What QMP's schema says of it; whose words say that a value is of another type."""
 
@@ -156,10 +153,8 @@ class InterfaceName(_Text):
     def check_text(self, name: str, text: str) -> None:
         """The kernel's rule (dev_valid_name), and no '%': the kernel would put a number in its place."""
         size = len(text.encode("utf-8", "surrogateescape"))
-        if not 0 < size <= INTERFACE_NAME_LENGTH_MAX:
-            raise ConfigError(
-                f"Parameter '{name}' expects 1 to {INTERFACE_NAME_LENGTH_MAX} bytes, not {size}: '{text}'"
-            )
+        if not 0 < size <= INTERFACE_NAME_BYTES_MAX:
+            raise ConfigError(f"Parameter '{name}' expects 1 to {INTERFACE_NAME_BYTES_MAX} bytes, not {size}: '{text}'")
         if text in (".", "..") or _INTERFACE_NAME_WRONG.search(text):
             raise ConfigError(
                 f"Parameter '{name}' expects an interface name, not '{text}': "
@@ -205,6 +200,23 @@ class MacAddress(_Text):
 def mac_bytes(text: str) -> bytes:
     """The six bytes of an Ethernet address that `MacAddress` let pass."""
     return bytes.fromhex(text.replace(":", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(_Text):
+    """One of a few words."""
+
+    choices: tuple[str, ...]
+
+    @property
+    def word(self) -> str:  # type: ignore[override]
+        """All of them."""
+        return f"<{'|'.join(self.choices)}>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Whether it is one of them, in QEMU's words."""
+        if text not in self.choices:
+            raise ConfigError(f"Parameter '{name}' does not accept value '{text}', one of: {', '.join(self.choices)}")
 
 
 class FilePath(_Text):
