@@ -137,7 +137,7 @@ class Stream(Netdev):
         id: the user's name for it.
         plan: where and how peers come.
         mtu: what the guest may use, in bytes.
-        stays_home: why its descriptors do not move, None where they do.
+        stays_home: tells why its descriptors do not move, None where they do.
     """
 
     setup = STREAM
@@ -151,7 +151,7 @@ class Stream(Netdev):
         id: str,  # noqa: A002 - the user's word
         plan: ListenAt | ConnectTo,
         mtu: int = MTU,
-        stays_home: str | None = None,
+        stays_home: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.id = id
         self.observer = None
@@ -309,7 +309,7 @@ class Stream(Netdev):
 
     def local_migration_blocker(self) -> str | None:
         """What it was told, and: a stream that is not open cannot move."""
-        return self._stays_home or (None if self.is_open else "its stream is not open")
+        return self._stays_home() or (None if self.is_open else "its stream is not open")
 
     def watch_setup(self, changing: Callable[[], None] | None) -> None:
         """Its peer, and whether there is one, is what changes."""
