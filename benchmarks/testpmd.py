@@ -37,13 +37,16 @@ class Testpmd:
         vdevs: its virtual devices, as `--vdev` has them.
         cpus: for its prompt, and for its forwarding thread, which keeps one processor busy.
         queues: of each port.
+        options: of its own, after all others, so that they replace what is said here.
 
     Raises:
         ConfigError: it is not installed.
         PeerError: it did not come to its prompt; the text has what it said.
     """
 
-    def __init__(self, vdevs: Sequence[str], *, cpus: tuple[int, int], queues: int = 1) -> None:
+    def __init__(
+        self, vdevs: Sequence[str], *, cpus: tuple[int, int], queues: int = 1, options: Sequence[str] = ()
+    ) -> None:
         if shutil.which("dpdk-testpmd") is None:
             raise ConfigError("no dpdk-testpmd: on Debian, apt-get install dpdk dpdk-dev librte-meta-all")
         prompt_cpu, forward_cpu = cpus
@@ -53,7 +56,7 @@ class Testpmd:
         for vdev in vdevs:
             argv += ["--vdev", vdev]
         argv += ["--", "-i", "--no-mlockall", "--total-num-mbufs=16384"]
-        argv += [f"--txd={_RING_ENTRIES}", f"--rxd={_RING_ENTRIES}", f"--txq={queues}", f"--rxq={queues}"]
+        argv += [f"--txd={_RING_ENTRIES}", f"--rxd={_RING_ENTRIES}", f"--txq={queues}", f"--rxq={queues}", *options]
         # It leaves files where it runs.
         self._folder = tempfile.TemporaryDirectory(prefix="localmig-bench-")
         environment = {**os.environ, "RUNTIME_DIRECTORY": self._folder.name}
@@ -98,10 +101,15 @@ class Testpmd:
 
     def received(self) -> int:
         """Packets its first port received so far."""
-        found = re.search(r"RX-packets:\s*(\d+)", said := self.command("show port stats 0"))
-        if found is None:
+        return self.counters()["RX-packets"]
+
+    def counters(self) -> dict[str, int]:
+        """What its first port counted so far, by the names it has for that."""
+        said = self.command("show port stats 0")
+        counters = {name: int(count) for name, count in re.findall(r"([RT]X-[a-z]+): +(\d+)", said)}
+        if "RX-packets" not in counters:
             raise PeerError(f"testpmd did not tell its counters: {said[-500:]}")
-        return int(found[1])
+        return counters
 
     def close(self) -> None:
         """Kills it, if it lives; its ports have nothing that must be put in order. Idempotent."""

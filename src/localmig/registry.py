@@ -31,7 +31,11 @@ ENTRY_POINT_GROUP: Final = "localmig.objects"
 """Of a package's entry points; each is named as its type and leads to an ObjectType."""
 
 _BUILT_IN: Final[Mapping[str, Mapping[str, str]]] = {
-    "netdev": {"tap": "localmig.netdevs.tap:OBJECT"},
+    "netdev": {
+        "tap": "localmig.netdevs.tap:OBJECT",
+        "macvtap": "localmig.netdevs.macvtap:OBJECT",
+        "stream": "localmig.netdevs.stream:OBJECT",
+    },
     "device": {"virtio-net": "localmig.devices.virtio_net:OBJECT"},
 }
 """By kind and name, where a type is."""

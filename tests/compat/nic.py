@@ -20,6 +20,7 @@ from typing import Final
 from tests.compat.synthetic import Pieces, open_descriptors, write_vector
 from tests.compat.writing import begun
 
+from localmig.contact import ListenerState
 from localmig.dataplane import Counters, QueuePair
 from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
 from localmig.device_api.queues_state import ENGINE_KINDS, QUEUES, QUEUES_SETUP, QueuesSetup, QueuesState
@@ -30,7 +31,6 @@ from localmig.migration.stream import Section, section_name
 from localmig.netdevs.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.protocol import SessionState, VringState
-from localmig.vhost_user.session import ListenerState
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetConfig, NetFeature
 from localmig.vmstate import Blob

@@ -103,6 +103,29 @@ def test_a_console_keeps_its_buffers_and_its_terminal_over_handovers(site: Site,
             console.types(b"%d" % number)
 
 
+def test_a_daemon_that_serves_no_nic_hands_over_what_its_rings_counted(site: Site, examples: Path) -> None:
+    with found(examples):
+        daemon = site.daemon(*console_at(site), *rng_at(site))
+    daemon.execute("migrate-set-parameters", local=True)
+    with console_of(site) as console, Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        for number in range(1, 4):
+            console.prints(b"printed")
+            driver.request(0, room=32)
+            counted = chains_of(daemon)
+            assert counted == {"con0": [0, number], "rng0": [number]}
+            daemon = moved(site, daemon, examples)
+            assert chains_of(daemon) == counted
+
+
+def chains_of(daemon: DaemonProcess) -> dict[str, list[int]]:
+    """How many chains of each ring were completed."""
+    return {
+        device["id"]: [ring["counters"]["chains"] for ring in device["rings"]]
+        for device in daemon.execute("query-devices")
+    }
+
+
 CHANGED: Final = (
     (EXAMPLES / "virtio-rng" / "localmig_rng.py")
     .read_text()

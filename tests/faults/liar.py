@@ -33,7 +33,8 @@ from localmig.migration.hello import read_setup, setup_payload
 from localmig.migration.stream import IncomingStream, Section, section_name
 from localmig.migration.stream_format import MAGIC, VERSION, Mark
 from localmig.netdevs.state import TAP
-from localmig.vmstate import Blob, close_descriptors, explain, save
+from localmig.netdevs.stream import IN_HAND, STREAM
+from localmig.vmstate import Blob, Description, close_descriptors, explain, save
 
 PATIENCE_S: Final = 20.0
 """No daemon takes so long for anything here."""
@@ -44,12 +45,15 @@ _VMDESC_HEADER: Final = struct.Struct(">BI")
 SETUP_SECTIONS: Final = {
     section_name(part_id, description): description
     for part_id, description in (
-        *(("net0", TAP), ("net1", TAP)),
+        *(("net0", TAP), ("net1", TAP), ("net2", STREAM)),
         *(("nic0", VIRTIO_NET), ("nic0", DEVICE), ("nic1", VIRTIO_NET), ("nic1", DEVICE)),
         ("*", QUEUES_SETUP),
     )
 }
-SWITCHOVER_SECTIONS: Final = {section_name("*", QUEUES): QUEUES}
+SWITCHOVER_SECTIONS: Final[dict[str, Description[Any]]] = {
+    section_name("net2", IN_HAND): IN_HAND,
+    section_name("*", QUEUES): QUEUES,
+}
 
 
 @dataclass(kw_only=True, slots=True)

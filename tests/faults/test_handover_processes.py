@@ -175,6 +175,15 @@ def test_a_daemon_without_a_frontend_moves_and_serves_the_next_one(site: Site) -
     assert_undisturbed(site)
 
 
+def test_a_daemon_without_any_ring_hands_over_too(site: Site) -> None:
+    source, destination = site.source("--netdev", "tap,id=net0,ifname=tap0"), site.destination()
+    info = hand_over(site, source, destination)
+    assert info["status"] == "completed", info
+    assert destination.execute("query-devices") == []
+    assert [netdev["id"] for netdev in destination.execute("query-netdevs")] == ["net0"]
+    assert destination.execute("query-status")["status"] == "running"
+
+
 def test_a_frontend_that_comes_back_is_served_again_after_a_handover(site: Site) -> None:
     source, destination = site.source(), site.destination()
     site.attach()

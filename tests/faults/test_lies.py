@@ -47,6 +47,8 @@ from localmig.testing.frontend import NetGuest
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
 
+    from localmig.testing.daemon import DaemonProcess
+
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
 
@@ -291,6 +293,8 @@ NIC: Final = "nic0/vhost-user-device"
 OTHER_NIC: Final = "nic1/vhost-user-device"
 NIC_OWN: Final = "nic0/virtio-net"
 NET: Final = "net0/tap"
+STREAM: Final = "net2/stream"
+IN_HAND: Final = "net2/stream-in-hand"
 QUEUES: Final = "*/queues"
 QUEUES_SETUP: Final = "*/queues-setup"
 SESSION: Final = "socket.connections[0].session"
@@ -342,7 +346,7 @@ LIES: Final = [
         ("unknown kind", json_of(setting("objects", 0, "kind", to="chardev")), "kind 'chardev'"),
         ("unknown option", json_of(setting("objects", 0, "options", "color", to="red")), "color"),
         ("bad value", json_of(setting("objects", 0, "options", "queues", to=-1)), "queues"),
-        ("a device without netdev", json_of(setting("objects", 2, "options", "netdev", to="net7")), "net7"),
+        ("a device without netdev", json_of(setting("objects", 3, "options", "netdev", to="net7")), "net7"),
         ("no pidfd", without_descriptors, "does not pass descriptors"),
         ("an eventfd for a pidfd", with_descriptor(0, eventfd), "is no pidfd of another process: it is no pidfd"),
         ("a file for a revocation", with_descriptor(1, null), "behind the pidfd in HELLO is no eventfd"),
@@ -411,7 +415,7 @@ LIES: Final = [
         ("too long", longer, "setup piece of the migration stream: 1 bytes are left over"),
         ("a section twice", sections_of(section_twice), 'section "net0/tap" came twice'),
         ("a section missing", sections_of(section_missing), 'section "\\*/queues-setup" is missing'),
-        ("sections out of order", sections_of(sections_reversed), "is number 6 instance 0, expected number 0"),
+        ("sections out of order", sections_of(sections_reversed), "is number 7 instance 0, expected number 0"),
         ("an unknown section", sections_of(section_renamed), 'section "net7/tap" was not expected'),
         ("no descriptors", without_descriptors, "has no descriptor at offset"),
         ("one descriptor missing", without_one(3), "has no descriptor at offset"),
@@ -425,7 +429,7 @@ LIES: Final = [
         (
             "everything described again",
             described_again,
-            r'tells of a section "\*/queues" of .*, which was not expected',
+            r'tells of a section "net2/stream-in-hand" of .*, which was not expected',
         ),
         ("a change that never comes", changed_without_setup, "SWITCHOVER came where SETUP was expected"),
         ("SWITCHOVER", first(Said(kind=FrameKind.SWITCHOVER)), "SWITCHOVER came where SETUP was expected"),
@@ -434,6 +438,31 @@ LIES: Final = [
             "no TAP",
             state_of(NET, "descriptors.queues[0]", made(null)),
             r"queues\[0\].* kind 'tap', what came is '/dev/null'",
+        ),
+        (
+            "no stream",
+            state_of(STREAM, "descriptors.connection", made(null)),
+            "kind 'socket', what came is '/dev/null'",
+        ),
+        (
+            "a listener for a stream",
+            state_of(STREAM, "descriptors.connection", that_of(STREAM, "descriptors", "listener", "fd")),
+            "kind 'socket', what came is 'listening-socket'",
+        ),
+        (
+            "a stream for a listener",
+            state_of(STREAM, "descriptors.listener.fd", made(connection)),
+            "kind 'listening-socket', what came is 'socket'",
+        ),
+        (
+            "no stream's listener",
+            state_of(STREAM, "descriptors.listener", None),
+            "netdev 'net2': server=on, and the source has no listening socket",
+        ),
+        (
+            "no memory for what is in hand",
+            state_of(STREAM, "descriptors.in_hand", made(eventfd)),
+            "kind 'memory', what came is 'anon_inode:\\[eventfd\\]'",
         ),
         (
             "no listener",
@@ -613,6 +642,12 @@ LIES: Final = [
             state_of(QUEUES, "waiting", byte_of_array(3, 60)),
             "a frame that waits for its guest is not in its file",
         ),
+        (
+            "more in hand than can be",
+            state_of(IN_HAND, "unsent", 1 << 20),
+            "netdev 'net2': 1048576 bytes are in hand, limit is 135168",
+        ),
+        ("in hand what is not in its file", state_of(IN_HAND, "read", 100), "netdev 'net2': what is in hand is not in"),
         ("the end mark missing", byte_at(-1, 7), "goes on with 0x7|unknown|0x07"),
         (
             "left out",
@@ -676,13 +711,27 @@ class Honest:
         self.objects = [
             *("--netdev", "tap,id=net0,ifname=tap0,queues=2"),
             *("--netdev", "tap,id=net1,ifname=tap1"),
+            *("--netdev", f"stream,id=net2,server=on,addr.path={site.folder}/net2.sock"),
             *("--device", f"virtio-net,id=nic0,netdev=net0,socket={site.socket},packed=on"),
             *("--device", f"virtio-net,id=nic1,netdev=net1,socket={site.folder}/nic1.sock"),
         ]
         self.source = site.source(*self.objects)
         site.attach(queue_pairs=2, packed=True)
         ends.enter_context(NetGuest(f"{site.folder}/nic1.sock")).attach()
+        self._ends = ends
+        self._connect_stream()
         self.sockets_before = self.sockets()
+
+    def _connect_stream(self) -> None:
+        """Sees to a peer of the stream. A source that took back ends the connection, and the peer comes again."""
+        if not self._has_peer():
+            peer = self._ends.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            peer.connect(f"{self.site.folder}/net2.sock")
+            while not self._has_peer():
+                pass
+
+    def _has_peer(self) -> bool:
+        return bool(self.source.execute("query-netdevs")[2]["connected"])
 
     def hear(self, lie: Lie) -> None:
         site, source = self.site, self.source
@@ -711,6 +760,7 @@ class Honest:
             assert re.search(lie.reason, reasons[side]), reasons
         stopped = [fact for fact in source.facts if fact["event"] == "RingsStopped" and fact["at_ns"] > begun_ns]
         assert lie.stops is None or bool(stopped) == lie.stops
+        self._connect_stream()
         assert self.held() == held
 
     def held(self) -> list[str]:
@@ -741,6 +791,50 @@ def test_no_lie_left_a_socket_behind(honest: Honest) -> None:
     assert honest.sockets() <= honest.sockets_before + 2
 
 
+def of_another_release(names: tuple[str, ...], _: object) -> tuple[str, ...]:
+    return tuple("tx_frames" if name == "tx_packets" else name for name in names)
+
+
+def test_a_release_that_counts_other_things_hands_over_what_both_know(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with new_site(tmp_path_factory) as site, ExitStack() as ends:
+        source = Honest(site, ends).source
+        before = counters_of(source)
+        assert before["rx-packets"] > 0
+        assert before["tx-packets"] > 0
+        tell = state_of(QUEUES_SETUP, "engines[0].counters", of_another_release)
+        info, destination = hand_over_told(site, source, FrameKind.SETUP, tell)
+        assert info["status"] == "completed", info
+        after = counters_of(destination)
+        assert after["rx-packets"] >= before["rx-packets"]
+        # It began at 0; the guest says a word by itself now and then, and was pinged ten times before.
+        assert after["tx-packets"] < before["tx-packets"]
+
+
+def counters_of(daemon: DaemonProcess) -> dict[str, int]:
+    """What was counted of the first NIC."""
+    device, _ = daemon.execute("query-devices")
+    pairs = [pair["counters"] for pair in device["queue-pairs"]]
+    return {name: sum(counters[name] for counters in pairs) for name in pairs[0]}
+
+
+def hand_over_told(
+    site: Site, source: DaemonProcess, kind: FrameKind, tell: Tell
+) -> tuple[dict[str, Any], DaemonProcess]:
+    """A handover in which one frame of the source's is another."""
+    with Liar(SOURCE, kind, tell) as liar:
+        number = liar.ours[DESTINATION].fileno()
+        destination = site.daemon(
+            *("--incoming", f"fd:{number}", "--migration-parameter", "local=on"), inherited=[number]
+        )
+        liar.ours[DESTINATION].close()
+        asyncio.run(give(source, liar.ours[SOURCE]))
+        liar.ours[SOURCE].close()
+        source.execute("migrate", uri="fd:channel")
+        return source.wait_migration(), destination
+
+
 def one_further(told: bytes, _: object) -> bytes:
     """The receive ring of the last queue pair, which is a split one."""
     *before, rx, tx = struct.unpack(f">{len(told) // 2}H", told)
@@ -753,16 +847,8 @@ def test_a_position_that_guest_memory_contradicts_is_told_by_both_sides(
     with new_site(tmp_path_factory) as site, ExitStack() as ends:
         source = Honest(site, ends).source
         pinger = site.pinger()
-        with Liar(SOURCE, FrameKind.SWITCHOVER, state_of(QUEUES, "positions", one_further)) as liar:
-            number = liar.ours[DESTINATION].fileno()
-            destination = site.daemon(
-                *("--incoming", f"fd:{number}", "--migration-parameter", "local=on"), inherited=[number]
-            )
-            liar.ours[DESTINATION].close()
-            asyncio.run(give(source, liar.ours[SOURCE]))
-            liar.ours[SOURCE].close()
-            source.execute("migrate", uri="fd:channel")
-            info = source.wait_migration()
+        tell = state_of(QUEUES, "positions", one_further)
+        info, destination = hand_over_told(site, source, FrameKind.SWITCHOVER, tell)
         report = pinger.stop()
         assert (info["status"], report.lost) == ("completed", 0), info
         told = re.compile(

@@ -160,7 +160,7 @@ def capture_rings(features: int) -> Iterator[tuple[str, bytes]]:
         undo.callback(pair.close)
         pair.configure(
             memory=side.memory.mapping,
-            tap_fd=tap.fileno(),
+            host=tap.fileno(),
             header_length=12,
             frame_length_max=1514,
             offloads=0x6F,

@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,15 @@ from tests.compat.writing import begun
 
 from localmig.cli.analyze import printable, show, to_json
 from localmig.device_api.device_state import DEVICE
-from localmig.device_api.queues_state import QUEUES, QUEUES_SETUP
+from localmig.device_api.queues_state import (
+    ENGINE_KINDS,
+    QUEUES,
+    QUEUES_SETUP,
+    Arriving,
+    QueuesState,
+    check_same_groups,
+    check_setup,
+)
 from localmig.devices.virtio_net.state import VIRTIO_NET
 from localmig.errors import ConfigError, PeerError
 from localmig.fd_kind import FdKind
@@ -45,7 +53,7 @@ from localmig.options import KINDS, Spec, parse_config, parse_incoming, parse_mo
 from localmig.options.specs import Fit, options_of
 from localmig.registry import Registry
 from localmig.vhost_user.description import SESSION
-from localmig.vhost_user.message import HEADER_SIZE, Header, ProtocolFeature, decode_reply
+from localmig.vhost_user.message import HEADER_SIZE, VRING_INDEX_MAX, Header, ProtocolFeature, decode_reply
 from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
 from localmig.virtio import Feature
 from localmig.vmstate import Blob, Description, Reader, check_descriptors, close_descriptors, load, save
@@ -271,11 +279,29 @@ def stream(data: bytes) -> None:
         _check_written_again(expected, sections, rings)
         incoming.description_again(description)
         sections += incoming.setup_again(setup)
+        if expected is _EXPECTED[0]:
+            _check_queues(sections, rings[0].state)
     except PeerError:
         pass
     finally:
         for section in sections:
             close_descriptors(section.description, section.state)
+
+
+def _check_queues(sections: Sequence[Section], queues: QueuesState) -> None:
+    """What a destination asks of the rings' numbers, if its own rings are those that came."""
+    setup = next(section.state for section in sections if section.description is QUEUES_SETUP)
+    check_setup(setup)
+    if max(setup.ring_counts, default=0) > VRING_INDEX_MAX + 1:
+        return  # no device here has so many
+    check_same_groups(setup, setup)
+    arriving = Arriving(setup)
+    arriving.check(queues)
+    counters = arriving.counters(queues.counters)
+    kinds = {kind.name: kind for kind in ENGINE_KINDS.values()}
+    groups = zip(setup.group_engines, setup.ring_counts, strict=True)
+    counted = ((kinds[setup.engines[engine].name], ring_count) for engine, ring_count in groups)
+    assert len(counters) == 8 * sum(len(kind.counters) * kind.counter_sets(rings) for kind, rings in counted)
 
 
 def _check_written_again(expected: Any, sections: list[Section], rings: list[Section]) -> None:

@@ -98,16 +98,23 @@ class Process:
         Raises:
             AssertionError: The process ended or the time passed without such a line.
         """
+        self.wait_count(text, 1, seconds_max=seconds_max)
+        return next(line for line in self._lines if text in line)
 
-        def found() -> str | None:
-            return next((line for line in self._lines if text in line), None)
-
+    def count(self, text: str) -> int:
+        """How many lines so far contain `text`."""
         with self._changed:
-            self._changed.wait_for(lambda: found() is not None or self._ended, timeout=seconds_max)
-            line = found()
+            return sum(text in line for line in self._lines)
+
+    def wait_count(self, text: str, count: int, *, seconds_max: float) -> None:
+        """Wait until so many lines contain `text`. AssertionError as `wait_for`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.count(text) >= count or self._ended, timeout=seconds_max)
+            said = self.count(text)
             state = "ended" if self._ended else f"ran {seconds_max} s"
-            assert line is not None, f"{self.log.name}: {state} without saying {text!r}: {self._lines[-5:]}"
-            return line
+            assert said >= count, (
+                f"{self.log.name}: {state} and said {text!r} {said} of {count} times: {self._lines[-5:]}"
+            )
 
     def wait(self, *, seconds_max: float) -> int:
         """The exit status, once the process has ended."""

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import select
+import subprocess
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -26,6 +27,9 @@ START_SECONDS_MAX: Final = 30
 
 HANDOVER_SECONDS_MAX: Final = 60
 """For `localmig upgrade` whole: a process started, a handover of milliseconds, a process ended."""
+
+ANSWER_SECONDS_MAX: Final = 30
+"""For a question to a daemon, by a Python process that is started for it; a busy machine takes seconds for it."""
 
 Result = TypeVar("Result")
 
@@ -80,6 +84,13 @@ class Service:
         # After the lines that showed progress, before those that are notes.
         report: dict[str, Any] = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
         return report
+
+    def nic(self) -> dict[str, Any]:
+        """What query-devices tells of its NIC."""
+        argv = [*LOCALMIG, "qmp", str(self.qmp), "query-devices"]
+        told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=ANSWER_SECONDS_MAX).stdout
+        nic: dict[str, Any] = json.loads(told)[0]
+        return nic
 
 
 def converse(conversation: Coroutine[Any, Any, Result]) -> Result:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from typing import Any, Final
+from typing import Final
 
 from tests.guest.lab import EchoTransfer, Lab
-from tests.guest.service import LOCALMIG, Service
+from tests.guest.service import Service
 
 from localmig.testing.qemu import vhost_user_netdev
 
 NOTE_SECONDS_MAX: Final = 30
 """For a guest that boots and brings its interface up, and for two looks."""
-
-
-def notes(service: Service) -> list[str]:
-    """What query-devices says about the NIC."""
-    argv = [*LOCALMIG, "qmp", str(service.qmp), "query-devices"]
-    told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=NOTE_SECONDS_MAX).stdout
-    device: dict[str, Any] = json.loads(told)[0]
-    return list(device["notes"])
 
 
 def test_memory_that_qemu_does_not_share_is_told_of(lab: Lab) -> None:
@@ -29,7 +19,7 @@ def test_memory_that_qemu_does_not_share_is_told_of(lab: Lab) -> None:
     lab.set_up("tap0")
     lab.boot_qemu(vhost_user_netdev(service.socket), shares_memory=False)
     daemon.wait_for('"DeviceNoted"', seconds_max=NOTE_SECONDS_MAX)
-    (note,) = notes(service)
+    (note,) = service.nic()["notes"]
     assert "share=on" in note
 
 
@@ -44,6 +34,6 @@ def test_more_queue_pairs_than_there_are_are_told_of_once(lab: Lab) -> None:
     with EchoTransfer(guest) as transfer:
         transfer.wait_progress(1_000_000)
         assert transfer.finish().intact
-    (note,) = notes(service)
+    (note,) = service.nic()["notes"]
     assert note.startswith("QEMU asks for 4 pairs, nic0 has 2")
     assert daemon.log.read_text().count('"DeviceNoted"') == 1

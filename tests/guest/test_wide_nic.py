@@ -214,3 +214,24 @@ def packets(lab: Lab) -> list[tuple[int, int]]:
     with lab.namespace.entered():
         stats = link("tap0")["stats64"]
     return [(stats[way]["packets"], stats[way]["bytes"]) for way in ("rx", "tx")]
+
+
+def test_a_guest_whose_control_queue_is_served_here_has_all_its_pairs(lab: Lab) -> None:
+    service = Service(lab)
+    service.start(*service.objects(netdev=f",queues={QUEUE_PAIRS}"))
+    lab.set_up("tap0")
+    guest = boot_uml(lab, service)
+    guest.wait_ready()
+    # It has one processor, and begins with as many pairs. The daemon answers a command once it has done it.
+    assert attached_queues(lab) == 1
+    for count in (2, 1, QUEUE_PAIRS):
+        guest.run(f"ethtool -L eth0 combined {count}")
+        assert attached_queues(lab) == count
+    with EchoTransfer(guest) as transfer:
+        transfer.wait_progress(500_000)
+        service.upgrade()
+        assert attached_queues(lab) == QUEUE_PAIRS
+        transfer.wait_progress(500_000)
+        assert transfer.finish().intact
+    guest.run("ethtool -L eth0 combined 1")
+    assert attached_queues(lab) == 1

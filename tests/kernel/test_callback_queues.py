@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.kernel.chain_guest import ANSWER_SIZE_MAX, CHAINS, PATIENCE_MS, ChainGuest
 
+from localmig import dataplane
 from localmig.dataplane import CHAIN_DATA_SIZE_MAX, CallbackQueues, Chain, InFlight
 
 
@@ -147,6 +149,62 @@ def test_a_successor_of_a_killed_process_serves_each_chain_once(undo: ExitStack,
         answers.append(answer)
     assert sorted(head for head, _ in answers) == list(range(CHAINS))
     assert {head for head, text in answers if text == b"after"} == {chain.head for chain in chains}
+
+
+def test_a_handover_carries_positions_failures_and_counters(undo: ExitStack) -> None:
+    guest = ChainGuest(undo, ring_count=3)
+    queues = served(guest)
+    for number in range(2 * CHAINS):
+        guest.offer(0, number % CHAINS, b"asked")
+        (chain,) = take_all(queues)
+        queues.complete(chain, b"answered")
+    guest.offer(1, 1, b"kept")
+    (kept,) = take_all(queues)
+    queues.fail(2, "it is broken")
+    assert dataplane.stop_all([queues]) == [True]
+    positions, failed, counters = dataplane.save_all([queues])
+    assert struct.unpack(">3H", positions) == (2 * CHAINS, 1, 0)
+    assert failed == b"\0\0\1"
+
+    rings = guest.rings()
+    successor = CallbackQueues(len(rings), guest.event_fd)
+    successor.configure(memory=guest.memory.mapping, rings=rings, event_index=False, indirect=True)
+    assert dataplane.check_positions([successor], positions) is None
+    dataplane.load_all([successor], positions, failed, counters)
+    assert dataplane.save_all([successor]) == (positions, failed, counters)
+    assert successor.counters() == queues.counters()
+    (began_ns,) = dataplane.start_all([successor])
+    assert began_ns is not None
+    assert dataplane.start_all([successor]) == [None]
+    assert (successor.take_corrections(), successor.take_ring_errors()) == ([], [])
+    (again,) = take_all(successor)
+    assert (again.ring, again.head, again.was_taken) == (1, kept.head, True)
+    successor.complete(again, b"answered")
+    assert guest.await_answer(1) == (1, b"answered")
+    with pytest.raises(RuntimeError, match="the rings run"):
+        dataplane.load_all([successor], positions, failed, counters)
+    dataplane.stop_all([successor])
+    dataplane.recover_all([successor])
+    assert dataplane.save_all([successor])[0] == struct.pack(">3H", 2 * CHAINS, 1, 0)
+
+
+def test_rings_that_are_not_laid_out_take_only_counters_and_a_wrong_number_of_any_is_refused(undo: ExitStack) -> None:
+    guest = ChainGuest(undo)
+    bare, queues = CallbackQueues(1, guest.event_fd), served(guest)
+    queues.stop()
+    engines = [bare, queues]
+    assert dataplane.check_positions(engines, bytes(4)) is None
+    queues.release()
+    # Nothing is laid out: it can go on anywhere, and its counters are taken.
+    dataplane.load_all(engines, b"\xff" * 4, b"\1\1", b"\0" * 79 + b"\1")
+    assert dataplane.save_all(engines) == (bytes(4), bytes(2), b"\0" * 79 + b"\1")
+    for positions, failed, counters, what in (
+        (bytes(3), bytes(2), bytes(80), "positions have 3 bytes, expected 4"),
+        (bytes(4), bytes(3), bytes(80), "failed rings have 3 bytes, expected 2"),
+        (bytes(4), bytes(2), bytes(72), "counters have 72 bytes, expected 80"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            dataplane.load_all(engines, positions, failed, counters)
 
 
 def test_a_guest_that_lies_fails_its_ring_and_everybody_hears(undo: ExitStack) -> None:

@@ -43,7 +43,7 @@ class Wire(GuestSide):
         device = QueuePair("device", self.event_fd)
         device.configure(
             memory=self.memory.mapping,
-            tap_fd=self.host_tap.fileno(),
+            host=self.host_tap.fileno(),
             header_length=header_length(self.features),
             frame_length_max=1518,
             offloads=0,

@@ -69,7 +69,7 @@ class Nic(GuestSide):
     def configure(self, pair: QueuePair, **changes: Any) -> None:
         settings: dict[str, Any] = {
             "memory": self.memory.mapping,
-            "tap_fd": self.tap.fileno(),
+            "host": self.tap.fileno(),
             "header_length": header_length(DRIVER_FEATURES),
             "frame_length_max": self.tap.frame_length_max,
             "offloads": 0,

@@ -313,7 +313,7 @@ def test_a_daemon_migrates_to_one_that_waits(machine: Machine) -> None:
     assert again.returncode == 1
     assert "rolled back" in again.stderr
     assert machine.status()["status"] == "running"
-    old.terminate()
+    assert old.wait(PATIENCE_S) == 0
 
 
 def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:
@@ -456,6 +456,39 @@ def test_an_interrupted_upgrade_is_rolled_back_and_a_hanging_new_daemon_is_ended
     assert "interrupted" in said
     assert not Path(f"/proc/{json.loads(report)['new-pid']}").exists()
     served_on(machine, old)
+
+
+def kill_upgrade(machine: Machine, at: str) -> None:
+    """Begins an upgrade and kills it when it says that."""
+    with subprocess.Popen(
+        [*LOCALMIG, "upgrade", str(machine.qmp)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as upgrade:
+        assert upgrade.stderr is not None
+        while at not in upgrade.stderr.readline():
+            assert upgrade.poll() is None
+        upgrade.kill()
+
+
+def test_an_upgrade_that_is_killed_in_the_middle_leaves_the_new_daemon_alone(machine: Machine) -> None:
+    old = machine.start()
+    kill_upgrade(machine, at="handover: ")
+    # Nobody is left to end it, and nobody could: the new one has its QMP socket.
+    assert old.wait(PATIENCE_S) == 0
+    facts = machine.status()
+    assert facts["pid"] != old.pid
+    assert facts["status"] == "running"
+
+
+def test_a_new_daemon_that_a_killed_upgrade_left_is_named_and_can_be_ended(machine: Machine) -> None:
+    old = machine.start()
+    left = machine.wait_at(f"unix:{machine.directory}/migrate.sock")
+    code, _, said = machine.upgrade()
+    assert code == 1
+    assert f"end it with 'kill {left.pid}'" in said
+    left.terminate()
+    assert left.wait(PATIENCE_S) == 0
+    code, report, said = machine.upgrade()
+    assert (code, report["old-pid"]) == (0, old.pid), said
 
 
 def test_a_terminal_that_is_closed_in_the_middle_stops_neither_the_upgrade_nor_a_daemon(machine: Machine) -> None:

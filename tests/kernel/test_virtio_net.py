@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.device_api import Queues, notes
 from localmig.device_api.device_state import DeviceState
 from localmig.devices.virtio_net import VirtioNet
@@ -37,7 +38,6 @@ from localmig.testing.frontend import (
 from localmig.testing.namespace import ip, link
 from localmig.trace import DeviceNoted, Event, InterfaceChanged, RingCorrected, RingFailed, SessionClosed, Tracer
 from localmig.vhost_user.message import ProtocolFeature, RegionDescription, Request, VringNumber, encode_request
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
 from localmig.virtio.net import LinkStatus, NetConfig, NetFeature, header_length
 
@@ -475,7 +475,7 @@ def test_too_many_queue_pairs_are_told_of_once_however_often_the_frontend_comes(
         for _ in range(3):
             with await beside(Frontend.connect, site.path) as qemu, OwnedFd(os.eventfd(0)) as call:
                 await beside(qemu.set_protocol_features, ProtocolFeature.MQ)
-                assert await beside(qemu.get_queue_num) == 4
+                assert await beside(qemu.get_queue_num) == 5
                 for index in range(8):
                     await beside(qemu.set_vring_call, index, call.fileno())
                 note = await site.note("QEMU asks for 4 pairs, nic0 has 2")

@@ -37,6 +37,7 @@ class ScriptedDaemon:
         self.sandbox = SandboxState(option="on", enabled=True, spawn=False)
         self.tracer = Tracer()
         self.run_state = run_state
+        self.has_handed_over = False
         self.parameters = Parameters(downtime_limit_ms=123, pause_before_switchover=True)
         self.status = "none"
         self.calls: list[str] = []

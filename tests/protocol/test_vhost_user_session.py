@@ -16,6 +16,7 @@ from typing import Self
 
 import pytest
 
+from localmig.contact import ConnectTo, ListenAt, Listener, ListenerState
 from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, ListeningSocket
@@ -41,7 +42,7 @@ from localmig.vhost_user.protocol import (
     Offer,
     SessionState,
 )
-from localmig.vhost_user.session import ConnectTo, Endpoint, ListenAt, Listener, ListenerState, Session
+from localmig.vhost_user.session import Endpoint, Session
 
 OFFER = Offer(features=1, vring_count=2)
 REGION = RegionDescription(guest_address=0, size=0x1000, user_address=0x10000, mmap_offset=0)
@@ -694,7 +695,7 @@ def test_a_vmm_whose_queue_is_full_is_tried_again(path: str) -> None:
 
 def test_without_reconnecting_a_vmm_must_be_there_and_is_served_once(path: str) -> None:
     async def scenario() -> None:
-        with pytest.raises(KernelError, match="let the VMM listen there first, or wait for it with reconnect-ms="):
+        with pytest.raises(KernelError, match="let the frontend listen there first, or wait for it with reconnect-ms="):
             connecting(path, Device(), reconnect_ms=0)
         device = Device()
         with Vmm(path) as vmm:

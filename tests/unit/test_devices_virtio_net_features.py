@@ -20,8 +20,17 @@ USO = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO6
 SETS = st.lists(st.sampled_from(list(OFFLOADS))).map(lambda some: reduce(or_, some, NetFeature(0)))
 
 
-def made(*, offloads: NetFeature = OFFLOADS, has_uso: bool = True, packed: bool = False) -> Offer:
-    return offer(queue_pair_count=1, offloads=offloads, has_uso=has_uso, has_mac=False, packed=packed)
+def made(
+    *, offloads: NetFeature = OFFLOADS, has_offloads: bool = True, has_uso: bool = True, packed: bool = False
+) -> Offer:
+    return offer(
+        queue_pair_count=1,
+        offloads=offloads,
+        has_offloads=has_offloads,
+        has_uso=has_uso,
+        has_mac=False,
+        packed=packed,
+    )
 
 
 @given(SETS)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from localmig.devices.virtio_net.options import OFFLOAD_NAMES, VirtioNetSpec
 from localmig.errors import ConfigError, PeerError
 from localmig.migration.hello import Origin
+from localmig.netdevs.macvtap_options import MacvtapSpec
+from localmig.netdevs.stream_options import StreamSpec
 from localmig.netdevs.tap_options import TapSpec
 from localmig.options import (
     MonitorSpec,
@@ -32,6 +34,8 @@ help_for = REGISTRY.help_for
 from_mapping = partial(REGISTRY.read_theirs, origin=Origin.own())
 
 TAP = TapSpec(id="net0", ifname="tap0", script="/etc/up", downscript="/etc/down", mtu=9000)
+MACVTAP = MacvtapSpec(id="net0", ifname="mt0", link="eth0", mode="vepa")
+STREAM = StreamSpec(id="net0", addr_path="/run/passt.sock", reconnect_ms=100)
 NIC = VirtioNetSpec(id="nic0", netdev="net0", socket="/run/nic0.sock", local_migration=False)
 
 
@@ -45,6 +49,13 @@ def parse_device(text: str) -> VirtioNetSpec:
     spec = REGISTRY.parse("device", text)
     assert isinstance(spec, VirtioNetSpec), spec
     return spec
+
+
+def test_a_stream_is_read_in_qemus_words_in_text_and_in_json() -> None:
+    text = "stream,id=net0,server=off,addr.type=unix,addr.path=/run/passt.sock,reconnect-ms=100"
+    assert REGISTRY.parse("netdev", text) == STREAM
+    nested = {"type": "stream", "id": "net0", "addr": {"type": "unix", "path": "/run/passt.sock"}, "reconnect-ms": 100}
+    assert REGISTRY.parse("netdev", json.dumps(nested)) == STREAM
 
 
 # -- text -----------------------------------------------------------------------------------------------------
@@ -87,10 +98,23 @@ def test_a_comma_at_the_end_is_no_option() -> None:
 
 
 NETDEV_ERRORS = {
-    "": "Parameter 'type' does not accept value '', one of: tap",
-    "id=net0": "Parameter 'type' is missing, one of: tap",
-    "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap",
-    "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap",
+    "": "Parameter 'type' does not accept value '', one of: tap, macvtap, stream",
+    "id=net0": "Parameter 'type' is missing, one of: tap, macvtap, stream",
+    "stream,id=a": "Parameter 'addr.path' is missing",
+    "stream,id=a,addr.type=inet,addr.path=/s": "Parameter 'addr.type' does not accept value 'inet', one of: unix",
+    "stream,id=a,addr.path=/s,server=on,reconnect-ms=1": (
+        "'reconnect-ms' option is incompatible with socket in server listen mode"
+    ),
+    '{"type": "stream", "id": "a", "addr": {"path": "/s", "host": "h"}}': (
+        "Parameter 'addr.host' is unexpected, stream has: id, addr.path, addr.type, server, reconnect-ms, mtu"
+    ),
+    "macvtap,id=a": "Parameter 'ifname' is missing",
+    "macvtap,id=a,ifname=mt0,mode=vepa": "mode= is invalid without link=: whoever made the interface chose its mode",
+    "macvtap,id=a,ifname=mt0,link=eth0,mode=source": (
+        "Parameter 'mode' does not accept value 'source', one of: bridge, vepa, private, passthru"
+    ),
+    "bridge,id=net0": "Parameter 'type' does not accept value 'bridge', one of: tap, macvtap, stream",
+    "virtio-net,id=net0": "Parameter 'type' does not accept value 'virtio-net', one of: tap, macvtap, stream",
     "tap": "Parameter 'id' is missing",
     "tap,id=net0,bogus=1": "Parameter 'bogus' is unexpected, tap has: "
     + ", ".join(each.name for each in options_of(TapSpec)),
@@ -245,12 +269,23 @@ def test_a_spec_made_in_python_is_checked_as_well() -> None:
 
 @pytest.mark.parametrize("text", ["help", "?"])
 def test_help_lists_the_types(text: str) -> None:
-    assert help_for("netdev", text) == "netdev types:\n  tap                         a TAP interface of this machine"
+    assert help_for("netdev", text) == (
+        "netdev types:\n"
+        "  tap                         a TAP interface of this machine\n"
+        "  macvtap                     a macvtap, a port of another device of this machine\n"
+        "  stream                      a UNIX stream socket, to passt or to QEMU's -netdev stream"
+    )
     assert "virtio-net" in (help_for("device", text) or "")
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "spec_type"), [("netdev", "tap", TapSpec), ("device", "virtio-net", VirtioNetSpec)]
+    ("kind", "name", "spec_type"),
+    [
+        ("netdev", "tap", TapSpec),
+        ("netdev", "stream", StreamSpec),
+        ("netdev", "macvtap", MacvtapSpec),
+        ("device", "virtio-net", VirtioNetSpec),
+    ],
 )
 def test_help_of_a_type_tells_each_option_once(kind: str, name: str, spec_type: type[Spec]) -> None:
     lines = (help_for(kind, f"{name},help") or "").splitlines()
@@ -299,7 +334,7 @@ def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
 @pytest.mark.parametrize(
     ("mapping", "error"),
     [
-        ({}, "netdev without id of the other side: Parameter 'type' is missing, one of: tap"),
+        ({}, "netdev without id of the other side: Parameter 'type' is missing, one of: tap, macvtap, stream"),
         ({"type": "tap", "id": ["x"]}, "netdev without id of the other side: Invalid parameter type for 'id'"),
         ({"type": "tap", "id": "n", "bogus": 1}, "netdev 'n' of the other side: Parameter 'bogus' is unexpected"),
         ({"type": "tap", "id": "n", "mtu": 1.5}, "netdev 'n' of the other side: Invalid parameter type for 'mtu'"),
@@ -324,10 +359,11 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=5,
 )
-NAMES = st.sampled_from([option.name for t in (TapSpec, VirtioNetSpec) for option in options_of(t)]) | st.text()
+TYPES: tuple[type[Spec], ...] = (TapSpec, MacvtapSpec, StreamSpec, VirtioNetSpec)
+NAMES = st.sampled_from([option.name for each in TYPES for option in options_of(each)]) | st.text()
 
 
-@given(st.sampled_from([TAP, NIC]), st.dictionaries(NAMES, JSON_VALUES, min_size=1, max_size=3))
+@given(st.sampled_from([TAP, MACVTAP, STREAM, NIC]), st.dictionaries(NAMES, JSON_VALUES, min_size=1, max_size=3))
 def test_whatever_a_mapping_holds_it_is_a_spec_or_a_peer_error(spec: Spec, spoiled: dict[str, Any]) -> None:
     try:
         result = from_mapping(spec.kind, to_mapping(spec) | spoiled)

@@ -66,12 +66,25 @@ def test_a_feature_without_the_one_it_requires_counts_for_nothing(features: int,
     assert without_orphans(features) == left
 
 
-@pytest.mark.parametrize("queue_pair_count", [1, 2])
+def test_a_nic_with_as_many_rings_as_vhost_user_can_name_has_no_control_queue() -> None:
+    offered = offer(
+        queue_pair_count=128, offloads=NetFeature(0), has_offloads=True, has_uso=False, has_mac=False, packed=False
+    )
+    assert offered.vring_count == 256
+    assert not offered.features & (NetFeature.CTRL_VQ | NetFeature.GUEST_ANNOUNCE)
+
+
+@pytest.mark.parametrize("queue_pair_count", [1, 2, 127])
 def test_queues_are_counted_for_the_frontend_where_there_are_several_pairs(queue_pair_count: int) -> None:
     offered = offer(
-        queue_pair_count=queue_pair_count, offloads=NetFeature(0), has_uso=False, has_mac=False, packed=False
+        queue_pair_count=queue_pair_count,
+        offloads=NetFeature(0),
+        has_offloads=True,
+        has_uso=False,
+        has_mac=False,
+        packed=False,
     )
-    assert offered.vring_count == 2 * queue_pair_count
+    assert offered.vring_count == 2 * queue_pair_count + 1
     assert (ProtocolFeature.MQ in offered.protocol_features) == (queue_pair_count > 1)
     assert bool(offered.features & NetFeature.MQ) == (queue_pair_count > 1)
     assert offered.features >> 27 & 1, "ANY_LAYOUT"

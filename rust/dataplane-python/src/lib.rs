@@ -13,6 +13,7 @@ mod ledger;
 mod memory;
 mod queue_pair;
 mod sandbox;
+mod stream;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -20,6 +21,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CALLBACK_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::CallbackCounters::NAMES)?)?;
     module.add("CHAIN_DATA_SIZE_MAX", dataplane::callback::DATA_SIZE_MAX)?;
     module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
+    module.add("STREAM_IN_HAND_MAX", dataplane::stream::STREAM_IN_HAND_MAX)?;
     module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
     module.add_class::<callback::CallbackQueues>()?;
     module.add_class::<callback::Chain>()?;
@@ -29,6 +31,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::GuestMemory>()?;
     module.add_class::<queue_pair::QueuePair>()?;
     module.add_class::<queue_pair::Ring>()?;
+    module.add_class::<stream::FrameStream>()?;
     module.add_function(wrap_pyfunction!(queue_pair::swap_memory, module)?)?;
     module.add_function(wrap_pyfunction!(engines::check_positions, module)?)?;
     module.add_function(wrap_pyfunction!(engines::load_all, module)?)?;

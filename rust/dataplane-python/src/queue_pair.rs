@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::queue_pair::Error;
-use dataplane::{Config, Counters, Format, Offloads, Positions, RingSpec, Side};
+use dataplane::{Config, Counters, Format, HostSide, Offloads, Positions, RingSpec, Side};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::ledger::{InFlight, Ledger};
 use crate::memory::GuestMemory;
+use crate::stream::FrameStream;
 
 /// Where one virtqueue is.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
@@ -41,6 +42,22 @@ impl Ring {
         let ledger = ledger.map(|(ledger, ring)| ledger.slot(ring)).transpose()?;
         let in_flight = in_flight.map(|(in_flight, ring)| in_flight.slot(ring)).transpose()?;
         Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger, in_flight } })
+    }
+}
+
+/// A TAP's descriptor, or a stream.
+#[derive(FromPyObject)]
+pub enum Host<'py> {
+    Tap(RawFd),
+    Stream(PyRef<'py, FrameStream>),
+}
+
+impl Host<'_> {
+    fn inner(&self) -> HostSide {
+        match self {
+            Self::Tap(fd) => HostSide::Tap(*fd),
+            Self::Stream(stream) => HostSide::Stream(Arc::clone(&stream.inner)),
+        }
     }
 }
 
@@ -76,14 +93,14 @@ impl QueuePair {
             .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))
     }
 
-    #[pyo3(signature = (*, memory, tap_fd, header_length, frame_length_max, offloads, event_index, indirect, mergeable,
+    #[pyo3(signature = (*, memory, host, header_length, frame_length_max, offloads, event_index, indirect, mergeable,
                         rx, tx, packed=false))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn configure(
         &self,
         py: Python<'_>,
         memory: &GuestMemory,
-        tap_fd: RawFd,
+        host: Host<'_>,
         header_length: usize,
         frame_length_max: u32,
         offloads: u8,
@@ -96,7 +113,7 @@ impl QueuePair {
     ) -> PyResult<()> {
         let config = Config {
             memory: Arc::clone(&memory.inner),
-            tap_fd,
+            host: host.inner(),
             header_length,
             frame_length_max: frame_length_max as usize,
             offloads: Offloads(offloads),

@@ -21,7 +21,7 @@ use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::QueuePair;
 use dataplane::split::SplitRing;
 use dataplane::sys::signal;
-use dataplane::{Config, Format, RingSpec};
+use dataplane::{Config, Format, HostSide, RingSpec};
 
 const SIZE: u16 = 256;
 const HEADER: usize = 12;
@@ -146,7 +146,7 @@ fn stop_under_load() {
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {
         memory: Arc::clone(&memory),
-        tap_fd: tap.as_raw_fd(),
+        host: HostSide::Tap(tap.as_raw_fd()),
         header_length: 12,
         frame_length_max: 1514,
         offloads: ALL_OFFLOADS,
@@ -210,7 +210,7 @@ fn receiving(frame_length: usize, frame_length_max: usize, rounds: u32) {
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {
         memory: Arc::clone(&memory),
-        tap_fd: tap.as_raw_fd(),
+        host: HostSide::Tap(tap.as_raw_fd()),
         header_length: 12,
         frame_length_max,
         offloads: ALL_OFFLOADS,

@@ -20,7 +20,7 @@ const SPACE: usize = FRAME_SIZE_MAX + 1;
 
 /// How long a frame waits before it is dropped. A Linux driver that is short of memory tries again after half a second.
 /// But one with a small ring posts more only after it has received something, and would wait for us as we for it.
-const WAIT_MAX: Duration = Duration::from_secs(10);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Frames that are read out and dropped for a driver that begins. A TAP's queue has a thousand by default (txqueuelen); one
 /// that is filled as fast as it is read out must come to an end.

@@ -1,7 +1,7 @@
 //! The packet path: a vhost in miniature, without Python.
 //!
 //! Given guest memory, ring addresses, starting positions and descriptors it runs one thread a queue pair, which
-//! moves packets between a TAP and the guest's rings; or it hands out the chains of other devices' rings, which somebody
+//! moves packets between a TAP or a stream and the guest's rings; or it hands out the chains of other devices' rings, which somebody
 //! else answers. `stop` gives the positions back.
 //!
 //! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
@@ -26,6 +26,7 @@ mod pump;
 pub mod queue_pair;
 mod ring;
 pub mod split;
+pub mod stream;
 pub mod sys;
 mod tap;
 mod window;
@@ -39,6 +40,6 @@ mod common;
 
 pub use backlog::FRAME_SIZE_MAX;
 pub use counters::{CallbackCounters, Counters, DriverCounters};
-pub use pump::{Config, Correction, Positions, RingSpec, Side};
+pub use pump::{Config, Correction, HostSide, Positions, RingSpec, Side};
 pub use ring::Format;
 pub use window::Offloads;

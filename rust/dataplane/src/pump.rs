@@ -1,11 +1,12 @@
-//! Moving packets between a TAP and two rings, a bounded batch at a time.
+//! Moving packets between a TAP or a stream and two rings, a bounded batch at a time.
 //!
 //! Owns:        receiving into the guest's buffers, transmitting from them, what is waited for when neither can go on.
 //! Never sees:  threads and locks, and when to stop but for a flag it looks at between packets.
-//! Read next:   `window` and `backlog`, for what is received; `queue_pair`, the thread that calls this.
+//! Read next:   `window` and `backlog`, for what is received; `tap` and `stream`, for where it comes from; `queue_pair`, the
+//!              thread that calls this.
 //!
 //! The TAP reads and writes guest memory. A read from it cannot be undone: a frame that was read is delivered before
-//! anything else happens, or waits in the backlog.
+//! anything else happens, or waits in the backlog. What is read of a stream waits there.
 
 use std::fmt;
 use std::io;
@@ -22,9 +23,12 @@ use crate::in_flight;
 use crate::ledger::Slot;
 use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
+use crate::stream::{self, Stream};
 use crate::sys;
 use crate::tap::{NoFrame, Read, Tap};
-use crate::window::{Framing, Offloads, Room, Window, HEADER_LENGTH_WITH_BUFFERS, NUM_BUFFERS_OFFSET};
+use crate::window::{
+    asks_for_offload, Framing, Offloads, Room, Window, HEADER_LENGTH_WITH_BUFFERS, NUM_BUFFERS_OFFSET,
+};
 
 /// What one direction may move before the other gets its turn. The packet that reaches the limit of bytes is moved whole.
 #[derive(Clone, Copy, Debug)]
@@ -85,15 +89,23 @@ pub struct RingSpec {
     pub in_flight: Option<in_flight::Slot>,
 }
 
+/// Where the frames come from that a guest receives, and where those go that it sends.
+#[derive(Clone, Debug)]
+pub enum HostSide {
+    /// A TAP: borrowed, in non-blocking mode, with a vnet header of `Config::header_length`.
+    Tap(RawFd),
+    /// A stream, on which frames have no header. What asks for an offload is dropped.
+    Stream(Arc<Stream>),
+}
+
 /// All there is to know to run a pair.
 #[derive(Debug)]
 pub struct Config {
     pub memory: Arc<GuestMemory>,
-    /// Borrowed, in non-blocking mode, with a vnet header of `header_length`.
-    pub tap_fd: RawFd,
+    pub host: HostSide,
     /// The virtio-net header's length, 10 or 12.
     pub header_length: usize,
-    /// The longest frame the TAP is expected to deliver, without the header.
+    /// The longest frame a TAP is expected to deliver, and the longest one that is sent on a stream, without the header.
     pub frame_length_max: usize,
     /// What the driver takes over from whoever sends to it. Frames that ask for more are dropped.
     pub offloads: Offloads,
@@ -126,8 +138,8 @@ enum Wait {
     Nothing,
     /// The guest: buffers to receive into, or packets to send.
     Guest,
-    /// The TAP: a frame, or room for one.
-    Tap,
+    /// The host's side: a frame, or room for one.
+    Host,
     /// It cannot go on.
     Forever,
 }
@@ -251,6 +263,112 @@ impl Notifiers {
     }
 }
 
+/// A `HostSide` in use.
+#[derive(Debug)]
+enum Host {
+    Tap(Tap),
+    Stream { stream: Arc<Stream>, frame_length_max: usize },
+}
+
+impl Host {
+    fn new(config: &Config) -> Self {
+        match &config.host {
+            HostSide::Tap(fd) => Self::Tap(Tap::new(*fd)),
+            HostSide::Stream(stream) => {
+                Self::Stream { stream: Arc::clone(stream), frame_length_max: config.frame_length_max }
+            }
+        }
+    }
+
+    fn begin(&mut self) {
+        if let Self::Stream { stream, .. } = self {
+            stream.hand().begin();
+        }
+    }
+
+    /// Whether nothing will come from it, and nothing goes to it.
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Tap(tap) => tap.is_gone(),
+            Self::Stream { stream, .. } => stream.ended().is_some(),
+        }
+    }
+
+    /// Sends what was begun. False where not all of it went out.
+    fn flush(&mut self) -> bool {
+        match self {
+            Self::Tap(_) => true,
+            Self::Stream { stream, .. } => {
+                let mut hand = stream.hand();
+                // Any other error is the next frame's.
+                hand.has_unsent()
+                    .then(|| stream.flush(&mut hand))
+                    .is_none_or(|sent| !sent.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+            }
+        }
+    }
+
+    /// Whether something that was begun waits for room.
+    fn has_unsent(&self) -> bool {
+        match self {
+            Self::Tap(_) => false,
+            Self::Stream { stream, .. } => !stream.is_over() && stream.hand().has_unsent(),
+        }
+    }
+
+    /// Sends a frame of `length` bytes, its header included.
+    ///
+    /// # Errors
+    /// As `Tap::write` and `Stream::send`.
+    ///
+    /// # Safety
+    /// Each buffer is mapped for the time of the call.
+    #[inline]
+    unsafe fn write(&mut self, buffers: &[libc::iovec], header_length: usize, length: u64) -> io::Result<()> {
+        match self {
+            // SAFETY: the caller's.
+            Self::Tap(tap) => unsafe { tap.write(buffers) }.map(drop),
+            Self::Stream { .. } if asks_for_offload(buffers) => {
+                Err(io::Error::from_raw_os_error(libc::EINVAL))
+            }
+            // SAFETY: the caller's.
+            Self::Stream { stream, frame_length_max } => unsafe {
+                stream.send(buffers, header_length, length, *frame_length_max)
+            },
+        }
+    }
+
+    /// How much longer it is left alone; None if it is not.
+    fn pause(&mut self) -> Option<Duration> {
+        match self {
+            Self::Tap(tap) => tap.pause(),
+            Self::Stream { .. } => None,
+        }
+    }
+
+    fn watch(&mut self, events: libc::c_short) -> libc::pollfd {
+        match self {
+            Self::Tap(tap) => tap.watch(events),
+            Self::Stream { stream, .. } => stream.watch(events),
+        }
+    }
+
+    /// Takes note that it polls as if it were gone.
+    fn look(&mut self) {
+        if let Self::Tap(tap) = self {
+            tap.look_for_interface();
+        }
+    }
+
+    /// How much longer a frame may wait for buffers; None if none does.
+    fn patience(&self, backlog: &Backlog) -> Option<Duration> {
+        match self {
+            Self::Tap(_) => backlog.patience(),
+            Self::Stream { stream, .. } => stream.hand().patience(),
+        }
+    }
+}
+
 /// How a pair sleeps; None for ever.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sleep {
@@ -259,16 +377,16 @@ pub(crate) struct Sleep {
 
 /// The descriptors a pair sleeps on, in this order.
 pub(crate) const WATCHED: usize = 3;
-const WATCH_TAP: usize = 0;
+const WATCH_HOST: usize = 0;
 const WATCH_RX_KICK: usize = 1;
 const WATCH_TX_KICK: usize = 2;
 
 /// A configured pair. Its memory stays mapped as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Pump {
-    tap: Tap,
-    /// The TAP was asked by poll(2) since it was read, and has no frame.
-    tap_is_empty: bool,
+    host: Host,
+    /// It was asked by poll(2) since it was read, and has no frame.
+    host_is_empty: bool,
     header_length: usize,
     rx: Option<RingEnd>,
     tx: Option<RingEnd>,
@@ -284,7 +402,7 @@ pub(crate) struct Pump {
 unsafe impl Send for Pump {}
 
 impl Pump {
-    /// Checks the configuration and touches neither the TAP nor guest memory.
+    /// Checks the configuration and touches neither the host's side nor guest memory.
     ///
     /// # Errors
     /// A text that says what is wrong.
@@ -305,8 +423,8 @@ impl Pump {
             offloads: config.offloads,
         };
         Ok(Self {
-            tap: Tap::new(config.tap_fd),
-            tap_is_empty: false,
+            host: Host::new(config),
+            host_is_empty: false,
             header_length: config.header_length,
             rx: end(Side::Rx, &config.rx)?,
             tx: end(Side::Tx, &config.tx)?,
@@ -319,7 +437,8 @@ impl Pump {
 
     /// Makes both rings ready to run from their positions. Gives those that began elsewhere than they were told.
     pub(crate) fn begin(&mut self) -> Vec<Correction> {
-        self.tap_is_empty = false;
+        self.host_is_empty = false;
+        self.host.begin();
         let mut corrections = Vec::new();
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             match end.begin() {
@@ -439,9 +558,9 @@ impl Pump {
         }
     }
 
-    /// Whether the interface of the TAP is gone, as the kernel confirmed.
-    pub(crate) fn interface_gone(&self) -> bool {
-        self.tap.is_gone()
+    /// Whether the interface of the TAP is gone, as the kernel confirmed, or the stream has ended.
+    pub(crate) fn host_gone(&self) -> bool {
+        self.host.is_gone()
     }
 
     pub(crate) fn take_failures(&mut self) -> Vec<(Side, String)> {
@@ -488,6 +607,10 @@ impl Pump {
         let buffers = &mut self.outgoing;
         tx.ring.disarm();
         tx.wait = Wait::Nothing;
+        if !self.host.flush() {
+            tx.wait = Wait::Host;
+            return;
+        }
         let mut bytes = 0;
         for _ in 0..budget.packets {
             if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
@@ -507,15 +630,15 @@ impl Pump {
                 }
             };
             // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
-            let sent = unsafe { self.tap.write(buffers) };
+            let sent = unsafe { self.host.write(buffers, self.header_length, chain.length) };
             match sent {
-                Ok(_) => {
+                Ok(()) => {
                     counters.tx_packets.add(1);
                     counters.tx_bytes.add(chain.length - self.header_length as u64);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     tx.ring.untake(1, chain.slots);
-                    tx.wait = Wait::Tap;
+                    tx.wait = Wait::Host;
                     break;
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
@@ -530,11 +653,14 @@ impl Pump {
             tx.ring.complete(&chain, 0);
             tx.ring.publish();
         }
+        if tx.wait == Wait::Guest && self.host.has_unsent() {
+            tx.wait = Wait::Host;
+        }
         tx.call_if_due(counters);
     }
 
     fn receive(&mut self, budget: Budget, backlog: &mut Backlog, stop: &AtomicBool, counters: &LiveCounters) {
-        let is_empty = std::mem::take(&mut self.tap_is_empty);
+        let is_empty = std::mem::take(&mut self.host_is_empty);
         let Some(rx) = self.rx.as_mut().filter(|end| !end.failed && !is_empty) else { return };
         rx.ring.disarm();
         rx.wait = Wait::Nothing;
@@ -543,7 +669,12 @@ impl Pump {
             if bytes >= budget.bytes || stop.load(Ordering::Relaxed) {
                 break;
             }
-            match receive_one(&mut rx.ring, &mut self.window, &mut self.tap, backlog, counters) {
+            let (ring, window) = (&mut rx.ring, &mut self.window);
+            let received = match &mut self.host {
+                Host::Tap(tap) => receive_one(ring, window, tap, backlog, counters),
+                Host::Stream { stream, .. } => receive_from_stream(ring, window, stream, backlog, counters),
+            };
+            match received {
                 Ok(length) => bytes += length,
                 Err(Halt::Wait(wait)) => {
                     rx.wait = wait;
@@ -565,15 +696,15 @@ impl Pump {
     /// Says what to sleep on, and for how long at most. None if there is work after all.
     pub(crate) fn watch(&mut self, fds: &mut [libc::pollfd], backlog: &Backlog) -> Option<Sleep> {
         fds.fill(libc::pollfd { fd: -1, events: 0, revents: 0 });
-        let mut tap_events = 0;
+        let mut host_events = 0;
         let mut idle = true;
         let ends =
             [(&mut self.rx, WATCH_RX_KICK, libc::POLLIN), (&mut self.tx, WATCH_TX_KICK, libc::POLLOUT)];
-        for (end, kick, tap_event) in ends {
+        for (end, kick, host_event) in ends {
             let Some(end) = end else { continue };
             match end.wait {
                 Wait::Nothing => idle = false,
-                Wait::Tap => tap_events |= tap_event,
+                Wait::Host => host_events |= host_event,
                 Wait::Forever => {}
                 Wait::Guest => match end.ring.arm() {
                     Ok(more) => {
@@ -585,22 +716,22 @@ impl Pump {
                 },
             }
         }
-        fds[WATCH_TAP] = self.tap.watch(tap_events);
+        fds[WATCH_HOST] = self.host.watch(host_events);
         let waits = self.rx.as_ref().is_some_and(|rx| rx.wait == Wait::Guest);
-        let patience = backlog.patience().filter(|_| waits);
-        let longest = [self.tap.pause(), patience].into_iter().flatten().min();
+        let patience = self.host.patience(backlog).filter(|_| waits);
+        let longest = [self.host.pause(), patience].into_iter().flatten().min();
         idle.then_some(Sleep { longest })
     }
 
     /// Takes note of what ended the sleep.
     pub(crate) fn woken(&mut self, fds: &[libc::pollfd], counters: &LiveCounters) {
-        let tap = fds[WATCH_TAP];
-        if tap.revents & libc::POLLIN == 0
-            && tap.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0
+        let host = fds[WATCH_HOST];
+        if host.revents & libc::POLLIN == 0
+            && host.revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0
         {
-            self.tap.look_for_interface();
+            self.host.look();
         }
-        self.tap_is_empty = tap.events & !tap.revents & libc::POLLIN != 0;
+        self.host_is_empty = host.events & !host.revents & libc::POLLIN != 0;
         for (end, kick) in [(&mut self.rx, WATCH_RX_KICK), (&mut self.tx, WATCH_TX_KICK)] {
             let Some(end) = end.as_mut().filter(|_| fds[kick].revents != 0) else { continue };
             match sys::drain(end.kick_fd) {
@@ -617,10 +748,10 @@ pub(crate) fn explain(error: RingError, memory: &GuestMemory) -> RingError {
     memory.lost().map_or(error, RingError::MemoryLost)
 }
 
-/// Which counter counts a packet that the TAP did not take.
+/// Which counter counts a packet that the host's side did not take.
 fn dropped<'a>(error: &io::Error, counters: &'a LiveCounters) -> &'a Counter {
     match error.raw_os_error() {
-        // Down (EIO), detached or gone (EBADFD).
+        // Down (EIO), detached or gone (EBADFD); a stream that nobody reads (ENODEV).
         Some(libc::EIO | libc::EBADFD | libc::ENODEV | libc::ENXIO | libc::ENETDOWN) => {
             &counters.tx_dropped_interface
         }
@@ -681,11 +812,65 @@ fn receive_one(
     Ok(length)
 }
 
+/// Receives one frame of a stream, or drops one; gives the bytes that were moved.
+#[inline]
+fn receive_from_stream(
+    ring: &mut Ring,
+    window: &mut Window,
+    stream: &Stream,
+    backlog: &mut Backlog,
+    counters: &LiveCounters,
+) -> Result<u64, Halt> {
+    let mut hand = stream.hand();
+    let is_stale = backlog.is_stale();
+    if !is_stale {
+        // Read only for a guest that has buffers: what it has not is the socket's to keep.
+        window.gather(ring, 1)?;
+        if window.is_empty() {
+            return Err(Halt::Wait(Wait::Guest));
+        }
+    }
+    let frame = match stream.next_frame(&mut hand) {
+        Ok(frame) => frame,
+        // All that waited is out; what a peer that is still to come sends is for the driver that is there.
+        Err(_) if is_stale => {
+            backlog.end_stale();
+            return Ok(0);
+        }
+        Err(stream::NoFrame::Empty) => return Err(Halt::Wait(Wait::Host)),
+        Err(stream::NoFrame::Ended) => return Err(Halt::Wait(Wait::Forever)),
+    };
+    let header_length = window.framing().header_length;
+    let length = (header_length + frame.len()) as u64;
+    let dropped = if is_stale {
+        backlog.note_stale();
+        Some(&counters.rx_dropped_stale)
+    } else if frame.len() < stream::FRAME_LENGTH_MIN {
+        Some(&counters.rx_dropped_length)
+    } else {
+        match window.gather(ring, length)? {
+            Room::Enough => None,
+            Room::NotYet if hand.waits() => return Err(Halt::Wait(Wait::Guest)),
+            _ => Some(&counters.rx_dropped_length),
+        }
+    };
+    if let Some(counter) = dropped {
+        counter.add(1);
+    } else {
+        // All zero is a header that asks for nothing.
+        window.fill(0, &[0; HEADER_LENGTH_WITH_BUFFERS][..header_length]);
+        window.fill(header_length, hand.bytes(frame.clone()));
+        deliver(ring, window, length, counters);
+    }
+    hand.pass(&frame);
+    Ok(length)
+}
+
 /// What comes of a read without a frame.
 #[cold]
 fn no_frame(reason: NoFrame, counters: &LiveCounters) -> Result<u64, Halt> {
     match reason {
-        NoFrame::Empty => Err(Halt::Wait(Wait::Tap)),
+        NoFrame::Empty => Err(Halt::Wait(Wait::Host)),
         NoFrame::Gone => Err(Halt::Wait(Wait::Forever)),
         NoFrame::Fault => Err(Halt::Fault),
         NoFrame::Dropped => {

@@ -177,7 +177,7 @@ impl QueuePair {
         Ok(state)
     }
 
-    /// Sets all there is to know; touches neither the TAP nor guest memory.
+    /// Sets all there is to know; touches neither the host's side nor guest memory.
     ///
     /// # Errors
     /// The pair runs, or the configuration is wrong. Nothing changed.
@@ -351,7 +351,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Whether the TAP's interface was found to be gone since the pair was configured.
+    /// Whether the TAP's interface was found to be gone, or the stream to have ended, since the pair was configured.
     #[must_use]
     pub fn interface_gone(&self) -> bool {
         self.shared.interface_gone.load(Ordering::Relaxed)
@@ -572,7 +572,7 @@ impl Shared {
         let (rx, tx) = pump.failed();
         let failed = if rx { RX_FAILED } else { 0 } | if tx { TX_FAILED } else { 0 };
         self.failed.store(failed, Ordering::Relaxed);
-        if pump.interface_gone() && !self.interface_gone.swap(true, Ordering::Relaxed) {
+        if pump.host_gone() && !self.interface_gone.swap(true, Ordering::Relaxed) {
             sys::signal(self.event_fd);
         }
         self.report(pump.take_failures());
@@ -628,7 +628,7 @@ mod tests {
     use super::*;
     use crate::chain::Features;
     use crate::common::{await_rung, eventfd, memory, send, wire, Queue, ALL_OFFLOADS, MEMORY_START, WRITE};
-    use crate::pump::RingSpec;
+    use crate::pump::{HostSide, RingSpec};
     use crate::ring::Format;
 
     const BUFFER: u64 = MEMORY_START + 0x10_0000;
@@ -679,7 +679,7 @@ mod tests {
             };
             let config = Config {
                 memory: Arc::clone(&self.queues[0].memory),
-                tap_fd: self.tap.as_raw_fd(),
+                host: HostSide::Tap(self.tap.as_raw_fd()),
                 header_length: 12,
                 frame_length_max: 1514,
                 offloads: ALL_OFFLOADS,

@@ -143,6 +143,50 @@ pub(crate) unsafe fn writev(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<u6
     unsafe { vectored(libc::SYS_write, libc::SYS_writev, fd, buffers) }
 }
 
+/// Reads what a socket has, without waiting; gives how much, 0 at its end. Descriptors that a peer sends along are dropped.
+///
+/// # Errors
+/// As recv(2), but never EINTR.
+pub(crate) fn receive(fd: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // SAFETY: the buffer is valid for writing during the call.
+        let done = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
+        match usize::try_from(done) {
+            Ok(length) => return Ok(length),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// Sends from `buffers` what a socket takes without waiting; gives how much.
+///
+/// # Errors
+/// As sendmsg(2), but never EINTR.
+///
+/// # Safety
+/// Each buffer is mapped for the time of the call.
+pub(crate) unsafe fn send(fd: RawFd, buffers: &[libc::iovec]) -> io::Result<usize> {
+    loop {
+        // SAFETY: the message is zeros but for the buffers, which the caller answers for; they are only read.
+        let done = unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = buffers.as_ptr().cast_mut();
+            message.msg_iovlen = buffers.len() as _;
+            libc::sendmsg(fd, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+        };
+        match usize::try_from(done) {
+            Ok(length) => return Ok(length),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
 /// One system call for each frame, and not by libc's functions of these names: those may be cancelled by
 /// pthread_cancel(3), which nobody does here, and prepare for it each time, which costs a sixth of a small packet. The
 /// kernel has less to do for one buffer where it is not given as a vector.

@@ -24,6 +24,9 @@ pub(crate) const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
 /// Where in that header `num_buffers` stands.
 pub(crate) const NUM_BUFFERS_OFFSET: usize = 10;
 
+/// The flag of a header whose frame has no checksum yet (virtio 1.2, section 5.1.6).
+const NEEDS_CSUM: u8 = 1;
+
 /// After each frame the window shrinks by this part of what the frame did not need. To copy a frame costs as much as
 /// hundreds of superfluous buffers, so one large frame in a hundred keeps the window wide.
 const SHRINK: u64 = 64;
@@ -233,7 +236,6 @@ impl Window {
 
     /// Whether the driver took what the header of the frame here asks of it. One that took no checksums is told of none.
     pub(crate) fn admit(&self) -> bool {
-        const NEEDS_CSUM: u8 = 1;
         let offloads = self.framing.offloads;
         let [flags, gso_type] = read_start(self.buffers());
         if !offloads.has(Offloads::CSUM) && flags != 0 {
@@ -273,6 +275,12 @@ impl Window {
             None => length,
         };
     }
+}
+
+/// Whether the header at the beginning of `buffers` wants something done to its frame.
+pub(crate) fn asks_for_offload(buffers: &[libc::iovec]) -> bool {
+    let [flags, gso_type] = read_start(buffers);
+    flags & NEEDS_CSUM != 0 || gso_type != 0
 }
 
 /// The first two bytes of a frame, which may lie in two buffers.

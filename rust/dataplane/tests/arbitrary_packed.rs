@@ -21,7 +21,7 @@ use dataplane::ledger::{Ledger, Slot};
 use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::{Error, QueuePair};
-use dataplane::{Config, Format, Positions};
+use dataplane::{Config, Format, HostSide, Positions};
 use proptest::prelude::*;
 use walk::{
     direction, memory, walk_packed, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
@@ -236,7 +236,7 @@ proptest! {
         };
         let config = Config {
             memory: Arc::clone(&memory),
-            tap_fd: ends.tap.as_raw_fd(),
+            host: HostSide::Tap(ends.tap.as_raw_fd()),
             header_length: HEADER,
             frame_length_max: 1514,
             offloads: common::ALL_OFFLOADS,

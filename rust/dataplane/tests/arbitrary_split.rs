@@ -21,7 +21,7 @@ use dataplane::chain::Layout;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::split::SplitRing;
-use dataplane::{Config, Format, Positions};
+use dataplane::{Config, Format, HostSide, Positions};
 use proptest::prelude::*;
 use walk::{
     direction, memory, walk_split, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
@@ -170,7 +170,7 @@ proptest! {
             scene.send_frames(&ends);
             let config = Config {
                 memory: Arc::clone(&memory),
-                tap_fd: ends.tap.as_raw_fd(),
+                host: HostSide::Tap(ends.tap.as_raw_fd()),
                 header_length: HEADER,
                 frame_length_max: 1514,
                 offloads: common::ALL_OFFLOADS,

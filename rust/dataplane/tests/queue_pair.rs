@@ -16,7 +16,7 @@ use dataplane::chain::Features;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{swap_memory, Error, QueuePair};
 use dataplane::sys::{drain, signal};
-use dataplane::{Config, Correction, Counters, Format, Positions, RingSpec, Side};
+use dataplane::{Config, Correction, Counters, Format, HostSide, Positions, RingSpec, Side};
 
 const SIZE: u16 = 64;
 const HEADER: usize = 12;
@@ -92,7 +92,7 @@ impl Bench {
     fn config(&self) -> Config {
         Config {
             memory: Arc::clone(&self.memory),
-            tap_fd: self.tap.as_raw_fd(),
+            host: HostSide::Tap(self.tap.as_raw_fd()),
             header_length: HEADER,
             frame_length_max: 1514,
             offloads: ALL_OFFLOADS,
@@ -381,7 +381,7 @@ fn chains_are_used_in_the_order_they_came_also_those_of_packets_that_are_dropped
     for head in heads {
         bench.offer_tx(head, &[0; 60]);
     }
-    bench.start_with(|config| config.tap_fd = broken.as_raw_fd());
+    bench.start_with(|config| config.host = HostSide::Tap(broken.as_raw_fd()));
     for head in heads {
         assert_eq!(bench.tx.await_used().0, head);
     }
@@ -730,7 +730,7 @@ fn reads_that_always_fail_are_counted_and_do_not_spin() {
     // It always polls as readable, and no read of it succeeds.
     let unreadable = std::fs::File::options().write(true).open("/dev/null").unwrap();
     bench.offer_rx(0, BUFFER_SIZE);
-    bench.start_with(|config| config.tap_fd = unreadable.as_raw_fd());
+    bench.start_with(|config| config.host = HostSide::Tap(unreadable.as_raw_fd()));
     assert_sleeps("unreadable");
     assert!(bench.pair.counters().rx_dropped_error >= 64);
     bench.offer_tx(0, b"frame");

@@ -16,7 +16,7 @@ use dataplane::memory::GuestMemory;
 use dataplane::packed::Position;
 use dataplane::queue_pair::QueuePair;
 use dataplane::sys::{drain, signal};
-use dataplane::{Config, Format, Offloads, Positions, RingSpec};
+use dataplane::{Config, Format, HostSide, Offloads, Positions, RingSpec};
 
 const HEADER: usize = 12;
 const TX_RING: u64 = MEMORY_START + 0x1_0000;
@@ -88,7 +88,7 @@ impl Guest {
         let start = (format == Format::Packed).then_some(Position::START.bits());
         Config {
             memory: Arc::clone(&self.memory),
-            tap_fd: self.tap.as_raw_fd(),
+            host: HostSide::Tap(self.tap.as_raw_fd()),
             header_length: HEADER,
             frame_length_max: TSO_LENGTH,
             offloads: ALL_OFFLOADS,

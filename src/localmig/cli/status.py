@@ -209,7 +209,7 @@ def _netdev(facts: Facts, device: Facts) -> str:
     netdev = _netdev_of(facts, device)
     if netdev is None:
         return str(device.get("netdev", ""))
-    gone = ", gone" if netdev.get("interface") == "gone" else ""
+    gone = ", gone" if netdev.get("interface") == "gone" or netdev.get("connected") is False else ""
     return f"{netdev['id']} ({netdev.get('ifname', netdev['type'] if netdev.get('open') else 'closed')}{gone})"
 
 

@@ -141,6 +141,7 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         old_process = _process_of(old)
         resources.callback(old_process.close)
         settings = await _check_old(old)
+        await _check_alone(path + INCOMING_SUFFIX)
         security = await old.execute("query-security")
         address = resources.enter_context(_handover_socket(path))
         successor = _start(arguments, path, address, settings, security, old)
@@ -184,6 +185,22 @@ async def _check_old(old: Client) -> Settings:
             f"do this as user id {old.uid}"
         )
     return await read_settings(old)
+
+
+async def _check_alone(path: str) -> None:
+    """Raises ConfigError where another new daemon waits for this handover, at `path`."""
+    if not is_listening(path):
+        return
+    try:
+        other = await connect(path)
+    except LocalmigError:
+        return  # the new daemon says what has its path
+    pid = other.pid
+    await other.close()
+    raise ConfigError(
+        f"daemon {pid} waits at '{path}' to take over: another 'localmig upgrade' started it; if none runs any more, "
+        f"end it with 'kill {pid}' and try again"
+    )
 
 
 @contextmanager

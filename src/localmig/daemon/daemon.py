@@ -109,6 +109,11 @@ class Daemon:
         """Whether this daemon serves the guest."""
         return self._run_state
 
+    @property
+    def has_handed_over(self) -> bool:
+        """Whether another daemon has all that this one served, beyond doubt."""
+        return self._run_state is RunState.POSTMIGRATE and not self._parts
+
     async def start(self) -> None:
         """Opens everything and serves, or waits for a source. Privileges are given up once TAPs are open.
 

@@ -14,9 +14,11 @@ __all__ = [
     "COUNTER_NAMES",
     "DRIVER_COUNTER_NAMES",
     "FRAME_SIZE_MAX",
+    "STREAM_IN_HAND_MAX",
     "CallbackQueues",
     "Chain",
     "DriverPair",
+    "FrameStream",
     "GuestMemory",
     "InFlight",
     "Ledger",
@@ -51,6 +53,7 @@ DRIVER_COUNTER_NAMES: Final[tuple[str, ...]]
 """What each number of `DriverPair.counters` is: the fields of `dataplane.DriverCounters`."""
 
 FRAME_SIZE_MAX: Final[int]
+STREAM_IN_HAND_MAX: Final[int]
 """Bytes of the longest frame that a TAP delivers, with its virtio-net header."""
 
 @final
@@ -193,6 +196,41 @@ class Ring:
     ) -> Ring: ...
 
 @final
+class FrameStream:
+    """Frames on a stream socket, each behind its length (4 bytes, the most significant first), for a queue pair.
+
+    What was read and not delivered, and what is unsent of a frame that was begun, is in hand here, whatever queue pair
+    runs on it. It ends for good when the peer left and all that it sent was taken, and when the peer announces a frame
+    of 0 or more than 65553 bytes.
+
+    Args:
+        fd: a borrowed, connected socket, which nobody else reads or writes; None: nobody is connected.
+    """
+
+    def __new__(cls, fd: int | None = None) -> FrameStream: ...
+    def ended(self) -> str | None:
+        """Why it ended, None while it goes on."""
+
+    def end(self, reason: str) -> None:
+        """Ends it here: nothing more is read or sent. The socket is not touched."""
+
+    def inject(self, frame: bytes) -> None:
+        """Sends a frame between two of the guest's; what a full socket does not take is sent later.
+
+        Raises:
+            OSError: nobody is connected (ENOTCONN), or too much is unsent (ENOBUFS).
+        """
+
+    def save(self, file: int) -> tuple[int, int]:
+        """Writes what is in hand into a borrowed file, for `load`. OSError where it cannot be written.
+
+        Gives (bytes read, bytes unsent), each at most `STREAM_IN_HAND_MAX`; exact once no queue pair runs on it.
+        """
+
+    def load(self, file: int, read: int, unsent: int) -> None:
+        """Takes in hand what another process saved, in the place of anything else. OSError where it cannot be read."""
+
+@final
 class QueuePair:
     """One queue pair of a NIC and its thread, which runs without the GIL.
 
@@ -205,7 +243,7 @@ class QueuePair:
     Args:
         name: the thread's name, cut to 15 bytes.
         event_fd: a borrowed eventfd, signalled when there is a ring error or a correction to take, and when the TAP's
-            interface is found to be gone.
+            interface is found to be gone, or the stream to have ended.
     """
 
     def __new__(cls, name: str, event_fd: int) -> QueuePair: ...
@@ -213,7 +251,7 @@ class QueuePair:
         self,
         *,
         memory: GuestMemory,
-        tap_fd: int,
+        host: int | FrameStream,
         header_length: int,
         frame_length_max: int,
         offloads: int,
@@ -224,10 +262,12 @@ class QueuePair:
         tx: Ring | None,
         packed: bool = False,
     ) -> None:
-        """Sets all there is to know; None is a ring that does not run. Touches neither the TAP nor guest memory.
+        """Sets all there is to know; None is a ring that does not run. Touches neither `host` nor guest memory.
 
+        `host` is where frames come from and go to: the borrowed descriptor of a TAP, or a stream.
         `header_length` is the virtio-net header's, 10 or 12 bytes, and the TAP's vnet header has the same;
-        `frame_length_max` is the longest frame the TAP is expected to deliver, without that header. `offloads` are the
+        `frame_length_max` is the longest frame that a TAP is expected to deliver, and the longest that is sent on a
+        stream, without that header. `offloads` are the
         bits (TUN_F_…, linux/if_tun.h) of what the driver takes over from who sends to it: a frame that asks for more is
         dropped and counted. `packed` is the rings' format.
 
@@ -269,7 +309,7 @@ class QueuePair:
         """Whether each ring, rx first, stopped for good since it was configured; exact while stopped."""
 
     def interface_gone(self) -> bool:
-        """Whether the TAP's interface was deleted since the pair was configured, as the kernel confirmed.
+        """Whether the TAP's interface was deleted, as the kernel confirmed, or the stream ended, since `configure`.
 
         No ring has failed by that: what the guest sends is counted as dropped, and nothing is received any more.
         """

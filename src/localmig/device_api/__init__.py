@@ -11,7 +11,7 @@ from __future__ import annotations
 from localmig.device_api.callback_device import CallbackDevice, callback_members
 from localmig.device_api.callback_group import CallbackGroup, Chain
 from localmig.device_api.device_info import DeviceInfo, device_members
-from localmig.device_api.netdev import Framing, Netdev, NetdevObserver, Offload
+from localmig.device_api.netdev import Netdev, NetdevObserver, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.device_api.part import Announces, Part, RunsPrograms
 from localmig.device_api.queues import Queues
@@ -52,7 +52,6 @@ __all__ = [
     "DeviceSpec",
     "FilePath",
     "Fit",
-    "Framing",
     "Identifier",
     "KernelError",
     "Layout",

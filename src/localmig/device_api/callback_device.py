@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.dataplane import CallbackCounters
 from localmig.device_api.callback_group import CallbackGroup, Chain
 from localmig.device_api.callback_thread import CALLBACK_SECONDS_MAX, CallbackThread
@@ -25,7 +26,6 @@ from localmig.qapi import Array, Member, Struct, Uint64
 from localmig.trace import Tracer
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import Feature
 
 FEATURES: Final = Feature.VERSION_1 | Feature.ANY_LAYOUT | Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from localmig.contact import LISTENER, ListenerState
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
-from localmig.vhost_user.description import LISTENER, SESSION
+from localmig.vhost_user.description import SESSION
 from localmig.vhost_user.message import CONFIG_SIZE_MAX
 from localmig.vhost_user.protocol import SessionState
-from localmig.vhost_user.session import ListenerState
 from localmig.vmstate import Description, array, blob, fd, optional, struct, u64
 
 SESSION_COUNT_MAX: Final = 8

@@ -1,6 +1,6 @@
 """The host side of a NIC as the NIC sees it: where frames come from and go to, and what may be set of it.
 
-Owns:        Netdev, NetdevObserver; Framing and Offload, the words between the two sides of a NIC.
+Owns:        Netdev, NetdevObserver; Offload, a word between the two sides of a NIC.
 Never sees:  a TAP, a socket, a ring.
 Read next:   part.py for the rest of a netdev's life; netdevs/tap.py for a whole example.
 """
@@ -8,22 +8,14 @@ Read next:   part.py for the rest of a netdev's life; netdevs/tap.py for a whole
 from __future__ import annotations
 
 from abc import abstractmethod
-from enum import IntFlag, StrEnum
+from enum import IntFlag
 from typing import ClassVar, Final, Protocol
 
+from localmig.dataplane import FrameStream
 from localmig.device_api.part import Part
 
 QUEUE_COUNT_MAX: Final = 128
 """Queues of a netdev: vhost-user has 8 bits for the number of a vring, and a queue pair has two."""
-
-
-class Framing(StrEnum):
-    """How frames stand in what a netdev's descriptors read and write; the packet path knows these."""
-
-    TAP = "tap"
-    """A frame for each call, a vnet header in front of it (Linux, tun.rst)."""
-    STREAM = "stream"
-    """A byte stream: 4 bytes of length, most significant first, then the frame (QEMU's `-netdev stream`)."""
 
 
 class Offload(IntFlag):
@@ -48,20 +40,22 @@ class NetdevObserver(Protocol):
 
 
 class Netdev(Part, Protocol):
-    """The host side of a NIC. What follows `fileno` may be asked only while it is open, else StateError.
+    """The host side of a NIC. What follows `host` may be asked only while it is open, else StateError.
 
     What is set may be set only by the process that serves. A netdev that has no such thing keeps what stands here.
 
     Attributes:
-        framing: how frames stand in what its descriptors read and write.
+        has_offloads: whether checksums and segmentation can be left to whoever is at its ends.
         queue_count: how many queues it has, open or not: a queue pair of the NIC for each.
         observer: who reads and writes the frames, None where nobody does.
+        mac_told: the guest's Ethernet address, empty where it is not known; for a note.
         mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
     """
 
-    framing: ClassVar[Framing]
+    has_offloads: ClassVar[bool] = True
     queue_count: int
     observer: NetdevObserver | None = None
+    mac_told: bytes = b""
     mtu_told: int = 0
 
     # -- at any time --------------------------------------------------------------------------------------------
@@ -107,8 +101,8 @@ class Netdev(Part, Protocol):
     # -- while it is open ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fileno(self, queue: int = 0) -> int:
-        """The descriptor of a queue, lent."""
+    def host(self, queue: int = 0) -> int | FrameStream:
+        """What a queue pair reads and writes: the descriptor of a TAP's queue, lent, or a stream."""
 
     @property
     @abstractmethod
@@ -118,7 +112,7 @@ class Netdev(Part, Protocol):
     @property
     @abstractmethod
     def frame_length_max(self) -> int:
-        """Bytes of the longest frame it delivers, with a VLAN tag, without what `framing` puts in front."""
+        """Bytes of the longest frame it delivers, with a VLAN tag, without what stands in front of it."""
 
     @property
     def offloads(self) -> Offload:

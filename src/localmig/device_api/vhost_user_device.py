@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from localmig import trace
+from localmig.contact import ConnectTo, Contact, ListenAt
 from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
 from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.device_info import DeviceInfo
@@ -62,7 +63,7 @@ from localmig.vhost_user.protocol import (
     check_servable,
     check_state,
 )
-from localmig.vhost_user.session import ConnectTo, Contact, Endpoint, ListenAt
+from localmig.vhost_user.session import Endpoint
 from localmig.virtio import packed_ring, split_ring
 from localmig.vmstate import Description
 
@@ -218,6 +219,10 @@ class VhostUserDevice(Part):
         """Goes on with a checked state. Called again where it changed in the source."""
         raise NotImplementedError
 
+    def keeps_chains(self) -> bool:
+        """Whether Python code serves rings of this session, and may keep what it takes of them."""
+        return bool(self.callback_groups)
+
     def ring_name(self, vring: int) -> str:
         """What a ring is called when people are told of it."""
         return f"vring {vring}"
@@ -238,6 +243,12 @@ class VhostUserDevice(Part):
     def is_serving(self) -> bool:
         """Whether rings may run."""
         return self._queues.serving
+
+    @property
+    def offer_made(self) -> Offer:
+        """What sessions are offered here while it is open."""
+        assert self._endpoint is not None, self.id
+        return self._endpoint.offer
 
     @property
     def session_state(self) -> SessionState | None:
@@ -354,6 +365,8 @@ class VhostUserDevice(Part):
         for group in self._groups:
             # Not `failed()`: what it knows and nobody has reported yet has no reason to tell either.
             for index, position in zip(group.vrings, group.positions(), strict=True):
+                if not self.offer_made.has(index, state.features_acked):
+                    continue
                 vring = state.vrings[index]
                 yield VringInfo(
                     index=index,
@@ -653,7 +666,7 @@ class VhostUserDevice(Part):
         try:
             if state.is_packed and self._ledger_file is None:
                 self._ledger_file = OwnedFd(Ledger.create(len(state.vrings)))
-            if self.callback_groups and self._in_flight_file is None:
+            if self.keeps_chains() and self._in_flight_file is None:
                 self._in_flight_file = OwnedFd(InFlight.create(len(state.vrings)))
         except OSError as error:
             raise KernelError(f"cannot make a memory file: {error.strerror}", errno=error.errno or 0) from error

@@ -11,11 +11,11 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.device_api.objects import BuildContext
 from localmig.errors import ConfigError
 from localmig.options.specs import DeviceSpec, Fit, Spec, option
 from localmig.options.values import FileMode, GroupName, Number, SocketPath, Switch
-from localmig.vhost_user.session import ConnectTo, ListenAt
 
 RECONNECT_MS_MAX: Final = 60_000
 """Longest pause between two attempts to connect: a VMM that came back is not left waiting for longer."""

@@ -144,6 +144,7 @@ class QmpServer:
             session = self._clients.pop(connection, None)
             if session is not None:
                 session.close()
+            self._end_if_unreachable()
 
     def _admit(self, connection: Connection) -> None:
         """Raises PeerError where this client may not, or one more may not, be served."""
@@ -190,6 +191,8 @@ class QmpServer:
         if isinstance(fact, trace.RunStateChanged) and fact.state in (RunState.RUNNING, RunState.PAUSED):
             # Before anybody hears of it: who hears RESUME finds this daemon at the path.
             self._claim()
+        if isinstance(fact, trace.RunStateChanged) and fact.state is RunState.POSTMIGRATE:
+            asyncio.get_running_loop().call_soon(self._end_if_unreachable)
         event = self._event_source.translate(fact, at_s=time.time(), migration_events=self._daemon.parameters.events)
         if event is not None:
             if not self._events:
@@ -215,6 +218,15 @@ class QmpServer:
             self._listening.claim()
         except KernelError as error:
             _log.error("QMP stays where it is: %s", error)
+
+    def _end_if_unreachable(self) -> None:
+        """Ends a daemon that serves nothing and that nobody can ask any more, because its successor has its path.
+
+        The program that drove the handover may have been killed before it could.
+        """
+        if self._daemon.has_handed_over and not self._clients and self._listening.is_displaced:
+            _log.info("another daemon has the guest and '%s', and the last client left", self._listening.path)
+            self._daemon.quit()
 
     def _broadcast(self, event: Event) -> None:
         for connection, session in list(self._clients.items()):

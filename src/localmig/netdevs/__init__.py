@@ -1,6 +1,6 @@
 """netdevs: the host side of a NIC.
 
-Owns:        TAP interfaces: opening, configuring, handing over.
+Owns:        TAPs, macvtaps and streams of frames: opening, configuring, handing over.
 Never sees:  rings, vhost-user, which device is on the other side.
-Read next:   tap.py.
+Read next:   tap.py, macvtap.py, stream.py.
 """

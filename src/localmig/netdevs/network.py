@@ -127,6 +127,18 @@ class Network:
         """Makes an interface a port of the bridge `master`, and of no other."""
         self._exchange(rtnetlink.set_master(self._next_sequence(), ifindex, master))
 
+    def take_all_multicast(self, ifindex: int) -> None:
+        """Has an interface take in frames to every group."""
+        self._exchange(rtnetlink.take_all_multicast(self._next_sequence(), ifindex))
+
+    def add_macvtap(self, name: str, lower: int, mode: str) -> None:
+        """Makes a macvtap on the device `lower`, in one of `rtnetlink.MACVTAP_MODES`."""
+        self._exchange(rtnetlink.add_macvtap(self._next_sequence(), name, lower, mode))
+
+    def remove(self, ifindex: int) -> None:
+        """Deletes an interface."""
+        self._exchange(rtnetlink.remove(self._next_sequence(), ifindex))
+
     def _next_sequence(self) -> int:
         self._sequence = self._sequence % 0xFFFFFFFF + 1  # 0 is an event's
         return self._sequence

@@ -30,6 +30,11 @@ class Wanted:
     bridge: str | None
     guest_carrier: bool
 
+    def command_to_make(self, ifname: str) -> str:
+        """What makes the interface `ifname`, for this process's user."""
+        made = " multi_queue" if self.queue_count > 1 else ""
+        return f"ip tuntap add dev {ifname or 'NAME'} mode tap vnet_hdr{made} user {os.geteuid()}"
+
 
 @dataclass(kw_only=True, slots=True)
 class OpenTap:
@@ -52,6 +57,8 @@ class OpenTap:
         has_carrier: whether this program lets it have a carrier.
         sees_carrier: whether it has one.
         is_gone: whether its descriptors have no interface any more.
+        address: its Ethernet address, as it was seen last; empty where it never was.
+        has_all_multicast: whether it takes in frames to every group, as far as that was seen.
         refusal: why the interface that was made again under its name is not attached, "" where there is none.
     """
 
@@ -74,6 +81,8 @@ class OpenTap:
     bridge_ifindex: int = 0
     sees_carrier: bool = True
     is_gone: bool = False
+    address: bytes = b""
+    has_all_multicast: bool = True
     refusal: str = ""
 
     @property
@@ -92,6 +101,7 @@ class OpenTap:
             return
         self.ifname, self.ifindex, self.mtu, self.is_up = link.name, link.ifindex, link.mtu, link.is_up
         self.sees_carrier = link.has_carrier
+        self.address, self.has_all_multicast = link.address, link.has_all_multicast
         if link.master and (bridge := self.network.link(ifindex=link.master)) is not None:
             self.bridge, self.bridge_ifindex = bridge.name, bridge.ifindex
 
@@ -156,11 +166,5 @@ class OpenTap:
         renamed = "" if name == self.ifname else f" (it was '{name}' when it was opened)"
         return (
             f"'{self.ifname}'{renamed} was deleted: make it again and it is attached by itself: "
-            f"{command_to_make(name, wanted.queue_count)} && ip link set {name} up"
+            f"{wanted.command_to_make(name)} && ip link set {name} up"
         )
-
-
-def command_to_make(ifname: str, queue_count: int) -> str:
-    """What makes the interface `ifname`, for this process's user."""
-    made = " multi_queue" if queue_count > 1 else ""
-    return f"ip tuntap add dev {ifname or 'NAME'} mode tap vnet_hdr{made} user {os.geteuid()}"

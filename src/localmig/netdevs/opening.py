@@ -20,7 +20,7 @@ from localmig.errors import ConfigError, KernelError, LocalmigError
 from localmig.fds import OwnedFd, close_all
 from localmig.netdevs import tun
 from localmig.netdevs.network import Network
-from localmig.netdevs.opened import OpenTap, Wanted, command_to_make
+from localmig.netdevs.opened import OpenTap, Wanted
 from localmig.netdevs.rtnetlink import Link
 from localmig.netdevs.script import NO_SCRIPT
 from localmig.netdevs.state import USO, VNET_HEADER_LENGTHS
@@ -62,7 +62,7 @@ class Opener:
         flags = Flag.TAP | Flag.NO_PI | Flag.VNET_HDR
         if self._wanted.queue_count > 1 or (found is not None and found.multi_queue):
             flags |= Flag.MULTI_QUEUE
-        advice = _open_advice(ifname, found, self._wanted.queue_count)
+        advice = _open_advice(ifname, found, self._wanted)
         with contextlib.ExitStack() as undo:
             queues: list[OwnedFd] = []
             undo.callback(lambda: close_all(queues))
@@ -306,15 +306,15 @@ def kernel_errors(
         raise KernelError(f"netdev '{id}': {what}: {reason}", errno=number) from error
 
 
-def _open_advice(ifname: str, found: Link | None, queue_count: int) -> dict[int, str]:
+def _open_advice(ifname: str, found: Link | None, wanted: Wanted) -> dict[int, str]:
     """What to do about each error of TUNSETIFF; `found` is what is called so already."""
-    command = command_to_make(ifname, queue_count)
+    command = wanted.command_to_make(ifname)
     if found is None:
         forbidden = f"run with CAP_NET_ADMIN, or have it made beforehand: {command}"
     else:
         owner = "others" if found.owner is None else f"user {found.owner}"
         forbidden = f"it is for {owner}, and this is user {os.geteuid()}: ip link del {ifname} && {command}"
-    wrong = ", or one made without multi_queue, which queues=2 and more need" if queue_count > 1 else ""
+    wrong = ", or one made without multi_queue, which queues=2 and more need" if wanted.queue_count > 1 else ""
     return {
         errno.EBUSY: "another process has it open; stop that process or name another interface "
         f"(to find it: grep -lsw {ifname} /proc/[0-9]*/fdinfo/*)",

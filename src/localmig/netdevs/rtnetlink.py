@@ -24,14 +24,19 @@ _RTM_GETLINK: Final = 18
 _RTM_SETLINK: Final = 19
 _NLM_F_REQUEST: Final = 1
 _NLM_F_ACK: Final = 4
+_NLM_F_EXCL: Final = 0x200
+_NLM_F_CREATE: Final = 0x400
 _IFF_UP: Final = 0x1
+_IFF_ALLMULTI: Final = 0x200
 _IFLA_ADDRESS: Final = 1
 _IFLA_IFNAME: Final = 3
 _IFLA_MTU: Final = 4
+_IFLA_LINK: Final = 5
 _IFLA_MASTER: Final = 10
 _IFLA_LINKINFO: Final = 18
 _IFLA_EXT_MASK: Final = 29
 _IFLA_CARRIER: Final = 33
+_IFLA_MACVLAN_MODE: Final = 1
 _IFLA_INFO_KIND: Final = 1
 _IFLA_INFO_DATA: Final = 2
 _IFLA_TUN_OWNER: Final = 1
@@ -39,6 +44,9 @@ _IFLA_TUN_MULTI_QUEUE: Final = 7
 _IFLA_TUN_NUM_QUEUES: Final = 8
 _IFLA_TUN_NUM_DISABLED_QUEUES: Final = 9
 _RTEXT_FILTER_SKIP_STATS: Final = 8
+
+MACVTAP_MODES: Final = {"bridge": 4, "vepa": 2, "private": 1, "passthru": 8}
+"""What a macvtap may send to others on its lower device (MACVLAN_MODE_…, linux/if_link.h)."""
 
 _HEADER: Final = struct.Struct("=IHHII")
 _LINK_HEADER: Final = struct.Struct("=BxHiII")
@@ -66,6 +74,8 @@ class Link:
         owner: of a TUN or TAP, the id of the user that may open it, None for anyone.
         multi_queue: of a TUN or TAP, whether it was made for several queues.
         queue_count: of a TUN or TAP for several queues, how many any process has open.
+        lower: ifindex of the device that it sends and receives by, as a macvtap does, 0 where there is none.
+        has_all_multicast: whether it takes in frames to every group.
     """
 
     ifindex: int
@@ -79,6 +89,8 @@ class Link:
     owner: int | None
     multi_queue: bool
     queue_count: int
+    lower: int = 0
+    has_all_multicast: bool = False
 
 
 # -- requests -------------------------------------------------------------------------------------------------
@@ -105,6 +117,29 @@ def bring_up(sequence: int, ifindex: int) -> bytes:
 def set_master(sequence: int, ifindex: int, master: int) -> bytes:
     """Makes an interface a port of the bridge `master`, and of no other."""
     return _set(sequence, ifindex, _attribute(_IFLA_MASTER, struct.pack("=I", master)))
+
+
+def take_all_multicast(sequence: int, ifindex: int) -> bytes:
+    """Has an interface take in frames to every group."""
+    return _set(sequence, ifindex, flags=_IFF_ALLMULTI)
+
+
+def add_macvtap(sequence: int, name: str, lower: int, mode: str) -> bytes:
+    """Makes a macvtap of that name on the device `lower`; an interface of that name is an error."""
+    data = _attribute(_IFLA_MACVLAN_MODE, struct.pack("=I", MACVTAP_MODES[mode]))
+    info = _attribute(_IFLA_INFO_KIND, b"macvtap\0") + _attribute(_IFLA_INFO_DATA, data)
+    attributes = (
+        _attribute(_IFLA_LINK, struct.pack("=I", lower))
+        + _attribute(_IFLA_IFNAME, name.encode(errors="surrogateescape") + b"\0")
+        + _attribute(_IFLA_LINKINFO, info)
+    )
+    flags = _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL
+    return _request(RTM_NEWLINK, flags, sequence, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attributes)
+
+
+def remove(sequence: int, ifindex: int) -> bytes:
+    """Deletes an interface."""
+    return _request(RTM_DELLINK, _NLM_F_ACK, sequence, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0))
 
 
 def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int = 0) -> bytes:
@@ -176,6 +211,8 @@ def decode_link(payload: bytes) -> Link:
         owner=_number(tun[_IFLA_TUN_OWNER]) if _IFLA_TUN_OWNER in tun else None,
         multi_queue=bool(_number(tun.get(_IFLA_TUN_MULTI_QUEUE, b""))),
         queue_count=sum(_number(tun.get(each, b"")) for each in (_IFLA_TUN_NUM_QUEUES, _IFLA_TUN_NUM_DISABLED_QUEUES)),
+        lower=_number(found.get(_IFLA_LINK, b"")),
+        has_all_multicast=bool(flags & _IFF_ALLMULTI),
     )
 
 

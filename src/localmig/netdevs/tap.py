@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from localmig.device_api import Framing, Netdev, Offload
+from localmig.device_api import Netdev, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
@@ -79,7 +79,6 @@ class Tap(Netdev):
 
     """
 
-    framing = Framing.TAP
     setup = TAP
 
     def __init__(
@@ -150,6 +149,10 @@ class Tap(Netdev):
     def fileno(self, queue: int = 0) -> int:
         """The descriptor of a queue, lent. StateError if the TAP is not open, as for all that follows."""
         return self._opened().queues[queue].fileno()
+
+    def host(self, queue: int = 0) -> int:
+        """As `fileno`."""
+        return self.fileno(queue)
 
     @property
     def ifname(self) -> str:
@@ -382,7 +385,7 @@ class Tap(Netdev):
             bridge=tap.bridge or None,
             vnet_header_length=tap.vnet_header_length,
             offloads=tap.offloads,
-            notes=tuple(tap.notes(self._wanted, mtu_told=self.mtu_told)),
+            notes=tuple(self._notes(tap)),
         )
 
     # -- source --------------------------------------------------------------------------------------------
@@ -565,10 +568,17 @@ class Tap(Netdev):
         if descriptors.downscript != NO_SCRIPT and not Path(descriptors.downscript).is_absolute():
             raise PeerError(f"netdev '{self.id}': downscript '{descriptors.downscript}' is no absolute path")
 
+    def _opener(self, network: Network) -> Opener:
+        return Opener(self._wanted, network)
+
+    def _notes(self, tap: OpenTap) -> Iterator[str]:
+        """What is so and should perhaps not be."""
+        return tap.notes(self._wanted, mtu_told=self.mtu_told)
+
     def _open_by_name(self, ifname: str) -> OpenTap:
         """Opens the TAP and runs the script; an empty name lets the kernel choose one."""
         with self._in_network_here() as network:
-            tap = Opener(self._wanted, network).open_anew(ifname)
+            tap = self._opener(network).open_anew(ifname)
             tap.downscript = self._downscript
             try:
                 run_script(self._script, tap.ifname)
@@ -579,7 +589,7 @@ class Tap(Netdev):
 
     def _take_inherited(self) -> OpenTap:
         with self._in_network_here() as network:
-            tap = Opener(self._wanted, network).take_inherited()
+            tap = self._opener(network).take_inherited()
             tap.downscript = self._downscript
             return tap
 
@@ -622,14 +632,14 @@ class Tap(Netdev):
 
     def _see(self, tap: OpenTap) -> None:
         """Notes what the interface is now. Raises OSError where the kernel does not say."""
-        known = set(tap.notes(self._wanted, mtu_told=self.mtu_told))
+        known = set(self._notes(tap))
         found = tun.interface(tap.queues[0].fileno())
         tap.is_gone = found is None
         if found is None:
             tap.ifindex, tap.bridge_ifindex, tap.bridge = 0, 0, ""
         else:
             tap.see(found[0], find(tap.network, tap.queues[0], found[0], tap.ifindex))
-        for note in tap.notes(self._wanted, mtu_told=self.mtu_told):
+        for note in self._notes(tap):
             if note not in known:
                 _logger.warning("netdev '%s': %s", self.id, note)
 
@@ -648,7 +658,7 @@ class Tap(Netdev):
             tap.refusal = "it is in another network namespace than this daemon; hand over to one that is started there"
             return False
         try:
-            fresh = Opener(self._wanted, tap.network).open_existing(found)
+            fresh = self._opener(tap.network).open_existing(found)
         except LocalmigError as error:
             if str(error) != tap.refusal:
                 tap.refusal = str(error)

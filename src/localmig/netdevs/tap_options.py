@@ -54,8 +54,7 @@ class TapSpec(NetdevSpec):
     )
     queues: int = option(
         Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
-        "queues of the interface, and queue pairs of the device on it; more than one need a VMM that serves the "
-        "control queue itself, as QEMU does: without one the guest's driver refuses the device",
+        "queues of the interface, and queue pairs of the device on it",
         advice="; end the daemon and start it with another number",
         default=1,
     )

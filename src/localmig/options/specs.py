@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -284,6 +285,7 @@ def build_spec(spec_type: type[SpecT], values: Mapping[str, object]) -> SpecT:
         ConfigError: in QEMU's words where it has them.
     """
     rows = {row.name: row for row in options_of(spec_type)}
+    values = dict(_flat(values, {name.partition(".")[0] for name in rows if "." in name}))
     for key in values:
         if key not in rows:
             raise ConfigError(f"Parameter '{key}' is unexpected, {spec_type.type_name} has: {', '.join(rows)}")
@@ -295,6 +297,15 @@ def build_spec(spec_type: type[SpecT], values: Mapping[str, object]) -> SpecT:
             row.value.check(row.name, values[row.name])
     arguments: dict[str, Any] = {rows[key].attribute: value for key, value in values.items()}
     return spec_type(**arguments)
+
+
+def _flat(values: Mapping[str, object], nested: AbstractSet[str]) -> Iterator[tuple[str, object]]:
+    """QEMU nests in JSON, as TOML does, what has a dot in its name in text: `nested` is what stands before the dot."""
+    for key, value in values.items():
+        if key in nested and isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
 
 
 def help_text(spec_type: type[Spec]) -> str:

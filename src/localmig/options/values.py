@@ -50,8 +50,10 @@ Value = str | int | bool
 class ValueType(Protocol):
     """One type of value: from text to value, and the check that every value passes wherever it came from."""
 
-    word: ClassVar[str]
-    """How help writes a value of this type."""
+    @property
+    def word(self) -> str:
+        """How help writes a value of this type."""
+
     qapi: ClassVar[QapiType]
     """What QMP's schema says of it; whose words say that a value is of another type."""
 
@@ -205,6 +207,23 @@ class MacAddress(_Text):
 def mac_bytes(text: str) -> bytes:
     """The six bytes of an Ethernet address that `MacAddress` let pass."""
     return bytes.fromhex(text.replace(":", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(_Text):
+    """One of a few words."""
+
+    choices: tuple[str, ...]
+
+    @property
+    def word(self) -> str:  # type: ignore[override]
+        """All of them."""
+        return f"<{'|'.join(self.choices)}>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """Whether it is one of them, in QEMU's words."""
+        if text not in self.choices:
+            raise ConfigError(f"Parameter '{name}' does not accept value '{text}', one of: {', '.join(self.choices)}")
 
 
 class FilePath(_Text):

@@ -44,6 +44,7 @@ from localmig.migration.handover import DestinationState, Machine, SourceState
 from localmig.migration.incoming import Incoming
 from localmig.migration.outgoing import Outgoing
 from localmig.migration.peer import Peer
+from localmig.netdevs.stream import Stream
 from localmig.netdevs.tap import Tap
 
 
@@ -388,7 +389,7 @@ def _install_parts(trap: Trap) -> None:
 
     What is a device's own is saved, checked and adopted right before the device, which has points there.
     """
-    for kind in (Tap, VirtioNet, CallbackDevice, Queues):
+    for kind in (Tap, Stream, VirtioNet, CallbackDevice, Queues):
         for step in PART_STEPS:
             if getattr(kind, step) is not getattr(Part, step):
                 _wrap(trap, kind, step, partial(_step_of, step))

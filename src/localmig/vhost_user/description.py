@@ -1,6 +1,6 @@
 """How a vhost-user session travels in the migration stream.
 
-Owns:        the descriptions of SessionState and ListenerState, which every vhost-user device embeds in its own.
+Owns:        the description of SessionState, which every vhost-user device embeds in its own.
 Never sees:  the stream around them.
 Read next:   devices/virtio_net/state.py for a device that embeds them.
 """
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from localmig.fd_kind import FdKind
-from localmig.unix_socket import PATH_BYTES_MAX
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
 from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
 from localmig.vhost_user.protocol import SessionState, VringState
-from localmig.vhost_user.session import ListenerState
-from localmig.vmstate import Description, array, blob, boolean, fd, optional, text, u8, u16, u32, u64
+from localmig.vmstate import Description, array, blob, boolean, fd, optional, u8, u16, u32, u64
 
 MEMORY_REGION: Final = Description(
     name="vhost-user-memory-region",
@@ -67,12 +64,4 @@ SESSION: Final = Description(
         array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),
         blob("unsent", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
     ),
-)
-
-LISTENER: Final = Description(
-    name="vhost-user-listener",
-    version=1,
-    oldest_version=1,
-    state=ListenerState,
-    fields=(text("path", size_max=PATH_BYTES_MAX), u64("device"), u64("inode"), fd("fd", kind=FdKind.LISTENING_SOCKET)),
 )

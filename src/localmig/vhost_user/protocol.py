@@ -84,6 +84,7 @@ class Offer:
         drained_vrings: rings that the device goes on serving while they are disabled, until they are stopped; behind
             each the ring that must be enabled meanwhile. A frontend that disables that one too pauses, leaves or resets
             its driver, and may use the memory of both for something else.
+        conditional_vrings: rings that are there for a frontend which acknowledged a feature; behind each the feature.
     """
 
     features: int
@@ -93,11 +94,16 @@ class Offer:
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
     drained_vrings: Mapping[int, int] = field(default_factory=dict)
+    conditional_vrings: Mapping[int, int] = field(default_factory=dict)
 
     def serves(self, index: int, vrings: Sequence[VringState]) -> bool:
         """Whether the ring `index`, with all rings in these states, is the device's to serve."""
         leader = self.drained_vrings.get(index)
         return vrings[index].started and (vrings[index].enabled or (leader is not None and vrings[leader].enabled))
+
+    def has(self, index: int, features_acked: int) -> bool:
+        """Whether the ring `index`, one of `vring_count`, is there for a frontend that acknowledged these features."""
+        return not self.conditional_vrings.get(index, 0) & ~features_acked
 
     @property
     def all_features(self) -> int:
@@ -594,7 +600,7 @@ class Backend:
     def _apply_to_vring(self, request: Request, payload: VringNumber | VringAddress | VringFile) -> Event | None:
         """As `_apply`, for the requests about one ring."""
         index = payload.index
-        if index >= len(self.state.vrings):
+        if index >= len(self.state.vrings) or not self.offer.has(index, self.state.features_acked):
             self._pass_over(request, index)
             return None
         vring = self.state.vrings[index]

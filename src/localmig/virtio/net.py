@@ -113,6 +113,11 @@ def transmit_queue(pair: int) -> int:
     return 2 * pair + 1
 
 
+def control_queue(pair_count: int) -> int:
+    """Index of the ring that carries commands, behind those of all pairs (section 5.1.2)."""
+    return 2 * pair_count
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetConfig:
     """The configuration space (section 5.1.4). A field means something where its feature was negotiated.

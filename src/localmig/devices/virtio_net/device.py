@@ -15,25 +15,49 @@ read, because the guest may have other things in that memory now.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
+from localmig.contact import ConnectTo, ListenAt
 from localmig.dataplane import Counters
-from localmig.device_api import Netdev, Offload, Queues, RingGroup, VhostUserDevice
-from localmig.devices.virtio_net.features import offer, tap_offloads
+from localmig.device_api import CallbackGroup, Netdev, Offload, Queues, RingGroup, VhostUserDevice
+from localmig.devices.virtio_net.control import ERROR, OK, Announced, Command, OffloadsSet, PairsSet, read_command
+from localmig.devices.virtio_net.features import has_control_queue, offer, tap_offloads
 from localmig.devices.virtio_net.heir import ANYONE, NOBODY, STRANGER, Heir, HeirKind, heir_of, once_asked
 from localmig.devices.virtio_net.info import QueuePairInfo, VirtioNetInfo
 from localmig.devices.virtio_net.queue_pairs import QueuePairRings
-from localmig.devices.virtio_net.state import VIRTIO_NET, VirtioNetState
-from localmig.errors import ConfigError, KernelError, PeerError
+from localmig.devices.virtio_net.state import ALL_OFFLOADS, VIRTIO_NET, VirtioNetState
+from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.trace import GuestAnnounced, InterfaceChanged, Tracer
 from localmig.vhost_user.protocol import Event, MtuSet, Offer, RarpRequested, SessionState, VringState
-from localmig.vhost_user.session import ConnectTo, ListenAt
 from localmig.virtio import packed_ring, split_ring
-from localmig.virtio.net import MAC_LENGTH, OFFLOADS, LinkStatus, NetConfig, NetFeature, header_length, receive_queue
+from localmig.virtio.net import (
+    MAC_LENGTH,
+    OFFLOADS,
+    LinkStatus,
+    NetConfig,
+    NetFeature,
+    control_queue,
+    header_length,
+    receive_queue,
+)
 
 _logger = logging.getLogger(__name__)
+
+COMMANDS_AT_ONCE: Final = 16
+"""Commands of one driver before others get a turn. A driver waits for the answer to each."""
+
+_GUEST_OFFLOADS: Final = int(
+    NetFeature.GUEST_CSUM
+    | NetFeature.GUEST_TSO4
+    | NetFeature.GUEST_TSO6
+    | NetFeature.GUEST_ECN
+    | NetFeature.GUEST_USO4
+    | NetFeature.GUEST_USO6
+)
+"""What CTRL_GUEST_OFFLOADS_SET is about (section 5.1.6.5.6.1)."""
 
 
 class VirtioNet(VhostUserDevice):
@@ -68,11 +92,16 @@ class VirtioNet(VhostUserDevice):
     ) -> None:
         super().__init__(id=id, socket=socket, local_migration=local_migration, queues=queues, tracer=tracer)
         self._netdev = netdev
+        self._control: CallbackGroup | None = None
+        self._pairs_used = 0
+        self._guest_offloads = ALL_OFFLOADS
+        self._is_to_announce = False
         self._offloads = offloads
         self._packed = packed
         self._own_mac = mac
-        self._known_mac = mac
+        self._known_mac: bytes | None = None
         """The guest's address as far as anybody said it, for the network."""
+        self._know_mac(mac)
         self._awaits_netdev = False
         self._receiving: dict[int, int] = {}
         """Queue pairs whose receive ring is served, and where a ring of its format begins."""
@@ -84,6 +113,8 @@ class VirtioNet(VhostUserDevice):
 
     def ring_name(self, vring: int) -> str:
         """With its direction, as the guest sees it."""
+        if vring == control_queue(self._netdev.queue_count):
+            return f"vring {vring} (control)"
         return f"vring {vring} ({'tx' if vring % 2 else 'rx'})"
 
     # -- what it is -----------------------------------------------------------------------------------------------
@@ -100,6 +131,19 @@ class VirtioNet(VhostUserDevice):
         """A queue pair for each queue of the netdev."""
         for index in range(self._netdev.queue_count):
             yield QueuePairRings(self.id, index, self._netdev, event_fd)
+        if has_control_queue(self._netdev.queue_count):
+            self._control = CallbackGroup({control_queue(self._netdev.queue_count): "control"}, event_fd)
+            yield self._control
+
+    def keeps_chains(self) -> bool:
+        """Where the frontend handed the control queue over."""
+        state = self.session_state
+        return state is not None and bool(state.features_acked & NetFeature.CTRL_VQ)
+
+    def groups_dropped(self) -> None:
+        """The control queue is closed next."""
+        self._let_control_be(served=False)
+        self._control = None
 
     def config_space(self) -> bytes:
         """The NIC's, with the netdev's present MTU and link."""
@@ -108,7 +152,8 @@ class VirtioNet(VhostUserDevice):
             # A session that was offered an address goes on with it.
             mac=self._own_mac or there.mac,
             # A link that waits for its interface, in a handover, is not told to be down.
-            status=LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0,
+            status=(LinkStatus.LINK_UP if self._netdev.link_is_up or not self._netdev.is_open else 0)
+            | (LinkStatus.ANNOUNCE if self._is_to_announce else 0),
             queue_pair_count_max=self._netdev.queue_count,
             # One that is awaited is most likely the interface that the source has.
             mtu=self._netdev.mtu if self._netdev.is_open else there.mtu,
@@ -139,9 +184,15 @@ class VirtioNet(VhostUserDevice):
         self._tell_network()
 
     def thaw(self) -> None:
-        """Serves socket and connection."""
+        """Serves socket, connection and control queue."""
         super().thaw()
         self._apply_options()
+        self._let_control_be(served=True)
+
+    def freeze(self) -> None:
+        """Leaves them alone from now on."""
+        super().freeze()
+        self._let_control_be(served=False)
 
     # -- to be seen ---------------------------------------------------------------------------------------------
 
@@ -165,7 +216,13 @@ class VirtioNet(VhostUserDevice):
 
     def save(self, *, with_descriptors: bool) -> VirtioNetState:
         """The guest's address, and for whom frames wait."""
-        return VirtioNetState(mac=self._known_mac or b"", heirs=tuple(self._saved_heirs()) if with_descriptors else ())
+        return VirtioNetState(
+            mac=self._known_mac or b"",
+            heirs=tuple(self._saved_heirs()) if with_descriptors else (),
+            pairs_used=self._pairs_used,
+            guest_offloads=self._guest_offloads,
+            is_to_announce=self._is_to_announce,
+        )
 
     def check(self, state: VirtioNetState) -> None:
         """Whether it is of a NIC with as many queue pairs."""
@@ -175,12 +232,18 @@ class VirtioNet(VhostUserDevice):
             heir.kind > max(HeirKind) for heir in state.heirs
         ):
             raise PeerError(f"device '{self.id}': {state.heirs} is not an heir for each queue pair")
+        if state.pairs_used > self._netdev.queue_count:
+            raise PeerError(
+                f"device '{self.id}': the driver uses {state.pairs_used} of {self._netdev.queue_count} pairs"
+            )
 
     def load(self, state: VirtioNetState) -> None:
         """Takes them over."""
-        self._known_mac = self._own_mac or state.mac or None
+        self._know_mac(self._own_mac or state.mac or None)
         self._heirs = dict(enumerate(state.heirs))
         self._receiving.clear()
+        self._pairs_used, self._guest_offloads = state.pairs_used, state.guest_offloads
+        self._is_to_announce = state.is_to_announce
 
     def adopt_setup(self, state: Any) -> None:
         """As every device; besides, the netdev may still be the source's."""
@@ -211,14 +274,19 @@ class VirtioNet(VhostUserDevice):
         return self._netdev.is_open and not self._netdev.has_arrived
 
     def announcement_blocker(self) -> str | None:
-        """Without an address there is nothing to tell."""
-        if self._known_mac is None:
+        """Without an address, and a driver that announces itself, there is nothing to tell."""
+        if self._known_mac is None and not self._driver_announces:
             return f"device '{self.id}': the guest's Ethernet address is not known; say it with mac="
         return None
 
     def announce(self) -> None:
-        """Broadcasts a RARP for the guest, as QEMU does for one that cannot do it by itself."""
-        if self.is_serving and self._known_mac is not None:
+        """Broadcasts a RARP for the guest, as QEMU does, and asks a driver that can to announce itself."""
+        if not self.is_serving:
+            return
+        if self._driver_announces:
+            self._is_to_announce = True
+            self.change_config()
+        if self._known_mac is not None:
             self._send_rarp(self._known_mac)
 
     def interface_changed(self) -> None:
@@ -245,7 +313,7 @@ class VirtioNet(VhostUserDevice):
                 self._check_mtu(mtu)
                 self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
-                self._known_mac = mac
+                self._know_mac(mac)
                 self._send_rarp(mac)
             case _:
                 super().on_event(event)
@@ -257,7 +325,7 @@ class VirtioNet(VhostUserDevice):
         if self._netdev.is_open:
             self.stop_groups()
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
-            self._netdev.set_offloads(tap_offloads(state.features_acked, self._offloads))
+            self._netdev.set_offloads(self._offloads_now(state))
 
     def before_stop(self, group: RingGroup) -> None:
         """Attaches the pair's queue where the guest receives from it, and detaches it where it does not.
@@ -285,8 +353,11 @@ class VirtioNet(VhostUserDevice):
             self.driver_left(group)
 
     def after_layout(self, group: RingGroup) -> None:
-        """A driver may receive from now on."""
+        """A driver may receive from now on, or command."""
         if not isinstance(group, QueuePairRings):
+            # Frontends set this ring up last, and how many pairs are used is the driver's to say where there is one.
+            for pair in self._pairs[1:] if self._has_control else ():
+                self._apply(pair)
             return
         if self.is_served(receive_queue(group.index)):
             self._begin_receiving(group)
@@ -306,6 +377,7 @@ class VirtioNet(VhostUserDevice):
         for pair in self._pairs:
             self._note_asked(pair.index)
         self._vring_count_asked = self._asked_now()
+        self._begin_control()
         self._netdev.mtu_told = 0
         if not self._netdev.is_open:
             return
@@ -332,7 +404,9 @@ class VirtioNet(VhostUserDevice):
         """Whether the pair's netdev queue is attached: the first one always is."""
         state = self.session_state
         vring = state.vrings[receive_queue(index)] if state is not None else VringState()
-        return index == 0 or (vring.enabled and vring.is_configured)
+        # A driver with a control queue of ours says how many pairs it uses, and begins with one.
+        used = index < max(1, self._pairs_used) or not self._has_control
+        return index == 0 or (vring.enabled and vring.is_configured and used)
 
     def _begin_receiving(self, pair: QueuePairRings) -> None:
         """A driver receives from now on: what waits is for this one, or the queue pair reads it out."""
@@ -360,6 +434,80 @@ class VirtioNet(VhostUserDevice):
     def _start_of_rings(self) -> int:
         return packed_ring.START if self._state().is_packed else split_ring.START
 
+    # -- the control queue --------------------------------------------------------------------------------------
+
+    @property
+    def _has_control(self) -> bool:
+        """Whether the driver commands through a control queue that is served here."""
+        return self._control is not None and self.is_served(control_queue(self._netdev.queue_count))
+
+    @property
+    def _driver_announces(self) -> bool:
+        """Whether the driver can tell the network where it is, and would say so here that it did."""
+        state = self.session_state
+        return state is not None and self._has_control and bool(state.features_acked & NetFeature.GUEST_ANNOUNCE)
+
+    def _let_control_be(self, *, served: bool) -> None:
+        if self._control is not None:
+            loop, fd = asyncio.get_running_loop(), self._control.engine.fileno()
+            if served:
+                loop.add_reader(fd, self._obey)
+            else:
+                loop.remove_reader(fd)
+
+    def ring_left(self, vring: int) -> None:
+        """A driver that begins anew has said nothing yet."""
+        if vring == control_queue(self._netdev.queue_count):
+            self._begin_control()
+
+    def _begin_control(self) -> None:
+        self._pairs_used, self._guest_offloads, self._is_to_announce = 0, ALL_OFFLOADS, False
+
+    def _obey(self) -> None:
+        """Does what the driver asks for. In the event loop, because all of it is done at once."""
+        assert self._control is not None, self.id
+        for _ in range(COMMANDS_AT_ONCE):
+            chain = self._control.take()
+            if chain is None:
+                return
+            # A successor must know of it also if this process dies with it.
+            self.note_change()
+            done = False
+            try:
+                done = self._follow_command(read_command(chain.readable))
+            except LocalmigError as error:
+                _logger.warning("device '%s': a command of the driver's failed: %s", self.id, error)
+            chain.complete((OK if done else ERROR)[: chain.writable])
+
+    def _follow_command(self, command: Command | None) -> bool:
+        """Whether it is done. Raises LocalmigError where that cannot be."""
+        state = self.session_state
+        if state is None:
+            return False
+        match command:
+            case PairsSet(count=count):
+                if not 1 <= count <= self._netdev.queue_count or not state.features_acked & NetFeature.MQ:
+                    return False
+                self._pairs_used = count
+                self.apply_all()
+            case OffloadsSet(features=features):
+                if features & ~state.features_acked or features & ~int(OFFLOADS):
+                    return False
+                self._guest_offloads = features
+                self.features_changed()
+                self.apply_all()
+            case Announced():
+                self._is_to_announce = False
+                self.change_config()
+            case _:
+                return False
+        return True
+
+    def _offloads_now(self, state: SessionState) -> Offload:
+        """What the netdev leaves to the guest: what it acknowledged, left on, and the options allow."""
+        guests = int(self._offloads) & (self._guest_offloads | ~_GUEST_OFFLOADS)
+        return tap_offloads(state.features_acked, NetFeature(guests))
+
     # -- small things -------------------------------------------------------------------------------------------
 
     def find_notes(self) -> Iterator[str]:
@@ -379,6 +527,7 @@ class VirtioNet(VhostUserDevice):
         return offer(
             queue_pair_count=self._netdev.queue_count,
             offloads=self._offloads,
+            has_offloads=self._netdev.has_offloads,
             has_uso=has_uso,
             has_mac=self._own_mac is not None,
             packed=self._packed,
@@ -411,12 +560,16 @@ class VirtioNet(VhostUserDevice):
         state = self.session_state
         if state is None or not self._netdev.is_open:
             return
-        if tap_offloads(state.features_acked, self._offloads) != self._netdev.offloads:
+        if self._offloads_now(state) != self._netdev.offloads:
             try:
                 self.features_changed()
             except KernelError as error:
                 _logger.warning("device '%s': %s", self.id, error)
             self.apply_all()
+
+    def _know_mac(self, mac: bytes | None) -> None:
+        self._known_mac = mac
+        self._netdev.mac_told = mac or b""
 
     def _send_rarp(self, mac: bytes) -> None:
         if self._netdev.is_open:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.device_api import Offload
-from localmig.vhost_user.message import ProtocolFeature
+from localmig.vhost_user.message import VRING_INDEX_MAX, ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
 from localmig.virtio import Feature
-from localmig.virtio.net import OFFLOADS, NetFeature, transmit_queue, without_orphans
+from localmig.virtio.net import OFFLOADS, NetFeature, control_queue, transmit_queue, without_orphans
 
 FEATURES: Final = (
     Feature.VERSION_1
@@ -29,6 +29,9 @@ FEATURES: Final = (
 )
 """What the packet path serves, whatever the options say."""
 
+CONTROL: Final = NetFeature.CTRL_VQ | NetFeature.CTRL_GUEST_OFFLOADS | NetFeature.GUEST_ANNOUNCE
+"""What comes with a control queue. Linux refuses a NIC that offers GUEST_ANNOUNCE or MQ without CTRL_VQ."""
+
 _TAP_OFFLOADS: Final = (
     (NetFeature.GUEST_CSUM, Offload.CSUM),
     (NetFeature.GUEST_TSO4, Offload.TSO4),
@@ -42,7 +45,9 @@ _USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO
 """What not every kernel's TAP has."""
 
 
-def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac: bool, packed: bool) -> Offer:
+def offer(
+    *, queue_pair_count: int, offloads: NetFeature, has_offloads: bool, has_uso: bool, has_mac: bool, packed: bool
+) -> Offer:
     """What a frontend is offered, and what can be served of one that was offered more by another process.
 
     That is all that the packet path knows. Offloads that a guest acknowledged for what it sends are in each frame's
@@ -51,16 +56,21 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
     Args:
         queue_pair_count: as many as the netdev has queues.
         offloads: which of `virtio.net.OFFLOADS` the options leave.
-        has_uso: whether the TAP has UDP segmentation.
+        has_offloads: whether the netdev has any.
+        has_uso: whether it has UDP segmentation.
         has_mac: whether the options say the guest's address.
         packed: whether they let guests have packed rings.
     """
-    possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
+    possible = NetFeature(0)
+    if has_offloads:
+        possible = OFFLOADS if has_uso else OFFLOADS & ~_USO
     features = FEATURES | without_orphans(offloads & possible)
     if queue_pair_count > 1:
-        # MQ needs CTRL_VQ (virtio 1.2, section 5.1.3.1), which a VMM serves and offers itself. A driver that talks
-        # to us without one in between, as User-Mode Linux has it, refuses the device then.
         features |= NetFeature.MQ
+    vring_count = control_queue(queue_pair_count)
+    if has_control_queue(queue_pair_count):
+        features |= CONTROL
+        vring_count += 1
     if has_mac:
         features |= NetFeature.MAC
     if packed:
@@ -68,15 +78,22 @@ def offer(*, queue_pair_count: int, offloads: NetFeature, has_uso: bool, has_mac
     protocol_features = PROTOCOL_FEATURES_SERVED
     if queue_pair_count == 1:
         # The specification would have it, because a NIC may have any number of pairs. But QEMU takes the answer to
-        # GET_QUEUE_NUM, 2 here, for a number of pairs; without MQ it knows that there is one.
+        # GET_QUEUE_NUM, 3 here, for a number of pairs; without MQ it knows that there is one.
         protocol_features &= ~ProtocolFeature.MQ
     return Offer(
         features=features,
         servable_features=features | possible | NetFeature.MAC | Feature.RING_PACKED,
-        vring_count=2 * queue_pair_count,
+        vring_count=vring_count,
+        # To a frontend that serves its control queue itself this ring is one of a queue pair that is not there.
+        conditional_vrings={control_queue(queue_pair_count): NetFeature.CTRL_VQ},
         protocol_features=protocol_features,
         drained_vrings={transmit_queue(index): transmit_queue(0) for index in range(1, queue_pair_count)},
     )
+
+
+def has_control_queue(queue_pair_count: int) -> bool:
+    """Whether vhost-user can name it behind so many queue pairs: all but for 128, the most there can be."""
+    return control_queue(queue_pair_count) <= VRING_INDEX_MAX
 
 
 def tap_offloads(features_acked: int, allowed: NetFeature) -> Offload:

@@ -77,7 +77,7 @@ class QueuePairRings(RingGroup):
         self.engine.configure(
             memory=layout.memory,
             # A detached queue sends nothing; all of them send into the same interface.
-            tap_fd=self._netdev.fileno(self.index if self.is_attached else 0),
+            host=self._netdev.host(self.index if self.is_attached else 0),
             header_length=header_length(layout.features),
             frame_length_max=self._frame_length_max,
             # What waits may come with all that this driver took, also if the options allow less since.
