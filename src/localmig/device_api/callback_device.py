@@ -123,13 +123,16 @@ class CallbackDevice(VhostUserDevice):
 
     @abstractmethod
     def on_chain(self, chain: Chain) -> None:
-        """A driver made a chain available, to be completed now or later. Whatever this raises fails all rings."""
+        """A driver made a chain available, to be completed now or later. An exception from here fails all rings."""
 
     def on_returned(self, ring: str) -> None:
-        """The driver has this ring back: chains of it that were taken lead nowhere. Called before further ones come."""
+        """The driver has this ring back: forget the chains of it that you keep. Called before further ones come."""
 
     def on_serving(self) -> None:
-        """This process serves from now on: what is the device's own may be touched, and watched. At each `thaw`."""
+        """This process serves from now on: what is the device's own may be touched, and watched.
+
+        Called when a daemon starts, when it has taken over, and when it goes on after a handover that failed.
+        """
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Has `callback` called in the device's thread whenever `fd` can be read, while this process serves."""
