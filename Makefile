@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 
 # What the guest tier runs on, from Debian's packages, and what docs/devices.md has its reader run. The guest's own kernel is
 # downloaded and unpacked, never installed. DPDK's driver is a guest as well; its test program is among the development files.
-GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all patch
+GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all passt patch
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.

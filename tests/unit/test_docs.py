@@ -15,7 +15,7 @@ import pytest
 from tests.unit import reference
 from tests.unit.diagrams import drawn
 
-from localmig.migration import incoming, outgoing, transport
+from localmig.migration import exchange, incoming, outgoing, transport
 from localmig.migration.channel import FrameKind
 from localmig.migration.handover import (
     DESTINATION,
@@ -117,12 +117,14 @@ def test_the_ways_that_failures_take_are_those_of_the_tables() -> None:
 
 
 def test_the_waits_of_the_handover_page_are_those_of_the_code() -> None:
-    modules = {"incoming": incoming, "outgoing": outgoing, "transport": transport}
+    modules = {"exchange": exchange, "incoming": incoming, "outgoing": outgoing, "transport": transport}
     waits = {
         f"`{module}.{name}`": f"{value:g} s"
         for module, names in modules.items()
         for name, value in vars(names).items()
-        if name.isupper() and name.endswith("_S") and not (module == "incoming" and hasattr(outgoing, name))
+        if name.isupper()
+        and name.endswith("_S")
+        and not (module in ("incoming", "outgoing") and hasattr(exchange, name))
     }
     assert {wait: duration for wait, duration, _ in rows(HANDOVER, "| wait |")} == waits
 

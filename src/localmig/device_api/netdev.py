@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from enum import IntFlag
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
 from localmig.dataplane import FrameStream
 from localmig.device_api.part import Part
-
-QUEUE_COUNT_MAX: Final = 128
-"""Queues of a netdev: vhost-user has 8 bits for the number of a vring, and a queue pair has two."""
 
 
 class Offload(IntFlag):

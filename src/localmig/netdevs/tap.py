@@ -40,13 +40,14 @@ from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
+from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.netdevs import tun
 from localmig.netdevs.info import SHOWN, TapInfo
 from localmig.netdevs.network import Network, Networks, namespace_here
 from localmig.netdevs.opened import OpenTap, Wanted
 from localmig.netdevs.opening import Opener, find, kernel_errors
 from localmig.netdevs.script import NO_SCRIPT, run_script
-from localmig.netdevs.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
+from localmig.netdevs.state import OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
 from localmig.netdevs.tap_options import TapSpec
 
 _logger = logging.getLogger(__name__)
