@@ -91,8 +91,9 @@ def callback_members(features: Mapping[int, str] | None = None) -> tuple[Member,
 class CallbackDevice(VhostUserDevice):
     """A device with as many rings as it has names for.
 
-    `on_chain`, and what is watched, is called in a thread of the device's own, one after the other, and never while a
-    handover saves the device. `save`, `check`, `load` and the rest are called in the event loop.
+    `on_chain`, `on_returned` and what is watched are called in a thread of the device's own, one after the other. All
+    other methods are called in the event loop. `save` is called while the guest runs, so a callback may run beside it;
+    if one ran, it is called again after the last callback has ended, and that state counts.
 
     Attributes:
         device_id: virtio's number of the kind of device (virtio 1.2, section 5).
@@ -116,7 +117,7 @@ class CallbackDevice(VhostUserDevice):
         super().__init__(id=id, socket=socket, local_migration=local_migration, queues=queues, tracer=tracer)
         self._group: CallbackGroup | None = None
         self._thread: CallbackThread | None = None
-        self._calls_saved = 0
+        self._changes_saved = 0
         self._look: asyncio.TimerHandle | None = None
         self._stuck = ""
 
@@ -124,13 +125,16 @@ class CallbackDevice(VhostUserDevice):
 
     @abstractmethod
     def on_chain(self, chain: Chain) -> None:
-        """A driver made a chain available, to be completed now or later. Whatever this raises fails all rings."""
+        """A driver made a chain available, to be completed now or later. An exception from here fails all rings."""
 
     def on_returned(self, ring: str) -> None:
-        """The driver has this ring back: chains of it that were taken lead nowhere. Called before further ones come."""
+        """The driver has this ring back: forget the chains of it that you keep. Called before further ones come."""
 
     def on_serving(self) -> None:
-        """This process serves from now on: what is the device's own may be touched, and watched. At each `thaw`."""
+        """This process serves from now on: what is the device's own may be touched, and watched.
+
+        Called when a daemon starts, when it has taken over, and when it goes on after a handover that failed.
+        """
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Has `callback` called in the device's thread whenever `fd` can be read, while this process serves."""
@@ -207,12 +211,12 @@ class CallbackDevice(VhostUserDevice):
 
     def is_outdated(self) -> bool:
         """Whether its code ran since it was saved last."""
-        return self._thread is not None and self._thread.call_count != self._calls_saved
+        return self._thread is not None and self._thread.change_count != self._changes_saved
 
     def note_saved(self) -> None:
         """Its own state is saved now."""
         if self._thread is not None:
-            self._calls_saved = self._thread.call_count
+            self._changes_saved = self._thread.change_count
 
     def groups_dropped(self) -> None:
         """Ends the thread."""
