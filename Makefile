@@ -19,9 +19,9 @@ FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 
-# What the guest tier runs on, from Debian's packages. The guest's own kernel is downloaded and unpacked, never installed.
-# DPDK's driver is a guest as well; its test program is among the development files.
-GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all
+# What the guest tier runs on, from Debian's packages, and what docs/devices.md has its reader run. The guest's own kernel is
+# downloaded and unpacked, never installed. DPDK's driver is a guest as well; its test program is among the development files.
+GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all passt patch
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
@@ -95,8 +95,9 @@ kill-matrix: setup ## kill, stop and confuse either side at every point of a han
 soak: setup ## hand over SOAK_HANDOVERS times in a row, and fail to SOAK_FAILURES times: half an hour, nothing may be lost or grow
 	@$(IN_NAMESPACES) $(BIN)/python -m tests.soak --handovers $(SOAK_HANDOVERS) --failures $(SOAK_FAILURES)
 
-docs: setup ## draw the diagrams of docs/handover.md from the tables of the handover
+docs: setup ## draw the diagrams of docs/handover.md from its tables, write docs/device-api.md from the docstrings
 	@$(BIN)/python -m tests.unit.diagrams
+	@$(BIN)/python -m tests.unit.reference
 
 clean: ## remove everything the other targets made
 	rm -rf .venv .lab .fuzz target benchmarks/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

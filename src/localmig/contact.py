@@ -410,13 +410,20 @@ class Departure:
     Args:
         connection: a borrowed socket.
         on_departure: called by the event loop.
+
+    Raises:
+        OSError: the kernel has no descriptor or memory for it.
     """
 
     def __init__(self, connection: OwnedFd, on_departure: Callable[[], None]) -> None:
         self._on_departure = on_departure
         # What there is to read must wake nobody here, which a selector's reader would be.
         self._epoll = select.epoll()
-        self._epoll.register(connection.fileno(), select.EPOLLRDHUP)
+        try:
+            self._epoll.register(connection.fileno(), select.EPOLLRDHUP)
+        except OSError:
+            self._epoll.close()
+            raise
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._tell)
 
     def close(self) -> None:

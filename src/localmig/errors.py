@@ -2,6 +2,7 @@
 
     LocalmigError
     ├── ConfigError      you wrote it wrong: an option, an address, a parameter
+    │   └── NotFoundError   there is no object of that name
     ├── StateError       not now: the call is right, the state is not
     ├── PeerError        the other side: a frontend, a guest, the other daemon
     │   └── PeerLostError   the other side is gone, or the channel to it
@@ -27,6 +28,10 @@ class LocalmigError(Exception):
 
 class ConfigError(LocalmigError):
     """What the user wrote cannot be: nothing was changed."""
+
+
+class NotFoundError(ConfigError):
+    """There is no object of that name."""
 
 
 class StateError(LocalmigError):

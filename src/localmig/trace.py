@@ -122,6 +122,22 @@ class GuestAnnounced(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectAdded(Event):
+    """An object was added at run time, and is served."""
+
+    kind: str
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectDeleted(Event):
+    """An object was deleted at run time, with all it had."""
+
+    kind: str
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MigrationStatusChanged(Event):
     """The migration's status, in QEMU's words."""
 

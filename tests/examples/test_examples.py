@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +88,17 @@ def test_an_entropy_device_is_used_while_it_is_handed_over(site: Site, examples:
         (device,) = (each for each in daemon.execute("query-devices") if each["id"] == "rng0")
         assert device["session"]["memory-regions"] == 1
         assert device["vrings"][0]["running"]
+        (ring,) = device["rings"]
+        assert (ring["name"], ring["counters"]["chains"]) == ("requests", 10 * HANDOVERS + 1)
+        assert daemon.qmp is not None
+        shown = subprocess.run(
+            [sys.executable, "-m", "localmig.cli", "status", str(daemon.qmp), "--device", "rng0"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "device     rng0, virtio-rng" in shown
+        assert re.search(r"^requests +101 ", shown, re.MULTILINE), shown
 
 
 def test_a_console_keeps_its_buffers_and_its_terminal_over_handovers(site: Site, examples: Path) -> None:
@@ -285,7 +299,10 @@ def test_a_vmm_that_pauses_gets_kept_chains_back_and_goes_on(site: Site, example
         daemon = site.source(*site.objects(), *console_at(site))
     with console_of(site) as console:
         driver = console.driver
-        assert driver.stop() == [BUFFERS, 0]
+        # Rings take turns: once so much was printed, all buffers of the other ring have been taken.
+        for _ in range(BUFFERS + 1):
+            console.prints(b"x")
+        assert driver.stop() == [BUFFERS, BUFFERS + 1]
         returned = [driver.take_used(RECEIVE) for _ in range(BUFFERS)]
         assert [typed for _, typed in returned] == [b""] * BUFFERS
         for _ in returned:

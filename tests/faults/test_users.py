@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 from tests.faults.conftest import Site, as_user
 
+from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.testing.daemon import DaemonProcess
+from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import NetworkNamespace, unavailable_reason
 
 USER = 4242
@@ -126,6 +128,27 @@ def test_a_daemon_that_changed_its_user_upgrades_as_that_user(site: Site) -> Non
     assert site.ping().lost == 0
     first.execute("quit")
     wait_successor(done)
+
+
+def test_a_daemon_without_privileges_is_given_interfaces_that_were_made_for_its_user(site: Site) -> None:
+    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    (served,) = daemon.execute("query-netdevs")
+    with pytest.raises(PeerError, match=f"do it with CAP_NET_ADMIN: ip link set {served['ifname']} down"):
+        daemon.execute("set_link", name=served["id"], up=False)
+    for word in ("made", "up"):  # each refusal says what root is to do
+        with pytest.raises(PeerError, match=f"{word} beforehand: ip ") as caught:
+            daemon.execute("netdev_add", type="tap", id="late", ifname="late0")
+        with site.namespace.entered():
+            subprocess.run(str(caught.value).partition("beforehand: ")[2].split(), check=True)
+    daemon.execute("netdev_add", type="tap", id="late", ifname="late0")
+    path = site.folder / "late.sock"
+    daemon.execute("device_add", driver="virtio-net", id="nic7", netdev="late", socket=str(path))
+    assert path.stat().st_uid == USER
+    with NetGuest(str(path)) as guest:
+        guest.attach()
+    daemon.execute("device_del", id="nic7")
+    daemon.execute("netdev_del", id="late")
+    assert [each["id"] for each in daemon.execute("query-netdevs")] == [served["id"]]
 
 
 def test_a_log_that_root_opened_goes_on_where_the_user_may_not_open_it_again(site: Site) -> None:

@@ -22,6 +22,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol
 
+from localmig.migration.exchange import CATCH_UP_ROUNDS_MAX
 from localmig.migration.handover import (
     DESTINATION,
     DESTINATION_ENDED,
@@ -34,7 +35,6 @@ from localmig.migration.handover import (
     SourceEvent,
     SourceState,
 )
-from localmig.migration.outgoing import CATCH_UP_ROUNDS_MAX
 
 S, E = SourceState, SourceEvent
 D, F = DestinationState, DestinationEvent

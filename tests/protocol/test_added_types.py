@@ -70,6 +70,36 @@ def test_an_object_of_a_package_is_served_shown_and_upgraded(packages: Path, tmp
         run("qmp", str(qmp), "quit")
 
 
+def test_an_object_of_a_package_is_added_at_run_time_and_one_that_fails_leaves_nothing(
+    packages: Path, tmp_path: Path
+) -> None:
+    bad = COUNTER.replace('"counter"', '"bad"').replace("def thaw(self) -> None: ...", "def thaw(self): 1 / 0")
+    install(packages, "bad", "0.1", {"bad": "bad:OBJECT"}, {"bad": bad})
+    with DaemonProcess([], qmp=tmp_path / "a.sock") as first:
+        first.execute("device_add", driver="counter", id="c0", first=5, place="here")
+        first.execute("device_add", driver="counter", id="c1", after="c0")
+        both = [
+            {"id": "c0", "type": "counter", "count": 6, "notes": []},
+            {"id": "c1", "type": "counter", "count": 1, "notes": []},
+        ]
+        for command, options, reason in (
+            ("device_add", {"driver": "bad", "id": "c2"}, "cannot open 'c2': ZeroDivisionError"),
+            ("device_add", {"driver": "counter", "id": "c2", "place": "here"}, "is used by device 'c0' already"),
+            ("device_add", {"driver": "counter", "id": "c2", "after": "c0"}, "it's in use by device 'c1'"),
+            ("device_add", {"driver": "counter", "id": "c2", "after": "c7"}, "can't find device 'c7'"),
+            ("device_del", {"id": "c0"}, "device 'c0' is in use by device 'c1': delete that one first"),
+        ):
+            with pytest.raises(PeerError, match=reason):
+                first.execute(command, **options)
+            assert first.execute("query-devices") == both
+        with destination(tmp_path, "b") as second:
+            assert hand_over(first, second, tmp_path / "migrate.sock")["status"] == "completed"
+            assert [each["count"] for each in second.execute("query-devices")] == [7, 2]
+            second.execute("device_del", id="c1")
+            second.execute("device_del", id="c0")
+            assert second.execute("query-devices") == []
+
+
 def test_a_destination_without_the_package_refuses_and_both_sides_say_what_to_install(
     packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from localmig.migration import incoming as incoming_module
 from localmig.migration import outgoing as outgoing_module
 from localmig.migration.analysis import analyze
 from localmig.migration.channel import Channel, Frame, FrameKind
+from localmig.migration.exchange import CATCH_UP_ROUNDS_MAX
 from localmig.migration.handover import (
     DESTINATION,
     SOURCE,
@@ -47,7 +48,7 @@ from localmig.migration.handover import (
 )
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
-from localmig.migration.outgoing import CATCH_UP_ROUNDS_MAX, Outgoing
+from localmig.migration.outgoing import Outgoing
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Peer, Revocation
 from localmig.migration.progress import Progress

@@ -48,6 +48,8 @@ COMMANDS = [
     "announce-self",
     "closefd",
     "cont",
+    "device_add",
+    "device_del",
     "getfd",
     "migrate",
     "migrate-continue",
@@ -55,6 +57,8 @@ COMMANDS = [
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "migrate_cancel",
+    "netdev_add",
+    "netdev_del",
     "qmp_capabilities",
     "query-commands",
     "query-devices",
@@ -68,6 +72,7 @@ COMMANDS = [
     "query-status",
     "query-version",
     "quit",
+    "set_link",
     "stop",
 ]
 

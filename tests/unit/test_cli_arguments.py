@@ -107,7 +107,7 @@ def test_arguments_that_are_neither_are_refused(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "error"),
     [
-        (["run"], 1, "nothing to serve: give --netdev and --device, or --incoming to take over from a daemon"),
+        (["run"], 1, "nothing to serve: give --netdev and --device, --qmp to be given them later, or --incoming to"),
         (["run", "--netdev", "tap"], 1, "--netdev tap: Parameter 'id' is missing"),
         (["run", "--incoming", "foo"], 1, "unknown migration protocol: foo"),
         (["run", "--incoming", "defer", "--ready-fd", "999"], 1, "--ready-fd 999: Bad file descriptor"),

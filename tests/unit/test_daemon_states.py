@@ -15,7 +15,7 @@ from localmig.daemon import Daemon, RunState
 from localmig.device_api import Part
 from localmig.device_api.objects import BuildContext
 from localmig.devices.virtio_net.options import VirtioNetSpec
-from localmig.errors import ConfigError, KernelError, StateError
+from localmig.errors import ConfigError, KernelError, LocalmigError, NotFoundError, StateError
 from localmig.migration.parameters import (
     COMMIT_TIMEOUT_MS_MAX,
     COMMIT_TIMEOUT_MS_MIN,
@@ -27,7 +27,7 @@ from localmig.netdevs.tap_options import TapSpec
 from localmig.options import Spec
 from localmig.options.address import Defer, TcpAddress, UnixAddress
 from localmig.registry import RegisteredType
-from localmig.trace import Event, MigrationStatusChanged, RunStateChanged
+from localmig.trace import Event, MigrationStatusChanged, ObjectAdded, ObjectDeleted, RunStateChanged
 from localmig.vmstate import Description
 
 TAP: Final = TapSpec(id="net0", ifname="tap0")
@@ -173,9 +173,120 @@ def test_a_part_that_cannot_be_opened_closes_those_before_it(calls: list[str]) -
     assert calls == ["net0.open", "refuses.open", "refuses.close", "net0.close"]
 
 
-def test_a_daemon_with_nothing_to_serve_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nothing to serve"):
-        Daemon()
+def test_an_object_that_is_added_does_what_the_others_do_and_is_closed_when_it_is_deleted(calls: list[str]) -> None:
+    async def play(daemon: Daemon) -> None:
+        assert daemon.run_state is RunState.RUNNING
+        daemon.add_object("netdev", {"type": "tap", "id": "net0"})
+        daemon.stop()
+        daemon.add_object("device", {"driver": "virtio-net", "id": "nic0", "netdev": "net0", "socket": "/run/s"})
+        daemon.cont()
+        daemon.add_object("netdev", {"type": "tap", "id": "net1"})
+        assert [each.spec.id for kind in ("netdev", "device") for each in daemon.objects(kind)] == [
+            *("net0", "net1", "nic0")
+        ]
+        daemon.delete_object("device", "nic0")
+        daemon.delete_object("netdev", "net0")
+
+    facts = run(play, Daemon())
+    assert calls == [
+        *("net0.open", "net0.resume", "net0.thaw"),
+        *("net0.stop", "nic0.open", "nic0.thaw", "net0.resume", "nic0.resume", "net0.thaw", "nic0.thaw"),
+        *("net1.open", "net1.resume", "net1.thaw"),
+        *("nic0.close", "net0.close", "net1.close"),
+    ]
+    changes = [fact for fact in facts if isinstance(fact, ObjectAdded | ObjectDeleted)]
+    assert [(type(fact), fact.kind, fact.id) for fact in changes] == [
+        (ObjectAdded, "netdev", "net0"),
+        (ObjectAdded, "device", "nic0"),
+        (ObjectAdded, "netdev", "net1"),
+        (ObjectDeleted, "device", "nic0"),
+        (ObjectDeleted, "netdev", "net0"),
+    ]
+
+
+NIC1: Final = {"driver": "virtio-net", "id": "nic1", "netdev": "net0", "socket": "/run/nic1.sock"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error"),
+    [
+        ("netdev", {"type": "tap", "id": "refuses"}, "busy"),
+        ("netdev", {"type": "tap"}, "Parameter 'id' is missing"),
+        ("netdev", {"id": "net1"}, "Parameter 'type' is missing"),
+        ("netdev", {"type": "tap", "id": "net0"}, "Duplicate ID 'net0'"),
+        ("netdev", {"type": "tap", "id": "nic0"}, "Duplicate ID 'nic0'"),
+        (
+            "netdev",
+            {"type": "tap", "id": "net1", "ifname": "tap0"},
+            "interface 'tap0' is used by netdev 'net0' already",
+        ),
+        ("netdev", {"type": "tap", "id": "net1", "fd": 7}, "numbers of descriptors are those of the program that"),
+        ("netdev", {"type": "tap", "id": "net1", "fds": "7:8"}, "numbers of descriptors are those of the program that"),
+        ("device", NIC1, "can't take netdev 'net0', it's in use by device 'nic0'"),
+        ("device", NIC1 | {"netdev": "net7"}, "can't find netdev 'net7', there is 'net0'"),
+        ("device", NIC1 | {"driver": "virtio-tea"}, "does not accept value 'virtio-tea'"),
+        ("device", NIC1 | {"tea": "hot"}, "Parameter 'tea' is unexpected"),
+    ],
+)
+def test_what_cannot_be_added_leaves_everything_as_it_was(
+    calls: list[str], kind: str, options: dict[str, object], error: str
+) -> None:
+    async def play(daemon: Daemon) -> None:
+        calls.clear()
+        with pytest.raises(LocalmigError, match=error):
+            daemon.add_object(kind, options)
+        assert [each.spec for each in daemon.objects("netdev") + daemon.objects("device")] == [TAP, NIC]
+        assert calls == (["refuses.open", "refuses.close"] if error == "busy" else [])
+        daemon.add_object("netdev", {"type": "tap", "id": "net1"})
+
+    run(play)
+
+
+def test_what_another_object_refers_to_is_not_deleted_nor_what_there_is_not(calls: list[str]) -> None:
+    async def play(daemon: Daemon) -> None:
+        calls.clear()
+        with pytest.raises(StateError, match="netdev 'net0' is in use by device 'nic0': delete that one first"):
+            daemon.delete_object("netdev", "net0")
+        with pytest.raises(NotFoundError, match="Device 'nic7' not found, there is 'nic0'"):
+            daemon.delete_object("device", "nic7")
+        with pytest.raises(NotFoundError, match="Device 'nic0' not found, there is 'net0'"):
+            daemon.delete_object("netdev", "nic0")
+        assert calls == []
+
+    run(play)
+
+
+def test_objects_neither_come_nor_go_while_the_guest_is_another_daemons_or_on_its_way(calls: list[str]) -> None:
+    async def migrating(daemon: Daemon) -> None:
+        async with migration(daemon):
+            daemon.migrate(NOBODY)
+            calls.clear()
+            for change in changes(daemon):
+                with pytest.raises(StateError, match="not allowed while migrating"):
+                    change()
+        daemon.delete_object("device", "nic0")
+
+    async def waiting(daemon: Daemon) -> None:
+        for change in changes(daemon):
+            with pytest.raises(StateError, match="not allowed in run state 'inmigrate'"):
+                change()
+
+    async def ending(daemon: Daemon) -> None:
+        daemon.quit()
+        for change in changes(daemon):
+            with pytest.raises(StateError, match="told to end"):
+                change()
+
+    run(migrating)
+    run(waiting, Daemon(incoming=Defer()))
+    run(ending)
+
+
+def changes(daemon: Daemon) -> list[Callable[[], None]]:
+    return [
+        lambda: daemon.add_object("netdev", {"type": "tap", "id": "net1"}),
+        lambda: daemon.delete_object("device", "nic0"),
+    ]
 
 
 def test_stop_and_cont_are_told_once(calls: list[str]) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.unit import reference
 from tests.unit.diagrams import drawn
 
-from localmig.migration import incoming, outgoing, transport
+from localmig.migration import exchange, incoming, outgoing, transport
 from localmig.migration.channel import FrameKind
 from localmig.migration.handover import (
     DESTINATION,
@@ -29,6 +30,7 @@ from localmig.migration.handover import (
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))
+DEVICES: Final = (ROOT / "docs/devices.md").read_text()
 SECURITY: Final = (ROOT / "docs/security.md").read_text()
 HANDOVER: Final = (ROOT / "docs/handover.md").read_text()
 OPERATING: Final = (ROOT / "docs/operating.md").read_text()
@@ -87,6 +89,17 @@ def test_the_diagrams_of_the_handover_page_are_drawn_from_the_tables() -> None:
     assert drawn(HANDOVER) == HANDOVER, "make docs draws them anew"
 
 
+def test_the_reference_for_authors_is_made_of_the_docstrings() -> None:
+    assert reference.PAGE.read_text() == reference.write(), "make docs writes it again"
+
+
+def test_the_glossary_has_each_word_once_in_order_and_one_sentence_for_it() -> None:
+    told = list(rows((ROOT / "docs/glossary.md").read_text(), "| word |"))
+    words = [word.split(",")[0].lower() for word, _ in told]
+    assert words == sorted(set(words))
+    assert [word for word, sentence in told if not re.fullmatch(r"[^.]+(?:\.(?=\w)[^.]+)*\.", sentence)] == []
+
+
 def test_the_ways_that_failures_take_are_those_of_the_tables() -> None:
     _, rest = HANDOVER.split("## When something fails\n")
     section, _ = rest.split("\n## ", 1)
@@ -104,12 +117,14 @@ def test_the_ways_that_failures_take_are_those_of_the_tables() -> None:
 
 
 def test_the_waits_of_the_handover_page_are_those_of_the_code() -> None:
-    modules = {"incoming": incoming, "outgoing": outgoing, "transport": transport}
+    modules = {"exchange": exchange, "incoming": incoming, "outgoing": outgoing, "transport": transport}
     waits = {
         f"`{module}.{name}`": f"{value:g} s"
         for module, names in modules.items()
         for name, value in vars(names).items()
-        if name.isupper() and name.endswith("_S") and not (module == "incoming" and hasattr(outgoing, name))
+        if name.isupper()
+        and name.endswith("_S")
+        and not (module in ("incoming", "outgoing") and hasattr(exchange, name))
     }
     assert {wait: duration for wait, duration, _ in rows(HANDOVER, "| wait |")} == waits
 
@@ -129,16 +144,17 @@ def bound(where: str) -> str:
     """A number of the code as the page writes it, by what its first cell says of it."""
     place, *names = re.findall(r"`(.+?)`", where)
     if names:  # of Rust
-        found = re.search(rf"const {names[0]}: \w+ = ([0-9_]+);", (ROOT / place).read_text())
+        found = re.search(rf"const {names[0]}: \w+ = ([0-9_]+)(?: << (\d+))?;", (ROOT / place).read_text())
         assert found is not None, where
-        return f"{int(found[1]):,}"
+        return f"{int(found[1]) << int(found[2] or 0):,}"
     module, name, kind = re.fullmatch(r"([a-z_.]+)\.([A-Z_]+)(?:\[([A-Z]+)\])?", place).groups()  # type: ignore[union-attr]
     value = getattr(import_module(f"localmig.{module}"), name)
     return f"{value[FrameKind[kind]] if kind else value:,}".removesuffix(".0")
 
 
-def test_the_bounds_of_the_security_page_are_those_of_the_code() -> None:
-    told = {where: number for where, number, _ in rows(SECURITY, "| bound | is |")}
+@pytest.mark.parametrize("page", [SECURITY, DEVICES], ids=["security", "devices"])
+def test_the_bounds_of_a_page_are_those_of_the_code(page: str) -> None:
+    told = {where: number for where, number, *_ in rows(page, "| bound | is |")}
     assert told == {where: bound(where) for where in told}
 
 

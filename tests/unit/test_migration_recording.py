@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from localmig.errors import ConfigError
-from localmig.migration.recording import PATH_BYTES_MAX, check_path, write_recording
+from localmig.limits import PATH_BYTES_MAX
+from localmig.migration.recording import check_path, write_recording
 
 
 def test_an_earlier_recording_is_replaced_and_its_mode_with_it(tmp_path: Path) -> None:

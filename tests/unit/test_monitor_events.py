@@ -26,6 +26,12 @@ def test_migration_is_told_with_its_status_where_the_capability_is_on() -> None:
     assert told(RunState.RUNNING, fact, migration_events=False) == []
 
 
+def test_a_device_that_is_deleted_is_told_with_its_path_and_no_other_object() -> None:
+    facts = [trace.ObjectDeleted(kind="device", id="nic0"), trace.ObjectDeleted(kind="netdev", id="net0")]
+    data = {"device": "nic0", "path": "/machine/peripheral/nic0"}
+    assert told(RunState.RUNNING, *facts) == [Event(name="DEVICE_DELETED", data=data, at_s=1.0)]
+
+
 def test_what_qemu_has_no_event_for_is_not_told() -> None:
     facts = [
         trace.SessionOpened(device="nic0"),

@@ -29,7 +29,7 @@ def test_a_tap_is_a_part() -> None:
 
 
 def test_a_tap_that_stays_home_says_why() -> None:
-    tap = Tap(id="net0", stays_home="device 'nic0' has local-migration=off")
+    tap = Tap(id="net0", stays_home=lambda: "device 'nic0' has local-migration=off")
     assert tap.local_migration_blocker() == "device 'nic0' has local-migration=off"
 
 

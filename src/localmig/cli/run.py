@@ -236,6 +236,11 @@ def _build(arguments: argparse.Namespace, registry: Registry, tracer: Tracer) ->
     _check_one("qmp", monitor, config.monitor, arguments.config)
     _check_one("incoming", incoming, config.incoming, arguments.config)
     monitor, incoming = monitor or config.monitor, incoming or config.incoming
+    if not objects and monitor is None and incoming is None:
+        raise ConfigError(
+            "nothing to serve: give --netdev and --device, --qmp to be given them later, or --incoming to take over "
+            "from a daemon"
+        )
     check_together(objects, monitor=monitor, incoming=incoming)
     privileges = _read_privileges(arguments, config, objects)
     daemon = Daemon(

@@ -49,7 +49,7 @@ _DROPS: Final = (
 )
 
 _SHOWN_BY_NAME: Final = frozenset(
-    {"id", "type", "mac", "netdev", "socket", "server", "session", "vrings", "queue-pairs", "notes"}
+    {"id", "type", "mac", "netdev", "socket", "server", "session", "vrings", "queue-pairs", "rings", "notes"}
 )
 """What of a device has a place of its own in what is shown. Whatever else its type adds is shown as it comes."""
 
@@ -310,6 +310,11 @@ def show_device(facts: Facts, wanted: str) -> str:
         lines += ["", _table_without_empty_columns(heads, rows)]
     if device.get("queue-pairs"):
         lines += ["", _counters(facts, device)]
+    if rings := device.get("rings"):
+        # Of rings that a device's own code serves.
+        heads = ("ring", *(name.replace("-", " ") for name in rings[0]["counters"]))
+        rows = [(ring["name"], *map(str, ring["counters"].values())) for ring in rings]
+        lines += ["", _table_without_empty_columns(heads, rows)]
     return "\n".join(lines)
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
 
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
-from localmig.device_api import Announces, Part, RunsPrograms
+from localmig.device_api import Announces, Netdev, Part, RunsPrograms
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
@@ -32,8 +32,9 @@ from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
+from localmig.options.specs import KINDS, references_of
 from localmig.registry import Registry
-from localmig.trace import RunStateChanged, Tracer
+from localmig.trace import ObjectAdded, ObjectDeleted, RunStateChanged, Tracer
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Daemon:
     """Everything one process serves. All methods belong to the event loop's thread.
 
     Args:
-        objects: what to build.
+        objects: what to build, for a beginning: `add_object` adds more.
         registry: the types of objects that there are; None: this program's, and those of installed packages.
         incoming: where a source will connect; None for a daemon that begins by itself. With no `objects` given, an
             incoming daemon builds what the source has.
@@ -85,8 +86,6 @@ class Daemon:
         self.descriptors = NamedDescriptors()
         self._objects = Objects(specs=tuple(objects), registry=self.registry)
         self._assembly = Assembly(self.tracer)
-        if incoming is None and self._objects.is_empty:
-            raise ConfigError("nothing to serve: give --netdev and --device, or --incoming to take over from a daemon")
         self._incoming_address = incoming
         self._run_state = RunState.PRELAUNCH
         self._parts: list[Part] = []
@@ -244,6 +243,125 @@ class Daemon:
             raise StateError("; ".join(blockers))
         self._announcer.start(parts, announcement, key=name)
 
+    # -- objects ------------------------------------------------------------------------------------------------
+
+    def objects(self, kind: str) -> list[BuiltObject]:
+        """The objects of a kind that are served here."""
+        return [each for each in self._served() if each.spec.kind == kind]
+
+    def add_object(self, kind: str, options: Mapping[str, object]) -> None:
+        """Builds one more object, opens it and serves it. Rings of others run on meanwhile.
+
+        Args:
+            kind: what it is, one of `KINDS`.
+            options: what describes it, in the JSON form of the command line.
+
+        Raises:
+            ConfigError: it cannot be, or not beside the others. As for all that follow: nothing of it is left.
+            KernelError: it cannot be opened.
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable(f"{kind}_add")
+        objects = self._objects.added(read := self.registry.read(kind, options))
+        spec = objects[read.id]
+        self._check_possible_now(spec)
+        parts: list[Part] = []
+        try:
+            built = self._assembly.add(spec, self.registry.type_of(spec))
+            self._assembly.arrange(objects.specs)
+            parts += (*built.part.own_parts, built.part)
+            self._begin(parts)
+        except BaseException:
+            for_all(reversed(parts), lambda part: part.close())
+            self._assembly.arrange(self._objects.specs)
+            raise
+        self._objects = objects
+        self._parts = self._assembly.parts()
+        self.tracer.emit(ObjectAdded(kind=kind, id=spec.id))
+
+    def delete_object(self, kind: str, id: str) -> None:  # noqa: A002 - the user's word
+        """Ends an object with all it has: sessions, sockets, rings, an interface that is not persistent.
+
+        Raises:
+            NotFoundError: there is none of that kind and id. As for all that follows: nothing was changed.
+            StateError: another object refers to it, a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable(f"{kind}_del")
+        objects = self._objects.without(kind, id)
+        built = self._assembly.built(id)
+        gone = (built.part, *reversed(built.part.own_parts))
+        for_all(gone, lambda part: part.close())
+        self._assembly.arrange(objects.specs)
+        self._objects = objects
+        self._parts = self._assembly.parts()
+        self._announced.discard(id)
+        for handover in (self._outgoing, self._incoming):
+            if handover is not None:
+                handover.unthawed = [part for part in handover.unthawed if part not in gone]
+        self.tracer.emit(ObjectDeleted(kind=kind, id=id))
+
+    def set_link(self, id: str, *, up: bool) -> None:  # noqa: A002 - the user's word
+        """Connects a netdev, or the one of a device, to the network, or takes it off.
+
+        Raises:
+            NotFoundError: there is no object of that id. As for all that follow: nothing was changed.
+            StateError: it has no link, a handover is under way, or the guest is another daemon's.
+            KernelError: the kernel refuses.
+        """
+        self._check_changeable("set_link")
+        spec = self._objects.find(id, *KINDS)
+        if spec.kind != "netdev":
+            behind = [each for each, reference in references_of(spec).items() if reference.kind == "netdev"]
+            if not behind:
+                raise StateError(f"{spec.kind} '{id}' has no link that could be set")
+            spec = self._objects[behind[0]]
+        netdev = cast(Netdev, self._assembly.built(spec.id).part)
+        with blamed(f"cannot set the link of '{spec.id}'"):
+            netdev.set_link(up=up)
+
+    def _begin(self, parts: Sequence[Part]) -> None:
+        """Opens the parts of an object and makes them do what all others do."""
+        with blamed(f"cannot open '{parts[-1].id}'"):
+            for part in parts:
+                part.open()
+            if self._run_state is RunState.RUNNING:
+                for part in parts:
+                    part.resume()
+            for part in parts:
+                part.thaw()
+
+    def _check_changeable(self, command: str) -> None:
+        """Raises StateError where objects can neither come nor go."""
+        if self._is_migrating() or (self._incoming is not None and not self._incoming.has_ended):
+            raise StateError(f"{command} not allowed while migrating: wait for its end, or end it by migrate_cancel")
+        if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
+            raise StateError(f"{command} not allowed in run state '{self._run_state}'")
+        self._check_sole_owner()
+
+    def _check_sole_owner(self) -> None:
+        """Raises StateError where what is served here may soon be another daemon's, or nobody's."""
+        if self._is_ending:
+            raise StateError("this daemon was told to end, and does that")
+        if self._incoming is not None and self._incoming.source_may_return:
+            raise StateError(
+                "the daemon that had the guest before has not let go of it, and would take it back if this one ended: "
+                "wait until its migration has completed, or end it"
+            )
+
+    def _check_possible_now(self, spec: Spec) -> None:
+        """Raises ConfigError for what can be had only when a daemon starts."""
+        if any(what == "descriptor" for what, _ in spec.claims()):
+            raise ConfigError(
+                f"{spec.kind} '{spec.id}': numbers of descriptors are those of the program that starts a daemon; name "
+                "what is to be opened, or give it to 'localmig run'"
+            )
+        sandbox = self._privileges.sandbox.state
+        if spec.program_at_end is not None and not sandbox.spawn:
+            raise ConfigError(
+                f"{spec.kind} '{spec.id}' has {spec.program_at_end}, and the sandbox forbids this daemon to run "
+                "programs: hand over to one with --sandbox on,spawn=allow"
+            )
+
     # -- migration ----------------------------------------------------------------------------------------------
 
     def set_parameters(self, parameters: Parameters) -> None:
@@ -268,17 +386,11 @@ class Daemon:
             StateError: another migration is under way, or this daemon does not have the guest.
             ConfigError: `local` is on and the address is no UNIX socket. Nothing was stopped.
         """
-        if self._is_ending:
-            raise StateError("this daemon was told to end, and does that")
         if self._is_migrating() or (self._incoming is not None and not self._incoming.has_ended):
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
             raise StateError(f"nothing to migrate in run state '{self._run_state}'")
-        if self._incoming is not None and self._incoming.source_may_return:
-            raise StateError(
-                "the daemon that had the guest before has not let go of it, and would take it back if this one ended: "
-                "wait until its migration has completed, or end it"
-            )
+        self._check_sole_owner()
         given = self.descriptors.lent_for(address)
         transport.check_local(address, given, local=self.parameters.local)
         self.descriptors.give_away(given)
@@ -365,10 +477,6 @@ class Daemon:
     def sandbox(self) -> SandboxState:
         """What this process may not do any more."""
         return self._privileges.sandbox.state
-
-    def objects(self, kind: str) -> list[BuiltObject]:
-        """The objects of a kind that are served here."""
-        return [each for each in self._served() if each.spec.kind == kind]
 
     # -- inside -------------------------------------------------------------------------------------------------
 

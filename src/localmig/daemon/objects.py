@@ -8,14 +8,22 @@ Read next:   registry.py for how a type is found, device_api/objects.py for what
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from localmig.device_api import Part, Queues
 from localmig.device_api.objects import BuildContext
-from localmig.errors import ConfigError, PeerError
+from localmig.errors import ConfigError, NotFoundError, PeerError, StateError
 from localmig.migration.hello import HandoverObject, Hello, Origin
-from localmig.options import Spec, check_together, differences, reasons_to_stay_home, to_mapping
+from localmig.options import (
+    Spec,
+    check_together,
+    differences,
+    reasons_to_stay_home,
+    to_mapping,
+)
+from localmig.options.specs import references_of
 from localmig.registry import RegisteredType, Registry
 from localmig.trace import Tracer
 
@@ -39,6 +47,35 @@ class Objects:
     def is_empty(self) -> bool:
         """Whether nothing was asked for."""
         return not self.specs
+
+    def __getitem__(self, id: str) -> Spec:  # noqa: A002 - the user's word
+        return next(spec for spec in self.specs if spec.id == id)
+
+    def find(self, id: str, *kinds: str) -> Spec:  # noqa: A002
+        """The spec of that id and one of these kinds. NotFoundError where there is none."""
+        among = [spec for spec in self.specs if spec.kind in kinds]
+        for spec in among:
+            if spec.id == id:
+                return spec
+        have = ", ".join(f"'{spec.id}'" for spec in among) or "none"
+        raise NotFoundError(f"Device '{id}' not found, there is {have}")
+
+    def added(self, spec: Spec) -> Objects:
+        """All of them with one more. ConfigError where it does not fit the others."""
+        return replace(self, specs=(*self.specs, spec))
+
+    def without(self, kind: str, id: str) -> Objects:  # noqa: A002
+        """All but one.
+
+        Raises:
+            NotFoundError: there is none of that kind and id.
+            StateError: another one refers to it.
+        """
+        self.find(id, kind)
+        for spec in self.specs:
+            if id in references_of(spec):
+                raise StateError(f"{kind} '{id}' is in use by {spec.kind} '{spec.id}': delete that one first")
+        return replace(self, specs=tuple(spec for spec in self.specs if spec.id != id))
 
     def for_hello(self) -> tuple[HandoverObject, ...]:
         """What HELLO tells of them."""
@@ -107,6 +144,8 @@ class Assembly:
         self._shared: dict[type[Any], Any] = {}
         self._objects: dict[str, BuiltObject] = {}
         self._parts: dict[str, Part] = {}
+        self._home: dict[str, str] = {}
+        """Whose descriptors stay home because of whom."""
 
     @classmethod
     def of(cls, objects: Objects, tracer: Tracer) -> Assembly:
@@ -116,17 +155,17 @@ class Assembly:
             ConfigError, KernelError: one of them cannot be built.
         """
         assembly = cls(tracer)
-        home = reasons_to_stay_home(objects.specs)
         for spec in objects.specs:
-            assembly.add(spec, objects.registry.type_of(spec), stays_home=home.get(spec.id))
+            assembly.add(spec, objects.registry.type_of(spec))
+        assembly.arrange(objects.specs)
         return assembly
 
-    def add(self, spec: Spec, type: RegisteredType, *, stays_home: str | None) -> BuiltObject:  # noqa: A002
-        """Builds one more object, whose references are there. As `of`."""
+    def add(self, spec: Spec, type: RegisteredType) -> BuiltObject:  # noqa: A002
+        """Builds one more object, whose references are there. As `of`; `arrange` follows, also where this raises."""
         context = BuildContext(
             tracer=self._tracer,
             queues=self._queues,
-            stays_home=stays_home,
+            stays_home=lambda: self._home.get(spec.id),
             parts=self._parts,
             shared_by_all=self._shared,
         )
@@ -135,10 +174,22 @@ class Assembly:
         self._parts[spec.id] = built.part
         return built
 
+    def arrange(self, specs: Iterable[Spec]) -> None:
+        """Keeps the objects of `specs`, in this order, which is the order in which they travel."""
+        specs = tuple(specs)
+        self._objects = {spec.id: self._objects[spec.id] for spec in specs}
+        self._parts = {spec.id: self._objects[spec.id].part for spec in specs}
+        self._home = reasons_to_stay_home(specs)
+        self._queues.arrange([spec.id for spec in specs])
+
     @property
     def objects(self) -> list[BuiltObject]:
-        """All of them, in the order in which they were built."""
+        """All of them, in the order in which they travel."""
         return list(self._objects.values())
+
+    def built(self, id: str) -> BuiltObject:  # noqa: A002 - the user's word
+        """The object of that id."""
+        return self._objects[id]
 
     def parts_opened_with_privileges(self) -> list[Part]:
         """Those whose `open` needs what the process gives up."""

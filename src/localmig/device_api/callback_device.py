@@ -22,7 +22,7 @@ from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import RingGroup
 from localmig.device_api.vhost_user_device import VhostUserDevice
-from localmig.qapi import Array, Member, Struct, Uint64
+from localmig.qapi import Array, Member, String, Struct, Uint64
 from localmig.trace import Tracer
 from localmig.vhost_user.message import ProtocolFeature
 from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
@@ -46,6 +46,7 @@ class CallbackRingInfo:
     """What a ring's engine counted, since the device was first served, handovers included."""
 
     vring: int
+    name: str
     counters: CallbackCounters
 
 
@@ -63,6 +64,7 @@ class CallbackDeviceInfo(DeviceInfo):
 _RING: Final = Struct(
     (
         Member(name="index", attribute="vring", type=Uint64()),
+        Member(name="name", attribute="name", type=String()),
         Member(
             name="counters",
             attribute="counters",
@@ -89,8 +91,9 @@ def callback_members(features: Mapping[int, str] | None = None) -> tuple[Member,
 class CallbackDevice(VhostUserDevice):
     """A device with as many rings as it has names for.
 
-    `on_chain`, and what is watched, is called in a thread of the device's own, one after the other, and never while a
-    handover saves the device. `save`, `check`, `load` and the rest are called in the event loop.
+    `on_chain`, `on_returned` and what is watched are called in a thread of the device's own, one after the other. All
+    other methods are called in the event loop. `save` is called while the guest runs, so a callback may run beside it;
+    if one ran, it is called again after the last callback has ended, and that state counts.
 
     Attributes:
         device_id: virtio's number of the kind of device (virtio 1.2, section 5).
@@ -114,7 +117,7 @@ class CallbackDevice(VhostUserDevice):
         super().__init__(id=id, socket=socket, local_migration=local_migration, queues=queues, tracer=tracer)
         self._group: CallbackGroup | None = None
         self._thread: CallbackThread | None = None
-        self._calls_saved = 0
+        self._changes_saved = 0
         self._look: asyncio.TimerHandle | None = None
         self._stuck = ""
 
@@ -122,13 +125,16 @@ class CallbackDevice(VhostUserDevice):
 
     @abstractmethod
     def on_chain(self, chain: Chain) -> None:
-        """A driver made a chain available, to be completed now or later. Whatever this raises fails all rings."""
+        """A driver made a chain available, to be completed now or later. An exception from here fails all rings."""
 
     def on_returned(self, ring: str) -> None:
-        """The driver has this ring back: chains of it that were taken lead nowhere. Called before further ones come."""
+        """The driver has this ring back: forget the chains of it that you keep. Called before further ones come."""
 
     def on_serving(self) -> None:
-        """This process serves from now on: what is the device's own may be touched, and watched. At each `thaw`."""
+        """This process serves from now on: what is the device's own may be touched, and watched.
+
+        Called when a daemon starts, when it has taken over, and when it goes on after a handover that failed.
+        """
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Has `callback` called in the device's thread whenever `fd` can be read, while this process serves."""
@@ -171,7 +177,7 @@ class CallbackDevice(VhostUserDevice):
         return CallbackDeviceInfo(
             **self.facts(),
             rings=tuple(
-                CallbackRingInfo(vring=vring, counters=CallbackCounters(*values))
+                CallbackRingInfo(vring=vring, name=self.ring_names[vring], counters=CallbackCounters(*values))
                 for vring, values in enumerate(counters)
             ),
         )
@@ -205,12 +211,12 @@ class CallbackDevice(VhostUserDevice):
 
     def is_outdated(self) -> bool:
         """Whether its code ran since it was saved last."""
-        return self._thread is not None and self._thread.call_count != self._calls_saved
+        return self._thread is not None and self._thread.change_count != self._changes_saved
 
     def note_saved(self) -> None:
         """Its own state is saved now."""
         if self._thread is not None:
-            self._calls_saved = self._thread.call_count
+            self._changes_saved = self._thread.change_count
 
     def groups_dropped(self) -> None:
         """Ends the thread."""

@@ -41,7 +41,8 @@ class CallbackThread:
         failed: called in the thread with what was raised, and with nothing else. The thread goes on.
 
     Attributes:
-        call_count: how many callbacks have been called.
+        change_count: how many times a callback began or ended. The same number twice says that none ran meanwhile, and
+            that none began before and ended after.
     """
 
     def __init__(self, name: str, failed: Callable[[BaseException], None]) -> None:
@@ -55,7 +56,7 @@ class CallbackThread:
         self._is_closed = False
         self._busy_since: float | None = None
         self._thread: threading.Thread | None = None
-        self.call_count = 0
+        self.change_count = 0
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Calls `callback` whenever `fd` can be read or has ended, until `unwatch`."""
@@ -144,7 +145,7 @@ class CallbackThread:
             if self._is_paused or self._is_closed:
                 return False
             self._busy_since = time.monotonic()
-            self.call_count += 1
+            self.change_count += 1
             return True
 
     def _call(self, callback: Callable[[], None]) -> None:
@@ -154,4 +155,5 @@ class CallbackThread:
             _logger.exception("'%s': error in a callback", self._name)
             self._failed(error)
         finally:
+            self.change_count += 1  # before it counts as ended: whoever waits for its end saves what it did
             self._busy_since = None

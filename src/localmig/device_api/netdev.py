@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from enum import IntFlag
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
 from localmig.dataplane import FrameStream
 from localmig.device_api.part import Part
-
-QUEUE_COUNT_MAX: Final = 128
-"""Queues of a netdev: vhost-user has 8 bits for the number of a vring, and a queue pair has two."""
+from localmig.errors import StateError
 
 
 class Offload(IntFlag):
@@ -50,6 +48,7 @@ class Netdev(Part, Protocol):
         observer: who reads and writes the frames, None where nobody does.
         mac_told: the guest's Ethernet address, empty where it is not known; for a note.
         mtu_told: the MTU that the guest uses, in bytes, 0 where it is not known; for a note.
+        was_left: whether a NIC of this daemon was deleted that had it: what waits in its queues is for no other one.
     """
 
     has_offloads: ClassVar[bool] = True
@@ -57,6 +56,7 @@ class Netdev(Part, Protocol):
     observer: NetdevObserver | None = None
     mac_told: bytes = b""
     mtu_told: int = 0
+    was_left: bool = False
 
     # -- at any time --------------------------------------------------------------------------------------------
 
@@ -149,6 +149,16 @@ class Netdev(Part, Protocol):
     def driver_ends(self) -> None:
         """No driver serves it. Otherwise as `driver_begins`."""
         return
+
+    def set_link(self, *, up: bool) -> None:
+        """Connects it to the network or takes it off, as if somebody had the cable. The observer is told.
+
+        Raises:
+            StateError: that cannot be done to it. As for the next: the link is as it was.
+            KernelError: the kernel refuses.
+        """
+        del up
+        raise StateError(f"netdev '{self.id}' has no link that could be set")
 
     @abstractmethod
     def inject(self, frame: bytes) -> None:

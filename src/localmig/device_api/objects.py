@@ -34,14 +34,15 @@ class BuildContext:
     Attributes:
         tracer: where facts go.
         queues: starts, stops and moves the rings of all devices.
-        stays_home: why this object's descriptors do not move, because of one that refers to it; None where they may.
+        stays_home: why this object's descriptors do not move, because of one that refers to it; None where they may. To
+            be asked at each handover: such an object may come and go.
         parts: the objects that were built before, by id.
         shared_by_all: what objects of a daemon have together, by its class.
     """
 
     tracer: Tracer
     queues: Queues
-    stays_home: str | None = None
+    stays_home: Callable[[], str | None] = lambda: None
     parts: Mapping[str, Part] = field(default_factory=dict)
     shared_by_all: dict[type[Any], Any] = field(default_factory=dict)
 

@@ -215,4 +215,4 @@ class Announces(Protocol):
 
     @abstractmethod
     def announce(self) -> None:
-        """Tells the network once. Nothing while the part is stopped, or cannot. KernelError: it was not told."""
+        """Tells the network once. Nothing while it is stopped, closed, or cannot. KernelError: it was not told."""

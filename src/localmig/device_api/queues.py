@@ -52,7 +52,7 @@ class Device(Protocol):
 
 
 class Queues(Part):
-    """The rings of a daemon. Every device joins before the first step; in the list of parts it stands behind them.
+    """The rings of a daemon. Devices join as they are built; in the list of parts it stands behind them.
 
     Args:
         tracer: where facts go.
@@ -80,6 +80,11 @@ class Queues(Part):
     def join(self, device: Device) -> None:
         """Lets `device` start and stop with the others."""
         self._devices.append(device)
+
+    def arrange(self, ids: Sequence[str]) -> None:
+        """Keeps the devices among `ids`, in that order; the others leave."""
+        by_id = {device.id: device for device in self._devices}
+        self._devices = [by_id[each] for each in ids if each in by_id]
 
     # -- serving ------------------------------------------------------------------------------------------------
 

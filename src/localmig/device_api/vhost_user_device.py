@@ -209,14 +209,21 @@ class VhostUserDevice(Part):
         """`save` is called next."""
 
     def save(self, *, with_descriptors: bool) -> Any:
-        """The state that `own_state` describes; descriptors in it are lent."""
+        """The state that `own_state` describes.
+
+        Args:
+            with_descriptors: whether descriptors move. They are lent: they stay this device's until `release`.
+        """
         raise NotImplementedError
 
     def check(self, state: Any) -> None:
-        """Raises PeerError where this device cannot go on with such a state; changes nothing."""
+        """Raises PeerError if this device cannot go on with a state that arrived, with the reason. Changes nothing."""
 
     def load(self, state: Any) -> None:
-        """Goes on with a checked state. Called again where it changed in the source."""
+        """Goes on with a checked state, and takes its descriptors over (`OwnedFd.take`). `open` is not called then.
+
+        Called again with a newer state if it changed in the source, so what it took before is dropped first.
+        """
         raise NotImplementedError
 
     def keeps_chains(self) -> bool:

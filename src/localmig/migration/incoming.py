@@ -24,14 +24,7 @@ from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
-from localmig.migration.handover import (
-    DESTINATION_STATUS,
-    DestinationEvent,
-    DestinationState,
-    destination_machine,
-)
-from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version, read_setup
-from localmig.migration.outgoing import (
+from localmig.migration.exchange import (
     CATCH_UP_ROUNDS_MAX,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
@@ -39,6 +32,13 @@ from localmig.migration.outgoing import (
     hello_payload,
     on_off,
 )
+from localmig.migration.handover import (
+    DESTINATION_STATUS,
+    DestinationEvent,
+    DestinationState,
+    destination_machine,
+)
+from localmig.migration.hello import Done, Hello, decode_reason, encode_reason, program_version, read_setup
 from localmig.migration.parameters import Parameters
 from localmig.migration.peer import Changes, Peer, Revocation, own_pidfd
 from localmig.migration.progress import Progress

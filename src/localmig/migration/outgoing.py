@@ -30,6 +30,14 @@ from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError
 from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
+from localmig.migration.exchange import (
+    CATCH_UP_ROUNDS_MAX,
+    HELLO_TIMEOUT_S,
+    SETUP_TIMEOUT_S,
+    hello_descriptors,
+    hello_payload,
+    on_off,
+)
 from localmig.migration.handover import (
     SOURCE_ENDED,
     SOURCE_STATUS,
@@ -57,16 +65,6 @@ from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Blob
 
 _logger = logging.getLogger(__name__)
-
-HELLO_TIMEOUT_S: Final = 10.0
-"""A destination answers HELLO after it looked at its options; it opens nothing slow."""
-
-SETUP_TIMEOUT_S: Final = 30.0
-"""The destination maps and populates guest memory: about a second per hundred gigabytes."""
-
-CATCH_UP_ROUNDS_MAX: Final = 3
-"""How often what frontends changed is sent again. The last time they are frozen, so nothing can change after that; the
-times before make the last one short."""
 
 FROZEN_TIMEOUT_S: Final = 0.08
 """How long a frontend that waits may find its socket frozen. A VMM waits for its answer with its main loop and its
@@ -676,35 +674,6 @@ class Outgoing:
         return SOURCE_STATUS[self.state]
 
 
-def hello_payload(channel: Channel, hello: Hello, descriptors: Sequence[int]) -> tuple[bytes, list[tuple[int, int]]]:
-    """HELLO's payload, with lent descriptors at its last bytes where the channel can carry them."""
-    data = hello.encode()
-    if not channel.passes_descriptors:
-        descriptors = ()
-    places = list(enumerate(descriptors, len(data)))
-    return data + b" " * len(places), places
-
-
-def hello_descriptors(frame: Frame, count: int, *, required: bool) -> list[OwnedFd]:
-    """The `count` descriptors at the last bytes of HELLO, to be taken; none where the channel carries none.
-
-    Raises:
-        PeerError: `required`, and no descriptor arrived with a HELLO that came over a channel meant to carry them; or
-            another number, or elsewhere.
-    """
-    if not frame.fds:
-        if required:
-            raise PeerError(
-                "parameter 'local' is on, but the descriptor sent with HELLO did not arrive: something between source "
-                "and destination (a proxy?) does not pass descriptors; connect them directly, or set local to false"
-            )
-        return []
-    size = len(frame.data)
-    if [offset for offset, _ in frame.fds] != list(range(size - count, size)):
-        raise PeerError(f"HELLO came with {len(frame.fds)} descriptors, expected {count} at its end")
-    return [fd for _, fd in frame.fds]
-
-
 def _require(kind: FrameKind, frame: Frame) -> None:
     """Raises PeerError where `frame` is of another kind, and closes it; with the destination's reason if it refuses."""
     if frame.kind is not kind:
@@ -718,8 +687,3 @@ def _unexpected(frame: Frame, expected: str) -> PeerError:
     if frame.kind is FrameKind.CANCEL:
         return PeerError(f"the other side took the handover back: {decode_reason(frame.data)}")
     return PeerError(f"{frame.kind.name} came where {expected} was expected")
-
-
-def on_off(value: bool) -> str:  # noqa: FBT001 - a value to be shown
-    """How a switch is written."""
-    return "on" if value else "off"

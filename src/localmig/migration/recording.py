@@ -13,12 +13,9 @@ import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
 from localmig.errors import ConfigError
-
-PATH_BYTES_MAX: Final = 4095
-"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
+from localmig.limits import PATH_BYTES_MAX
 
 
 def check_path(path: str) -> None:

@@ -14,9 +14,10 @@ from localmig import trace
 from localmig.daemon import RunState
 from localmig.monitor.protocol import Event
 from localmig.monitor.schema import MIGRATION_STATUS
-from localmig.qapi import Boolean, Enumeration, Struct, returned
+from localmig.qapi import Boolean, Enumeration, String, Struct, returned
 
 EVENTS: Final[Mapping[str, Struct]] = {
+    "DEVICE_DELETED": Struct((returned("device", String()), returned("path", String()))),
     "MIGRATION": Struct((returned("status", MIGRATION_STATUS),)),
     "RESUME": Struct(),
     "SHUTDOWN": Struct(
@@ -52,6 +53,11 @@ class EventSource:
                 if was_running == is_running:
                     return None
                 return Event(name="RESUME" if is_running else "STOP", at_s=at_s)
+            case trace.ObjectDeleted(kind="device", id=id_):
+                # QEMU tells by its path of a device that has no id. Here each has one.
+                return Event(
+                    name="DEVICE_DELETED", data={"device": id_, "path": f"/machine/peripheral/{id_}"}, at_s=at_s
+                )
             case trace.MigrationStatusChanged(status=status) if migration_events:
                 return Event(name="MIGRATION", data={"status": status}, at_s=at_s)
             case _:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.errors import ConfigError, LocalmigError
+from localmig.errors import ConfigError, LocalmigError, NotFoundError
 from localmig.fds import OwnedFd, close_foreign
 from localmig.monitor.schema import Command
 from localmig.monitor.wire import Decoder, JsonSyntaxError, encode
@@ -33,6 +33,10 @@ _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 class CommandNotFoundError(ConfigError):
     """There is no such command, or not at this moment."""
+
+
+_ERROR_CLASSES: Final = {CommandNotFoundError: "CommandNotFound", NotFoundError: "DeviceNotFound"}
+"""QEMU's classes of errors, as far as there are others than GenericError."""
 
 
 class Mode(enum.Enum):
@@ -130,8 +134,8 @@ class Session:
             name, arguments = _read_request(value)
             answer: dict[str, object] = {"return": self._run(name, arguments)}
         except LocalmigError as error:
-            kind = "CommandNotFound" if isinstance(error, CommandNotFoundError) else "GenericError"
-            answer = {"error": {"class": kind, "desc": str(error)}}
+            kinds = (kind for of, kind in _ERROR_CLASSES.items() if isinstance(error, of))
+            answer = {"error": {"class": next(kinds, "GenericError"), "desc": str(error)}}
         return answer | identity
 
     def _run(self, name: str, arguments: Mapping[str, object]) -> object:

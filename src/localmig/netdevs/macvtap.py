@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -162,7 +162,7 @@ class Macvtap(Tap):
         link: the device to make it on where there is none, None: it must be there.
         mode: what it is made with, one of `rtnetlink.MACVTAP_MODES`.
         mtu: what to give the interface, in bytes; None leaves it as it is.
-        stays_home: why its descriptors do not move, None where they do.
+        stays_home: tells why its descriptors do not move, None where they do.
         networks: the networks of all netdevs of a daemon.
     """
 
@@ -174,7 +174,7 @@ class Macvtap(Tap):
         link: str | None = None,
         mode: str = "bridge",
         mtu: int | None = None,
-        stays_home: str | None = None,
+        stays_home: Callable[[], str | None] = lambda: None,
         networks: Networks | None = None,
     ) -> None:
         super().__init__(id=id, ifname=ifname, mtu=mtu, stays_home=stays_home, networks=networks)

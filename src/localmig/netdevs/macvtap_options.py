@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localmig.errors import ConfigError
+from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.netdevs.rtnetlink import MACVTAP_MODES
-from localmig.netdevs.state import MTU_MAX, MTU_MIN
 from localmig.options.specs import Fit, NetdevSpec, Spec, option
 from localmig.options.values import Choice, InterfaceName, Number
 

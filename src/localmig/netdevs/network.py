@@ -123,6 +123,10 @@ class Network:
         """Brings an interface up."""
         self._exchange(rtnetlink.bring_up(self._next_sequence(), ifindex))
 
+    def bring_down(self, ifindex: int) -> None:
+        """Brings an interface down."""
+        self._exchange(rtnetlink.bring_down(self._next_sequence(), ifindex))
+
     def set_master(self, ifindex: int, master: int) -> None:
         """Makes an interface a port of the bridge `master`, and of no other."""
         self._exchange(rtnetlink.set_master(self._next_sequence(), ifindex, master))

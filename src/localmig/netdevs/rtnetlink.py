@@ -114,6 +114,11 @@ def bring_up(sequence: int, ifindex: int) -> bytes:
     return _set(sequence, ifindex, flags=_IFF_UP)
 
 
+def bring_down(sequence: int, ifindex: int) -> bytes:
+    """Brings an interface down."""
+    return _set(sequence, ifindex, change=_IFF_UP)
+
+
 def set_master(sequence: int, ifindex: int, master: int) -> bytes:
     """Makes an interface a port of the bridge `master`, and of no other."""
     return _set(sequence, ifindex, _attribute(_IFLA_MASTER, struct.pack("=I", master)))
@@ -142,8 +147,9 @@ def remove(sequence: int, ifindex: int) -> bytes:
     return _request(RTM_DELLINK, _NLM_F_ACK, sequence, _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0))
 
 
-def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int = 0) -> bytes:
-    payload = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags, flags) + attributes
+def _set(sequence: int, ifindex: int, attributes: bytes = b"", *, flags: int = 0, change: int | None = None) -> bytes:
+    change = flags if change is None else change
+    payload = _LINK_HEADER.pack(socket.AF_UNSPEC, 0, ifindex, flags, change) + attributes
     return _request(_RTM_SETLINK, _NLM_F_ACK, sequence, payload)
 
 

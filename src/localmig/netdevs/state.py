@@ -14,6 +14,7 @@ from typing import Final
 from localmig.device_api import Offload
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
+from localmig.limits import INTERFACE_NAME_BYTES_MAX, PATH_BYTES_MAX
 from localmig.vmstate import Description, array, boolean, fd, optional, text, u8, u16, u32, u64
 from localmig.vmstate import struct as nested
 
@@ -24,18 +25,8 @@ USO: Final = Offload.USO4 | Offload.USO6
 VNET_HEADER_LENGTHS: Final = (10, 12)
 """The virtio-net header without and with `num_buffers`: VERSION_1 and mergeable buffers bring it."""
 
-MTU_MIN: Final = 68
-MTU_MAX: Final = 65521
-"""What the kernel lets a TAP have (MIN_MTU, MAX_MTU in drivers/net/tun.c, less the Ethernet header)."""
-
 QUEUE_COUNT_MAX: Final = 256
 """Queues the kernel lets a TAP have (MAX_TAP_QUEUES in drivers/net/tun.c)."""
-
-_NAME_BYTES_MAX: Final = 15
-"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
-
-_PATH_BYTES_MAX: Final = 4095
-"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +79,13 @@ TAP_DESCRIPTORS: Final = Description(
     fields=(
         array("queues", partial(fd, kind=FdKind.TAP), count_max=QUEUE_COUNT_MAX),
         array("attached", boolean, count_max=QUEUE_COUNT_MAX),
-        text("downscript", size_max=_PATH_BYTES_MAX),
+        text("downscript", size_max=PATH_BYTES_MAX),
         optional(fd("netlink", kind=FdKind.NETLINK)),
         u64("namespace"),
-        text("ifname_opened", size_max=_NAME_BYTES_MAX),
+        text("ifname_opened", size_max=INTERFACE_NAME_BYTES_MAX),
         u16("mtu_opened"),
         u32("ifindex"),
-        text("bridge", size_max=_NAME_BYTES_MAX),
+        text("bridge", size_max=INTERFACE_NAME_BYTES_MAX),
         boolean("is_up"),
         boolean("is_gone"),
         boolean("has_carrier"),
@@ -107,7 +98,7 @@ TAP: Final = Description(
     oldest_version=1,
     state=TapState,
     fields=(
-        text("ifname", size_max=_NAME_BYTES_MAX),
+        text("ifname", size_max=INTERFACE_NAME_BYTES_MAX),
         u16("mtu"),
         u16("vnet_header_length"),
         u8("offloads"),

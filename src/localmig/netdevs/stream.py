@@ -137,7 +137,7 @@ class Stream(Netdev):
         id: the user's name for it.
         plan: where and how peers come.
         mtu: what the guest may use, in bytes.
-        stays_home: why its descriptors do not move, None where they do.
+        stays_home: tells why its descriptors do not move, None where they do.
     """
 
     setup = STREAM
@@ -151,7 +151,7 @@ class Stream(Netdev):
         id: str,  # noqa: A002 - the user's word
         plan: ListenAt | ConnectTo,
         mtu: int = MTU,
-        stays_home: str | None = None,
+        stays_home: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.id = id
         self.observer = None
@@ -260,13 +260,13 @@ class Stream(Netdev):
         assert self._contact is not None, self.id
         if self._is_thawed:
             return
-        self._is_thawed = True
-        self._close_in_hand()
         self._contact.claim()
+        self._close_in_hand()
+        self._is_thawed = True
         if self._connection is None:
             self._contact.accept_connections(self._begin)
         else:
-            self._departure = Departure(self._connection, self._expect_end)
+            self._watch(self._connection)
             self.look()
 
     def close(self) -> None:
@@ -309,7 +309,7 @@ class Stream(Netdev):
 
     def local_migration_blocker(self) -> str | None:
         """What it was told, and: a stream that is not open cannot move."""
-        return self._stays_home or (None if self.is_open else "its stream is not open")
+        return self._stays_home() or (None if self.is_open else "its stream is not open")
 
     def watch_setup(self, changing: Callable[[], None] | None) -> None:
         """Its peer, and whether there is one, is what changes."""
@@ -431,10 +431,17 @@ class Stream(Netdev):
         self._changing()
         self._contact.pause()
         self._connection, self._frames = connection, FrameStream(connection.fileno())
-        self._departure = Departure(connection, self._expect_end)
+        self._watch(connection)
         if self._gone_because is not None:
             _logger.info("netdev '%s': there is a peer again at '%s'", self.id, self._plan.path)
         self._tell()
+
+    def _watch(self, connection: OwnedFd) -> None:
+        try:
+            self._departure = Departure(connection, self._expect_end)
+        except OSError as error:
+            # The packet path sees it too, once the guest receives.
+            _logger.warning("netdev '%s': cannot see whether its peer leaves: %s", self.id, error.strerror)
 
     def _expect_end(self) -> None:
         """The peer left: what it sent before is taken out by the packet path, which comes to the end then."""

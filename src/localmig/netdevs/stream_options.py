@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 from localmig.device_api.vhost_user_options import RECONNECT_MS_MAX
 from localmig.errors import ConfigError
-from localmig.netdevs.state import MTU_MAX, MTU_MIN
+from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.options.specs import Fit, NetdevSpec, Spec, option
 from localmig.options.values import Choice, Number, SocketPath, Switch
 

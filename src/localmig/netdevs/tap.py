@@ -40,13 +40,14 @@ from localmig.device_api.objects import BuildContext, ObjectType
 from localmig.errors import KernelError, LocalmigError, PeerError, StateError
 from localmig.fd_kind import interface_of, is_same_file
 from localmig.fds import close_all
+from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.netdevs import tun
 from localmig.netdevs.info import SHOWN, TapInfo
 from localmig.netdevs.network import Network, Networks, namespace_here
 from localmig.netdevs.opened import OpenTap, Wanted
 from localmig.netdevs.opening import Opener, find, kernel_errors
 from localmig.netdevs.script import NO_SCRIPT, run_script
-from localmig.netdevs.state import MTU_MAX, MTU_MIN, OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
+from localmig.netdevs.state import OFFLOADS, TAP, USO, VNET_HEADER_LENGTHS, TapDescriptors, TapState
 from localmig.netdevs.tap_options import TapSpec
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Tap(Netdev):
         sndbuf: bytes a queue may have on their way into the network before it takes no more, 0 for no limit.
         bridge: the bridge to put the interface into, None leaves it where it is.
         guest_carrier: whether the interface has a carrier only while a driver serves the NIC.
-        stays_home: why its descriptors do not move, None where they do.
+        stays_home: tells why its descriptors do not move, None where they do.
         networks: the networks of all TAPs of a daemon.
 
     """
@@ -94,7 +95,7 @@ class Tap(Netdev):
         sndbuf: int = 0,
         bridge: str | None = None,
         guest_carrier: bool = False,
-        stays_home: str | None = None,
+        stays_home: Callable[[], str | None] = lambda: None,
         networks: Networks | None = None,
     ) -> None:
         assert len(fds) in (0, queues), (queues, fds)
@@ -268,6 +269,22 @@ class Tap(Netdev):
         """No driver serves it: the interface has none, where the options say so. Otherwise as `driver_begins`."""
         self._let_carrier_be(on=not self._wanted.guest_carrier)
 
+    def set_link(self, *, up: bool) -> None:
+        """Brings the interface up or down. Only the process that serves may call this.
+
+        Raises:
+            StateError: the interface is not here.
+            KernelError: the kernel refuses; the text says what to do.
+        """
+        self.look()
+        tap, word = self._opened(), "up" if up else "down"
+        if not tap.ifindex:
+            raise StateError(f"netdev '{self.id}': '{tap.ifname}' is not here and cannot be brought {word}")
+        advice = f"do it with CAP_NET_ADMIN: ip link set {tap.ifname} {word}"
+        with kernel_errors(self.id, f"cannot bring '{tap.ifname}' {word}", {errno.EPERM: advice}):
+            (tap.network.bring_up if up else tap.network.bring_down)(tap.ifindex)
+        self.look()
+
     def inject(self, frame: bytes) -> None:
         """Sends one Ethernet frame into the network as if from the guest. Only for the process that serves.
 
@@ -392,7 +409,7 @@ class Tap(Netdev):
 
     def local_migration_blocker(self) -> str | None:
         """What it was told, and: a TAP that is not open cannot move."""
-        return self._stays_home or (None if self._open is not None else "its TAP is not open")
+        return self._stays_home() or (None if self._open is not None else "its TAP is not open")
 
     def watch_setup(self, changing: Callable[[], None] | None) -> None:
         """As a part's: called before the device on the other side changes how the TAP is set."""

@@ -11,10 +11,9 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from localmig.device_api.netdev import QUEUE_COUNT_MAX
 from localmig.errors import ConfigError
+from localmig.limits import MTU_MAX, MTU_MIN, QUEUE_PAIR_COUNT_MAX
 from localmig.netdevs.script import NO_SCRIPT
-from localmig.netdevs.state import MTU_MAX, MTU_MIN
 from localmig.options.specs import Fit, NetdevSpec, Spec, option
 from localmig.options.values import FD_MAX, FD_MIN, Descriptors, FilePath, InterfaceName, Number, Switch
 
@@ -53,7 +52,7 @@ class TapSpec(NetdevSpec):
         default=None,
     )
     queues: int = option(
-        Number(lowest=1, highest=QUEUE_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
+        Number(lowest=1, highest=QUEUE_PAIR_COUNT_MAX, reason="vhost-user can name 256 vrings, two for each queue"),
         "queues of the interface, and queue pairs of the device on it",
         advice="; end the daemon and start it with another number",
         default=1,
@@ -115,8 +114,8 @@ class TapSpec(NetdevSpec):
             count = len(self.descriptors)
             if self.queues not in (1, count):
                 raise ConfigError(f"queues={self.queues} is invalid with fds=, which has {count} descriptors")
-            if count > QUEUE_COUNT_MAX:
-                raise ConfigError(f"Parameter 'fds' has {count} descriptors, limit is {QUEUE_COUNT_MAX}")
+            if count > QUEUE_PAIR_COUNT_MAX:
+                raise ConfigError(f"Parameter 'fds' has {count} descriptors, limit is {QUEUE_PAIR_COUNT_MAX}")
             # What the other side is told, and what is compared with it.
             object.__setattr__(self, "queues", count)
 

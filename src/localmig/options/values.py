@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Protocol
 
 from localmig.access import ACCOUNT_ID_MAX
 from localmig.errors import ConfigError
+from localmig.limits import INTERFACE_NAME_BYTES_MAX, PATH_BYTES_MAX
 from localmig.qapi import Boolean, Integer, String
 from localmig.qapi import ValueType as QapiType
 from localmig.unix_socket import check_path
@@ -20,17 +21,11 @@ from localmig.unix_socket import check_path
 ID_LENGTH_MAX: Final = 63
 """An id is one half of a section's name in the stream, and vmdesc readers want names under 128 bytes."""
 
-INTERFACE_NAME_LENGTH_MAX: Final = 15
-"""IFNAMSIZ is 16, and the last byte is NUL (linux/if.h)."""
-
 FD_MIN: Final = 3
 """0, 1 and 2 are the standard streams."""
 
 FD_MAX: Final = 1048575
 """Highest descriptor the kernel gives out unless fs.nr_open was raised."""
-
-PATH_BYTES_MAX: Final = 4095
-"""PATH_MAX is 4096, and the last byte is NUL (linux/limits.h)."""
 
 _DIGITS_MAX: Final = 20
 """Digits of the largest unsigned 64-bit number: what is longer is no number of ours, and slow to read."""
@@ -158,10 +153,8 @@ class InterfaceName(_Text):
     def check_text(self, name: str, text: str) -> None:
         """The kernel's rule (dev_valid_name), and no '%': the kernel would put a number in its place."""
         size = len(text.encode("utf-8", "surrogateescape"))
-        if not 0 < size <= INTERFACE_NAME_LENGTH_MAX:
-            raise ConfigError(
-                f"Parameter '{name}' expects 1 to {INTERFACE_NAME_LENGTH_MAX} bytes, not {size}: '{text}'"
-            )
+        if not 0 < size <= INTERFACE_NAME_BYTES_MAX:
+            raise ConfigError(f"Parameter '{name}' expects 1 to {INTERFACE_NAME_BYTES_MAX} bytes, not {size}: '{text}'")
         if text in (".", "..") or _INTERFACE_NAME_WRONG.search(text):
             raise ConfigError(
                 f"Parameter '{name}' expects an interface name, not '{text}': "

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
-from localmig.device_api import Part, Queues
+from localmig.device_api import CallbackDevice, Part, Queues
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import ConfigError
 from localmig.migration.channel import Channel, Frame, FrameKind
@@ -389,7 +389,7 @@ def _install_parts(trap: Trap) -> None:
 
     What is a device's own is saved, checked and adopted right before the device, which has points there.
     """
-    for kind in (Tap, Stream, VirtioNet, Queues):
+    for kind in (Tap, Stream, VirtioNet, CallbackDevice, Queues):
         for step in PART_STEPS:
             if getattr(kind, step) is not getattr(Part, step):
                 _wrap(trap, kind, step, partial(_step_of, step))

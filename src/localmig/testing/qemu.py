@@ -41,8 +41,9 @@ _MODULES: Final = (
     "virtio_pci_modern_dev",
     "virtio_pci",
     "virtio_net",
+    "virtio-rng",
 )
-"""In load order: each one needs only those before it."""
+"""In load order: each one needs only those before it. A file is called as its makers did, with a dash or without."""
 
 
 def unavailable_reason(kernel_package: Path) -> str | None:

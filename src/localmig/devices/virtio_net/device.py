@@ -172,10 +172,17 @@ class VirtioNet(VhostUserDevice):
 
     def open(self) -> None:
         """Listens, or sees to a connection. The netdev is open already."""
-        if self._netdev.is_fresh:
-            # What the kernel sends by itself when an interface comes up, IPv6 for one, is for no driver.
+        if self._netdev.is_fresh or self._netdev.was_left:
+            # What the kernel sends by itself when an interface comes up, IPv6 for one, is for no driver; nor is what
+            # came for a NIC that is gone.
             self._heirs = dict.fromkeys(range(self._netdev.queue_count), NOBODY)
         super().open()
+
+    def close(self) -> None:
+        """Ends the session, removes the socket, and leaves the netdev, which may stay for another NIC."""
+        super().close()
+        if self._netdev.observer is self:
+            self._netdev.observer, self._netdev.mac_told, self._netdev.was_left = None, b"", True
 
     def thawing(self) -> None:
         """The netdev shows what the session says."""
@@ -281,7 +288,7 @@ class VirtioNet(VhostUserDevice):
 
     def announce(self) -> None:
         """Broadcasts a RARP for the guest, as QEMU does, and asks a driver that can to announce itself."""
-        if not self.is_serving:
+        if not (self.is_open and self.is_serving):
             return
         if self._driver_announces:
             self._is_to_announce = True
