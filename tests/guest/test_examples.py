@@ -67,9 +67,9 @@ def test_a_guest_reads_entropy_without_end_through_ten_handovers(lab: Lab) -> No
         pieces.add(piece)
     assert len(pieces) == HANDOVERS
 
-    answered = service.device("rng0")
-    assert answered["notes"] == []
-    assert answered["rings"][0]["counters"]["chains"] * 64 >= read[-1]
+    served = service.device("rng0")
+    assert served["notes"] == []
+    assert served["rings"][0]["counters"]["bytes-written"] >= read[-1]  # by all daemons together
 
 
 def entropy_read(guest: Guest, reader: str) -> tuple[int, str, int]:
