@@ -75,7 +75,7 @@ class VirtioConsole(CallbackDevice):
     _terminal = Terminal(near=None, far=None)
 
     def open(self) -> None:
-        """Makes the pseudoterminal."""
+        """Makes the pseudoterminal, and a link for `on_serving` to put in place."""
         self._make_terminal()
         self._buffers: deque[Chain] = deque()
         super().open()
@@ -90,6 +90,11 @@ class VirtioConsole(CallbackDevice):
         with contextlib.suppress(BlockingIOError):  # nobody reads: as on a line that is not connected, it is lost
             os.write(self._terminal.near.fileno(), chain.readable)
         chain.complete()
+
+    def on_serving(self) -> None:
+        """Only now: until here the link may have to lead to the terminal of a daemon that goes on."""
+        with contextlib.suppress(FileNotFoundError):  # it leads to this terminal already
+            self._new_link.replace(self.link)
 
     def on_returned(self, ring: str) -> None:
         """What was kept of it leads nowhere."""
@@ -127,6 +132,7 @@ class VirtioConsole(CallbackDevice):
     def release(self) -> None:
         """Lets go of the terminal, which another process has."""
         super().release()
+        self._new_link.unlink(missing_ok=True)
         self._drop()
 
     def close(self) -> None:
@@ -141,11 +147,15 @@ class VirtioConsole(CallbackDevice):
         tty.setraw(far)
         os.set_blocking(near, False)
         try:
-            Path(self.link).unlink(missing_ok=True)
-            Path(self.link).symlink_to(os.ttyname(far))
+            self._new_link.unlink(missing_ok=True)
+            self._new_link.symlink_to(os.ttyname(far))
         except OSError as error:
             self._drop()
-            raise KernelError(f"cannot make '{self.link}': {error.strerror}", errno=error.errno or 0) from error
+            raise KernelError(f"cannot make '{self._new_link}': {error.strerror}", errno=error.errno or 0) from error
+
+    @property
+    def _new_link(self) -> Path:
+        return Path(f"{self.link}.new")
 
     def _drop(self) -> None:
         for end in (self._terminal.near, self._terminal.far):

@@ -117,6 +117,34 @@ def test_a_console_keeps_its_buffers_and_its_terminal_over_handovers(site: Site,
             console.types(b"%d" % number)
 
 
+def test_the_link_leads_to_the_terminal_of_the_daemon_that_serves(site: Site, examples: Path) -> None:
+    link = site.folder / "console"
+    with found(examples):
+        daemon = site.source(*site.objects(), *console_at(site), local=False)
+    before = link.readlink()
+    with found(examples):
+        site.destination(*site.objects(), *console_at(site)).quit()  # nobody handed over to it
+        # Descriptors stay home: each daemon has a terminal of its own.
+        destination = site.destination(*site.objects(), *console_at(site), local=False, fault="before-send:READY=raise")
+    daemon.execute("migrate", uri=site.address)
+    assert daemon.wait_migration()["status"] == "failed"
+    destination.wait()
+    with console_of(site) as console:
+        console.prints(b"still here")
+    assert link.readlink() == before
+    with found(examples):
+        destination = site.destination(*site.objects(), *console_at(site), local=False)
+    daemon.execute("migrate", uri=site.address)
+    assert daemon.wait_migration()["status"] == "completed"
+    daemon.quit()
+    assert destination.wait_migration()["status"] == "completed"
+    with console_of(site) as console:
+        console.prints(b"here now")
+    assert link.readlink() != before
+    destination.quit()
+    assert not list(site.folder.glob("console*"))
+
+
 def test_a_daemon_that_serves_no_nic_hands_over_what_its_rings_counted(site: Site, examples: Path) -> None:
     with found(examples):
         daemon = site.daemon(*console_at(site), *rng_at(site))

@@ -315,7 +315,7 @@ class Lab:
     def boot_qemu(self, netdev: Sequence[str], **nic: Any) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define.
 
-        `nic` is what `qemu.command` knows of it.
+        `nic` is what `qemu.command` knows of it and of further devices.
         """
         with _lab_errors():
             argv = qemu.command(
@@ -327,10 +327,13 @@ class Lab:
             )
         return self._booting(argv)
 
-    def boot_uml(self, device: Path) -> Guest:
-        """Boot a guest under User-Mode Linux, its NIC served at the vhost-user socket `device`."""
+    def boot_uml(self, device: Path, **more: Any) -> Guest:
+        """Boot a guest under User-Mode Linux, its NIC served at the vhost-user socket `device`.
+
+        `more` is what `uml.command` knows besides.
+        """
         with _lab_errors():
-            argv = uml.command(str(device), address=GUEST_ADDRESS + PREFIX, folder=self.folder)
+            argv = uml.command(str(device), address=GUEST_ADDRESS + PREFIX, folder=self.folder, **more)
         return self._booting(argv)
 
     def _booting(self, argv: Sequence[str]) -> Guest:

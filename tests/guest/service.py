@@ -87,10 +87,15 @@ class Service:
 
     def nic(self) -> dict[str, Any]:
         """What query-devices tells of its NIC."""
+        return self.device("nic0")
+
+    def device(self, id: str) -> dict[str, Any]:  # noqa: A002 - the user's word
+        """What query-devices tells of a device."""
         argv = [*LOCALMIG, "qmp", str(self.qmp), "query-devices"]
         told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=ANSWER_SECONDS_MAX).stdout
-        nic: dict[str, Any] = json.loads(told)[0]
-        return nic
+        devices: list[dict[str, Any]] = json.loads(told)
+        (device,) = (each for each in devices if each["id"] == id)
+        return device
 
 
 def converse(conversation: Coroutine[Any, Any, Result]) -> Result:

@@ -10,7 +10,9 @@ It cannot reconnect: when its backend goes away, its NIC is gone for good. That 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from localmig.errors import ConfigError
@@ -18,6 +20,9 @@ from localmig.testing.initramfs import write_initramfs
 
 _MODULES: Final = ("failover", "net_failover", "virtio_net")
 """virtio and its vhost-user transport are built into the kernel."""
+
+_DRIVERS: Final = {3: "virtio_console"}
+"""By virtio's id of a kind of device: the module that drives it, of those that Debian's kernel has."""
 
 _MODULE_TREES: Final = Path("/usr/lib/uml/modules")
 
@@ -40,20 +45,26 @@ def boot_failure_reason(console: str) -> str | None:
     return "User-Mode Linux does not run on this processor, which has more state than it knows: use QEMU"
 
 
-def command(nic: str, *, address: str, folder: Path) -> list[str]:
+def command(nic: str, *, address: str, folder: Path, others: Mapping[int, str] = MappingProxyType({})) -> list[str]:
     """How to start such a guest, its console on standard output.
 
     Args:
         nic: its device's vhost-user socket.
         address: its IPv4 address with prefix length.
         folder: where its files may go, what it boots among them; they are the caller's to remove.
+        others: the vhost-user sockets of further devices, by virtio's id of their kind; 3 is a console.
 
     Raises:
-        ConfigError: this machine has not what it takes.
+        ConfigError: this machine has not what it takes, or the guest has no driver for a device.
     """
+    if unknown := others.keys() - _DRIVERS.keys():
+        raise ConfigError(f"the guest has no driver for virtio id {min(unknown)}, it has for {sorted(_DRIVERS)}")
     if (reason := unavailable_reason()) is not None:
         raise ConfigError(reason)
     initramfs = folder / "uml-initramfs"
-    write_initramfs(initramfs, module_tree=max(_MODULE_TREES.glob("*")), modules=_MODULES)
+    modules = (*_MODULES, *(_DRIVERS[kind] for kind in others))
+    write_initramfs(initramfs, module_tree=max(_MODULE_TREES.glob("*")), modules=modules)
     argv = ["linux.uml", "mem=128M", f"initrd={initramfs}", f"uml_dir={folder}/", "con=null", "con0=null,fd:1"]
-    return [*argv, f"virtio_uml.device={nic}:1", "quiet", f"guestip={address}"]  # 1: virtio's id of a NIC
+    devices = {1: nic, **others}  # 1: virtio's id of a NIC
+    argv += [f"virtio_uml.device={socket}:{kind}" for kind, socket in devices.items()]
+    return [*argv, "quiet", f"guestip={address}"]
