@@ -124,6 +124,26 @@ def test_each_device_has_a_line() -> None:
     ]
 
 
+def test_a_device_that_is_no_nic_moves_bytes_and_no_packets() -> None:
+    one, console = device(0), device(1)
+    del console["queue-pairs"], console["netdev"], console["mac"]
+    counters = {"chains": 3, "bytes-read": 2000, "bytes-written": 5, "kicks": 3, "calls": 2}
+    console |= {
+        "id": "con0",
+        "type": "virtio-console",
+        "rings": [{"index": 0, "name": "receive", "counters": counters}],
+    }
+    assert show(facts(one, console)).splitlines()[-2:] == [
+        "nic0    net0 (tap0)  connected  2 run  0 packets, 0 B  0 packets, 0 B  0",
+        "con0                 connected  2 run  5 B             2.00 kB",
+    ]
+    page = show_device(facts(one, console), "con0").splitlines()
+    assert page[-2:] == [
+        "ring     chains  bytes read  bytes written  kicks  calls",
+        "receive  3       2000        5              3      2",
+    ]
+
+
 def test_what_wants_a_look_stands_first_and_says_why() -> None:
     told = facts(device(0), device(1), device(2))
     told["devices"][1]["vrings"][1] |= {"failed": True, "running": False, "failure": "next points nowhere"}

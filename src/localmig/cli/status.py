@@ -186,18 +186,29 @@ def _heads(facts: Facts) -> tuple[str, ...]:
 
 
 def _row(facts: Facts, device: Facts) -> tuple[str, ...]:
-    counts = totals(device)
-    moved = facts["rates"].get(device["id"], {}) if "rates" in facts else counts
     return (
         device["id"],
         _netdev(facts, device),
         "connected" if "session" in device else "none",
         _rings(device),
-        _moved(moved, "rx", "bit/s" if "rates" in facts else "B"),
-        _moved(moved, "tx", "bit/s" if "rates" in facts else "B"),
-        quantity(_dropped(counts)),
+        *_traffic(facts, device),
         "; ".join(_notes(facts, device)),
     )
+
+
+def _traffic(facts: Facts, device: Facts) -> tuple[str, str, str]:
+    """To the guest, from it, and what was dropped."""
+    if "queue-pairs" in device:
+        counts = totals(device)
+        unit = "bit/s" if "rates" in facts else "B"
+        moved = facts["rates"].get(device["id"], {}) if "rates" in facts else counts
+        return _moved(moved, "rx", unit), _moved(moved, "tx", unit), quantity(_dropped(counts))
+    rings = device.get("rings")
+    if rings is None or "rates" in facts:
+        return "", "", ""
+    # A device whose rings its own code serves moves no packets.
+    written, read = (sum(ring["counters"][name] for ring in rings) for name in ("bytes-written", "bytes-read"))
+    return quantity(written, "B"), quantity(read, "B"), ""
 
 
 def _table_without_empty_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
