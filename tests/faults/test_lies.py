@@ -521,7 +521,7 @@ LIES: Final = [
         (
             "fewer vrings",
             state_of(NIC, f"{SESSION}.vrings", lambda v, _: v[:2]),
-            "session has 2 vrings, the device has 4",
+            "session has 2 vrings, the device has 5",
         ),
         ("a vring of no size", state_of(NIC, f"{SESSION}.vrings[0].size", 40000), "40000"),
         ("a ring without ledger", state_of(NIC, "socket.connections[0].ledger", None), "no ledger came"),
@@ -553,27 +553,27 @@ LIES: Final = [
         (
             "fewer groups of rings",
             state_of(QUEUES_SETUP, "", lambda state, _: one_group_less(state)),
-            "the source has 2 groups of rings, this daemon has 3: the rest is the same",
+            "the source has 4 groups of rings, this daemon has 5: the rest is the same",
         ),
         (
             "fewer groups than engines of groups",
             state_of(QUEUES_SETUP, "groups", ("nic0/0",)),
-            "the source has 1 groups of rings, the engines of 3 and the ring counts of 3",
+            "the source has 1 groups of rings, the engines of 5 and the ring counts of 5",
         ),
         (
             "another group of rings",
             state_of(QUEUES_SETUP, "groups[1]", "nic0/7"),
-            "the source has 3 groups of rings, this daemon has 3: 'nic0/7' stands there for 'nic0/1' here",
+            "the source has 5 groups of rings, this daemon has 5: 'nic0/7' stands there for 'nic0/1' here",
         ),
         (
             "another ring count",
-            state_of(QUEUES_SETUP, "ring_counts[2]", 3),
+            state_of(QUEUES_SETUP, "ring_counts[3]", 3),
             "'nic1/0' has 3 rings there and 2 here",
         ),
         (
             "an engine that nobody told of",
-            state_of(QUEUES_SETUP, "group_engines[2]", 1),
-            "a group of rings has engine 1, the source has 1 of them",
+            state_of(QUEUES_SETUP, "group_engines[2]", 2),
+            "a group of rings has engine 2, the source has 2 of them",
         ),
         (
             "an engine that is none",
@@ -605,17 +605,17 @@ LIES: Final = [
         (
             "positions of two rings less",
             state_of(QUEUES, "", moved("positions", "waiting", 4)),
-            "4 positions came, expected 6",
+            "6 positions came, expected 8",
         ),
         (
             "positions of two rings more",
             state_of(QUEUES, "", moved("waiting", "positions", 4)),
-            "8 positions came, expected 6",
+            "10 positions came, expected 8",
         ),
         (
             "more rings that failed",
             state_of(QUEUES, "", moved("counters", "failed", 8)),
-            "14 failed rings came, expected 6",
+            "16 failed rings came, expected 8",
         ),
         (
             "more frames that wait",
@@ -836,9 +836,9 @@ def hand_over_told(
 
 
 def one_further(told: bytes, _: object) -> bytes:
-    """The receive ring of the last queue pair, which is a split one."""
-    *before, rx, tx = struct.unpack(f">{len(told) // 2}H", told)
-    return struct.pack(f">{len(told) // 2}H", *before, rx + 1, tx)
+    """The receive ring of the last queue pair, which is a split one. The control queue stands behind it."""
+    *before, rx, tx, control = struct.unpack(f">{len(told) // 2}H", told)
+    return struct.pack(f">{len(told) // 2}H", *before, rx + 1, tx, control)
 
 
 def test_a_position_that_guest_memory_contradicts_is_told_by_both_sides(

@@ -69,8 +69,8 @@ def _methods(thing: type[Any], bases: list[type[Any]]) -> Iterator[str]:
     for name, method in vars(thing).items():
         function = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
         is_new = not name.startswith("_") and not any(hasattr(base, name) for base in bases)
-        # A default that is a function is an attribute's.
-        if is_new and inspect.isfunction(function) and function.__name__ != "<lambda>":
+        is_attribute = name in getattr(thing, "__dataclass_fields__", ())  # a default may be a function
+        if is_new and not is_attribute and inspect.isfunction(function):
             shown = name if isinstance(method, property) else f"{name}{_signature(function)}"
             yield f"- `{shown}`\n\n{textwrap.indent(_text(function), '  ')}"
 

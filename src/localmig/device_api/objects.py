@@ -42,7 +42,7 @@ class BuildContext:
 
     tracer: Tracer
     queues: Queues
-    stays_home: Callable[[], str | None] = lambda: None
+    stays_home: Callable[[], str | None] = field(default_factory=lambda: lambda: None)
     parts: Mapping[str, Part] = field(default_factory=dict)
     shared_by_all: dict[type[Any], Any] = field(default_factory=dict)
 
