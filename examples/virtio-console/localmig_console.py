@@ -91,11 +91,6 @@ class VirtioConsole(CallbackDevice):
             os.write(self._terminal.near.fileno(), chain.readable)
         chain.complete()
 
-    def on_serving(self) -> None:
-        """Only now: until here the link may have to lead to the terminal of a daemon that goes on."""
-        with contextlib.suppress(FileNotFoundError):  # it leads to this terminal already
-            self._new_link.replace(self.link)
-
     def on_returned(self, ring: str) -> None:
         """What was kept of it leads nowhere."""
         if ring == "receive":
@@ -128,6 +123,11 @@ class VirtioConsole(CallbackDevice):
             self._make_terminal()
         else:
             self._terminal = Terminal(near=state.near.take(), far=state.far.take())
+
+    def on_serving(self) -> None:
+        """Only now: until here the link may have to lead to the terminal of a daemon that goes on."""
+        with contextlib.suppress(FileNotFoundError):  # it leads to this terminal already
+            self._new_link.replace(self.link)
 
     def release(self) -> None:
         """Lets go of the terminal, which another process has."""
