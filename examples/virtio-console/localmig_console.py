@@ -12,6 +12,7 @@ It keeps the driver's receive buffers until somebody types, and it owns a descri
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tty
 from collections import deque
@@ -147,11 +148,13 @@ class VirtioConsole(CallbackDevice):
         tty.setraw(far)
         os.set_blocking(near, False)
         try:
+            if Path(self.link).is_dir() and not Path(self.link).is_symlink():  # nothing can be put in its place
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._new_link.unlink(missing_ok=True)
             self._new_link.symlink_to(os.ttyname(far))
         except OSError as error:
             self._drop()
-            raise KernelError(f"cannot make '{self._new_link}': {error.strerror}", errno=error.errno or 0) from error
+            raise KernelError(f"cannot make '{self.link}': {error.strerror}", errno=error.errno or 0) from error
 
     @property
     def _new_link(self) -> Path:
