@@ -12,6 +12,7 @@ It keeps the driver's receive buffers until somebody types, and it owns a descri
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tty
 from collections import deque
@@ -91,11 +92,6 @@ class VirtioConsole(CallbackDevice):
             os.write(self._terminal.near.fileno(), chain.readable)
         chain.complete()
 
-    def on_serving(self) -> None:
-        """Only now: until here the link may have to lead to the terminal of a daemon that goes on."""
-        with contextlib.suppress(FileNotFoundError):  # it leads to this terminal already
-            self._new_link.replace(self.link)
-
     def on_returned(self, ring: str) -> None:
         """What was kept of it leads nowhere."""
         if ring == "receive":
@@ -129,6 +125,11 @@ class VirtioConsole(CallbackDevice):
         else:
             self._terminal = Terminal(near=state.near.take(), far=state.far.take())
 
+    def on_serving(self) -> None:
+        """Only now: until here the link may have to lead to the terminal of a daemon that goes on."""
+        with contextlib.suppress(FileNotFoundError):  # it leads to this terminal already
+            self._new_link.replace(self.link)
+
     def release(self) -> None:
         """Lets go of the terminal, which another process has."""
         super().release()
@@ -147,11 +148,13 @@ class VirtioConsole(CallbackDevice):
         tty.setraw(far)
         os.set_blocking(near, False)
         try:
+            if Path(self.link).is_dir() and not Path(self.link).is_symlink():  # nothing can be put in its place
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._new_link.unlink(missing_ok=True)
             self._new_link.symlink_to(os.ttyname(far))
         except OSError as error:
             self._drop()
-            raise KernelError(f"cannot make '{self._new_link}': {error.strerror}", errno=error.errno or 0) from error
+            raise KernelError(f"cannot make '{self.link}': {error.strerror}", errno=error.errno or 0) from error
 
     @property
     def _new_link(self) -> Path:

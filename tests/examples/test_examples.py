@@ -16,6 +16,7 @@ import pytest
 from tests.examples.conftest import EXAMPLES, found, hand_over, moved, write_package
 from tests.faults.conftest import Site
 
+from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
@@ -122,6 +123,10 @@ def test_the_link_leads_to_the_terminal_of_the_daemon_that_serves(site: Site, ex
     with found(examples):
         daemon = site.source(*site.objects(), *console_at(site), local=False)
     before = link.readlink()
+    with pytest.raises(PeerError, match=f"cannot make '{site.folder}': Is a directory"):
+        daemon.execute(
+            "device_add", driver="virtio-console", id="con1", socket=f"{site.folder}/con1.sock", link=str(site.folder)
+        )
     with found(examples):
         site.destination(*site.objects(), *console_at(site)).quit()  # nobody handed over to it
         # Descriptors stay home: each daemon has a terminal of its own.

@@ -315,7 +315,7 @@ class Lab:
     def boot_qemu(self, netdev: Sequence[str], **nic: Any) -> Guest:
         """Boot a guest under QEMU with one virtio-net on netdev "n0", which the arguments `netdev` define.
 
-        `nic` is what `qemu.command` knows of it and of further devices.
+        `nic` is what `qemu.command` knows of it.
         """
         with _lab_errors():
             argv = qemu.command(

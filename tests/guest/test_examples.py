@@ -52,7 +52,7 @@ def test_a_guest_reads_entropy_without_end_through_ten_handovers(lab: Lab) -> No
     service.start(*service.objects(), "--device", f"virtio-rng,id=rng0,socket={socket}")
     lab.set_up("tap0")
     entropy = ["-chardev", f"socket,id=c1,path={socket}", "-device", "vhost-user-rng-pci,chardev=c1,vectors=0"]
-    guest = lab.boot_qemu(vhost_user_netdev(service.socket), devices=entropy, modules=["virtio-rng"])
+    guest = lab.boot_qemu([*vhost_user_netdev(service.socket), *entropy])
     guest.wait_ready()
     assert guest.run("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
 

@@ -67,8 +67,6 @@ def command(
     queue_pairs: int = 1,
     mergeable: bool = True,
     shares_memory: bool = True,
-    devices: Sequence[str] = (),
-    modules: Sequence[str] = (),
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -82,8 +80,6 @@ def command(
         mergeable: whether the guest may merge its receive buffers; without it each holds the longest packet there is.
         shares_memory: whether its memory is shared with the backend; what QEMU does without share=on.
         queue_pairs: how many the NIC has; with more than one the guest has two processors, and uses two by itself.
-        devices: the arguments that define further devices. One on PCI needs vectors=0, as the NIC does.
-        modules: the kernel's modules for them, in load order.
 
     Raises:
         ConfigError: this machine has not what it takes.
@@ -92,7 +88,7 @@ def command(
         raise ConfigError(reason)
     initramfs = folder / "qemu-initramfs"
     (module_tree,) = kernel_package.glob("lib/modules/*")
-    write_initramfs(initramfs, module_tree=module_tree, modules=(*_MODULES, *modules))
+    write_initramfs(initramfs, module_tree=module_tree, modules=_MODULES)
     argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max"]
     argv += ["-smp", str(min(2, queue_pairs)), "-m", "256"]
     # vhost-user needs guest memory it can map.
@@ -102,7 +98,7 @@ def command(
     argv += ["-kernel", str(_kernel(kernel_package)), "-initrd", str(initramfs)]
     # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.
     argv += ["-append", f"quiet console=ttyS0 no_timer_check ipv6.disable=1 guestip={address}"]
-    argv += [*netdev, *devices]
+    argv += netdev
     # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
     wanted = (",packed=on" if packed else "") + (",mq=on" if queue_pairs > 1 else "")
     wanted += "" if mergeable else ",mrg_rxbuf=off"
