@@ -65,6 +65,22 @@ class WideSpec(VhostUserSpec):
 ODD_WIDE = ObjectType(spec=WideSpec, build=lambda spec, context: Wide(**spec.arguments(context)))
 
 
+class Shy(Odd):
+    def on_serving(self):
+        raise RuntimeError("not today")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShySpec(VhostUserSpec):
+    type_name = "odd-shy"
+    summary = "a device that does not begin"
+
+
+ODD_SHY = ObjectType(
+    spec=ShySpec, build=lambda spec, context: Shy(**spec.arguments(context)), info=callback_members()
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number:
     number: int
@@ -96,7 +112,7 @@ ODD_PICKY = ObjectType(spec=PickySpec, build=lambda spec, context: Picky(**spec.
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
-    write_package(folder, "localmig-odd", SOURCE, "odd", "odd-wide", "odd-picky")
+    write_package(folder, "localmig-odd", SOURCE, "odd", "odd-wide", "odd-picky", "odd-shy")
     return folder
 
 
@@ -143,6 +159,21 @@ def test_code_that_goes_wrong_costs_its_own_rings_and_nothing_else(
         assert broken.request(0, b"hello", room=8) == b"fine"
     report = pinger.stop()
     assert report.lost == 0
+
+
+def test_code_that_goes_wrong_before_the_first_chain_costs_its_own_rings(site: Site, odd: Path) -> None:
+    with found(odd):
+        daemon = site.source(*site.objects(), *odd_at(site, 0, "odd-shy"), *odd_at(site, 1))
+    with (
+        Driver(f"{site.folder}/odd0.sock", ring_count=1) as broken,
+        Driver(f"{site.folder}/odd1.sock", ring_count=1) as whole,
+    ):
+        broken.attach()
+        whole.attach()
+        daemon = moved(site, daemon, odd)
+        failed = daemon.wait_fact(lambda fact: fact["event"] == "RingFailed")
+        assert (failed["device"], failed["reason"]) == ("odd0", "its code raised RuntimeError('not today')")
+        assert whole.request(0, b"hello", room=8) == b"fine"
 
 
 def test_a_chain_that_is_forgotten_holds_nothing_up(site: Site, odd: Path) -> None:

@@ -91,9 +91,9 @@ def callback_members(features: Mapping[int, str] | None = None) -> tuple[Member,
 class CallbackDevice(VhostUserDevice):
     """A device with as many rings as it has names for.
 
-    `on_chain`, `on_returned` and what is watched are called in a thread of the device's own, one after the other. All
-    other methods are called in the event loop. `save` is called while the guest runs, so a callback may run beside it;
-    if one ran, it is called again after the last callback has ended, and that state counts.
+    `on_serving`, `on_chain`, `on_returned` and what is watched are called in a thread of the device's own, one after
+    the other. All other methods are called in the event loop. `save` is called while the guest runs, so a callback may
+    run beside it; if one ran, it is called again after the last callback has ended, and that state counts.
 
     Attributes:
         device_id: virtio's number of the kind of device (virtio 1.2, section 5).
@@ -133,7 +133,8 @@ class CallbackDevice(VhostUserDevice):
     def on_serving(self) -> None:
         """This process serves from now on: what is the device's own may be touched, and watched.
 
-        Called when a daemon starts, when it has taken over, and when it goes on after a handover that failed.
+        Called before any chain comes: when a daemon starts, when it has taken over, and when it goes on after a
+        handover that failed.
         """
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
@@ -188,7 +189,7 @@ class CallbackDevice(VhostUserDevice):
         """Serves the socket, and lets the device's code run."""
         super().thaw()
         assert self._thread is not None, self.id
-        self.on_serving()
+        self._thread.post(self.on_serving)
         self._thread.resume()
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(CALLBACK_SECONDS_MAX, self._look_after)
