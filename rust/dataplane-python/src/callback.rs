@@ -74,10 +74,8 @@ impl CallbackQueues {
 #[pymethods]
 impl CallbackQueues {
     #[new]
-    fn new(ring_count: usize, event_fd: RawFd) -> PyResult<Self> {
-        dataplane::callback::CallbackQueues::new(ring_count, event_fd)
-            .map(|inner| Self { inner })
-            .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))
+    fn new(ring_count: usize, event_fd: RawFd) -> Self {
+        Self { inner: dataplane::callback::CallbackQueues::new(ring_count, event_fd) }
     }
 
     #[pyo3(signature = (*, memory, rings, event_index, indirect, packed=false))]
@@ -181,7 +179,9 @@ impl CallbackQueues {
     }
 
     fn fileno(&self, py: Python<'_>) -> PyResult<RawFd> {
-        py.detach(|| self.inner.fd()).ok_or_else(|| refused(Error::Closed))
+        py.detach(|| self.inner.fd())
+            .map_err(|error| PyOSError::new_err((error.raw_os_error(), error.to_string())))?
+            .ok_or_else(|| refused(Error::Closed))
     }
 
     fn take(&self, py: Python<'_>) -> Option<Chain> {

@@ -537,7 +537,8 @@ fn copy_in(mut data: &[u8], buffers: &[libc::iovec]) {
 /// What the lock guards.
 #[derive(Debug)]
 struct State {
-    /// None once closed.
+    closed: bool,
+    /// Made when it is first needed: a device may never have a driver that hands these rings over.
     poll: Option<Poll>,
     memory: Option<Arc<GuestMemory>>,
     ends: Vec<Option<End>>,
@@ -557,6 +558,13 @@ struct State {
 unsafe impl Send for State {}
 
 impl State {
+    fn poll(&mut self) -> io::Result<&Poll> {
+        if self.poll.is_none() {
+            self.poll = Some(Poll::new()?);
+        }
+        self.poll.as_ref().ok_or_else(|| io::ErrorKind::Other.into())
+    }
+
     /// Does something to a ring that is configured; one that cannot go on fails. None where there is none.
     fn with<T>(
         &mut self,
@@ -785,13 +793,12 @@ pub struct CallbackQueues {
 
 impl CallbackQueues {
     /// `event_fd` is a borrowed eventfd, signalled when there is a ring error or a correction to take.
-    ///
-    /// # Errors
-    /// The kernel gave no descriptors.
-    pub fn new(ring_count: usize, event_fd: RawFd) -> io::Result<Self> {
+    #[must_use]
+    pub fn new(ring_count: usize, event_fd: RawFd) -> Self {
         bell::prepare();
         let state = State {
-            poll: Some(Poll::new()?),
+            closed: false,
+            poll: None,
             memory: None,
             ends: std::iter::repeat_with(|| None).take(ring_count).collect(),
             next_orders: vec![1; ring_count],
@@ -803,7 +810,7 @@ impl CallbackQueues {
             counters: std::iter::repeat_with(LiveCallbackCounters::default).take(ring_count).collect(),
             event_fd,
         };
-        Ok(Self { state: Mutex::new(state) })
+        Self { state: Mutex::new(state) }
     }
 
     /// Locks rings that do not run.
@@ -812,7 +819,7 @@ impl CallbackQueues {
         if state.running {
             return Err(Error::Running);
         }
-        if state.poll.is_none() {
+        if state.closed {
             return Err(Error::Closed);
         }
         Ok(state)
@@ -851,6 +858,9 @@ impl CallbackQueues {
                     end.inherit(former);
                 }
             }
+        }
+        if ends.iter().any(Option::is_some) {
+            state.poll().map_err(|error| Error::Invalid(format!("no descriptor to sleep on: {error}")))?;
         }
         let former =
             (std::mem::replace(&mut state.ends, ends), state.memory.replace(Arc::clone(&config.memory)));
@@ -1068,9 +1078,15 @@ impl CallbackQueues {
     }
 
     /// A borrowed epoll descriptor: readable when there may be a chain to take. None once closed.
-    #[must_use]
-    pub fn fd(&self) -> Option<RawFd> {
-        lock(&self.state).poll.as_ref().map(|poll| poll.epoll.as_raw_fd())
+    ///
+    /// # Errors
+    /// The kernel gives none.
+    pub fn fd(&self) -> io::Result<Option<RawFd>> {
+        let mut state = lock(&self.state);
+        if state.closed {
+            return Ok(None);
+        }
+        Ok(Some(state.poll()?.epoll.as_raw_fd()))
     }
 
     /// Takes the next chain of any ring, each ring in its turn; None if there is none now. Waits for nothing.
@@ -1105,7 +1121,9 @@ impl CallbackQueues {
     /// Stops for good and closes what was slept on. Idempotent.
     pub fn close(&self) {
         self.release();
-        lock(&self.state).poll = None;
+        let mut state = lock(&self.state);
+        state.closed = true;
+        state.poll = None;
     }
 }
 

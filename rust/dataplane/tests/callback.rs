@@ -105,7 +105,7 @@ impl Server {
     fn new(guest: &Guest) -> Self {
         let in_flight = InFlight::map(guest.file.as_raw_fd(), RINGS).unwrap();
         let event = eventfd();
-        let queues = CallbackQueues::new(RINGS, event.as_raw_fd()).unwrap();
+        let queues = CallbackQueues::new(RINGS, event.as_raw_fd());
         let server = Self { in_flight, event, queues };
         server.configure(guest, [true; RINGS]);
         server
@@ -131,7 +131,7 @@ impl Server {
     }
 
     fn is_ready(&self) -> bool {
-        readable(self.queues.fd().unwrap(), Duration::ZERO)
+        readable(self.queues.fd().unwrap().unwrap(), Duration::ZERO)
     }
 
     /// Takes all there is.
@@ -212,7 +212,7 @@ fn what_is_slept_on_is_quiet_until_the_guest_kicks_and_while_the_rings_stand_sti
     server.queues.start().unwrap();
     assert_eq!(server.take().len(), 1);
     server.queues.close();
-    assert_eq!(server.queues.fd(), None);
+    assert_eq!(server.queues.fd().unwrap(), None);
     assert_eq!(server.queues.start(), Err(Error::Closed));
 }
 
@@ -719,7 +719,7 @@ fn a_packed_ring_hands_out_one_chain_at_a_time_and_a_successor_gets_the_same() {
     let ends = [(); 3].map(|()| eventfd());
     let event = eventfd();
     let server = |position: Option<Position>| {
-        let queues = CallbackQueues::new(1, event.as_raw_fd()).unwrap();
+        let queues = CallbackQueues::new(1, event.as_raw_fd());
         let spec = RingSpec {
             layout: packed_layout(AT),
             kick_fd: ends[0].as_raw_fd(),
@@ -748,9 +748,9 @@ fn a_packed_ring_hands_out_one_chain_at_a_time_and_a_successor_gets_the_same() {
     let chain = first.take().unwrap();
     assert_eq!((chain.head, chain.readable.as_slice(), chain.writable), (7, &b"a"[..], 16));
     assert!(first.take().is_none(), "one at a time");
-    assert!(!readable(first.fd().unwrap(), Duration::ZERO));
+    assert!(!readable(first.fd().unwrap().unwrap(), Duration::ZERO));
     assert_eq!(first.complete(&chain, b"one"), Ok(Completed::Now));
-    assert!(readable(first.fd().unwrap(), Duration::ZERO));
+    assert!(readable(first.fd().unwrap().unwrap(), Duration::ZERO));
     assert_eq!(guest.next_used(2), Some((7, 3, WRITE)));
     let chain = first.take().unwrap();
     assert_eq!(chain.readable, b"ab");

@@ -55,7 +55,7 @@ impl Place {
     }
 
     fn serve(&self) -> CallbackQueues {
-        let queues = CallbackQueues::new(1, self.event.as_raw_fd()).unwrap();
+        let queues = CallbackQueues::new(1, self.event.as_raw_fd());
         let spec = RingSpec {
             layout: self.queue.layout,
             kick_fd: self.kick.as_raw_fd(),

@@ -514,7 +514,8 @@ class CallbackQueues:
     def fileno(self) -> int:
         """A borrowed descriptor for select, poll and epoll: readable when there may be a chain, or a ring failed.
 
-        It stays readable until `take` gives None. RuntimeError if closed.
+        It stays readable until `take` gives None. RuntimeError if closed. OSError where the kernel gives none: the
+        first call makes it, or `configure` with a ring.
         """
 
     def take(self) -> Chain | None:

@@ -93,6 +93,8 @@ class VirtioNet(VhostUserDevice):
         super().__init__(id=id, socket=socket, local_migration=local_migration, queues=queues, tracer=tracer)
         self._netdev = netdev
         self._control: CallbackGroup | None = None
+        self._is_thawed = False
+        self._is_obeying = False
         self._pairs_used = 0
         self._guest_offloads = ALL_OFFLOADS
         self._is_to_announce = False
@@ -142,7 +144,8 @@ class VirtioNet(VhostUserDevice):
 
     def groups_dropped(self) -> None:
         """The control queue is closed next."""
-        self._let_control_be(served=False)
+        self._is_thawed = False
+        self._obey_or_not()
         self._control = None
 
     def config_space(self) -> bytes:
@@ -194,12 +197,14 @@ class VirtioNet(VhostUserDevice):
         """Serves socket, connection and control queue."""
         super().thaw()
         self._apply_options()
-        self._let_control_be(served=True)
+        self._is_thawed = True
+        self._obey_or_not()
 
     def freeze(self) -> None:
         """Leaves them alone from now on."""
         super().freeze()
-        self._let_control_be(served=False)
+        self._is_thawed = False
+        self._obey_or_not()
 
     # -- to be seen ---------------------------------------------------------------------------------------------
 
@@ -362,6 +367,7 @@ class VirtioNet(VhostUserDevice):
     def after_layout(self, group: RingGroup) -> None:
         """A driver may receive from now on, or command."""
         if not isinstance(group, QueuePairRings):
+            self._obey_or_not()
             # Frontends set this ring up last, and how many pairs are used is the driver's to say where there is one.
             for pair in self._pairs[1:] if self._has_control else ():
                 self._apply(pair)
@@ -454,13 +460,17 @@ class VirtioNet(VhostUserDevice):
         state = self.session_state
         return state is not None and self._has_control and bool(state.features_acked & NetFeature.GUEST_ANNOUNCE)
 
-    def _let_control_be(self, *, served: bool) -> None:
-        if self._control is not None:
-            loop, fd = asyncio.get_running_loop(), self._control.engine.fileno()
-            if served:
-                loop.add_reader(fd, self._obey)
-            else:
-                loop.remove_reader(fd)
+    def _obey_or_not(self) -> None:
+        """Commands are looked for while this process serves a control queue: for most guests there is none."""
+        wanted = self._is_thawed and self._has_control
+        if self._control is None or wanted == self._is_obeying:
+            return
+        self._is_obeying = wanted
+        loop, fd = asyncio.get_running_loop(), self._control.engine.fileno()
+        if wanted:
+            loop.add_reader(fd, self._obey)
+        else:
+            loop.remove_reader(fd)
 
     def ring_left(self, vring: int) -> None:
         """A driver that begins anew has said nothing yet."""
