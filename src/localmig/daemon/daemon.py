@@ -338,10 +338,13 @@ class Daemon:
             raise StateError(f"{command} not allowed in run state '{self._run_state}'")
         self._check_sole_owner()
 
-    def _check_sole_owner(self) -> None:
-        """Raises StateError where what is served here may soon be another daemon's, or nobody's."""
+    def _check_not_ending(self) -> None:
         if self._is_ending:
             raise StateError("this daemon was told to end, and does that")
+
+    def _check_sole_owner(self) -> None:
+        """Raises StateError where what is served here may soon be another daemon's, or nobody's."""
+        self._check_not_ending()
         if self._incoming is not None and self._incoming.source_may_return:
             raise StateError(
                 "the daemon that had the guest before has not let go of it, and would take it back if this one ended: "
@@ -386,6 +389,7 @@ class Daemon:
             StateError: another migration is under way, or this daemon does not have the guest.
             ConfigError: `local` is on and the address is no UNIX socket. Nothing was stopped.
         """
+        self._check_not_ending()
         if self._is_migrating() or (self._incoming is not None and not self._incoming.has_ended):
             raise StateError("There's a migration process in progress")
         if self._run_state not in (RunState.RUNNING, RunState.PAUSED):
