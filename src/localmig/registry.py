@@ -106,6 +106,12 @@ class Registry:
             for entry_point in self._list():
                 self._entry_points.setdefault(entry_point.name, []).append(entry_point)
 
+    def load_built_in(self) -> None:
+        """Imports the built-in types: for a daemon that learns by HELLO which ones it needs, and is waited for then."""
+        for kind, names in _BUILT_IN.items():
+            for name in names:
+                self.find(kind, name)
+
     def find(self, kind: str, name: str) -> RegisteredType:
         """The type of that kind and name, imported if it was not before.
 

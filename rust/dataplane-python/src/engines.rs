@@ -17,10 +17,21 @@ use crate::callback::CallbackQueues;
 use crate::queue_pair::QueuePair;
 
 /// What serves some rings of a device.
-#[derive(FromPyObject)]
 pub enum Engine {
     Pair(Py<QueuePair>),
     Callback(Py<CallbackQueues>),
+}
+
+/// By hand: what is derived makes an exception of each type that did not fit, inside the downtime.
+impl<'a, 'py> FromPyObject<'a, 'py> for Engine {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(pair) = object.cast::<QueuePair>() {
+            return Ok(Self::Pair(pair.to_owned().unbind()));
+        }
+        Ok(Self::Callback(object.cast::<CallbackQueues>()?.to_owned().unbind()))
+    }
 }
 
 /// The same, for as long as a call lasts.

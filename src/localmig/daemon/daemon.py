@@ -121,6 +121,7 @@ class Daemon:
         """
         if self._incoming_address is not None:
             self.registry.look_up()
+            self.registry.load_built_in()
             self._privileges.give_up()
             self._set_run_state(RunState.INMIGRATE)
             if not isinstance(self._incoming_address, Defer):

@@ -76,15 +76,24 @@ class Queues(Part):
         self._arriving: Arriving | None = None
         """What the source sends, as long as it may send it."""
         self._tracer = tracer
+        self._engines_known: list[QueuePair | CallbackQueues] | None = None
+        """Looked up before the downtime: a thousand of them take longer than what is done with them."""
+        self._places_known: list[tuple[str, int]] | None = None
+
+    def groups_changed(self) -> None:
+        """A device has other groups, or none."""
+        self._engines_known = self._places_known = None
 
     def join(self, device: Device) -> None:
         """Lets `device` start and stop with the others."""
         self._devices.append(device)
+        self.groups_changed()
 
     def arrange(self, ids: Sequence[str]) -> None:
         """Keeps the devices among `ids`, in that order; the others leave."""
         by_id = {device.id: device for device in self._devices}
         self._devices = [by_id[each] for each in ids if each in by_id]
+        self.groups_changed()
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -242,8 +251,14 @@ class Queues(Part):
         )
 
     def _engines(self) -> list[QueuePair | CallbackQueues]:
-        return [group.engine for device in self._devices for group in device.groups]
+        if self._engines_known is None:
+            self._engines_known = [group.engine for device in self._devices for group in device.groups]
+        return self._engines_known
 
     def _places(self) -> list[tuple[str, int]]:
         """Device and number of each of `_engines`."""
-        return [(device.id, index) for device in self._devices for index in range(len(device.groups))]
+        if self._places_known is None:
+            self._places_known = [
+                (device.id, index) for device in self._devices for index in range(len(device.groups))
+            ]
+        return self._places_known

@@ -907,6 +907,7 @@ class VhostUserDevice(Part):
         # Into the list one after the other: what was made is closed with the device.
         for group in self.make_groups(self._ring_events.fileno()):
             self._groups.append(group)
+        self._queues.groups_changed()
         self.callback_groups = [group for group in self._groups if isinstance(group, CallbackGroup)]
 
     def _drop_groups(self) -> None:
@@ -914,6 +915,7 @@ class VhostUserDevice(Part):
         for group in self._groups:
             group.close()
         self._groups, self.callback_groups = [], []
+        self._queues.groups_changed()
         self._memory = None
         self._drop_records()
         if self._ring_events is not None:
