@@ -258,7 +258,5 @@ class Queues(Part):
     def _places(self) -> list[tuple[str, int]]:
         """Device and number of each of `_engines`."""
         if self._places_known is None:
-            self._places_known = [
-                (device.id, index) for device in self._devices for index in range(len(device.groups))
-            ]
+            self._places_known = [(device.id, index) for device in self._devices for index in range(len(device.groups))]
         return self._places_known
