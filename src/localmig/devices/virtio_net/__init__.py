@@ -20,15 +20,11 @@ __all__ = ["OBJECT", "VirtioNet", "VirtioNetSpec"]
 
 def _build(spec: VirtioNetSpec, context: BuildContext) -> VirtioNet:
     return VirtioNet(
-        id=spec.id,
+        **spec.arguments(context),
         netdev=context.netdev(spec.netdev),
-        socket=spec.contact,
-        local_migration=spec.stays_home is None,
         offloads=spec.offloads,
         mac=mac_bytes(spec.mac) if spec.mac is not None else None,
         packed=spec.packed,
-        queues=context.queues,
-        tracer=context.tracer,
     )
 
 

@@ -550,11 +550,6 @@ class VirtioNet(VhostUserDevice):
             packed=self._packed,
         )
 
-    def _state(self) -> SessionState:
-        state = self.session_state
-        assert state is not None, self.id
-        return state
-
     def _tell_network(self) -> None:
         """The interface has a carrier while a driver serves the NIC, where that is asked for."""
         if not self._netdev.is_open:
