@@ -17,7 +17,7 @@ import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import ClassVar, Final, Protocol, Self
 
 from localmig import fds
 from localmig.access import PRIVATE_MODE
@@ -37,7 +37,13 @@ FRONTEND: Final = "frontend"
 
 
 class Contact(Protocol):
-    """Brings peers: by listening for them, or by connecting to them."""
+    """Brings peers: by listening for them, or by connecting to them.
+
+    Attributes:
+        brings_one: whether it has one peer at most. It brings the next one if it is asked after that one left.
+    """
+
+    brings_one: ClassVar[bool]
 
     def save(self) -> ListenerState | None:
         """What of it travels, its descriptor lent; None where nothing does."""
@@ -91,6 +97,8 @@ class Listener(Contact):
         listening: the socket, this listener's from now on.
         peer: what a peer is called, for the log.
     """
+
+    brings_one = False
 
     def __init__(self, listening: ListeningSocket, *, peer: str = FRONTEND) -> None:
         self.listening = listening
@@ -202,6 +210,8 @@ class Connector(Contact):
         is_due: whether the first attempt comes at once, or as after a connection's end.
         peer: what a peer is called, for the log.
     """
+
+    brings_one = True
 
     def __init__(self, path: str, *, reconnect_ms: int, is_due: bool, peer: str = FRONTEND) -> None:
         self._path = path

@@ -22,13 +22,15 @@ class DeviceInfo:
     Attributes:
         socket: the path of its vhost-user socket.
         server: whether it listens there.
-        session: None while no frontend is connected.
-        vrings: the session's rings.
+        sessions: those of all frontends that are connected, the oldest first.
+        session: the one that owns; while none does, the one that came last. None while no frontend is connected.
+        vrings: that session's rings.
         notes: what keeps it from working, each with what to do.
     """
 
     socket: str
     server: bool
+    sessions: tuple[SessionInfo, ...]
     session: SessionInfo | None
     vrings: tuple[VringInfo, ...]
     notes: tuple[str, ...]
@@ -44,6 +46,7 @@ def device_members(features: Mapping[int, str]) -> tuple[Member, ...]:
     return (
         Member(name="socket", attribute="socket", type=String()),
         Member(name="server", attribute="server", type=Boolean()),
+        Member(name="sessions", attribute="sessions", type=Array(session)),
         Member(name="session", attribute="session", type=session, required=False),
         Member(name="vrings", attribute="vrings", type=Array(VRING)),
     )
