@@ -55,7 +55,7 @@ help: ## list the targets
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
 demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
-	@$(BIN)/python -m localmig.testing.demo $(DEMO_ARGS)
+	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
 test: setup guest-packages guest-kernel $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
 	$(CARGO) test --quiet --workspace
