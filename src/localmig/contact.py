@@ -194,6 +194,9 @@ class Listener(Contact):
             return
         connection.setblocking(False)
         self._pace.note()
+        if self._pace.delay_s():
+            self.pause()
+            self.accept_connections(self._on_connection)  # once it is due
         self._on_connection(OwnedFd(connection.detach()))
 
 
