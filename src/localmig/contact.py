@@ -16,7 +16,7 @@ import logging
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Protocol, Self
 
 from localmig import fds
@@ -331,6 +331,10 @@ class ListenAt:
     group: str | None = None
     peer: str = FRONTEND
 
+    def each(self) -> tuple[ListenAt]:
+        """The plan for the one address."""
+        return (self,)
+
     def open(self) -> Listener:
         """Listens. ConfigError or KernelError where that cannot be."""
         return Listener(ListeningSocket.bind(self.path, mode=self.mode, group=self.group), peer=self.peer)
@@ -366,11 +370,20 @@ class ListenAt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectTo:
-    """`server=off`: a peer listens at `path`; this daemon connects, and again `reconnect_ms` after it left (0: not)."""
+    """`server=off`: a peer listens at `path`; this daemon connects, and again `reconnect_ms` after it left (0: not).
+
+    At `second_path` another peer listens, for what can have two at once.
+    """
 
     path: str
     reconnect_ms: int
     peer: str = FRONTEND
+    second_path: str | None = None
+
+    def each(self) -> tuple[ConnectTo, ...]:
+        """A plan for each address."""
+        alone = replace(self, second_path=None)
+        return (alone,) if self.second_path is None else (alone, replace(alone, path=self.second_path))
 
     def open(self) -> Connector:
         """Connects once it is asked for; where nothing is tried again, connects now or raises KernelError."""

@@ -32,7 +32,7 @@ SECTIONS: Final = {
     "State": "Description Subsection u8 u16 u32 u64 boolean numbers blob text array struct optional fd OwnedFd",
     "Errors": "ConfigError PeerError KernelError",
     "Any device": "VhostUserDevice Offer DeviceInfo device_members RingGroup CallbackGroup Layout Queues",
-    "Parts and netdevs": "Part Announces RunsPrograms Netdev NetdevObserver NetdevSpec Offload",
+    "Parts and netdevs": "Part Announces RunsPrograms HasSessions Netdev NetdevObserver NetdevSpec Offload",
 }
 """In the order in which a reader needs them."""
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from localmig import trace
@@ -304,9 +305,14 @@ class VhostUserDevice(Part):
     def open(self) -> None:
         """Listens, or sees to a connection. What it refers to is open already."""
         self._make_groups()
+        contacts: dict[str, Contact] = {}
         try:
-            self._endpoint = self._make_endpoint(self._socket.open())
+            for plan in self._socket.each():
+                contacts[plan.path] = plan.open()
+            self._endpoint = self._make_endpoint(contacts)
         except BaseException:
+            for contact in contacts.values():
+                contact.close()
             self._drop_groups()
             raise
 
@@ -356,6 +362,24 @@ class VhostUserDevice(Part):
             raise NotFoundError(f"Device '{self.id}' has no session {number}, there is {known}")
         self._sessions[number].session.close("ended by the operator")
 
+    def add_socket(self, path: str) -> None:
+        """Connects to a second address. KernelError: it cannot, and nothing was changed."""
+        assert isinstance(self._socket, ConnectTo), self.id
+        assert self._endpoint is not None, self.id
+        wanted = replace(self._socket, second_path=path)
+        *_, plan = wanted.each()
+        contact = plan.open()
+        self._socket = wanted
+        self._endpoint.add_contact(path, contact)
+
+    def remove_socket(self, path: str) -> None:
+        """Connects to the other address only. The session that came by this one goes on."""
+        assert isinstance(self._socket, ConnectTo), self.id
+        assert self._endpoint is not None, self.id
+        (left,) = (plan for plan in self._socket.each() if plan.path != path)
+        self._socket = left
+        self._endpoint.remove_contact(path)
+
     # -- to be seen ---------------------------------------------------------------------------------------------
 
     @property
@@ -371,6 +395,7 @@ class VhostUserDevice(Part):
         """The members of a `DeviceInfo`, for one that has more."""
         return {
             "socket": self.socket.path,
+            "second_socket": self.socket.second_path if isinstance(self.socket, ConnectTo) else None,
             "server": isinstance(self.socket, ListenAt),
             "sessions": tuple(each.info() for each in self._sessions.values()),
             "session": self.session_info(),
@@ -470,9 +495,11 @@ class VhostUserDevice(Part):
         try:
             check_acked(state, self.offer())
             if state.socket is None:
-                self._endpoint = self._make_endpoint(self._socket.open_beside())
+                self._endpoint = self._make_endpoint({plan.path: plan.open_beside() for plan in self._socket.each()})
                 return
-            self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
+            self._endpoint = self._make_endpoint(
+                {plan.path: plan.adopt(state.socket.listener) for plan in self._socket.each()}
+            )
             self._adopt_sessions(self._endpoint, state.socket)
             for each in self._sessions.values():
                 each.adopt_memory(former.get(each.number))
@@ -515,7 +542,8 @@ class VhostUserDevice(Part):
         """Sees to it that frontends find it: who died may have claimed the socket's path. Rings: see `Queues`."""
         assert self._endpoint is not None, self.id
         contacts = self._endpoint.contacts
-        contacts[self._socket.path] = self._socket.recover(contacts[self._socket.path])
+        for plan in self._socket.each():
+            contacts[plan.path] = plan.recover(contacts[plan.path])
 
     def take_notes(self) -> list[str]:
         """Rings whose used index in guest memory stands elsewhere than the source said."""
@@ -671,7 +699,6 @@ class VhostUserDevice(Part):
         if owner is not None:
             self._end_owner()
             former = owner
-        self._tell_owner(heir, former)
         self._rings.session = heir
         try:
             self.session_began()
@@ -684,6 +711,8 @@ class VhostUserDevice(Part):
                 raise
             # Not now: this is in the middle of another session's message.
             asyncio.get_running_loop().call_soon(heir.session.close, str(error))
+        else:
+            self._tell_owner(heir, former)
 
     def _end_owner(self) -> None:
         """The session that owns does so no longer: its rings stop, and where they stand is in its state."""
@@ -697,7 +726,7 @@ class VhostUserDevice(Part):
         self._rings.session = None
 
     def _tell_owner(self, owner: DeviceSession, former: DeviceSession | None) -> None:
-        """A change of owner is never silent."""
+        """A change of owner is never silent. Told once its rings run: whoever hears of it may send for them."""
         if former is None:
             _logger.info("device '%s': %s owns the device", self.id, owner)
         else:
@@ -768,5 +797,5 @@ class VhostUserDevice(Part):
         self._ownership = Ownership()
         self._rings.session = None
 
-    def _make_endpoint(self, contact: Contact) -> Endpoint:
-        return Endpoint({self._socket.path: contact}, self, self.offer(), config=self.config_space())
+    def _make_endpoint(self, contacts: Mapping[str, Contact]) -> Endpoint:
+        return Endpoint(contacts, self, self.offer(), config=self.config_space())

@@ -293,6 +293,16 @@ class Endpoint:
         self.opened_count = max(self.opened_count, number)
         return session
 
+    def add_contact(self, path: str, contact: Contact) -> None:
+        """Frontends come by one more address."""
+        self.contacts[path] = contact
+        if not self._frozen:
+            self._accept(path)
+
+    def remove_contact(self, path: str) -> None:
+        """None comes by this address any more. The session that did goes on."""
+        self.contacts.pop(path).close()
+
     def watch(self, changing: Callable[[], None] | None) -> None:
         """From now on calls `changing` before a session, or which there are, changes; None ends that."""
         self._watcher = changing
