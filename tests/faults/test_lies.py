@@ -46,8 +46,7 @@ from localmig.testing.frontend import NetGuest
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"
