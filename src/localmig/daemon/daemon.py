@@ -17,9 +17,10 @@ from typing import Final, cast
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
-from localmig.daemon.descriptors import NamedDescriptors
+from localmig.daemon.descriptors import LentDescriptors, NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
 from localmig.device_api import Announces, Netdev, Part, RunsPrograms
+from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
@@ -119,6 +120,10 @@ class Daemon:
         Raises:
             ConfigError, KernelError: something cannot be opened. What was opened is closed again.
         """
+        for spec in self._objects.specs:
+            for what, which in spec.claims():
+                if what == "descriptor" and isinstance(which, str):
+                    inherited(which)
         if self._incoming_address is not None:
             self.registry.look_up()
             self.registry.load_built_in()
@@ -267,15 +272,17 @@ class Daemon:
         spec = objects[read.id]
         self._check_possible_now(spec)
         parts: list[Part] = []
-        try:
-            built = self._assembly.add(spec, self.registry.type_of(spec))
-            self._assembly.arrange(objects.specs)
-            parts += (*built.part.own_parts, built.part)
-            self._begin(parts)
-        except BaseException:
-            for_all(reversed(parts), lambda part: part.close())
-            self._assembly.arrange(self._objects.specs)
-            raise
+        with self.descriptors.lend() as lent:
+            try:
+                built = self._assembly.add(spec, self.registry.type_of(spec), lent.number)
+                self._assembly.arrange(objects.specs)
+                parts += (*built.part.own_parts, built.part)
+                self._begin(parts, lent)
+            except BaseException:
+                for_all(reversed(parts), lambda part: part.close())
+                self._assembly.arrange(self._objects.specs)
+                raise
+            lent.forget()
         self._objects = objects
         self._parts = self._assembly.parts()
         self.tracer.emit(ObjectAdded(kind=kind, id=spec.id))
@@ -320,11 +327,12 @@ class Daemon:
         with blamed(f"cannot set the link of '{spec.id}'"):
             netdev.set_link(up=up)
 
-    def _begin(self, parts: Sequence[Part]) -> None:
-        """Opens the parts of an object and makes them do what all others do."""
+    def _begin(self, parts: Sequence[Part], lent: LentDescriptors) -> None:
+        """Opens the parts of an object, which own what was lent from then on, and makes them do what all others do."""
         with blamed(f"cannot open '{parts[-1].id}'"):
             for part in parts:
                 part.open()
+            lent.give_away()
             if self._run_state is RunState.RUNNING:
                 for part in parts:
                     part.resume()
@@ -354,11 +362,6 @@ class Daemon:
 
     def _check_possible_now(self, spec: Spec) -> None:
         """Raises ConfigError for what can be had only when a daemon starts."""
-        if any(what == "descriptor" for what, _ in spec.claims()):
-            raise ConfigError(
-                f"{spec.kind} '{spec.id}': numbers of descriptors are those of the program that starts a daemon; name "
-                "what is to be opened, or give it to 'localmig run'"
-            )
         sandbox = self._privileges.sandbox.state
         if spec.program_at_end is not None and not sandbox.spawn:
             raise ConfigError(
