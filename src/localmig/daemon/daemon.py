@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, cast
@@ -24,6 +25,7 @@ from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
+from localmig.migration.exchange import blaming_nobody
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
@@ -411,6 +413,7 @@ class Daemon:
             running=self._run_state is RunState.RUNNING,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("outgoing", self._migrate(self._outgoing, given))
 
@@ -436,6 +439,7 @@ class Daemon:
             on_serving=self._serve_incoming,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("incoming", self._accept(self._listener, self._incoming))
 
@@ -548,6 +552,13 @@ class Daemon:
         self._assembly = Assembly.of(self._objects, self.tracer)
         self._parts = self._assembly.parts()
         return self._parts
+
+    def _blaming(self, part: Part, what: str) -> AbstractContextManager[None]:
+        """See `exchange.Blaming`."""
+        built = self._assembly.built_of(part)
+        if built is None or built.type.is_built_in:
+            return blaming_nobody(part, what)
+        return blamed(f"{built.type} cannot {what} {built.spec.kind} '{part.id}'")
 
     def _served(self) -> list[BuiltObject]:
         """The objects that this process has."""

@@ -203,6 +203,10 @@ class Assembly:
         """The object of that id."""
         return self._objects[id]
 
+    def built_of(self, part: Part) -> BuiltObject | None:
+        """The object that a part belongs to, None for what all objects have together."""
+        return self._objects.get(part.id)
+
     def parts_opened_with_privileges(self) -> list[Part]:
         """Those whose `open` needs what the process gives up."""
         return [each.part for each in self._objects.values() if each.type.object_type.opens_with_privileges]
