@@ -20,6 +20,8 @@ from tests.faults.conftest import new_site
 from tests.kit.shortage import CALLS, Shortage, calls_here
 from tests.soak.monitor import Monitor
 
+pytestmark = pytest.mark.xdist_group("shortage")  # they share a chain of daemons
+
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
