@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -280,9 +280,9 @@ class VhostUserDevice(Part):
         for group in self.groups:
             self._rings.apply(group)
 
-    def stop_groups(self) -> None:
-        """Stops all rings, which are laid out and start again next."""
-        for group in self.groups:
+    def stop_groups(self, groups: Iterable[RingGroup]) -> None:
+        """Stops the rings of groups, which are laid out and start again next."""
+        for group in groups:
             self._rings.stop(group)
 
     def lay_out_again(self) -> None:
