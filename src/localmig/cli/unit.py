@@ -26,8 +26,8 @@ ANSWER_SECONDS_MAX: Final = 10.0
 RELOAD_SECONDS_SPARE: Final = 10.0
 """How much longer than systemd itself we wait for a reload (TimeoutStartSec= ends one)."""
 
-_UNIT: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,249}\.service", re.ASCII)
-"""systemd.unit(5): a name has 256 characters with its suffix."""
+_UNIT: Final = re.compile(r"[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]{0,247}\.service", re.ASCII)
+"""systemd.unit(5): a name has 256 characters with its suffix. One that begins like an option is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

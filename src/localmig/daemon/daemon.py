@@ -558,17 +558,14 @@ class Daemon:
             _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
             self._give_up_programs()
-            self._tell_taken_over(incoming)
+            self._tell_taken_over()
         else:
             self._fail_incoming(incoming.info().error_desc)
 
-    def _tell_taken_over(self, incoming: Incoming) -> None:
+    def _tell_taken_over(self) -> None:
+        # The source says so too, and waits until it was heard. It may have died before.
         if self._service_manager is not None:
-            if incoming.source_is_dead:
-                # It may have died before it said who serves now. To say so twice harms nothing.
-                self._service_manager.tell_main_process(os.getpid(), self._describe())
-            else:
-                self._service_manager.tell_status(self._describe())
+            self._service_manager.tell_main_process(os.getpid(), self._describe())
 
     def _describe(self) -> str:
         """What this process does, for people who look at the service."""

@@ -152,11 +152,6 @@ class Incoming:
         return not self._peer.is_dead and not self._revocation.has_let_go
 
     @property
-    def source_is_dead(self) -> bool:
-        """Whether the source's process ended; also where it is not known."""
-        return self._peer is None or self._peer.is_dead
-
-    @property
     def source_was_running(self) -> bool:
         """Whether the guest's rings ran in the source."""
         return self._hello is not None and self._hello.running
