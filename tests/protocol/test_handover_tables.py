@@ -463,5 +463,5 @@ PROCESSES_MAX = 6
 
 TestHandovers = Handovers.TestCase
 TestHandovers.settings = settings(
-    max_examples=150, stateful_step_count=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=80, derandomize=True, suppress_health_check=list(HealthCheck)
 )
