@@ -30,6 +30,8 @@ GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtoo
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
 FUZZ_PACKAGES := g++
+# They bring a second QEMU beside the installed one.
+VMM_PACKAGES := mmdebstrap patchelf
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
   $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
@@ -51,7 +53,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages vmm-packages second-qemu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -149,7 +151,8 @@ demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
 fuzz-packages: PACKAGES := $(FUZZ_PACKAGES)
-demo-packages guest-packages bench-packages fuzz-packages:
+vmm-packages: PACKAGES := $(VMM_PACKAGES)
+demo-packages guest-packages bench-packages fuzz-packages vmm-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
@@ -166,3 +169,14 @@ guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
 	  echo "no guest kernel could be downloaded from Debian's packages: there are no guests under QEMU"
 	@rm -rf .lab/unpack
+
+# It stands beside the installed one: its own loader and libraries are written into it, so it runs like any program here.
+second-qemu: vmm-packages ## unpack a newer QEMU from Debian's backports into .lab: tests replace VMMs with both
+	@[ -e .lab/qemu ] || { rm -rf .lab/unpack-qemu && mkdir -p .lab && \
+	  mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1) && \
+	  [ -n "$$mirror" ] && mmdebstrap --quiet --variant=extract --include=qemu-system-x86 --aptopt='APT::Install-Recommends "false"' \
+	    --aptopt='APT::Default-Release "trixie-backports"' trixie .lab/unpack-qemu "deb $$mirror trixie main" "deb $$mirror trixie-backports main" && \
+	  libraries=$(CURDIR)/.lab/qemu/usr/lib/x86_64-linux-gnu && \
+	  patchelf --set-interpreter $$libraries/ld-linux-x86-64.so.2 --force-rpath --set-rpath $$libraries .lab/unpack-qemu/usr/bin/qemu-system-x86_64 && \
+	  mv .lab/unpack-qemu .lab/qemu; } || echo "no second QEMU could be unpacked from Debian's packages: VMMs are replaced with the installed one only"
+	@rm -rf .lab/unpack-qemu
