@@ -1,4 +1,4 @@
-"""What every tier shares: its markers, its place in the order, and the rule that where all must run a skip is a failure.
+"""What every tier shares: its markers, its order, and the rule that where all tiers must run a skip is a failure.
 
 Owns:        the options --require-all-tiers (CI=true implies it) and --kill-matrix; the markers "kernel" and "guest";
              the order of tests, and that one marked "alone" runs while no other does; how long each tier took.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator
+from operator import itemgetter
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -79,14 +80,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Tells how long each tier took, its fixtures and all; of tests that ran side by side this is more than passed."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[Path(report.nodeid).parts[1]] += report.duration
     if seconds:
         terminalreporter.write_sep("=", "time of each tier")
-        for tier, duration in seconds.most_common():
+        for tier, duration in sorted(seconds.items(), key=itemgetter(1), reverse=True):
             terminalreporter.write_line(f"{duration:7.1f} s  {tier}")
 
 

@@ -114,8 +114,8 @@ def test_a_netdev_without_a_name_gets_the_sources() -> None:
 
 
 def test_a_netdev_with_an_inherited_descriptor_needs_no_name() -> None:
-    own = together(TapSpec(id="net0", fd=7), NIC)
-    assert own.fit(hello(BOTH, local=False)).specs == (TapSpec(id="net0", fd=7), NIC)
+    own = together(TapSpec(id="net0", fd="7"), NIC)
+    assert own.fit(hello(BOTH, local=False)).specs == (TapSpec(id="net0", fd="7"), NIC)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, cast
@@ -17,12 +18,14 @@ from typing import Final, cast
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
-from localmig.daemon.descriptors import NamedDescriptors
+from localmig.daemon.descriptors import LentDescriptors, NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
 from localmig.device_api import Announces, Netdev, Part, RunsPrograms
+from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
+from localmig.migration.exchange import blaming_nobody
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
@@ -119,6 +122,10 @@ class Daemon:
         Raises:
             ConfigError, KernelError: something cannot be opened. What was opened is closed again.
         """
+        for spec in self._objects.specs:
+            for what, which in spec.claims():
+                if what == "descriptor" and isinstance(which, str):
+                    inherited(which)
         if self._incoming_address is not None:
             self.registry.look_up()
             self.registry.load_built_in()
@@ -267,15 +274,17 @@ class Daemon:
         spec = objects[read.id]
         self._check_possible_now(spec)
         parts: list[Part] = []
-        try:
-            built = self._assembly.add(spec, self.registry.type_of(spec))
-            self._assembly.arrange(objects.specs)
-            parts += (*built.part.own_parts, built.part)
-            self._begin(parts)
-        except BaseException:
-            for_all(reversed(parts), lambda part: part.close())
-            self._assembly.arrange(self._objects.specs)
-            raise
+        with self.descriptors.lend() as lent:
+            try:
+                built = self._assembly.add(spec, self.registry.type_of(spec), lent.number)
+                self._assembly.arrange(objects.specs)
+                parts += (*built.part.own_parts, built.part)
+                self._begin(parts, lent)
+            except BaseException:
+                for_all(reversed(parts), lambda part: part.close())
+                self._assembly.arrange(self._objects.specs)
+                raise
+            lent.forget()
         self._objects = objects
         self._parts = self._assembly.parts()
         self.tracer.emit(ObjectAdded(kind=kind, id=spec.id))
@@ -320,11 +329,12 @@ class Daemon:
         with blamed(f"cannot set the link of '{spec.id}'"):
             netdev.set_link(up=up)
 
-    def _begin(self, parts: Sequence[Part]) -> None:
-        """Opens the parts of an object and makes them do what all others do."""
+    def _begin(self, parts: Sequence[Part], lent: LentDescriptors) -> None:
+        """Opens the parts of an object, which own what was lent from then on, and makes them do what all others do."""
         with blamed(f"cannot open '{parts[-1].id}'"):
             for part in parts:
                 part.open()
+            lent.give_away()
             if self._run_state is RunState.RUNNING:
                 for part in parts:
                     part.resume()
@@ -354,11 +364,6 @@ class Daemon:
 
     def _check_possible_now(self, spec: Spec) -> None:
         """Raises ConfigError for what can be had only when a daemon starts."""
-        if any(what == "descriptor" for what, _ in spec.claims()):
-            raise ConfigError(
-                f"{spec.kind} '{spec.id}': numbers of descriptors are those of the program that starts a daemon; name "
-                "what is to be opened, or give it to 'localmig run'"
-            )
         sandbox = self._privileges.sandbox.state
         if spec.program_at_end is not None and not sandbox.spawn:
             raise ConfigError(
@@ -408,6 +413,7 @@ class Daemon:
             running=self._run_state is RunState.RUNNING,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("outgoing", self._migrate(self._outgoing, given))
 
@@ -433,6 +439,7 @@ class Daemon:
             on_serving=self._serve_incoming,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("incoming", self._accept(self._listener, self._incoming))
 
@@ -545,6 +552,13 @@ class Daemon:
         self._assembly = Assembly.of(self._objects, self.tracer)
         self._parts = self._assembly.parts()
         return self._parts
+
+    def _blaming(self, part: Part, what: str) -> AbstractContextManager[None]:
+        """See `exchange.Blaming`."""
+        built = self._assembly.built_of(part)
+        if built is None or built.type.is_built_in:
+            return blaming_nobody(part, what)
+        return blamed(f"{built.type} cannot {what} {built.spec.kind} '{part.id}'")
 
     def _served(self) -> list[BuiltObject]:
         """The objects that this process has."""

@@ -34,6 +34,8 @@ from localmig.migration.exchange import (
     CATCH_UP_ROUNDS_MAX,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
+    Blaming,
+    blaming_nobody,
     hello_descriptors,
     hello_payload,
     on_off,
@@ -100,6 +102,7 @@ class Outgoing:
         running: whether rings run; where they do not, the destination leaves them stopped too.
         is_ending: whether this process was told to end once the handover is over.
         tracer: where facts go.
+        blaming: who is blamed for what a part raises.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Outgoing:
         running: bool,
         is_ending: Callable[[], bool],
         tracer: Tracer,
+        blaming: Blaming = blaming_nobody,
     ) -> None:
         self._connect = connect
         self._is_ending = is_ending
@@ -120,6 +124,7 @@ class Outgoing:
         self._objects = tuple(objects)
         self._running = running
         self._tracer = tracer
+        self._blaming = blaming
         self._progress = Progress("source", tracer)
         self._machine = source_machine()
         self._channel: Channel | None = None
@@ -604,8 +609,9 @@ class Outgoing:
     # -- small things -------------------------------------------------------------------------------------------
 
     def _setup_section(self, part: Part) -> Section:
-        with_descriptors = self._parameters.local and part.local_migration_blocker() is None
-        state = part.save_setup(with_descriptors=with_descriptors)
+        with self._blaming(part, "save"):
+            with_descriptors = self._parameters.local and part.local_migration_blocker() is None
+            state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
 
     async def _say(
