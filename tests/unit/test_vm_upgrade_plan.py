@@ -155,12 +155,17 @@ def test_what_is_refused_may_be_left_out_or_given_anew() -> None:
         ({"objects": ["ram0", "ram1", "pc.ram"]}, "object 'ram1' was made later"),
         ({"chardevs": ["c0", "compat_monitor0", "late"]}, "character device 'late' was made later"),
         ({"run_state": "postmigrate"}, "its run state is 'postmigrate'"),
-        ({"blocked_reasons": ["no LOG_SHMFD"]}, "QEMU refuses to migrate it: no LOG_SHMFD"),
         ({"version": (12, 0)}, "is QEMU 11.1, older than the 12.0 that runs"),
     ],
 )
 def test_what_the_running_qemu_tells_may_be_in_the_way(facts: dict[str, Any], said: str) -> None:
     assert said in refusal(f"{MEMFD} {NIC} {QMP}", **facts)
+
+
+def test_a_guest_that_qemu_does_not_migrate_may_be_moved_by_its_memorys_descriptor() -> None:
+    blocked = {"blocked_reasons": ["the backend lacks LOG_SHMFD"]}
+    assert plan(f"{MEMFD} {QMP}", **blocked).way is Way.CPR
+    assert "QEMU refuses to migrate this guest: the backend lacks LOG_SHMFD" in refusal(f"{NAMED} {QMP}", **blocked)
 
 
 def test_every_reason_is_told_at_once() -> None:

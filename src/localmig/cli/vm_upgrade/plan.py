@@ -65,7 +65,7 @@ class Running:
         version: major and minor number.
         machine: the machine's type, with its version.
         run_state: what query-status calls it.
-        blocked_reasons: why it could not migrate at all, by its own word.
+        blocked_reasons: why it would refuse an ordinary migration.
         devices: ids of devices that have one.
         anonymous_devices: how many have none.
         objects: ids of objects.
@@ -189,8 +189,6 @@ def _not_now(running: Running, wishes: Wishes) -> Iterator[str]:
     if wishes.version < running.version:
         new, old = _dotted(wishes.version), _dotted(running.version)
         yield f"'{wishes.program}' is QEMU {new}, older than the {old} that runs: a guest moves to the same or a newer"
-    for reason in running.blocked_reasons:
-        yield f"QEMU refuses to migrate it: {reason}"
 
 
 def _added_later(running: Running, options: Sequence[Option]) -> Iterator[str]:
@@ -270,8 +268,9 @@ def _way(
     """The way to go; None where `reasons` got one against every way, or against the one asked for."""
     possible: dict[Way, str | None] = {
         Way.CPR: _against_cpr(running, wishes, new),
-        Way.SHARED: _against_shared(running, old, new),
-        Way.COPY: _against_copy(running, old, new),
+        # What QEMU tells is true of these two; of the third it tells when it is asked to migrate.
+        Way.SHARED: _against_shared(running, old, new) or _blocked(running),
+        Way.COPY: _against_copy(running, old, new) or _blocked(running),
     }
     if wishes.way is not None:
         if (reason := possible[wishes.way]) is not None:
@@ -318,6 +317,11 @@ def _against_cpr(running: Running, wishes: Wishes, options: Sequence[Option]) ->
     if not any(o.name in ("M", "machine") and o.properties.get("aux-ram-share") == "on" for o in options):
         return "the machine needs aux-ram-share=on, from its start on"
     return None
+
+
+def _blocked(running: Running) -> str | None:
+    reasons = running.blocked_reasons
+    return f"QEMU refuses to migrate this guest: {'; '.join(reasons)}" if reasons else None
 
 
 def _against_shared(running: Running, old: Sequence[Option], new: Sequence[Option]) -> str | None:
