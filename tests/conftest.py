@@ -17,12 +17,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Final, TypeVar
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIERS = ROOT / "tests"
 
-LONGEST_FIRST: Final = ("guest", "faults", "examples", "soak", "kernel", "fuzz", "protocol", "compat", "unit")
+LONGEST_FIRST: Final = ("guest", "host", "faults", "examples", "soak", "kernel", "fuzz", "protocol", "compat", "unit")
 """The tiers in the order in which they run: what waits for much begins early, and what is short fills the end."""
 
 LOCK: Final = ROOT / ".pytest_cache/alone.lock"
@@ -31,6 +32,10 @@ it too: `flock --shared .pytest_cache/alone.lock make fuzz`."""
 
 # The guest tier's lab is imported as tests.guest.lab; importlib mode leaves sys.path to us.
 sys.path.insert(0, str(ROOT))
+
+# How long an example takes is the machine's matter: tests run side by side. The examples are the same each time.
+hypothesis.settings.register_profile("localmig", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("localmig")
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 from tests.examples.conftest import found, hand_over, moved, write_package
 from tests.faults.conftest import Site
+from tests.kit.processes import localmig
 
 from localmig.testing.driver import Driver
 
@@ -228,8 +227,7 @@ def test_a_chain_that_is_forgotten_holds_nothing_up(site: Site, odd: Path) -> No
 
 def test_a_device_with_too_many_rings_is_refused(site: Site, odd: Path) -> None:
     with found(odd), site.namespace.entered():
-        command = [sys.executable, "-m", "localmig.cli", "run", *site.objects(), *odd_at(site, 0, "odd-wide")]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = localmig("run", *site.objects(), *odd_at(site, 0, "odd-wide"))
     assert ended.returncode == 1
     assert "device 'odd0' has 300 rings, vhost-user can name 256" in ended.stderr
 

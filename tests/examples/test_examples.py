@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Final
 import pytest
 from tests.examples.conftest import EXAMPLES, found, hand_over, moved, write_package
 from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess, localmig
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 
 pytestmark = pytest.mark.xdist_group("examples")  # they share the packages of examples/, which takes long to install
@@ -94,12 +92,7 @@ def test_an_entropy_device_is_used_while_it_is_handed_over(site: Site, examples:
         (ring,) = device["rings"]
         assert (ring["name"], ring["counters"]["chains"]) == ("requests", 10 * HANDOVERS + 1)
         assert daemon.qmp is not None
-        shown = subprocess.run(
-            [sys.executable, "-m", "localmig.cli", "status", str(daemon.qmp), "--device", "rng0"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        shown = localmig("status", str(daemon.qmp), "--device", "rng0").stdout
         assert "device     rng0, virtio-rng" in shown
         assert re.search(r"^requests +101 ", shown, re.MULTILINE), shown
 
@@ -248,6 +241,64 @@ def test_a_device_is_changed_under_a_running_guest_and_back(site: Site, tmp_path
         assert driver.request(0, room=32) == b"old"
         daemon = moved(site, daemon, new)
         assert driver.request(0, room=32) == b"6"
+
+
+@pytest.fixture
+def gained(tmp_path: Path) -> tuple[Path, Path]:
+    """A package whose second release has a state of the device's own, and whose first has none."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    without = (EXAMPLES / "virtio-rng" / "localmig_rng.py").read_text().replace("OBJECT: Final", "VIRTIO_RNG: Final")
+    for folder, source, version in ((old, without, "1.0"), (new, CHANGED, "2.0")):
+        folder.mkdir()
+        write_package(folder, "localmig-rng", source, "virtio-rng", version=version)
+    return old, new
+
+
+def test_a_device_gains_a_state_of_its_own_and_goes_back_as_long_as_that_has_its_defaults(
+    site: Site, gained: tuple[Path, Path]
+) -> None:
+    old, new = gained
+    with found(old):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        for folder in (new, old, new):
+            daemon = moved(site, daemon, folder)
+        assert driver.request(0, room=32) == b"1"
+        destination = hand_over(site, daemon, folders=(old,))
+        info = daemon.wait_migration()
+        assert (info["status"], destination.wait()) == ("failed", 1)
+        assert 'tells of a section "rng0/virtio-rng"' in info["error-desc"]
+        assert "hand over to a release that knows this state" in info["error-desc"]
+        assert driver.request(0, room=32) == b"2"
+        daemon = moved(site, daemon, new)
+        assert driver.request(0, room=32) == b"3"
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["to-one-that-knows-it", "to-one-that-does-not"])
+def test_a_state_that_begins_to_matter_during_a_handover_travels_or_ends_it(
+    site: Site, gained: tuple[Path, Path], is_known: bool
+) -> None:
+    old, new = gained
+    with found(new):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    pause = {"capability": "pause-before-switchover", "state": True}
+    daemon.execute("migrate-set-capabilities", capabilities=[pause])
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        destination = hand_over(site, daemon, folders=(new if is_known else old,))
+        daemon.wait_migration_status("pre-switchover")
+        assert driver.request(0, room=32) == b"1"
+        daemon.execute("migrate-continue", state="pre-switchover")
+        info = daemon.wait_migration()
+        if is_known:
+            assert info["status"] == "completed"
+            assert daemon.quit() == 0
+            destination.wait_migration()
+        else:
+            assert (info["status"], destination.wait()) == ("failed", 1)
+            assert 'tells of a section "rng0/virtio-rng"' in info["error-desc"]
+        assert driver.request(0, room=32) == b"2"
 
 
 def test_a_destination_without_the_package_refuses_and_names_it(site: Site, examples: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import pytest
 from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 from localmig.virtio.net import LinkStatus, NetConfig, NetFeature
 

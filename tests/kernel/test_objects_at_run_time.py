@@ -7,8 +7,6 @@ import gc
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import pytest
+from tests.kit.processes import DaemonProcess, localmig
 
 from localmig.daemon import Daemon
 from localmig.devices.virtio_net import VirtioNet
@@ -27,7 +26,6 @@ from localmig.netdevs.network import Network
 from localmig.netdevs.stream import Stream
 from localmig.netdevs.tap import Tap
 from localmig.netdevs.tun import Flag
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import create_tap
 from localmig.virtio.net import header_length
@@ -39,7 +37,6 @@ PATIENCE_S: Final = 60.0
 
 ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
-LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 NIC_COUNT: Final = 200
 
 
@@ -149,8 +146,9 @@ def empty(tmp_path: Path) -> Iterator[DaemonProcess]:
         yield daemon
 
 
-def localmig(*words: str) -> Any:
-    done = subprocess.run([*LOCALMIG, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+def asked(*words: str) -> Any:
+    """What a command of `localmig` prints, which is JSON."""
+    done = localmig(*words)
     assert done.returncode == 0, done
     return json.loads(done.stdout)
 
@@ -175,14 +173,14 @@ def test_a_nic_that_is_added_moves_packets_and_goes_on_in_a_new_daemon(empty: Da
         second.guest.attach()
         second.exchange()
         first.exchange()
-        assert [each["id"] for each in localmig("status", "--json", str(empty.qmp))["devices"]] == ["nic0", "nic1"]
+        assert [each["id"] for each in asked("status", "--json", str(empty.qmp))["devices"]] == ["nic0", "nic1"]
 
-        report = localmig("upgrade", "--json", str(empty.qmp))
+        report = asked("upgrade", "--json", str(empty.qmp))
         assert (report["outcome"], empty.wait()) == ("committed", 0), report
         try:
             second.exchange()
             first.exchange()
-            shown = localmig("status", "--json", str(empty.qmp))
+            shown = asked("status", "--json", str(empty.qmp))
             assert [each["id"] for each in shown["devices"]] == ["nic0", "nic1"]
             # What came by a handover is deleted, and comes again, as what was added here.
             empty.execute("device_del", id="nic0")
@@ -356,7 +354,7 @@ def test_a_tap_that_was_given_by_name_is_a_netdevs(empty: DaemonProcess, tmp_pat
 
 def test_a_daemon_that_starts_knows_no_descriptor_by_name(tmp_path: Path) -> None:
     for arguments in (["--netdev", "tap,id=net0,fd=tap"], ["--netdev", "tap,id=net0,fds=4:tap", "--incoming", "defer"]):
-        done = subprocess.run([*LOCALMIG, "run", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = localmig("run", *arguments, folder=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert "there is no descriptor 'tap': names are given by getfd to a daemon that runs" in done.stderr
 
@@ -410,7 +408,7 @@ def test_a_link_that_is_set_is_the_guests_and_the_interfaces_also_in_a_new_daemo
 def test_a_daemon_without_objects_hands_over_and_its_successor_can_be_given_some(
     empty: DaemonProcess, tmp_path: Path
 ) -> None:
-    report = localmig("upgrade", "--json", str(empty.qmp))
+    report = asked("upgrade", "--json", str(empty.qmp))
     assert (report["outcome"], empty.wait()) == ("committed", 0), report
     try:
         with Nic(tmp_path, 0) as nic:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.kit.processes import DaemonProcess, localmig
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.virtio.net import header_length
 
@@ -25,9 +23,6 @@ ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 LOCAL: Final = ("--migration-parameter", "local=on")
 FRAME: Final = b"\xff" * 6 + bytes.fromhex("525400123456 88b5") + bytes(46)
-
-
-LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 
 
 class Site:
@@ -82,13 +77,7 @@ class Site:
 
     def status(self, *options: str) -> str:
         """What `localmig status` prints."""
-        done = subprocess.run(
-            [*LOCALMIG, "status", *options, str(self.daemon.qmp)],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
+        done = localmig("status", *options, str(self.daemon.qmp))
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -130,6 +119,7 @@ def test_a_device_without_a_frontend_says_so(site: Site) -> None:
         "socket": f"{site.folder}/nic0.sock",
         "server": True,
         "mac": "52:54:00:12:34:56",
+        "sessions": [],
         "vrings": [],
         "queue-pairs": [{"index": 0, "running": False, "counters": dict.fromkeys(site.counters(), 0)}],
         "notes": [],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kit.cases import each_case
 
 from localmig.devices.virtio_net.options import OFFLOAD_NAMES, VirtioNetSpec
 from localmig.errors import ConfigError, PeerError
@@ -187,7 +188,7 @@ NETDEV_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("text", NETDEV_ERRORS)
+@each_case("text", NETDEV_ERRORS)
 def test_a_wrong_netdev_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_netdev(text)
@@ -231,7 +232,7 @@ DEVICE_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("text", DEVICE_ERRORS)
+@each_case("text", DEVICE_ERRORS)
 def test_a_wrong_device_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_device(text)
@@ -299,7 +300,7 @@ def test_help_of_a_type_tells_each_option_once(kind: str, name: str, spec_type: 
     assert [line.split("=")[0].strip() for line in lines[1:]] == [option.name for option in options_of(spec_type)]
 
 
-@pytest.mark.parametrize("text", ["tap,id=help", "bogus,help", "tap", "virtio-net,help", "tap,id=x,script=help"])
+@each_case("text", ["tap,id=help", "bogus,help", "tap", "virtio-net,help", "tap,id=x,script=help"])
 def test_text_that_asks_for_no_help_gets_none(text: str) -> None:
     assert help_for("netdev", text) is None
 
@@ -337,7 +338,7 @@ def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
     assert to_mapping(TapSpec(id="net0", fds="7:8")) == {"type": "tap", "id": "net0", "queues": 2}
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("mapping", "error"),
     [
         ({}, "netdev without id of the other side: Parameter 'type' is missing, one of: tap, macvtap, stream"),
@@ -413,7 +414,7 @@ def test_what_one_side_left_out_fits_everything() -> None:
     assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
 
 
-@pytest.mark.parametrize("option", [*(f"{name}=off" for name in sorted(OFFLOAD_NAMES)), "packed=on"])
+@each_case("option", [*(f"{name}=off" for name in sorted(OFFLOAD_NAMES)), "packed=on"])
 def test_each_side_may_offer_what_it_likes_and_the_sources_is_told(option: str) -> None:
     ours = parse_device(f"virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off,{option}")
     assert ours != NIC
@@ -446,7 +447,7 @@ def test_objects_that_fit_together_pass() -> None:
     assert check_together([]) == ()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("netdevs", "devices", "error"),
     [
         ([TAP, TapSpec(id="net0")], [NIC], "Duplicate ID 'net0' for netdev, a netdev has it already"),

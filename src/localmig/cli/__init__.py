@@ -1,4 +1,4 @@
-"""The command line: `localmig run`, `upgrade`, `vm-upgrade`, `migrate`, `status`, `qmp`, `analyze`, `demo`.
+"""The command line: `localmig run`, `upgrade`, `vm-upgrade`, `migrate`, `status` and others; `_parser` has them all.
 
 Owns:        argv, exit statuses, what is printed.
 Never sees:  what a daemon is inside: everything but `run` asks by QMP.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.cli import analyze, migrate, qmp, run, status, upgrade, vm_upgrade
+from localmig.cli import analyze, migrate, qmp, run, sessions, status, upgrade, vm_upgrade
 from localmig.cli.text import tell
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, upgrade, vm_upgrade, migrate, status, qmp, analyze):
+    for module in (run, upgrade, vm_upgrade, migrate, status, sessions, qmp, analyze):
         module.add_parser(commands)
     commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
     return parser

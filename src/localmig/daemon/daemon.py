@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
@@ -20,7 +21,7 @@ from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import LentDescriptors, NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
-from localmig.device_api import Announces, Netdev, Part, RunsPrograms
+from localmig.device_api import Announces, HasSessions, Netdev, Part, RunsPrograms
 from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
@@ -35,8 +36,9 @@ from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
-from localmig.options.specs import KINDS, references_of
+from localmig.options.specs import KINDS, DeviceSpec, references_of
 from localmig.registry import Registry
+from localmig.service_manager import ServiceManager
 from localmig.trace import ObjectAdded, ObjectDeleted, RunStateChanged, Tracer
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Daemon:
             incoming daemon builds what the source has.
         access: who may use QMP and migration sockets; None: root and this process's user.
         privileges: what the process gives up before it serves; None: nothing.
+        service_manager: who watches this process; None: nobody. A daemon that takes over is watched by whoever watched
+            its source, if somebody did.
         tracer: where facts go.
 
     Raises:
@@ -79,8 +83,10 @@ class Daemon:
         incoming: IncomingSpec | None = None,
         access: Access | None = None,
         privileges: Privileges | None = None,
+        service_manager: ServiceManager | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._service_manager = service_manager
         self._privileges = privileges or Privileges(run_as=None, sandbox=Sandbox(SandboxSpec(enabled=False)))
         self.access = access or Access()
         self.tracer = tracer or Tracer()
@@ -177,12 +183,20 @@ class Daemon:
         """For signal handlers: `quit` follows. A takeover that is under way, where no callback gets in, hears of it."""
         self._is_ending = True
 
+    def announce_ready(self) -> None:
+        """Tells the service manager that this process serves, or waits for its source: who needs it may come."""
+        if self._service_manager is not None:
+            waits = self._run_state is RunState.INMIGRATE
+            self._service_manager.tell_ready("waits for a daemon to take over from" if waits else self._describe())
+
     async def wait_quit(self) -> str | None:
         """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed."""
         await self._quitting.wait()
         handovers = {task for task in self._tasks if task.get_name() == "outgoing"}
         if handovers:
             await asyncio.wait(handovers)
+        if self._service_manager is not None and self._run_state in (RunState.RUNNING, RunState.PAUSED):
+            self._service_manager.tell_stopping()
         self._announcer.stop()
         for task in list(self._tasks):
             task.cancel()
@@ -329,6 +343,53 @@ class Daemon:
         with blamed(f"cannot set the link of '{spec.id}'"):
             netdev.set_link(up=up)
 
+    def close_session(self, id: str, number: int) -> None:  # noqa: A002
+        """Ends a session of a device: its frontend is disconnected, and another one that waits may get the rings.
+
+        Raises:
+            NotFoundError: there is no device of that id, or it has no session of that number. As for all that follow:
+                nothing was changed.
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable("session-close")
+        self._with_sessions(id).close_session(number)
+
+    def add_socket(self, id: str, path: str) -> None:  # noqa: A002
+        """Has a device with server=off connect to a second address, at which another VMM listens.
+
+        Raises:
+            NotFoundError: there is no device of that id. As for all that follow: nothing was changed.
+            ConfigError: the device listens itself, has a second address, or another object has that one.
+            KernelError: nobody listens there, and nothing is tried again (reconnect-ms=0).
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable("device_socket_add")
+        part = self._with_sessions(id)
+        self._change_spec(self._device_spec(id).with_second_socket(path), lambda: part.add_socket(path))
+
+    def delete_socket(self, id: str, path: str) -> None:  # noqa: A002
+        """Has a device connect to one of its two addresses no more; the other one stays. Raises as `add_socket`."""
+        self._check_changeable("device_socket_del")
+        part = self._with_sessions(id)
+        self._change_spec(self._device_spec(id).without_socket(path), lambda: part.remove_socket(path))
+
+    def _device_spec(self, id: str) -> DeviceSpec:  # noqa: A002
+        return cast(DeviceSpec, self._objects.find(id, "device"))
+
+    def _with_sessions(self, id: str) -> HasSessions:  # noqa: A002
+        part = self._assembly.built(self._objects.find(id, "device").id).part
+        if not isinstance(part, HasSessions):
+            raise StateError(f"device '{id}' has no sessions")
+        return part
+
+    def _change_spec(self, spec: DeviceSpec, change: Callable[[], None]) -> None:
+        """Makes an object what `spec` says, by `change`; a successor is told of it."""
+        objects = self._objects.changed(spec)
+        self._check_possible_now(objects[spec.id])
+        change()
+        self._assembly.change(objects[spec.id])
+        self._objects = objects
+
     def _begin(self, parts: Sequence[Part], lent: LentDescriptors) -> None:
         """Opens the parts of an object, which own what was lent from then on, and makes them do what all others do."""
         with blamed(f"cannot open '{parts[-1].id}'"):
@@ -411,6 +472,7 @@ class Daemon:
             parts=self._parts,
             objects=self._objects.for_hello(),
             running=self._run_state is RunState.RUNNING,
+            service_manager=self._service_manager,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
             blaming=self._blaming,
@@ -505,12 +567,28 @@ class Daemon:
         if state is SourceState.COMPLETED:
             _log_success("handed over", info)
             self._parts = []
+            await self._point_to_destination(outgoing)
         elif state is SourceState.IN_DOUBT:
             _logger.error("%s", info.error_desc)
         else:
             reasons = [text for text in (info.error_desc, info.note) if text]
             _logger.warning("handover %s, this daemon serves on%s", info.status, ": ".join(["", *reasons]))
         self._spawn("thaw", self._thaw_late(outgoing))
+
+    async def _point_to_destination(self, outgoing: Outgoing) -> None:
+        """Lets the service manager follow the guest. Before this process ends, or the service would end with it."""
+        if self._service_manager is None:
+            return
+        if not self.parameters.local:
+            self._service_manager.tell_status("handed over to another machine")
+        elif pid := outgoing.destination_pid:
+            self._service_manager.tell_main_process(pid, f"handed over, process {pid} serves")
+            await self._service_manager.wait_heard()
+        else:
+            _logger.warning(
+                "the service manager is not told which process serves: the destination has no number in this process's "
+                "PID namespace"
+            )
 
     async def _accept(self, listener: transport.Listener, incoming: Incoming) -> None:
         try:
@@ -527,8 +605,20 @@ class Daemon:
             _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
             self._give_up_programs()
+            self._tell_taken_over()
         else:
             self._fail_incoming(incoming.info().error_desc)
+
+    def _tell_taken_over(self) -> None:
+        # The source says so too, and waits until it was heard. It may have died before.
+        if self._service_manager is not None:
+            self._service_manager.tell_main_process(os.getpid(), self._describe())
+
+    def _describe(self) -> str:
+        """What this process does, for people who look at the service."""
+        counts = [(len(self.objects(kind)), kind) for kind in KINDS]
+        served = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for count, kind in counts)
+        return f"serves {served}" if self._run_state is RunState.RUNNING else f"{self._run_state}: {served}"
 
     async def _thaw_late(self, handover: Outgoing | Incoming) -> None:
         """Serves control sockets that could not be at once, as soon as there is what they need."""
@@ -549,6 +639,7 @@ class Daemon:
 
     def _build(self, hello: Hello) -> Sequence[Part]:
         self._objects = self._objects.fit(hello)
+        self._service_manager = hello.service_manager or self._service_manager
         self._assembly = Assembly.of(self._objects, self.tracer)
         self._parts = self._assembly.parts()
         return self._parts

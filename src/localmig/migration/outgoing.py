@@ -63,6 +63,7 @@ from localmig.migration.recording import write_recording
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
 from localmig.migration.undo import for_all
+from localmig.service_manager import ServiceManager
 from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Blob
 
@@ -100,6 +101,7 @@ class Outgoing:
         parts: what is handed over, netdevs before the devices on them.
         objects: the same as HELLO tells them.
         running: whether rings run; where they do not, the destination leaves them stopped too.
+        service_manager: who is to watch the destination's process from then on; None for nobody.
         is_ending: whether this process was told to end once the handover is over.
         tracer: where facts go.
         blaming: who is blamed for what a part raises.
@@ -113,11 +115,13 @@ class Outgoing:
         parts: Sequence[Part],
         objects: Sequence[HandoverObject],
         running: bool,
+        service_manager: ServiceManager | None = None,
         is_ending: Callable[[], bool],
         tracer: Tracer,
         blaming: Blaming = blaming_nobody,
     ) -> None:
         self._connect = connect
+        self._service_manager = service_manager
         self._is_ending = is_ending
         self._parameters = parameters
         self._parts = parts
@@ -129,6 +133,7 @@ class Outgoing:
         self._machine = source_machine()
         self._channel: Channel | None = None
         self._peer: Peer | None = None
+        self._destination_pid = 0
         self._revocation: Revocation | None = None
         self._changes: Changes | None = None
         self._stream = OutgoingStream()
@@ -166,6 +171,11 @@ class Outgoing:
     def has_ended(self) -> bool:
         """Whether `run` is over, also where the outcome stays unknown."""
         return self._progress.has_ended
+
+    @property
+    def destination_pid(self) -> int:
+        """The destination's process number, 0 where it is not known or has none here."""
+        return self._destination_pid
 
     @property
     def awaits_operator(self) -> bool:
@@ -295,11 +305,10 @@ class Outgoing:
             for part in self._parts:
                 self._watched.append(part)
                 part.watch_setup(partial(self._note_change, part.id))
-            self._stream = OutgoingStream(section_name(part.id, part.setup) for part in self._parts)
             await self._send_setup(
                 self._parts,
                 self._stream.start(),
-                lambda: self._stream.describe(switchover_sections(self._parts)),
+                lambda _: self._stream.describe(switchover_sections(self._parts)),
                 deadline=time.monotonic() + SETUP_TIMEOUT_S,
             )
         with self._progress.phase("setup-ack"):
@@ -351,15 +360,16 @@ class Outgoing:
         deadline = time.monotonic() + timeout_s
         self._fire(SourceEvent.SETUP_OUTDATED)
         changed = [part for part in self._parts if part.id in self._changed or self._name(part) in self._outdated]
-        names = [self._name(part) for part in changed]
-        await self._send_setup(changed, Blob(), lambda: self._stream.describe_again(names), deadline=deadline)
+        await self._send_setup(changed, Blob(), self._stream.describe_again, deadline=deadline)
         await self._expect(FrameKind.SETUP_ACK, deadline - time.monotonic(), "take what a frontend changed")
         self._fire(SourceEvent.SETUP_ACKED)
 
     async def _send_setup(
-        self, parts: Sequence[Part], piece: Blob, describe: Callable[[], bytes], *, deadline: float
+        self, parts: Sequence[Part], piece: Blob, describe: Callable[[list[str]], bytes], *, deadline: float
     ) -> None:
-        """Saves `parts` into `piece` and sends it behind its description, which `describe` then returns.
+        """Saves `parts` into `piece` and sends it behind its description, which `describe` returns for its sections.
+
+        A part that is as it would be without a word is left out: the destination need not know that it could be saved.
 
         TimeoutError where the destination has not taken all of it by `deadline`, in seconds of the monotonic clock.
         """
@@ -368,14 +378,19 @@ class Outgoing:
         known = self._changes.count
         self._changed.difference_update(part.id for part in parts)
         copies: list[OwnedFd] = []
+        names: list[str] = []
         try:
             for number, part in enumerate(parts, 1):
-                self._stream.write(self._setup_section(part), piece)
+                section = self._setup_section(part)
+                if self._may_stay_away(part, section):
+                    continue
+                names.append(section.name)
+                self._stream.write(section, piece)
                 # A frontend may replace a descriptor while the frame is on its way.
                 copies += (OwnedFd(os.dup(fd)) for _, fd in piece.fds[len(copies) :])
                 if number % PARTS_AT_ONCE == 0:
                     await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
-            await self._say(FrameKind.DESCRIPTION, describe(), timeout_s=deadline - time.monotonic())
+            await self._say(FrameKind.DESCRIPTION, describe(names), timeout_s=deadline - time.monotonic())
             lent = [(at, copy.fileno()) for (at, _), copy in zip(piece.fds, copies, strict=True)]
             data, fds = setup_payload(known, Blob(data=piece.data, fds=lent))
             # Last, because a destination that has it can do without us.
@@ -400,6 +415,8 @@ class Outgoing:
             local=self._parameters.local,
             running=self._running,
             objects=self._objects,
+            # Of no use on another machine.
+            service_manager=self._service_manager if self._parameters.local else None,
         )
         self._revocation, self._changes = Revocation.create(), Changes.create()
         with own_pidfd() as pidfd:
@@ -415,6 +432,7 @@ class Outgoing:
                 )
             for pidfd in hello_descriptors(answer, 1, required=self._parameters.local):
                 self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
+                self._destination_pid = self._peer.pid
         finally:
             answer.close()
 
@@ -613,6 +631,14 @@ class Outgoing:
             with_descriptors = self._parameters.local and part.local_migration_blocker() is None
             state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
+
+    def _may_stay_away(self, part: Part, section: Section) -> bool:
+        """Whether the destination has this state without a word: it was told of no other one."""
+        if self._stream.has(section.name):
+            return False
+        with self._blaming(part, "save"):
+            default = part.setup_default()
+            return default is not None and bool(section.state == default)
 
     async def _say(
         self, kind: FrameKind, data: bytes | bytearray, fds: Sequence[tuple[int, int]] = (), *, timeout_s: float
