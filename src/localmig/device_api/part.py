@@ -114,6 +114,13 @@ class Part(Protocol):
         Called again for a part that changed since.
         """
 
+    def setup_default(self) -> Any:
+        """The state of a part that was never saved, for a source whose release does not know that it can be.
+
+        None: the part has always been saved. A state that equals this one does not travel.
+        """
+        return None
+
     def is_outdated(self) -> bool:
         """Whether `save_setup` would save something else than last time, without `changing` having been called.
 
