@@ -172,7 +172,7 @@ class VhostUserDevice(Part):
         """The driver of a stopped group is reset, or its session owns no longer."""
 
     def ring_left(self, vring: int) -> None:
-        """A ring that was laid out is the driver's again; what was in flight of it has been returned."""
+        """A ring is the driver's again; what was in flight of it has been returned, or is of no meaning any more."""
 
     def session_ended(self) -> None:
         """The session owns no longer, and every ring is stopped. Another one may own at once."""
@@ -720,6 +720,8 @@ class VhostUserDevice(Part):
             self._rings.stop(group)
             # A ring that its frontend disabled may be other memory of the guest's by now.
             self._rings.give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
+            for vring in group.vrings:
+                self.ring_left(vring)
             self.driver_left(group)
             group.release()
         self.session_ended()
