@@ -4,10 +4,10 @@
 //! moves packets between a TAP or a stream and the guest's rings; or it hands out the chains of other devices' rings, which somebody
 //! else answers. `stop` gives the positions back.
 //!
-//! Owns:        guest memory as mapped here, rings, the queue pair's thread; a driver for tests.
+//! Owns:        guest memory as mapped here, rings, the queue pair's thread, which pages were written; a driver for tests.
 //! Never sees:  vhost-user, migration, Python.
-//! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
-//!              `queue_pair` (the thread); `in_flight`, `callback` (chains that are handed out); `driver` is the
+//! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `writer` and `log` (what is written to a
+//!              guest), `pump` (packets through two rings), `queue_pair` (the thread); `in_flight`, `callback` (chains that are handed out); `driver` is the
 //!              guest's side.
 
 mod backing;
@@ -20,6 +20,7 @@ pub mod driver;
 mod fault;
 pub mod in_flight;
 pub mod ledger;
+pub mod log;
 pub mod memory;
 pub mod packed;
 mod pump;
@@ -31,6 +32,7 @@ pub mod sys;
 mod tap;
 mod window;
 pub mod word_file;
+mod writer;
 
 #[cfg(test)]
 extern crate self as dataplane; // as `tests/common` calls it
