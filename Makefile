@@ -6,6 +6,8 @@
 PYTHON ?= python3
 CARGO ?= cargo
 PYTEST_ARGS ?=
+# Most tests wait for other processes most of the time: more of them than processors keep the processors busy.
+TEST_WORKERS ?= $(shell expr $$(nproc) + 2)
 BENCH_ARGS ?=
 BASE ?=
 DEMO_ARGS ?=
@@ -18,6 +20,8 @@ FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
+# Tests of a group share something dear, and run one after the other; see the markers in tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # What the guest tier runs on, from Debian's packages, and what docs/devices.md has its reader run. The guest's own kernel is
 # downloaded and unpacked, never installed. DPDK's driver is a guest as well; its test program is among the development files.
@@ -47,7 +51,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -55,11 +59,17 @@ help: ## list the targets
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
 demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
-	@$(BIN)/python -m localmig.testing.demo $(DEMO_ARGS)
+	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
 test: setup guest-packages guest-kernel $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
-	$(CARGO) test --quiet --workspace
-	$(IN_NAMESPACES) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@# Rust's tests beside Python's, which wait for much. pytest's summary ends the output.
+	@mkdir -p target; $(CARGO) test --quiet --workspace >target/test.log 2>&1 & rust=$$!; \
+	$(IN_NAMESPACES) $(PYTEST) $(PYTEST_ARGS); status=$$?; \
+	wait $$rust || { status=1; cat target/test.log >&2; }; \
+	exit $$status
+
+quick: setup ## the tests that need nothing but this process: seconds
+	@$(PYTEST) -q tests/unit tests/protocol tests/compat $(PYTEST_ARGS)
 
 check: setup ## formats, lints, types, import contracts
 	$(BIN)/ruff format --check .

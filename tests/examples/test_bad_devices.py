@@ -13,6 +13,8 @@ from tests.faults.conftest import Site
 
 from localmig.testing.driver import Driver
 
+pytestmark = pytest.mark.xdist_group("bad-devices")  # they share a package
+
 SOURCE: Final = '''
 """Devices that go wrong."""
 

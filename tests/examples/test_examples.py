@@ -21,6 +21,8 @@ from localmig.fds import OwnedFd
 from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 
+pytestmark = pytest.mark.xdist_group("examples")  # they share the packages of examples/, which takes long to install
+
 HANDOVERS: Final = 10
 RECEIVE, TRANSMIT = 0, 1
 BUFFERS: Final = 4

@@ -738,7 +738,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
         is_whole = metafunc.config.getoption("--kill-matrix") is not None
         cells = CELLS if is_whole else [cell for cell in CELLS if cell.is_moment]
-        metafunc.parametrize("cell", cells, ids=str)
+        # Each cell leaves the next one its survivor: three chains of neighbours, for three workers.
+        chains = [pytest.mark.xdist_group(f"kill-matrix-{3 * index // len(cells)}") for index in range(len(cells))]
+        metafunc.parametrize(
+            "cell", [pytest.param(cell, marks=mark, id=str(cell)) for cell, mark in zip(cells, chains, strict=True)]
+        )
 
 
 def test_whatever_happens_there_is_one_owner(

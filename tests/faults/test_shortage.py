@@ -21,6 +21,8 @@ from tests.soak.monitor import Monitor
 
 from localmig.testing.shortage import CALLS, Shortage, calls_here
 
+pytestmark = pytest.mark.xdist_group("shortage")  # they share a chain of daemons
+
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
 

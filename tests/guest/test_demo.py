@@ -20,7 +20,7 @@ def test_a_guest_under_qemu_bears_handovers_and_sees_restarts() -> None:
     reason = unavailable_reason() or qemu.unavailable_reason(UNPACKED_KERNEL)
     if reason is not None:
         pytest.skip(reason)
-    argv = [sys.executable, "-m", "localmig.testing.demo", "--handovers", "2", "--json", "--no-picture"]
+    argv = [sys.executable, "-m", "localmig.demo", "--handovers", "2", "--json", "--no-picture"]
     argv += ["--guest", "qemu", "--guest-kernel", str(UNPACKED_KERNEL)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
     assert done.returncode == 0, done.stderr

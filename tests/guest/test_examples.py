@@ -22,6 +22,10 @@ from tests.guest.service import Service
 from localmig.fds import OwnedFd
 from localmig.testing.qemu import vhost_user_netdev
 
+pytestmark = pytest.mark.xdist_group(
+    "examples-guest"
+)  # they share the packages of examples/, which takes long to install
+
 HANDOVERS: Final = 10
 
 CONSOLE_ID: Final = 3

@@ -23,6 +23,8 @@ from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, NetGuest
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
 from localmig.virtio import Feature
 
+pytestmark = pytest.mark.xdist_group("hostile-guest")  # they share a house
+
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23

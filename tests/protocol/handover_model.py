@@ -43,8 +43,7 @@ SourceTable = Mapping[tuple[SourceState, SourceEvent], SourceState]
 DestinationTable = Mapping[tuple[DestinationState, DestinationEvent], DestinationState]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class World:
+class World(NamedTuple):
     """Two processes and a channel between them.
 
     Attributes:
@@ -124,8 +123,8 @@ class Rules:
     looks_at_changes: bool = True
     changes_max: int = 2
     waits_for_source: bool = True
-    source_table: SourceTable = field(default_factory=lambda: SOURCE)
-    destination_table: DestinationTable = field(default_factory=lambda: DESTINATION)
+    source_table: SourceTable = field(default_factory=lambda: SOURCE, hash=False)
+    destination_table: DestinationTable = field(default_factory=lambda: DESTINATION, hash=False)
 
     def __str__(self) -> str:
         chosen = {
@@ -220,19 +219,19 @@ def fates(world: World, rules: Rules) -> Iterator[Step]:
     """What may happen besides, or never: frontends change something, processes die, channels break."""
     is_read = world.source in (S.SETTING_UP, S.PREPARED) and not world.frozen
     if world.source_lives and is_read and world.changes < rules.changes_max:
-        yield Step("world", None, "a frontend changes something", None, replace(world, changes=world.changes + 1))
+        yield Step("world", None, "a frontend changes something", None, world._replace(changes=world.changes + 1))
     if world.source_lives:
         yield Step("world", None, "source dies", None, without_source(world))
     if world.destination_lives:
         yield Step("world", None, "destination dies", None, without_destination(world))
     if world.whole:
-        kept = replace(world, whole=False)
-        lost = replace(kept, to_source=(), to_destination=())
+        kept = world._replace(whole=False)
+        lost = kept._replace(to_source=(), to_destination=())
         yield Step("world", None, "channel breaks", None, lost if rules.loses_what_it_took else kept)
 
 
 def without_destination(world: World) -> World:
-    return replace(world, destination_lives=False, to_destination=(), whole=False, heir=False)
+    return world._replace(destination_lives=False, to_destination=(), whole=False, heir=False)
 
 
 def source_steps(world: World, rules: Rules) -> Iterator[Step]:
@@ -241,15 +240,15 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
     if not world.source_lives:
         return
     if state is S.COMPLETED and not world.let_go:
-        yield Step("source", state, Input.HERE, None, replace(world, let_go=True, whole=False))
+        yield Step("source", state, Input.HERE, None, world._replace(let_go=True, whole=False))
     if state in (S.FAILED, S.CANCELLED):
         # Outgoing._abandon: rings first, then the word, then control planes.
         if not world.revoked:
             told = ("CANCEL",) if world.whole else ()
-            after = replace(world, revoked=True, to_destination=(*world.to_destination, *told))
+            after = world._replace(revoked=True, to_destination=(*world.to_destination, *told))
             yield Step("source", state, Input.HERE, None, after)
         elif not world.went_on:
-            yield Step("source", state, Input.HERE, None, replace(world, went_on=True, whole=False))
+            yield Step("source", state, Input.HERE, None, world._replace(went_on=True, whole=False))
         return
 
     def fire(what: str, event: SourceEvent, before: World = world, *, must: bool = True) -> Iterator[Step]:
@@ -262,17 +261,17 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
         if not world.destination_lives:
             yield from fire(Input.END, E.CHANNEL_LOST)
         elif world.destination is D.WAITING:
-            connected = replace(world, destination=rules.destination_table[D.WAITING, F.CONNECTED])
+            connected = world._replace(destination=rules.destination_table[D.WAITING, F.CONNECTED])
             yield from fire(Input.HERE, E.CONNECTED, connected)
     elif state is S.COMMITTING:
         yield from _commit_steps(world, fire)
     elif world.unsaid and world.whole:
         first, *others = world.unsaid
-        after = replace(world, unsaid=tuple(others), to_destination=(*world.to_destination, first))
+        after = world._replace(unsaid=tuple(others), to_destination=(*world.to_destination, first))
         yield Step("source", state, Input.HERE, None, after)
     elif world.to_source and state in (*BEFORE_COMMIT, S.COMMITTED):
         # Also where it had more to say and cannot: why not may be there.
-        said, rest = world.to_source[0], replace(world, to_source=world.to_source[1:])
+        said, rest = world.to_source[0], world._replace(to_source=world.to_source[1:])
         # REFUSE, or a word that cannot be.
         yield from fire(said, SOURCE_HEARS.get((state, said), E.REFUSED), rest)
     elif not world.whole and state in (*BEFORE_COMMIT, S.COMMITTED):
@@ -302,15 +301,15 @@ def _catch_up_steps(world: World, fire: _Fire) -> Iterator[Step]:
     if world.frozen and not is_behind:
         yield from fire(Input.HERE, E.CONTINUED)
     elif is_behind and (world.frozen or world.rounds < CATCH_UP_ROUNDS_MAX - 1):
-        yield from fire(Input.HERE, E.SETUP_OUTDATED, replace(world, rounds=world.rounds + 1))
+        yield from fire(Input.HERE, E.SETUP_OUTDATED, world._replace(rounds=world.rounds + 1))
     if not world.frozen:
-        yield Step("source", world.source, Input.HERE, None, replace(world, frozen=True))
+        yield Step("source", world.source, Input.HERE, None, world._replace(frozen=True))
 
 
 def _commit_steps(world: World, fire: _Fire) -> Iterator[Step]:
     """COMMIT is so short that the socket takes it whole or not at all."""
     if world.whole:
-        yield from fire(Input.HERE, E.COMMIT_SENT, replace(world, to_destination=(*world.to_destination, "COMMIT")))
+        yield from fire(Input.HERE, E.COMMIT_SENT, world._replace(to_destination=(*world.to_destination, "COMMIT")))
     else:
         yield from fire(Input.END, E.CHANNEL_LOST)
     yield from fire(Input.TIME, E.CHANNEL_LOST)
@@ -333,13 +332,13 @@ def _waiting_steps(world: World, rules: Rules, fire: _Fire) -> Iterator[Step]:
 
 
 def _source_fired(world: World, state: SourceState) -> World:
-    world = replace(world, source=state, unsaid=SOURCE_SAYS.get(state, ()))
+    world = world._replace(source=state, unsaid=SOURCE_SAYS.get(state, ()))
     if state is S.SETTING_UP:
-        world = replace(world, saved=world.changes)
+        world = world._replace(saved=world.changes)
     if state is S.FENCING:
-        world = replace(world, shot=True)
+        world = world._replace(shot=True)
     if state in (S.TAKEN_BACK, S.IN_DOUBT):
-        world = replace(world, whole=False)
+        world = world._replace(whole=False)
     return world
 
 
@@ -350,7 +349,7 @@ def destination_steps(world: World, rules: Rules) -> Iterator[Step]:
         return
     if state is D.FAILED or world.gave_up:
         # A destination that failed ends its process.
-        ended = replace(world, destination_lives=False, to_destination=(), whole=False)
+        ended = world._replace(destination_lives=False, to_destination=(), whole=False)
         yield Step("destination", state, Input.HERE, None, ended)
         return
 
@@ -366,14 +365,14 @@ def destination_steps(world: World, rules: Rules) -> Iterator[Step]:
         yield from _owner_steps(world, fire)
         return
     if world.to_destination:
-        said, rest = world.to_destination[0], replace(world, to_destination=world.to_destination[1:])
+        said, rest = world.to_destination[0], world._replace(to_destination=world.to_destination[1:])
         if (state, said) == (D.SETTING_UP, "DESCRIPTION"):
             yield Step("destination", state, said, None, rest)
         elif said == "CANCEL":
             yield from fire(said, F.CANCELLED, rest)
         elif (state, said) == (D.SETTING_UP, "SETUP"):
             # One is on its way at a time, so it is the one that was saved last.
-            yield from fire(said, F.SETUP_ADOPTED, replace(rest, adopted=world.saved))
+            yield from fire(said, F.SETUP_ADOPTED, rest._replace(adopted=world.saved))
         else:
             yield from fire(said, DESTINATION_HEARS.get((state, said), F.FAILED_HERE), rest)
     elif not world.whole:
@@ -395,11 +394,11 @@ def _owner_steps(world: World, fire: _Fire) -> Iterator[Step]:
     if not world.done_said:
         said = ("DONE",) if world.whole else ()
         yield Step(
-            "destination", state, Input.HERE, None, replace(world, done_said=True, to_source=(*world.to_source, *said))
+            "destination", state, Input.HERE, None, world._replace(done_said=True, to_source=(*world.to_source, *said))
         )
         # Its rings do not start: it ends, and the source takes back.
         refusal = ("REFUSE",) if world.whole else ()
-        after = replace(world, gave_up=True, whole=False, to_source=(*world.to_source, *refusal), heir=False)
+        after = world._replace(gave_up=True, whole=False, to_source=(*world.to_source, *refusal), heir=False)
         yield Step("destination", state, Input.HERE, None, after, must=False)
         return
     if world.to_destination:
@@ -413,8 +412,7 @@ def _owner_steps(world: World, fire: _Fire) -> Iterator[Step]:
 
 def _destination_fired(world: World, event: DestinationEvent, state: DestinationState) -> World:
     said = (DESTINATION_SAYS[state],) if world.whole and state in DESTINATION_SAYS else ()
-    world = replace(
-        world,
+    world = world._replace(
         destination=state,
         to_source=(*world.to_source, *said),
         served_there=world.served_there or state in DESTINATION_SERVES,
@@ -423,9 +421,9 @@ def _destination_fired(world: World, event: DestinationEvent, state: Destination
         refusal = ("REFUSE",) if world.whole and event is F.FAILED_HERE else ()
         # What it cannot do, or will not wait for, is no fault of a source that is dead.
         excused = event in (F.FAILED_HERE, F.TIMED_OUT)
-        world = replace(world, to_source=(*world.to_source, *refusal), whole=False, heir=world.heir and not excused)
+        world = world._replace(to_source=(*world.to_source, *refusal), whole=False, heir=world.heir and not excused)
     if state is D.COMPLETED:
-        world = replace(world, whole=False)
+        world = world._replace(whole=False)
     return world
 
 
@@ -471,8 +469,7 @@ class Again(StrEnum):
     """It owns the guest; the process that had it before may be there still."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Two:
+class Two(NamedTuple):
     """Three processes: a handover, and one after it.
 
     Attributes:
@@ -498,25 +495,26 @@ class Two:
 
 def steps_of_two(two: Two, rules: Rules, moves: Moves) -> Iterator[Two]:
     """All that can happen next, by itself or not: each of the three steps, dies, or loses its channel."""
+    # Made by their places: there are millions of them.
     for each in moves(two.first):
-        changed = replace(two, first=each)
+        changed = Two(each, two.second, two.again)
         if two.second is not None and each.source_lives != two.first.source_lives and two.again is Again.FROM_SOURCE:
-            changed = replace(changed, second=without_source(two.second))
+            changed = changed._replace(second=without_source(two.second))
         ended = each.destination_lives != two.first.destination_lives
         if two.second is not None and ended and two.again is Again.FROM_DESTINATION:
-            changed = replace(changed, second=without_source(two.second))
+            changed = changed._replace(second=without_source(two.second))
         yield changed
     if two.second is not None:
         for each in moves(two.second):
-            changed = replace(two, second=each)
+            changed = Two(two.first, each, two.again)
             if each.source_lives != two.second.source_lives:
                 if two.again is Again.FROM_SOURCE:
-                    changed = replace(changed, first=without_source(two.first))
+                    changed = changed._replace(first=without_source(two.first))
                 else:
-                    changed = replace(changed, first=without_destination(two.first))
+                    changed = changed._replace(first=without_destination(two.first))
             yield changed
     elif _may_begin(two, rules):
-        yield replace(two, second=World())
+        yield two._replace(second=World())
 
 
 Moves = Callable[[World], "tuple[World, ...]"]
@@ -540,8 +538,7 @@ def may_go_further(world: World, rules: Rules) -> bool:
 def without_source(world: World) -> World:
     inherits = world.destination in (D.PREPARED, D.READY, D.OWNER) and world.destination_lives
     inherits = inherits and world.adopted == world.changes
-    return replace(
-        world,
+    return world._replace(
         source_lives=False,
         to_source=(),
         whole=False,
@@ -566,6 +563,7 @@ class Explored:
     broken: Mapping[Broken, World]
 
 
+@cache
 def explore(rules: Rules) -> Explored:
     """Walks breadth-first until there is nothing new."""
     start = World()
@@ -604,6 +602,7 @@ class ExploredTwo:
     two_owners: Two | None
 
 
+@cache
 def explore_two(rules: Rules, again: Again) -> ExploredTwo:
     """Walks two handovers until there is nothing new, or two owners are found."""
 

@@ -329,7 +329,7 @@ def test_a_destination_that_did_not_look_for_a_revocation_would_be_noticed() -> 
     for rules in IN_TIME:
         blind = replace(rules, looks_at_revocation=False)
         assert Broken.OLD_STATE in explore(blind).broken
-    two = explore_two(replace(ALL_RULES[0], looks_at_revocation=False), Again.FROM_SOURCE).two_owners
+    two = explore_two(replace(ALL_RULES[0], looks_at_revocation=False, changes_max=0), Again.FROM_SOURCE).two_owners
     assert two is not None
     assert two.first.destination_serves
 
@@ -341,7 +341,7 @@ def test_a_destination_that_did_not_look_for_changes_would_be_noticed() -> None:
 
 def test_a_destination_that_did_not_wait_for_its_source_would_be_noticed() -> None:
     for rules in IN_TIME:
-        two = explore_two(replace(rules, waits_for_source=False), Again.FROM_DESTINATION).two_owners
+        two = explore_two(replace(rules, waits_for_source=False, changes_max=0), Again.FROM_DESTINATION).two_owners
         assert two is not None
         assert two.first.source is S.TAKEN_BACK
 

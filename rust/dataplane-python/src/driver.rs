@@ -3,8 +3,8 @@
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dataplane::driver::{DriverConfig, RingAddresses};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use driver::{DriverConfig, Error, RingAddresses};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -17,14 +17,22 @@ fn addresses(ring: RingAddresses) -> Addresses {
     (ring.descriptor_area, ring.driver_area, ring.device_area)
 }
 
+fn refused(error: &Error) -> PyErr {
+    match error {
+        Error::Invalid(reason) => PyValueError::new_err(reason.clone()),
+        Error::System { error: system, .. } => PyOSError::new_err((system.raw_os_error(), error.to_string())),
+        error => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
 /// A virtio-net driver between its rings and a TAP.
 #[pyclass(frozen, module = "localmig.dataplane._dataplane")]
 pub struct DriverPair {
-    inner: Mutex<dataplane::driver::DriverPair>,
+    inner: Mutex<driver::DriverPair>,
 }
 
 impl DriverPair {
-    fn lock(&self) -> MutexGuard<'_, dataplane::driver::DriverPair> {
+    fn lock(&self) -> MutexGuard<'_, driver::DriverPair> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -58,14 +66,14 @@ impl DriverPair {
             tx_call: tx_call_fd,
             tap: tap_fd,
         };
-        let pair = dataplane::driver::DriverPair::new(Arc::clone(&memory.inner), config);
-        Ok(Self { inner: Mutex::new(pair.map_err(PyValueError::new_err)?) })
+        let pair = driver::DriverPair::new(Arc::clone(&memory.inner), config);
+        Ok(Self { inner: Mutex::new(pair.map_err(|error| refused(&error))?) })
     }
 
     /// Bytes of guest memory that one pair uses.
     #[staticmethod]
     fn layout_size(queue_size: u16) -> u64 {
-        dataplane::driver::DriverPair::layout_size(queue_size)
+        driver::DriverPair::layout_size(queue_size)
     }
 
     /// Guest addresses of the rings, rx first.
@@ -89,7 +97,7 @@ impl DriverPair {
         let pair = self.lock();
         match pair.failure() {
             None => PyTuple::new(py, pair.counters().values()),
-            Some(reason) => Err(PyRuntimeError::new_err(reason)),
+            Some(error) => Err(PyRuntimeError::new_err(error.to_string())),
         }
     }
 }

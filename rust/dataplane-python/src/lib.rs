@@ -1,7 +1,7 @@
 //! The Python face of the packet path: types and errors translated, nothing else.
 //!
 //! Owns:        argument conversion, which error becomes which exception, where the GIL is let go.
-//! Never sees:  how anything works; that is `localmig-dataplane`.
+//! Never sees:  how anything works; that is `localmig-dataplane`, and `localmig-driver` for the guest's side.
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -23,7 +23,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CHAIN_DATA_SIZE_MAX", dataplane::callback::DATA_SIZE_MAX)?;
     module.add("FRAME_SIZE_MAX", dataplane::FRAME_SIZE_MAX)?;
     module.add("STREAM_IN_HAND_MAX", dataplane::stream::STREAM_IN_HAND_MAX)?;
-    module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), dataplane::DriverCounters::NAMES)?)?;
+    module.add("DRIVER_COUNTER_NAMES", PyTuple::new(module.py(), ::driver::DriverCounters::NAMES)?)?;
     module.add_class::<callback::CallbackQueues>()?;
     module.add_class::<callback::Chain>()?;
     module.add_class::<driver::DriverPair>()?;

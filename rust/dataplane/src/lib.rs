@@ -4,11 +4,11 @@
 //! moves packets between a TAP or a stream and the guest's rings; or it hands out the chains of other devices' rings, which somebody
 //! else answers. `stop` gives the positions back.
 //!
-//! Owns:        guest memory as mapped here, rings, the queue pair's thread, which pages were written; a driver for tests.
+//! Owns:        guest memory as mapped here, rings, the queue pair's thread; which pages were written.
 //! Never sees:  vhost-user, migration, Python.
 //! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `writer` and `log` (what is written to a
-//!              guest), `pump` (packets through two rings), `queue_pair` (the thread); `in_flight`, `callback` (chains that are handed out); `driver` is the
-//!              guest's side.
+//!              guest), `pump` (packets through two rings), `queue_pair` (the thread); `in_flight`, `callback` (chains
+//!              that are handed out). The guest's side is another crate, `localmig-driver`.
 
 mod backing;
 mod backlog;
@@ -16,7 +16,6 @@ mod bell;
 pub mod callback;
 pub mod chain;
 mod counters;
-pub mod driver;
 mod fault;
 pub mod in_flight;
 pub mod ledger;
@@ -41,7 +40,7 @@ extern crate self as dataplane; // as `tests/common` calls it
 mod common;
 
 pub use backlog::FRAME_SIZE_MAX;
-pub use counters::{CallbackCounters, Counters, DriverCounters};
+pub use counters::{CallbackCounters, Counters};
 pub use pump::{Config, Correction, HostSide, Positions, RingSpec, Side};
 pub use ring::Format;
 pub use window::Offloads;

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:
         # Another program, whose options are its own: it needs what only tests and demonstrations need.
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.testing.demo", *words[1:]])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.demo", *words[1:]])
     run_options: list[str] = []
     if words[:1] == ["upgrade"] and "--" in words:
         # Not by argparse, which would read them as options of `upgrade` wherever another option stands before.

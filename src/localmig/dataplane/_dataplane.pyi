@@ -667,6 +667,11 @@ class DriverPair:
         features: the acknowledged virtio feature bits.
         rx_kick_fd, rx_call_fd, tx_kick_fd, tx_call_fd: borrowed eventfds.
         tap_fd: a borrowed, non-blocking TAP with a vnet header as long as the features say, or None for no pump.
+
+    Raises:
+        ValueError: the queue size is not one, or the rings do not lie in one region of guest memory. Nothing was
+            written.
+        OSError: there is no eventfd left.
     """
 
     def __new__(

@@ -5,7 +5,9 @@
 
 use std::sync::atomic::{fence, AtomicU16, Ordering};
 
-use super::{DriverConfig, Piece, Used, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, FEATURE_EVENT_INDEX};
+use crate::error::Error;
+use crate::pair::DriverConfig;
+use crate::ring::{Piece, Used, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, FEATURE_EVENT_INDEX};
 
 /// In the avail ring's flags: no call wanted. Virtio 1.2, 2.7.7.
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -13,7 +15,7 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 
 /// The driver's end of one split ring.
-pub(super) struct SplitRing {
+pub(crate) struct SplitRing {
     name: &'static str,
     size: u16,
     event_index: bool,
@@ -33,7 +35,7 @@ impl SplitRing {
     /// # Safety
     ///
     /// Each pointer is aligned to a page and valid for the ring's part of that name for as long as the ring lives.
-    pub(super) unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
+    pub(crate) unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
         let [descriptors, avail, used] = parts;
         Self {
             name,
@@ -80,7 +82,7 @@ impl SplitRing {
     }
 
     /// See `Ring::offer`. Each piece has the descriptor of its number.
-    pub(super) fn offer(&mut self, pieces: &[Piece], writable: usize) {
+    pub(crate) fn offer(&mut self, pieces: &[Piece], writable: usize) {
         let head = pieces[0].index;
         debug_assert!(self.writable[usize::from(head)].is_none());
         self.writable[usize::from(head)] = Some(writable);
@@ -95,53 +97,53 @@ impl SplitRing {
     }
 
     /// Whether the buffer of that number is with the device.
-    pub(super) fn is_offered(&self, head: u16) -> bool {
+    pub(crate) fn is_offered(&self, head: u16) -> bool {
         self.writable[usize::from(head)].is_some()
     }
 
     /// How many used elements wait.
-    pub(super) fn waiting(&self) -> Result<u16, String> {
+    pub(crate) fn waiting(&self) -> Result<u16, Error> {
         let index = u16::from_le(self.used_word(1).load(Ordering::Acquire));
         let waiting = index.wrapping_sub(self.next_used);
         let outstanding = self.next_avail.wrapping_sub(self.next_used);
         if waiting > outstanding {
-            return Err(format!(
+            return Err(Error::Device(format!(
                 "{}: used index {index} says {waiting} buffers came back, only {outstanding} are with the device",
                 self.name
-            ));
+            )));
         }
         Ok(waiting)
     }
 
     /// Looks at a waiting used element, `ahead` of the next one.
-    pub(super) fn peek(&self, ahead: u16) -> Result<Used, String> {
+    pub(crate) fn peek(&self, ahead: u16) -> Result<Used, Error> {
         let position = 2 + 4 * usize::from(self.next_used.wrapping_add(ahead) % self.size);
         let word = |at: usize| u32::from(u16::from_le(self.used_word(position + at).load(Ordering::Relaxed)));
         let (id, length) = (word(0) | word(1) << 16, word(2) | word(3) << 16);
         let writable = usize::try_from(id).ok().and_then(|id| self.writable.get(id).copied().flatten());
         let Some(writable) = writable else {
-            return Err(format!(
+            return Err(Error::Device(format!(
                 "{}: used element names buffer {id}, which is not with the device",
                 self.name
-            ));
+            )));
         };
         if length as usize > writable {
-            return Err(format!(
+            return Err(Error::Device(format!(
                 "{}: device says it wrote {length} bytes into buffer {id}, which has {writable}",
                 self.name
-            ));
+            )));
         }
         Ok(Used { head: id as u16, length: length as usize })
     }
 
     /// Takes the next used element, which `peek(0)` gave, back from the device.
-    pub(super) fn take(&mut self, head: u16) {
+    pub(crate) fn take(&mut self, head: u16) {
         self.writable[usize::from(head)] = None;
         self.next_used = self.next_used.wrapping_add(1);
     }
 
     /// Whether the device wants to hear of what was offered since the last look. Virtio 1.2, 2.7.13.3.
-    pub(super) fn wants_kick(&mut self) -> bool {
+    pub(crate) fn wants_kick(&mut self) -> bool {
         if self.kicked_at == self.next_avail {
             return false;
         }
@@ -159,7 +161,7 @@ impl SplitRing {
     }
 
     /// Asks for a call at the next used element; true if one came meanwhile, so that sleeping would miss it.
-    pub(super) fn ask_for_call(&mut self) -> Result<bool, String> {
+    pub(crate) fn ask_for_call(&mut self) -> Result<bool, Error> {
         if self.event_index {
             self.used_event().store(self.next_used.to_le(), Ordering::Relaxed);
         } else {
@@ -171,7 +173,7 @@ impl SplitRing {
     }
 
     /// Wants no call until the next `ask_for_call`. With the event index a wish holds for one crossing only.
-    pub(super) fn suppress_calls(&mut self) {
+    pub(crate) fn suppress_calls(&mut self) {
         if !self.event_index {
             self.avail_word(0).store(AVAIL_NO_INTERRUPT.to_le(), Ordering::Relaxed);
         }

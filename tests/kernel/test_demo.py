@@ -15,7 +15,7 @@ SECONDS_MAX = 120
 
 def test_handovers_do_no_harm_and_restarts_are_seen(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    argv = [sys.executable, "-m", "localmig.testing.demo", "--handovers", "2", "--json"]
+    argv = [sys.executable, "-m", "localmig.demo", "--handovers", "2", "--json"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -6,7 +6,9 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
 
-use super::{DriverConfig, Piece, Used, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, FEATURE_EVENT_INDEX};
+use crate::error::Error;
+use crate::pair::DriverConfig;
+use crate::ring::{Piece, Used, DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, FEATURE_EVENT_INDEX};
 
 const DESCRIPTOR_AVAIL: u16 = 1 << 7;
 const DESCRIPTOR_USED: u16 = 1 << 15;
@@ -29,7 +31,7 @@ struct Offered {
 /// The driver's end of one packed ring.
 ///
 /// Positions count slots from the beginning and never wrap: the place is what remains by the size, the lap what divides.
-pub(super) struct PackedRing {
+pub(crate) struct PackedRing {
     name: &'static str,
     size: u16,
     event_index: bool,
@@ -52,7 +54,7 @@ impl PackedRing {
     /// # Safety
     ///
     /// Each pointer is aligned to a page and valid for the ring's part of that place for as long as the ring lives.
-    pub(super) unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
+    pub(crate) unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
         let [descriptors, driver_event, device_event] = parts;
         Self {
             name,
@@ -107,7 +109,7 @@ impl PackedRing {
     }
 
     /// See `Ring::offer`. Pieces take the next slots, the first of them is made available last.
-    pub(super) fn offer(&mut self, pieces: &[Piece], writable: usize) {
+    pub(crate) fn offer(&mut self, pieces: &[Piece], writable: usize) {
         let id = pieces[0].index;
         let slots = u16::try_from(pieces.len()).expect("a chain is no longer than its ring");
         debug_assert!(self.offered[usize::from(id)].is_none());
@@ -134,25 +136,27 @@ impl PackedRing {
     }
 
     /// Whether the chain of that number is with the device.
-    pub(super) fn is_offered(&self, head: u16) -> bool {
+    pub(crate) fn is_offered(&self, head: u16) -> bool {
         self.offered[usize::from(head)].is_some()
     }
 
     /// How many used chains wait, after a look at the ring.
-    pub(super) fn waiting(&mut self) -> Result<u16, String> {
+    pub(crate) fn waiting(&mut self) -> Result<u16, Error> {
         while self.look()? {}
         Ok(self.back.len() as u16)
     }
 
     /// Looks at the next slot that the device uses; true if it did.
-    fn look(&mut self) -> Result<bool, String> {
+    fn look(&mut self) -> Result<bool, Error> {
         let (name, (index, wrap)) = (self.name, self.place(self.found_used));
         let flags = u16::from_le(self.flags(index).load(Ordering::Acquire));
         let (avail, used) = (flags & DESCRIPTOR_AVAIL != 0, flags & DESCRIPTOR_USED != 0);
         if self.found_used == self.made_available {
             // Nothing is with the device, so nothing may come back.
             return if (avail, used) == (wrap, wrap) {
-                Err(format!("{name}: descriptor {index} is marked used, nothing is with the device"))
+                Err(Error::Device(format!(
+                    "{name}: descriptor {index} is marked used, nothing is with the device"
+                )))
             } else {
                 Ok(false)
             };
@@ -161,7 +165,9 @@ impl PackedRing {
             return Ok(false);
         }
         if (avail, used) != (wrap, wrap) {
-            return Err(format!("{name}: descriptor {index} has flags {flags:#x}, of no use in this lap"));
+            return Err(Error::Device(format!(
+                "{name}: descriptor {index} has flags {flags:#x}, of no use in this lap"
+            )));
         }
         let place = self.descriptor(index);
         // SAFETY: inside a descriptor, aligned as it is.
@@ -171,44 +177,46 @@ impl PackedRing {
         let id = u16::from_le(id.load(Ordering::Relaxed));
         let chain = self.offered.get_mut(usize::from(id)).and_then(Option::as_mut);
         let Some(chain) = chain.filter(|chain| !chain.is_back) else {
-            return Err(format!("{name}: used descriptor names buffer {id}, which is not with the device"));
+            return Err(Error::Device(format!(
+                "{name}: used descriptor names buffer {id}, which is not with the device"
+            )));
         };
         let expected = if chain.writable > 0 { DESCRIPTOR_WRITE } else { 0 };
         let others = flags & !(DESCRIPTOR_AVAIL | DESCRIPTOR_USED);
         if others != expected {
-            return Err(format!(
+            return Err(Error::Device(format!(
                 "{name}: used descriptor of buffer {id} has flags {others:#x}, not {expected:#x}"
-            ));
+            )));
         }
         if length > chain.writable {
             let writable = chain.writable;
-            return Err(format!(
+            return Err(Error::Device(format!(
                 "{name}: device says it wrote {length} bytes into buffer {id}, which has {writable}"
-            ));
+            )));
         }
         chain.is_back = true;
         self.found_used += u64::from(chain.slots);
         if self.found_used > self.made_available {
-            return Err(format!("{name}: more slots came back than are with the device"));
+            return Err(Error::Device(format!("{name}: more slots came back than are with the device")));
         }
         self.back.push_back(Used { head: id, length });
         Ok(true)
     }
 
     /// A waiting used chain, `ahead` of the next one: one of those that `waiting` counted.
-    pub(super) fn peek(&self, ahead: u16) -> Used {
+    pub(crate) fn peek(&self, ahead: u16) -> Used {
         self.back[usize::from(ahead)]
     }
 
     /// Takes the next used chain back from the device.
-    pub(super) fn take(&mut self, head: u16) {
+    pub(crate) fn take(&mut self, head: u16) {
         let used = self.back.pop_front();
         debug_assert_eq!(used.map(|used| used.head), Some(head));
         self.offered[usize::from(head)] = None;
     }
 
     /// Whether the device wants to hear of what was offered since the last look. Virtio 1.2, 2.8.14.
-    pub(super) fn wants_kick(&mut self) -> Result<bool, String> {
+    pub(crate) fn wants_kick(&mut self) -> Result<bool, Error> {
         let before = std::mem::replace(&mut self.kicked_at, self.made_available);
         if before == self.made_available {
             return Ok(false);
@@ -221,20 +229,22 @@ impl PackedRing {
             EVENT_DESCRIPTOR if self.event_index => {
                 let event = u16::from_le(self.device_word(0).load(Ordering::Relaxed));
                 if event & 0x7fff >= self.size {
-                    return Err(format!(
+                    return Err(Error::Device(format!(
                         "{}: device wants a kick at {event:#x}, outside {} entries",
                         self.name, self.size
-                    ));
+                    )));
                 }
                 // A small ring may have gone round since: a position comes again two laps later.
                 Ok((before..self.made_available).any(|slot| self.position(slot) == event))
             }
-            flags => Err(format!("{}: device's event suppression has flags {flags:#x}", self.name)),
+            flags => {
+                Err(Error::Device(format!("{}: device's event suppression has flags {flags:#x}", self.name)))
+            }
         }
     }
 
     /// Asks for a call at the next used chain; true if one came meanwhile, so that sleeping would miss it.
-    pub(super) fn ask_for_call(&mut self) -> Result<bool, String> {
+    pub(crate) fn ask_for_call(&mut self) -> Result<bool, Error> {
         if self.event_index {
             let position = self.position(self.found_used);
             self.driver_word(0).store(position.to_le(), Ordering::Relaxed);
@@ -248,7 +258,7 @@ impl PackedRing {
     }
 
     /// Wants no call until the next `ask_for_call`.
-    pub(super) fn suppress_calls(&mut self) {
+    pub(crate) fn suppress_calls(&mut self) {
         self.driver_word(1).store(EVENT_DISABLE.to_le(), Ordering::Relaxed);
     }
 }
@@ -316,15 +326,15 @@ mod tests {
         for (place, id) in [(0, 2), (1, 0), (2, 3), (3, 1)] {
             bench.put(place, id, 60, LAP_1_USED | DESCRIPTOR_WRITE);
         }
-        assert_eq!(bench.ring.waiting(), Ok(4));
+        assert_eq!(bench.ring.waiting().unwrap(), 4);
         for id in [2, 0, 3, 1] {
             assert_eq!((bench.ring.peek(0).head, bench.ring.peek(0).length), (id, 60));
             bench.ring.take(id);
             bench.offer(id);
         }
-        assert_eq!(bench.ring.waiting(), Ok(0));
+        assert_eq!(bench.ring.waiting().unwrap(), 0);
         bench.put(0, 2, 60, DESCRIPTOR_WRITE);
-        assert_eq!(bench.ring.waiting(), Ok(1), "in the second lap both bits are 0");
+        assert_eq!(bench.ring.waiting().unwrap(), 1, "in the second lap both bits are 0");
     }
 
     #[test]
@@ -355,7 +365,7 @@ mod tests {
             bench.offer(0);
             bench.offer(1);
             spoil(&mut bench);
-            let wrong = bench.ring.waiting().unwrap_err();
+            let wrong = bench.ring.waiting().unwrap_err().to_string();
             assert!(wrong.contains(expected), "{expected}: {wrong}");
         }
     }
@@ -374,12 +384,12 @@ mod tests {
         ] {
             let mut bench = Bench::new(features);
             bench.want(position, flags);
-            assert_eq!(bench.ring.wants_kick(), Ok(false), "nothing was offered");
+            assert!(!bench.ring.wants_kick().unwrap(), "nothing was offered");
             bench.offer(0);
             bench.offer(1);
             match (bench.ring.wants_kick(), expected) {
                 (Ok(wanted), Ok(expected)) => assert_eq!(wanted, expected, "{position:#x} {flags}"),
-                (Err(wrong), Err(expected)) => assert!(wrong.contains(expected), "{wrong}"),
+                (Err(wrong), Err(expected)) => assert!(wrong.to_string().contains(expected), "{wrong}"),
                 (outcome, _) => panic!("{position:#x} {flags}: {outcome:?}"),
             }
         }

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from localmig.demo import picture
+from localmig.demo.__main__ import main
+from localmig.demo.guests import choose_guest
+from localmig.demo.report import GuestCounters, Replacement, Round, legend, table, verdict
 from localmig.errors import ConfigError, KernelError
-from localmig.testing import picture, qemu
-from localmig.testing.demo import choose_guest, main
-from localmig.testing.demo_report import GuestCounters, Replacement, Round, legend, table, verdict
+from localmig.testing import qemu
 from localmig.testing.linux_guest import discarded_replies
 from localmig.testing.traffic import UNANSWERED, PingRecord, PingReport, StreamReport
 

@@ -2,7 +2,7 @@
 
 Owns:        the facts of a round, the table and how it is to be read.
 Never sees:  how they were measured.
-Read next:   picture.py, which draws the same; demo.py, which measures.
+Read next:   picture.py, which draws the same; rounds.py, which measures.
 """
 
 from __future__ import annotations

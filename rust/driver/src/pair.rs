@@ -1,49 +1,25 @@
-//! The other side of a queue pair: a virtio-net driver (the guest's part) between its rings and a TAP.
+//! A driver with its thread.
 //!
-//! Owns:        two rings laid into guest memory, their buffers, the thread that pumps.
-//! Never sees:  vhost-user, or any code of the backend: it meets the device in guest memory alone.
-//! Read next:   driver/split.rs and driver/packed.rs, a ring from the driver's side; queue_pair.rs, the side this one
-//!              talks to.
-//!
-//! For tests, demonstrations and benchmarks. It loses no packet of its own: the TAP is read only while the transmit
-//! ring has room, a frame the TAP does not take yet stays in its buffers. And it is a witness: a device that answers
-//! what it was not asked (two processes serving one ring do) stops it with a reason.
-
-mod packed;
-mod split;
+//! Owns:        what a driver is told, where its rings lie, starting and stopping.
+//! Never sees:  what moves frames.
+//! Read next:   `pump`, which the thread runs.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::counters::{DriverCounters, LiveDriverCounters};
-use crate::memory::GuestMemory;
-use crate::sys::{drain, poll, signal};
+use dataplane::memory::GuestMemory;
+use dataplane::sys::{drain, signal};
 
-use packed::PackedRing;
-use split::SplitRing;
+use crate::counters::{DriverCounters, LiveDriverCounters};
+use crate::error::Error;
+use crate::pump::{Driver, Shared, BUFFER_SIZE, FRAME_LENGTH_MAX};
+use crate::ring::Ring;
 
 const FEATURE_MERGEABLE_RX: u64 = 1 << 15;
-const FEATURE_EVENT_INDEX: u64 = 1 << 29;
 const FEATURE_VERSION_1: u64 = 1 << 32;
-const FEATURE_PACKED: u64 = 1 << 34;
-
-const DESCRIPTOR_NEXT: u16 = 1;
-const DESCRIPTOR_WRITE: u16 = 2;
-/// Where `num_buffers` stands in the header. Virtio 1.2, 5.1.6.
-const HEADER_NUM_BUFFERS_OFFSET: usize = 10;
-
-/// One buffer of either ring: a full Ethernet frame at MTU 1500 with its header, in a power of two so that none
-/// crosses a page.
-const BUFFER_SIZE: usize = 2048;
-
-/// The longest frame one descriptor chain may carry: 64 KiB, the most an IP packet can be, and an Ethernet header.
-const FRAME_LENGTH_MAX: usize = 65536 + 18;
-
-/// Packets one ring moves before the other has its turn: long enough to spread a kick, short enough for latency.
-const BATCH: usize = 64;
 
 const QUEUE_SIZE_MAX: u16 = 1024;
 const PAGE: u64 = 4096;
@@ -103,419 +79,6 @@ impl Layout {
     }
 }
 
-/// A used buffer, checked: `head` was with the device and `length` fits what it offered.
-#[derive(Clone, Copy)]
-struct Used {
-    head: u16,
-    length: usize,
-}
-
-/// A piece of a chain: the number of its buffer, which names the chain where it is the first, and the buffer itself.
-struct Piece {
-    index: u16,
-    address: u64,
-    length: usize,
-}
-
-/// The driver's end of one ring of either format.
-enum Ring {
-    Split(SplitRing),
-    Packed(PackedRing),
-}
-
-impl Ring {
-    /// # Safety
-    ///
-    /// Each pointer is aligned to a page and valid for a split ring's part of that place for as long as the ring lives.
-    unsafe fn new(name: &'static str, config: &DriverConfig, parts: [*mut u8; 3]) -> Self {
-        // SAFETY: the caller's; a packed ring's parts are no larger.
-        unsafe {
-            if config.features & FEATURE_PACKED != 0 {
-                Self::Packed(PackedRing::new(name, config, parts))
-            } else {
-                Self::Split(SplitRing::new(name, config, parts))
-            }
-        }
-    }
-
-    /// Gives a chain to the device, known by its first piece. `writable`: bytes the device may write into it.
-    fn offer(&mut self, pieces: &[Piece], writable: usize) {
-        match self {
-            Self::Split(ring) => ring.offer(pieces, writable),
-            Self::Packed(ring) => ring.offer(pieces, writable),
-        }
-    }
-
-    /// Whether the chain of that number is with the device.
-    fn is_offered(&self, head: u16) -> bool {
-        match self {
-            Self::Split(ring) => ring.is_offered(head),
-            Self::Packed(ring) => ring.is_offered(head),
-        }
-    }
-
-    /// How many used chains wait.
-    fn waiting(&mut self) -> Result<u16, String> {
-        match self {
-            Self::Split(ring) => ring.waiting(),
-            Self::Packed(ring) => ring.waiting(),
-        }
-    }
-
-    /// Looks at a waiting used chain, `ahead` of the next one.
-    fn peek(&self, ahead: u16) -> Result<Used, String> {
-        match self {
-            Self::Split(ring) => ring.peek(ahead),
-            Self::Packed(ring) => Ok(ring.peek(ahead)),
-        }
-    }
-
-    /// Takes the next used chain, which `peek(0)` gave, back from the device.
-    fn take(&mut self, head: u16) {
-        match self {
-            Self::Split(ring) => ring.take(head),
-            Self::Packed(ring) => ring.take(head),
-        }
-    }
-
-    /// Whether the device wants to hear of what was offered since the last look.
-    fn wants_kick(&mut self) -> Result<bool, String> {
-        match self {
-            Self::Split(ring) => Ok(ring.wants_kick()),
-            Self::Packed(ring) => ring.wants_kick(),
-        }
-    }
-
-    /// Asks for a call at the next used chain; true if one came meanwhile, so that sleeping would miss it.
-    fn ask_for_call(&mut self) -> Result<bool, String> {
-        match self {
-            Self::Split(ring) => ring.ask_for_call(),
-            Self::Packed(ring) => ring.ask_for_call(),
-        }
-    }
-
-    /// Wants no call until the next `ask_for_call`.
-    fn suppress_calls(&mut self) {
-        match self {
-            Self::Split(ring) => ring.suppress_calls(),
-            Self::Packed(ring) => ring.suppress_calls(),
-        }
-    }
-}
-
-/// Where one direction stands after its batch.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Flow {
-    /// The batch ended, there may be more.
-    More,
-    /// Nothing to move.
-    Idle,
-    /// There is something to move, and no room where it goes.
-    Blocked,
-}
-
-/// What the thread shares with its owner.
-struct Shared {
-    stopping: AtomicBool,
-    wake: OwnedFd,
-    counters: LiveDriverCounters,
-    failure: Mutex<Option<String>>,
-}
-
-/// Both rings and what moves between them and the TAP.
-struct Driver {
-    config: DriverConfig,
-    /// Keeps the mapping alive that the rings and buffers point into.
-    _memory: Arc<GuestMemory>,
-    header_length: usize,
-    mergeable: bool,
-    rx: Ring,
-    rx_buffers: *mut u8,
-    rx_buffers_address: u64,
-    tx: Ring,
-    tx_buffers: *mut u8,
-    tx_buffers_address: u64,
-    /// Transmit descriptors that belong to no chain.
-    tx_free: Vec<u16>,
-    /// The descriptors of each transmit chain, by its head.
-    tx_chains: Vec<Vec<u16>>,
-    /// One frame from the TAP, with its header.
-    frame: Box<[u8]>,
-    /// How much of `frame` waits for room in the transmit ring; 0: nothing.
-    frame_length: usize,
-    shared: Arc<Shared>,
-}
-
-// SAFETY: the raw pointers point into `_memory`, which moves along; nothing else in this process uses them.
-unsafe impl Send for Driver {}
-
-impl Driver {
-    fn rx_buffer(&self, head: u16) -> *mut u8 {
-        assert!(head < self.config.queue_size);
-        // SAFETY: buffer `head` of `size` lies inside the receive buffers.
-        unsafe { self.rx_buffers.add(usize::from(head) * BUFFER_SIZE) }
-    }
-
-    fn tx_buffer(&self, index: u16) -> *mut u8 {
-        assert!(index < self.config.queue_size);
-        // SAFETY: buffer `index` of `size` lies inside the transmit buffers.
-        unsafe { self.tx_buffers.add(usize::from(index) * BUFFER_SIZE) }
-    }
-
-    /// Gives every receive buffer that is here to the device.
-    fn fill(&mut self) -> Result<(), String> {
-        for head in 0..self.config.queue_size {
-            if !self.rx.is_offered(head) {
-                self.offer_buffer(head);
-            }
-        }
-        self.kick_rx()
-    }
-
-    /// Gives one receive buffer to the device.
-    fn offer_buffer(&mut self, head: u16) {
-        let address = self.rx_buffers_address + u64::from(head) * BUFFER_SIZE as u64;
-        self.rx.offer(&[Piece { index: head, address, length: BUFFER_SIZE }], BUFFER_SIZE);
-    }
-
-    fn kick_rx(&mut self) -> Result<(), String> {
-        if self.rx.wants_kick()? {
-            signal(self.config.rx_kick);
-        }
-        Ok(())
-    }
-
-    fn kick_tx(&mut self) -> Result<(), String> {
-        if self.tx.wants_kick()? {
-            signal(self.config.tx_kick);
-        }
-        Ok(())
-    }
-
-    /// Device to TAP, one batch.
-    fn receive(&mut self) -> Result<Flow, String> {
-        let mut flow = Flow::More;
-        for _ in 0..BATCH {
-            let waiting = self.rx.waiting()?;
-            if waiting == 0 {
-                flow = Flow::Idle;
-                break;
-            }
-            let (buffers, count, length) = self.received_frame(waiting)?;
-            if !self.deliver(&buffers[..count], length)? {
-                flow = Flow::Blocked;
-                break;
-            }
-            for _ in 0..count {
-                let head = self.rx.peek(0)?.head;
-                self.rx.take(head);
-                self.offer_buffer(head);
-            }
-        }
-        self.kick_rx()?;
-        Ok(flow)
-    }
-
-    /// The next frame the device finished: its pieces, how many, and how many bytes in all, header included.
-    fn received_frame(&self, waiting: u16) -> Result<([libc::iovec; PIECES_MAX], usize, usize), String> {
-        let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PIECES_MAX];
-        let first = self.rx.peek(0)?;
-        if first.length < self.header_length {
-            return Err(format!(
-                "rx: device used {} bytes of a buffer, the header alone has {}",
-                first.length, self.header_length
-            ));
-        }
-        let mut count = 1;
-        if self.mergeable {
-            // SAFETY: the header lies inside the buffer; the device is done with it (Acquire in `waiting`).
-            let field = unsafe {
-                self.rx_buffer(first.head).add(HEADER_NUM_BUFFERS_OFFSET).cast::<[u8; 2]>().read_volatile()
-            };
-            count = usize::from(u16::from_le_bytes(field));
-            if count == 0 || count > PIECES_MAX {
-                return Err(format!("rx: header says {count} buffers, 1 to {PIECES_MAX} are possible"));
-            }
-            // All buffers of a frame come back at once. Virtio 1.2, 5.1.6.4.
-            if count > usize::from(waiting) {
-                return Err(format!("rx: header says {count} buffers, only {waiting} came back"));
-            }
-        }
-        let mut length = 0;
-        for (ahead, piece) in pieces.iter_mut().enumerate().take(count) {
-            let used = self.rx.peek(ahead as u16)?;
-            *piece = libc::iovec { iov_base: self.rx_buffer(used.head).cast(), iov_len: used.length };
-            length += used.length;
-        }
-        Ok((pieces, count, length))
-    }
-
-    /// Writes one frame to the TAP; false if the TAP has no room now.
-    fn deliver(&self, pieces: &[libc::iovec], length: usize) -> Result<bool, String> {
-        if let Some(tap) = self.config.tap {
-            // SAFETY: each piece lies inside the receive buffers, which stay mapped.
-            let written = retry(|| unsafe { libc::writev(tap, pieces.as_ptr(), pieces.len() as i32) });
-            if let Err(error) = written {
-                match error.raw_os_error() {
-                    Some(libc::EAGAIN) => return Ok(false),
-                    // Interface down; or a header the kernel refuses: a guest drops such a frame too.
-                    Some(libc::EIO | libc::EINVAL) => {
-                        self.shared.counters.rx_dropped.add(1);
-                        return Ok(true);
-                    }
-                    _ => return Err(format!("writing the guest's TAP: {error}")),
-                }
-            }
-        }
-        self.shared.counters.rx_packets.add(1);
-        self.shared.counters.rx_bytes.add((length - self.header_length) as u64);
-        Ok(true)
-    }
-
-    /// TAP to device, one batch.
-    fn transmit(&mut self) -> Result<Flow, String> {
-        let mut flow = Flow::More;
-        for _ in 0..BATCH {
-            self.reclaim()?;
-            if self.tx_free.is_empty() {
-                flow = Flow::Blocked;
-                break;
-            }
-            if self.frame_length == 0 && !self.fetch()? {
-                flow = Flow::Idle;
-                break;
-            }
-            if !self.send_frame() {
-                flow = Flow::Blocked;
-                break;
-            }
-        }
-        self.kick_tx()?;
-        Ok(flow)
-    }
-
-    /// Takes back what the device has sent.
-    fn reclaim(&mut self) -> Result<(), String> {
-        for _ in 0..self.tx.waiting()? {
-            let head = self.tx.peek(0)?.head;
-            self.tx.take(head);
-            self.tx_free.append(&mut self.tx_chains[usize::from(head)]);
-        }
-        Ok(())
-    }
-
-    /// Reads one frame from the TAP; false if there is none.
-    fn fetch(&mut self) -> Result<bool, String> {
-        let Some(tap) = self.config.tap else { return Ok(false) };
-        // SAFETY: `frame` is ours and as long as we say.
-        let read = retry(|| unsafe { libc::read(tap, self.frame.as_mut_ptr().cast(), self.frame.len()) });
-        match read {
-            Ok(length) if length >= self.header_length => self.frame_length = length,
-            Ok(length) => {
-                return Err(format!("the guest's TAP gave {length} bytes: it is gone, or has no vnet header"))
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Ok(false),
-            Err(error) => return Err(format!("reading the guest's TAP: {error}")),
-        }
-        Ok(true)
-    }
-
-    /// Puts the waiting frame into the transmit ring; false if there is no room yet.
-    fn send_frame(&mut self) -> bool {
-        let needed = self.frame_length.div_ceil(BUFFER_SIZE);
-        if needed > usize::from(self.config.queue_size) {
-            self.shared.counters.tx_dropped.add(1); // never will there be room
-            self.frame_length = 0;
-            return true;
-        }
-        if needed > self.tx_free.len() {
-            return false;
-        }
-        let chain = self.tx_free.split_off(self.tx_free.len() - needed);
-        let mut pieces = Vec::with_capacity(needed);
-        for (&index, piece) in chain.iter().zip(self.frame[..self.frame_length].chunks(BUFFER_SIZE)) {
-            // SAFETY: the buffer holds BUFFER_SIZE bytes, a piece is no longer, and the device does not have it.
-            unsafe { self.tx_buffer(index).copy_from_nonoverlapping(piece.as_ptr(), piece.len()) };
-            let address = self.tx_buffers_address + u64::from(index) * BUFFER_SIZE as u64;
-            pieces.push(Piece { index, address, length: piece.len() });
-        }
-        let head = chain[0];
-        self.tx_chains[usize::from(head)] = chain;
-        self.tx.offer(&pieces, 0);
-        self.shared.counters.tx_packets.add(1);
-        self.shared.counters.tx_bytes.add((self.frame_length - self.header_length) as u64);
-        self.frame_length = 0;
-        true
-    }
-
-    /// The thread: moves packets until it is told to stop.
-    fn pump(&mut self) -> Result<(), String> {
-        loop {
-            // Looked at first, so that a whole pass follows `stop`.
-            let stopping = self.shared.stopping.load(Ordering::Acquire);
-            let (rx, tx) = (self.receive()?, self.transmit()?);
-            if stopping {
-                return Ok(());
-            }
-            if rx == Flow::More || tx == Flow::More {
-                continue;
-            }
-            // A TAP that is full is what the receive side waits for, a transmit ring that is full the device.
-            if rx == Flow::Idle && self.rx.ask_for_call()? {
-                continue;
-            }
-            if tx == Flow::Blocked && self.tx.ask_for_call()? {
-                continue;
-            }
-            self.sleep(rx, tx)?;
-            self.rx.suppress_calls();
-            self.tx.suppress_calls();
-        }
-    }
-
-    fn sleep(&self, rx: Flow, tx: Flow) -> Result<(), String> {
-        let mut tap_events = 0;
-        if tx == Flow::Idle {
-            tap_events |= libc::POLLIN;
-        }
-        if rx == Flow::Blocked {
-            tap_events |= libc::POLLOUT;
-        }
-        // Without events a broken TAP would still report POLLERR, again and again: leave it out.
-        let tap = self.config.tap.filter(|_| tap_events != 0).unwrap_or(-1);
-        let watch = |fd, events| libc::pollfd { fd, events, revents: 0 };
-        let mut polled = [
-            watch(self.shared.wake.as_raw_fd(), libc::POLLIN),
-            watch(self.config.rx_call, libc::POLLIN),
-            watch(self.config.tx_call, libc::POLLIN),
-            watch(tap, tap_events),
-        ];
-        poll(&mut polled, None).map_err(|error| format!("poll: {error}"))?;
-        for call in &polled[1..3] {
-            if call.revents != 0 {
-                drain(call.fd).map_err(|error| format!("call eventfd: {error}"))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Pieces the longest frame has.
-const PIECES_MAX: usize = (FRAME_LENGTH_MAX + 12).div_ceil(BUFFER_SIZE);
-
-/// Calls again what a signal interrupted; a negative answer becomes the error it stands for.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
-    loop {
-        if let Ok(answer) = usize::try_from(call()) {
-            return Ok(answer);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-}
-
 enum Pump {
     Parked(Box<Driver>),
     Running(JoinHandle<Box<Driver>>),
@@ -542,23 +105,25 @@ impl DriverPair {
     ///
     /// # Errors
     ///
-    /// A text if the queue size is no power of two up to 1024, the address is not aligned, or it does not all lie in
+    /// `Invalid` if the queue size is no power of two up to 1024, the address is not aligned, or it does not all lie in
     /// one region of guest memory. Nothing was written.
-    pub fn new(memory: Arc<GuestMemory>, config: DriverConfig) -> Result<Self, String> {
+    pub fn new(memory: Arc<GuestMemory>, config: DriverConfig) -> Result<Self, Error> {
         let size = config.queue_size;
         if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
-            return Err(format!("queue size {size} is not a power of two from 1 to {QUEUE_SIZE_MAX}"));
+            return Err(Error::Invalid(format!(
+                "queue size {size} is not a power of two from 1 to {QUEUE_SIZE_MAX}"
+            )));
         }
         let base = config.guest_address;
         if base % PAGE != 0 {
-            return Err(format!("guest address {base:#x} is not a multiple of {PAGE}"));
+            return Err(Error::Invalid(format!("guest address {base:#x} is not a multiple of {PAGE}")));
         }
         let layout = Layout::new(size);
         let Some(host) = memory.host_exact(base, layout.size as usize) else {
-            return Err(format!(
+            return Err(Error::Invalid(format!(
                 "{} bytes at {base:#x} do not lie in one region of guest memory",
                 layout.size
-            ));
+            )));
         };
         // SAFETY: `layout.size` bytes are mapped at `host`, and every offset of the layout lies inside them.
         let at = |offset: u64| unsafe { host.add(offset as usize) };
@@ -574,7 +139,7 @@ impl DriverPair {
         // SAFETY: no argument but the flags; the descriptor it gives is nobody else's.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if wake < 0 {
-            return Err(format!("eventfd: {}", io::Error::last_os_error()));
+            return Err(Error::System { what: "eventfd", error: io::Error::last_os_error() });
         }
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
@@ -639,7 +204,7 @@ impl DriverPair {
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || {
             if let Err(reason) = filled.and_then(|()| driver.pump()) {
-                *shared.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(reason);
+                *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(reason));
             }
             driver
         })?;
@@ -663,11 +228,11 @@ impl DriverPair {
     }
 
     /// Why the thread gave up: the device broke a ring, or the TAP is gone. None while all is well.
-    pub fn failure(&self) -> Option<String> {
+    pub fn failure(&self) -> Option<Arc<Error>> {
         if matches!(self.pump, Pump::Lost) {
-            return Some("the driver's thread panicked".into());
+            return Some(Arc::new(Error::Panicked));
         }
-        self.shared.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What moved so far: rx is what came from the backend, tx what went to it.
@@ -687,7 +252,10 @@ mod tests {
     use std::sync::atomic::fence;
 
     use super::*;
-    use crate::memory::RegionSpec;
+    use dataplane::memory::RegionSpec;
+
+    use crate::pump::HEADER_NUM_BUFFERS_OFFSET;
+    use crate::ring::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, FEATURE_EVENT_INDEX};
 
     const HEADER: usize = 12;
     const FEATURES: u64 = FEATURE_VERSION_1 | FEATURE_MERGEABLE_RX | FEATURE_EVENT_INDEX;
@@ -899,7 +467,7 @@ mod tests {
                 bench.complete(Side::Tx, &[(head.into(), 0)]);
             }
             bench.pair.stop();
-            assert_eq!(bench.pair.failure(), None);
+            assert!(bench.pair.failure().is_none(), "{:?}", bench.pair.failure());
             assert_eq!(bench.pair.counters().tx_packets, 20);
             assert_eq!(bench.pair.counters().tx_bytes, 2000);
         }
@@ -1030,8 +598,9 @@ mod tests {
             spoil(&mut bench);
             bench.pair.start().unwrap();
             bench.pair.stop();
-            let failure = bench.pair.failure().unwrap_or_default();
-            assert!(failure.contains(expected), "{expected}: {failure}");
+            let failure = bench.pair.failure().expect("it stops");
+            assert!(matches!(*failure, Error::Device(_)), "{failure:?}");
+            assert!(failure.to_string().contains(expected), "{expected}: {failure}");
         }
     }
 
@@ -1041,7 +610,8 @@ mod tests {
         drop(std::mem::replace(&mut bench.far, eventfd()));
         bench.pair.start().unwrap();
         bench.pair.stop();
-        assert!(bench.pair.failure().unwrap().contains("TAP"), "{:?}", bench.pair.failure());
+        let failure = bench.pair.failure().expect("it stops");
+        assert!(matches!(*failure, Error::Tap(_)), "{failure:?}");
     }
 
     #[test]
@@ -1067,7 +637,8 @@ mod tests {
             (0x10000, 8, "one region"),
         ] {
             let refusal = DriverPair::new(Arc::clone(&bench.memory), config(address, size)).err();
-            assert!(refusal.as_deref().is_some_and(|text| text.contains(expected)), "{refusal:?}");
+            let Some(Error::Invalid(reason)) = refusal else { panic!("{refusal:?}") };
+            assert!(reason.contains(expected), "{reason}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 Owns:        what is drawn, and that matplotlib may be missing.
 Never sees:  how it was measured.
-Read next:   demo_report.py for what it draws.
+Read next:   report.py for what it draws.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from localmig.demo.report import Round, milliseconds
 from localmig.errors import ConfigError, KernelError
-from localmig.testing.demo_report import Round, milliseconds
 from localmig.testing.traffic import UNANSWERED, percentile
 
 if TYPE_CHECKING:
