@@ -34,6 +34,7 @@ from localmig.device_api.own_state import OwnState
 from localmig.device_api.part import Part
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
+from localmig.device_api.session_log import SessionLog
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.trace import (
@@ -51,9 +52,12 @@ from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
 from localmig.vhost_user.message import VRING_INDEX_MAX
 from localmig.vhost_user.protocol import (
+    LOG_ALL,
     DeviceReset,
     Event,
     FeaturesSet,
+    LoggingChanged,
+    LogSet,
     MemoryChanged,
     NotifiersChanged,
     Offer,
@@ -115,6 +119,7 @@ class VhostUserDevice(Part):
         self._ledger_file: OwnedFd | None = None
         self._in_flight: InFlight | None = None
         self._in_flight_file: OwnedFd | None = None
+        self._log = SessionLog()
         self._ring_events: OwnedFd | None = None
         self._groups: list[RingGroup] = []
         self.callback_groups: list[CallbackGroup] = []
@@ -427,7 +432,7 @@ class VhostUserDevice(Part):
                 connections = (connection,)
             socket = SocketState(listener=self._endpoint.contact.save(), connections=connections)
         return DeviceState(
-            features_acked=session.backend.state.features_acked if session is not None else 0,
+            features_acked=session.backend.state.features_acked & ~LOG_ALL if session is not None else 0,
             config=session.backend.config if session is not None else self._endpoint.config,
             socket=socket,
         )
@@ -475,6 +480,7 @@ class VhostUserDevice(Part):
                 self._ledger_file, self._in_flight_file = connection.ledger, connection.in_flight
                 self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
                 self._map_records()
+                self._log.adopt(connection.session)
                 self.session_adopted()
                 # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
                 self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
@@ -547,6 +553,10 @@ class VhostUserDevice(Part):
                 self._make_records()
                 self.features_changed()
                 self.apply_all()
+            case LogSet():
+                self._set_log()
+            case LoggingChanged():
+                self._change_logging()
             case MemoryChanged():
                 self._change_memory()
             case DeviceReset():
@@ -652,6 +662,27 @@ class VhostUserDevice(Part):
             )
         )
 
+    def _set_log(self) -> None:
+        """Marks go to the session's new log. PeerError where none can: the rings that need it have stopped."""
+        reason = self._log.renew(self._state())
+        self._change_logging()
+        if reason is not None:
+            raise PeerError(reason)
+
+    def _change_logging(self) -> None:
+        """Marks go where the session says now. Groups whose rings neither begin nor end to wait for a log do not stop."""
+        state = self._state()
+        for group in self._groups:
+            laid_out = [position is not None for position in group.positions()]
+            can_run = [self._ring(state, vring) is not None for vring in group.vrings]
+            rings = zip(group.vrings, laid_out, can_run, strict=True)
+            if any(is_there != may for vring, is_there, may in rings if not state.vrings[vring].failed):
+                self._apply(group)
+                continue
+            for vring, is_there in zip(group.vrings, laid_out, strict=True):
+                if is_there:
+                    group.set_log(vring, self._log.of(state, vring))
+
     def _awaits_memory(self, group: RingGroup) -> bool:
         """Whether a ring of the group was not in the former memory, and is in the present one."""
         state = self._state()
@@ -692,6 +723,7 @@ class VhostUserDevice(Part):
             raise KernelError(f"cannot map a memory file: {error.strerror}", errno=error.errno or 0) from error
 
     def _drop_records(self) -> None:
+        self._log.forget()
         self._ledger = self._in_flight = None
         close_all((self._ledger_file, self._in_flight_file))
         self._ledger_file = self._in_flight_file = None
@@ -725,6 +757,8 @@ class VhostUserDevice(Part):
     def _lay_out(self, group: RingGroup) -> None:
         """Tells the stopped group where its rings are, or that it has none."""
         state = self.session_state
+        if state is None or state.log is None:
+            self._log.forget()
         rings: tuple[Ring | None, ...] = ()
         if state is not None and self._memory is not None and self.can_serve:
             rings = tuple(self._ring(state, vring) for vring in group.vrings)
@@ -749,7 +783,7 @@ class VhostUserDevice(Part):
     def _ring(self, state: SessionState, index: int) -> Ring | None:
         vring = state.vrings[index]
         assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed:
+        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed or state.awaits_log:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -775,6 +809,7 @@ class VhostUserDevice(Part):
             next_avail=vring.next_avail,
             ledger=None if self._ledger is None else (self._ledger, index),
             in_flight=None if self._in_flight is None else (self._in_flight, index),
+            log=self._log.of(state, index),
         )
 
     def _start(self, group: RingGroup) -> None:
