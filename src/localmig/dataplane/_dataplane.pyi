@@ -206,8 +206,8 @@ class Ring:
     `in_flight` is a file and the ring's number in it. A split ring of `CallbackQueues` needs one.
 
     `log` is where it marks each page that it writes, and the guest address at which its writes to the third area are
-    logged (a packed ring logs those to its descriptors then, too); None in the place of that address: they are not logged.
-    A ring whose log is too small for guest memory or for that address, or cannot be written, fails at its start.
+    logged (a packed ring logs those to its descriptors then, too). None in the place of that address: they are not
+    logged. A ring fails at its start if its log is too small for guest memory or that address, or cannot be written.
     """
 
     def __new__(

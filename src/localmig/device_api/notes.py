@@ -30,8 +30,8 @@ _NO_MEMORY: Final = (
 )
 
 _NO_LOG: Final = (
-    "the frontend wants to know which memory is written (VHOST_F_LOG_ALL) and gave no log for it (SET_LOG_BASE): its rings"
-    " wait for that; look into its log"
+    "the frontend wants to know which memory is written (VHOST_F_LOG_ALL) and gave no log for it (SET_LOG_BASE): its"
+    " rings wait for that; look into its log file"
 )
 
 _STEPS: Final[tuple[tuple[str, Callable[[VringState], bool]], ...]] = (

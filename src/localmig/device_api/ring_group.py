@@ -77,7 +77,7 @@ class RingGroup(ABC):
 
     @abstractmethod
     def set_log(self, vring: int, log: tuple[DirtyLog, int | None] | None) -> None:
-        """Lets a ring mark what it writes elsewhere, or nowhere, while it goes on; the former log is written no more."""
+        """Lets a ring mark what it writes elsewhere, or nowhere. It goes on; the former log is written no more."""
 
     @abstractmethod
     def swap_memory(self, memory: GuestMemory) -> bool:

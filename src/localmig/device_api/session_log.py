@@ -23,7 +23,7 @@ class SessionLog:
         self._mapped: DirtyLog | None = None
 
     def renew(self, state: SessionState) -> str | None:
-        """Maps the log that the session has now, in the place of any other. Why no ring can run with it, None if one can.
+        """Maps the log that the session has now. Why no ring can run with it, None if one can.
 
         The former one is unmapped when no ring has it any more.
         """

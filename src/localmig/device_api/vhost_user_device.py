@@ -670,7 +670,7 @@ class VhostUserDevice(Part):
             raise PeerError(reason)
 
     def _change_logging(self) -> None:
-        """Marks go where the session says now. Groups whose rings neither begin nor end to wait for a log do not stop."""
+        """Marks go where the session says now. A group stops only if its rings have to wait for a log, or had to."""
         state = self._state()
         for group in self._groups:
             laid_out = [position is not None for position in group.positions()]

@@ -69,8 +69,8 @@ PROTOCOL_FEATURES_SERVED: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-"""What this module serves. Not postcopy: a guest's memory comes from elsewhere then, and a page that is not there yet would
-stop a queue pair's thread for as long as the network takes. QEMU refuses to begin with it."""
+"""What this module serves. Not postcopy: a guest's memory comes from elsewhere then, and a page that is not there yet
+would stop a queue pair's thread for as long as the network takes. QEMU refuses to begin with it."""
 
 LOG_ALL: Final = 1 << LOG_ALL_BIT
 """As a feature: a frontend's and a backend's own affair, of which the guest knows nothing."""
@@ -142,8 +142,8 @@ class VringState:
             until the frontend stops the ring or sets it up again.
         base_told: GET_VRING_BASE told the frontend where the ring stands, so that it can go on there. The device clears
             it once a receive ring runs.
-        is_logged: whether writes to the ring itself are logged, while the session logs: as if its device area was at guest
-            address `log_address`. A packed ring's descriptors are logged where they are.
+        is_logged: whether writes to the ring itself are logged, while the session logs: as if its device area was at
+            guest address `log_address`. A packed ring's descriptors are logged where they are.
         kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
             the guest polls.
     """
@@ -368,7 +368,7 @@ class LoggingChanged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogSet(LoggingChanged):
-    """`log` is new; the former one is not written any more afterwards. Refused: no ring can run with it, and none does."""
+    """`log` is new; the former one is not written any more afterwards. Refused: no ring can run with it."""
 
     refusable: ClassVar = True
 
