@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -45,24 +45,24 @@ class Rate:
         return self.a_second / self.cores if self.cores > 0.01 else None
 
 
-def busy_seconds(pid: int) -> float:
-    """Processor time of all threads of a process so far, in user and in kernel mode."""
+def busy_seconds(pids: Iterable[int]) -> float:
+    """Processor time of all threads of these processes so far, in user and in kernel mode."""
     # The name, in parentheses, may have blanks in it. proc(5): utime and stime are the fields 14 and 15.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS_A_SECOND
 
 
-def measure(count: Callable[[], int], *, pid: int, seconds: float) -> Rate:
+def measure(count: Callable[[], int], *, pids: Sequence[int], seconds: float) -> Rate:
     """Lets it run for `seconds` and counts.
 
     Args:
         count: how many have moved so far. Called once before it begins.
-        pid: the backend.
+        pids: the backend's processes.
         seconds: how long.
     """
     count()
     time.sleep(min(WARM_UP_SECONDS, seconds))
-    busy, moved, begun = busy_seconds(pid), count(), time.monotonic()
+    busy, moved, begun = busy_seconds(pids), count(), time.monotonic()
     time.sleep(seconds)
-    busy_after, moved_after, ended = busy_seconds(pid), count(), time.monotonic()
+    busy_after, moved_after, ended = busy_seconds(pids), count(), time.monotonic()
     return Rate(moved=moved_after - moved, seconds=ended - begun, cores=(busy_after - busy) / (ended - begun))

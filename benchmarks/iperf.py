@@ -1,6 +1,6 @@
-"""iperf3 between a guest and its host: datagrams as fast as they go, one TCP stream; and pasta, which is passt for it.
+"""iperf3 between a guest and its host: datagrams as fast as they go, one TCP stream; and passt, also as pasta, for it.
 
-Owns:        the server, one measurement, pasta's process and what it wants of a namespace.
+Owns:        the server, one measurement, the processes of passt and pasta and what they want of a namespace.
 Never sees:  backends.
 Read next:   packet_rates.py, its user.
 """
@@ -14,9 +14,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from benchmarks.cpu import Rate, busy_seconds
@@ -27,10 +29,16 @@ from localmig.testing.namespace import NetworkNamespace, ip
 START_SECONDS_MAX: Final = 20.0
 """Both are ready in a fraction of a second; a loaded machine takes more."""
 
+_LOOK_SECONDS: Final = 0.01
+"""How often it is looked whether passt has made its socket."""
+
 END_SECONDS_MAX: Final = 20.0
 """From the end of what was measured to iperf3's report."""
 
 _NOBODY: Final = "65534"
+
+GATEWAY: Final = "10.9.0.254"
+"""Where this namespace's loopback is reached from a guest on passt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +98,9 @@ class _Server:
         self.close()
 
 
-def through(load: Load, *, inside: NetworkNamespace, address: str, down: bool, pid: int, seconds: float) -> Rate:
+def through(
+    load: Load, *, inside: NetworkNamespace, address: str, down: bool, pids: Sequence[int], seconds: float
+) -> Rate:
     """What gets through to the other end, which is in the network namespace of this thread.
 
     Args:
@@ -98,7 +108,7 @@ def through(load: Load, *, inside: NetworkNamespace, address: str, down: bool, p
         inside: where the guest is.
         address: of the server, as the guest knows it.
         down: from the server to the guest.
-        pid: the backend.
+        pids: the backend's processes.
         seconds: how long, at least a second, which is iperf3's unit.
 
     Raises:
@@ -108,7 +118,7 @@ def through(load: Load, *, inside: NetworkNamespace, address: str, down: bool, p
     duration = max(1, round(seconds))
     argv = ["iperf3", "--client", address, "--json", "--time", str(duration), *load.arguments]
     with _Server():
-        busy = busy_seconds(pid)
+        busy = busy_seconds(pids)
         client = inside.start([*argv, "--reverse"] if down else argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
             said, _ = client.communicate(timeout=duration + END_SECONDS_MAX)
@@ -116,7 +126,7 @@ def through(load: Load, *, inside: NetworkNamespace, address: str, down: bool, p
             client.kill()
             client.communicate()
             raise PeerError(f"iperf3 did not end within {duration + END_SECONDS_MAX:g} s") from None
-        busy_after = busy_seconds(pid)
+        busy_after = busy_seconds(pids)
     moved, measured = _result(load, json.loads(said))
     return Rate(moved=moved, seconds=measured, cores=(busy_after - busy) / measured)
 
@@ -142,12 +152,7 @@ def pasta() -> Iterator[tuple[int, NetworkNamespace, str]]:
     """
     if shutil.which("pasta") is None:
         raise ConfigError("no pasta: on Debian, apt-get install passt")
-    gateway = "10.9.0.254"
-    ip("link", "add", "up0", "type", "veth", "peer", "name", "up1")
-    for name in ("up0", "up1"):
-        ip("link", "set", name, "up")
-    ip("address", "add", "10.9.0.1/24", "dev", "up0")
-    ip("route", "add", "default", "via", gateway)
+    _make_uplink()
     # It does not like to be root, and must not outlive us.
     argv = ["setpriv", "--pdeathsig", "KILL", "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups"]
     argv += ["pasta", "--foreground", "--config-net"]
@@ -167,11 +172,59 @@ def pasta() -> Iterator[tuple[int, NetworkNamespace, str]]:
         try:
             _await_pasta(process, errors)
             with NetworkNamespace.of_process(_child(process.pid)) as inside:
-                yield process.pid, inside, gateway
+                yield process.pid, inside, GATEWAY
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=END_SECONDS_MAX)
+
+
+@contextmanager
+def passt(folder: Path, *, address: str) -> Iterator[tuple[int, Path]]:
+    """Passt between a stream socket and this thread's namespace, where `GATEWAY` leads to the loopback.
+
+    Args:
+        folder: where the socket is made.
+        address: of the guest behind the socket, with its prefix length.
+
+    Gives its process and the socket.
+
+    Raises:
+        ConfigError: it is not installed.
+        PeerError: it does not start.
+    """
+    if shutil.which("passt") is None:
+        raise ConfigError("no passt: on Debian, apt-get install passt")
+    _make_uplink()
+    socket = folder / "passt.sock"
+    guest, _, prefix_length = address.partition("/")
+    argv = ["setpriv", "--pdeathsig", "KILL", "passt", "--foreground", "--runas", "0", "--socket", str(socket)]
+    argv += ["--address", guest, "--netmask", prefix_length, "--gateway", GATEWAY]
+    for port_list in ("--tcp-ports", "--udp-ports"):
+        argv += [port_list, "none"]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            deadline = time.monotonic() + START_SECONDS_MAX
+            while not socket.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    errors.seek(0)
+                    raise PeerError(f"passt does not start: {errors.read().strip() or 'it says nothing'}")
+                time.sleep(_LOOK_SECONDS)
+            yield process.pid, socket
+        finally:
+            process.kill()
+            process.wait(timeout=END_SECONDS_MAX)
+
+
+def _make_uplink() -> None:
+    """The interface with a default route that both imitate to a guest."""
+    ip("link", "set", "lo", "up")
+    ip("link", "add", "up0", "type", "veth", "peer", "name", "up1")
+    for name in ("up0", "up1"):
+        ip("link", "set", name, "up")
+    ip("address", "add", "10.9.0.1/24", "dev", "up0")
+    ip("route", "add", "default", "via", GATEWAY)
 
 
 def _await_pasta(process: subprocess.Popen[str], errors: IO[str]) -> None:

@@ -23,7 +23,7 @@ from typing import Final
 from benchmarks.cpu import Rate, measure
 from benchmarks.flood import Flood, WayCounts
 from benchmarks.guests import Guests
-from benchmarks.iperf import BULK, SMALL, WHOLE, pasta, through
+from benchmarks.iperf import BULK, GATEWAY, SMALL, WHOLE, passt, pasta, through
 from benchmarks.report import NONE, Findings, Table, rate_text, ratio_text
 from benchmarks.site import NicSite, namespace
 from benchmarks.sizes import Sizes
@@ -44,9 +44,13 @@ KIT: Final = "the kit's frontend"
 IPERF: Final = "iperf3"
 
 PEER: Final = "DPDK vhost + TAP"
+STREAM: Final = "localmig, stream to passt"
 
 IN_ORDER: Final = "VIRTIO_F_IN_ORDER"
 """As `query-devices` names it."""
+
+PASTA_MTU: Final = 65520
+"""What pasta gives its namespace: a guest on a stream to passt gets the same."""
 
 HOST_ADDRESS: Final = "10.9.0.1/24"
 GUEST_ADDRESS: Final = "10.9.0.2/24"
@@ -59,13 +63,13 @@ class Backend:
     Attributes:
         socket: where the frontend connects.
         ifname: the TAP.
-        pid: its process.
+        pids: its processes.
         features: names of the features that its frontend acknowledged; None if it cannot be asked.
     """
 
     socket: Path
     ifname: str
-    pid: int
+    pids: tuple[int, ...]
     features: Callable[[], list[str]] | None = None
 
 
@@ -142,6 +146,7 @@ def run(findings: Findings, sizes: Sizes) -> None:
             if kind.name in ("localmig", PEER):
                 _try(rows, IPERF, kind, _drive_with_iperf, seconds)
         _try(rows, IPERF, Kind(name="passt (pasta)", open=_no_backend), _drive_pasta, seconds)
+        _try(rows, IPERF, Kind(name=STREAM, open=_localmig_on_passt), _drive_through_passt, seconds)
     finally:
         findings.samples["rows"] = [asdict(row) for row in rows]
         findings.tables += [_packets(rows), _bits(rows), _paths(rows)]
@@ -174,7 +179,10 @@ def _localmig(*, queue_pairs: int = 1, packed: bool = False) -> Iterator[Backend
     with NicSite(1, queue_pairs=queue_pairs, packed=packed) as site:
         site.start()
         yield Backend(
-            socket=site.nics["tap0"], ifname="tap0", pid=site.daemon.pid, features=partial(_acknowledged, site.daemon)
+            socket=site.nics["tap0"],
+            ifname="tap0",
+            pids=(site.daemon.pid,),
+            features=partial(_acknowledged, site.daemon),
         )
 
 
@@ -192,13 +200,27 @@ def _dpdk() -> Iterator[Backend]:
     ):
         dpdk.start()
         configure(dpdk.ifname)
-        yield Backend(socket=dpdk.socket, ifname=dpdk.ifname, pid=dpdk.pid)
+        yield Backend(socket=dpdk.socket, ifname=dpdk.ifname, pids=(dpdk.pid,))
+
+
+@contextmanager
+def _localmig_on_passt() -> Iterator[Backend]:
+    with tempfile.TemporaryDirectory(prefix="localmig-bench-") as name:
+        folder = Path(name)
+        with passt(folder, address=GUEST_ADDRESS) as (passt_pid, peer):
+            netdev = f"stream,id=net0,addr.type=unix,addr.path={peer},mtu={PASTA_MTU}"
+            device = f"virtio-net,id=nic0,netdev=net0,socket={folder}/nic0.sock"
+            daemon = DaemonProcess(["--netdev", netdev, "--device", device], qmp=folder / "qmp.sock")
+            try:
+                yield Backend(socket=folder / "nic0.sock", ifname="", pids=(daemon.pid, passt_pid))
+            finally:
+                daemon.kill()
 
 
 @contextmanager
 def _no_backend() -> Iterator[Backend]:
     """Pasta has no vhost-user socket: `_drive_pasta` starts it."""
-    yield Backend(socket=Path(), ifname="", pid=0)
+    yield Backend(socket=Path(), ifname="", pids=())
 
 
 # -- loads ------------------------------------------------------------------------------------------------------
@@ -213,10 +235,10 @@ def _drive_with_testpmd(backend: Backend, kind: Kind, seconds: float, *, driver:
         paths = Paths(transmit=testpmd.path("Tx"), receive=testpmd.path("Rx"), features=features)
         for size in FRAME_SIZES:
             testpmd.command(f"set txpkts {size}", "set fwd txonly", "start")
-            up = measure(lambda: _arrived(backend.ifname), pid=backend.pid, seconds=seconds)
+            up = measure(lambda: _arrived(backend.ifname), pids=backend.pids, seconds=seconds)
             testpmd.command("stop", "set fwd rxonly", "start")
             with Flood({backend.ifname: -1}, rate=0, frame_size=size):
-                down = measure(testpmd.received, pid=backend.pid, seconds=seconds)
+                down = measure(testpmd.received, pids=backend.pids, seconds=seconds)
             testpmd.command("stop")
             yield Row(driver=driver, backend=kind.name, load=f"{size} bytes", up=up, down=down, paths=paths)
 
@@ -231,7 +253,8 @@ def _drive_with_flood(backend: Backend, kind: Kind, seconds: float) -> Iterator[
         for size in FRAME_SIZES:
             with Flood(guests.ends, rate=0, frame_size=size) as flood:
                 up, down = (
-                    measure(partial(_received, flood, way), pid=backend.pid, seconds=seconds) for way in ("up", "down")
+                    measure(partial(_received, flood, way), pids=backend.pids, seconds=seconds)
+                    for way in ("up", "down")
                 )
             yield Row(driver=KIT, backend=kind.name, load=f"{size} bytes", up=up, down=down)
 
@@ -246,17 +269,25 @@ def _drive_with_iperf(backend: Backend, kind: Kind, seconds: float) -> Iterator[
     configure(backend.ifname, address=HOST_ADDRESS)
     settings = GuestSettings(socket=str(backend.socket), address=GUEST_ADDRESS, offloads=kind.offloads)
     with GuestProcess(settings) as guest:
-        yield from _iperf_rows(kind, backend.pid, guest.namespace, HOST_ADDRESS.partition("/")[0], seconds)
+        yield from _iperf_rows(kind, backend.pids, guest.namespace, HOST_ADDRESS.partition("/")[0], seconds)
+
+
+def _drive_through_passt(backend: Backend, kind: Kind, seconds: float) -> Iterator[Row]:
+    settings = GuestSettings(socket=str(backend.socket), address=GUEST_ADDRESS, mtu=PASTA_MTU)
+    with GuestProcess(settings) as guest:
+        yield from _iperf_rows(kind, backend.pids, guest.namespace, GATEWAY, seconds)
 
 
 def _drive_pasta(_backend: Backend, kind: Kind, seconds: float) -> Iterator[Row]:
     with pasta() as (process, inside, address):
-        yield from _iperf_rows(kind, process, inside, address, seconds)
+        yield from _iperf_rows(kind, (process,), inside, address, seconds)
 
 
-def _iperf_rows(kind: Kind, pid: int, inside: NetworkNamespace, address: str, seconds: float) -> Iterator[Row]:
+def _iperf_rows(
+    kind: Kind, pids: Sequence[int], inside: NetworkNamespace, address: str, seconds: float
+) -> Iterator[Row]:
     for load in (SMALL, WHOLE, BULK):
-        measure_way = partial(through, load, inside=inside, address=address, pid=pid, seconds=seconds)
+        measure_way = partial(through, load, inside=inside, address=address, pids=pids, seconds=seconds)
         up, down = measure_way(down=False), measure_way(down=True)
         yield Row(driver=IPERF, backend=kind.name, load=load.name, up=up, down=down)
 
@@ -322,6 +353,10 @@ def _note(findings: Findings, rows: Sequence[Row]) -> None:
     findings.note(
         "passt has no vhost-user socket in the version that Debian 12 has, so it is measured as pasta, which has a TAP "
         "in the guest's namespace where the others have vhost-user and a driver: the same forwarding, less of a way."
+    )
+    findings.note(
+        f"{STREAM}: a NIC on `--netdev stream`, whose socket leads to passt; MTU and forwarding are pasta's. Cores are "
+        "those of both processes together."
     )
     findings.note(
         "TCP: localmig carries 64 KiB segments for a guest that leaves segmentation to it, at MTU 1500; pasta gives "

@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Final, TypeVar
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,10 @@ it too: `flock --shared .pytest_cache/alone.lock make fuzz`."""
 
 # The guest tier's lab is imported as tests.guest.lab; importlib mode leaves sys.path to us.
 sys.path.insert(0, str(ROOT))
+
+# How long an example takes is the machine's matter: tests run side by side. The examples are the same each time.
+hypothesis.settings.register_profile("localmig", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("localmig")
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 

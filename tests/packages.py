@@ -18,10 +18,9 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from localmig.device_api import BuildContext, DeviceSpec, ObjectType, Part, option, reference
-from localmig.options.values import Identifier, Number
-from localmig.qapi import Member, Uint64
-from localmig.vmstate import Description, u64
+from localmig.device_api import (
+    BuildContext, Description, DeviceSpec, Identifier, Member, Number, ObjectType, Part, Uint64, option, reference, u64
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

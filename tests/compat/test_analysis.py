@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.compat.synthetic import VECTOR, read_vector
 from tests.compat.vmdesc_reader import Values, walk
+from tests.kit.cases import each_case
 
 from localmig.cli import main
 from localmig.cli.analyze import show, to_json
@@ -25,7 +26,7 @@ GOLDEN: Final = VECTORS / "synthetic.txt"
 
 SYNTHETIC: Final = b"".join(read_vector(VECTOR))
 
-each_vector = pytest.mark.parametrize("path", sorted(VECTORS.glob("*.hex")), ids=lambda path: path.stem)
+each_vector = each_case("path", sorted(VECTORS.glob("*.hex")), ids=lambda path: path.stem)
 
 
 @each_vector
@@ -112,7 +113,7 @@ def explained_or_refused(data: bytes) -> None:
         json.dumps(to_json(analysis))
 
 
-@pytest.mark.parametrize("size", range(0, len(SYNTHETIC), 7))
+@each_case("size", range(0, len(SYNTHETIC), 7))
 def test_a_cut_stream_is_refused(size: int) -> None:
     with pytest.raises(PeerError):
         analyze(SYNTHETIC[:size])
@@ -193,7 +194,7 @@ def longer_struct(vmdesc: Any) -> None:
     next(line for line in vmdesc["devices"][0]["fields"] if line["name"] == "link")["size"] += 1
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("spoil", "problem"),
     [
         (huge_array, f"has more than {VALUE_COUNT_MAX} values"),
@@ -213,7 +214,7 @@ def test_a_description_that_cannot_be_is_refused(spoil: Callable[[Any], None], p
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("data", "problem"),
     [
         (b"", "is no migration stream: it starts with nothing"),

@@ -8,6 +8,7 @@ from tests.compat.nic import SAMPLES, Daemon, Sample
 from tests.compat.synthetic import open_descriptors, read_vector
 from tests.compat.vmdesc_reader import walk
 from tests.compat.writing import begun
+from tests.kit.cases import each_case
 
 from localmig.dataplane import Counters
 from localmig.device_api.device_state import DEVICE
@@ -18,7 +19,7 @@ from localmig.netdevs.state import TAP
 from localmig.vhost_user.protocol import Offer, check_state
 from localmig.vmstate import close_descriptors
 
-each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+each_sample = each_case("sample", SAMPLES, ids=lambda sample: sample.name)
 
 
 @each_sample

@@ -12,8 +12,7 @@ from typing import Final
 
 import pytest
 from tests.faults.conftest import Site, new_site
-
-from localmig.testing.daemon import DaemonProcess
+from tests.kit.processes import DaemonProcess
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 

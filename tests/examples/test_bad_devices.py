@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 from tests.examples.conftest import found, hand_over, moved, write_package
 from tests.faults.conftest import Site
+from tests.kit.processes import localmig
 
 from localmig.testing.driver import Driver
 
@@ -20,7 +19,9 @@ SOURCE: Final = '''
 
 from dataclasses import dataclass
 
-from localmig.device_api import CallbackDevice, Description, ObjectType, PeerError, VhostUserSpec, callback_members, u8
+from localmig.device_api import (
+    CallbackDevice, Choice, Description, ObjectType, PeerError, VhostUserSpec, callback_members, option, u8
+)
 
 
 class Odd(CallbackDevice):
@@ -107,6 +108,40 @@ class PickySpec(VhostUserSpec):
     summary = "a device that takes nothing over"
 
 
+class Clumsy(Odd):
+    own_state = Description(name="odd-clumsy", version=1, oldest_version=1, state=Number, fields=(u8("number"),))
+
+    def __init__(self, fails, **arguments):
+        super().__init__(**arguments)
+        self.fails = fails
+
+    def step(self, name):
+        if name == self.fails:
+            raise KeyError("no idea")
+
+    def save(self, *, with_descriptors):
+        self.step("save")
+        return Number(number=7)
+
+    def check(self, state):
+        self.step("check")
+
+    def load(self, state):
+        self.step("load")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClumsySpec(VhostUserSpec):
+    type_name = "odd-clumsy"
+    summary = "a device that fails in a handover"
+
+    fails: str = option(Choice(("save", "check", "load")), "where it fails")
+
+
+ODD_CLUMSY = ObjectType(
+    spec=ClumsySpec, build=lambda spec, context: Clumsy(spec.fails, **spec.arguments(context))
+)
+
 ODD_PICKY = ObjectType(spec=PickySpec, build=lambda spec, context: Picky(**spec.arguments(context)))
 '''
 
@@ -114,7 +149,7 @@ ODD_PICKY = ObjectType(spec=PickySpec, build=lambda spec, context: Picky(**spec.
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
-    write_package(folder, "localmig-odd", SOURCE, "odd", "odd-wide", "odd-picky", "odd-shy")
+    write_package(folder, "localmig-odd", SOURCE, "odd", "odd-wide", "odd-picky", "odd-shy", "odd-clumsy")
     return folder
 
 
@@ -192,8 +227,7 @@ def test_a_chain_that_is_forgotten_holds_nothing_up(site: Site, odd: Path) -> No
 
 def test_a_device_with_too_many_rings_is_refused(site: Site, odd: Path) -> None:
     with found(odd), site.namespace.entered():
-        command = [sys.executable, "-m", "localmig.cli", "run", *site.objects(), *odd_at(site, 0, "odd-wide")]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = localmig("run", *site.objects(), *odd_at(site, 0, "odd-wide"))
     assert ended.returncode == 1
     assert "device 'odd0' has 300 rings, vhost-user can name 256" in ended.stderr
 
@@ -210,3 +244,19 @@ def test_a_state_that_the_device_refuses_stays_where_it_is(site: Site, odd: Path
         assert "device 'odd0': number 7 cannot be served here" in info["error-desc"]
         assert driver.request(0, b"hello", room=8) == b"fine"
         assert site.ping().lost == 0
+
+
+@pytest.mark.parametrize(("fails", "what"), [("save", "save"), ("check", "take over"), ("load", "take over")])
+def test_code_that_raises_in_a_handover_is_named_with_its_package(site: Site, odd: Path, fails: str, what: str) -> None:
+    with found(odd):
+        daemon = site.source(
+            *site.objects(), "--device", f"odd-clumsy,id=odd0,socket={site.folder}/odd0.sock,fails={fails}"
+        )
+    with Driver(f"{site.folder}/odd0.sock", ring_count=1) as driver:
+        driver.attach()
+        destination = hand_over(site, daemon, folders=(odd,))
+        info = daemon.wait_migration()
+        assert (info["status"], destination.wait()) == ("failed", 1)
+        culprit = f"device type 'odd-clumsy' (from localmig-odd 1.0) cannot {what} device 'odd0': KeyError: 'no idea'"
+        assert culprit in info["error-desc"]
+        assert driver.request(0, b"hello", room=8) == b"fine"

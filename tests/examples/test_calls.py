@@ -8,8 +8,8 @@ from typing import Final
 
 from tests.examples.conftest import found, hand_over, write_package
 from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 
 SOURCE: Final = '''

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Final
 import pytest
 from tests.examples.conftest import EXAMPLES, found, hand_over, moved, write_package
 from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess, localmig
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 
 pytestmark = pytest.mark.xdist_group("examples")  # they share the packages of examples/, which takes long to install
@@ -94,12 +92,7 @@ def test_an_entropy_device_is_used_while_it_is_handed_over(site: Site, examples:
         (ring,) = device["rings"]
         assert (ring["name"], ring["counters"]["chains"]) == ("requests", 10 * HANDOVERS + 1)
         assert daemon.qmp is not None
-        shown = subprocess.run(
-            [sys.executable, "-m", "localmig.cli", "status", str(daemon.qmp), "--device", "rng0"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        shown = localmig("status", str(daemon.qmp), "--device", "rng0").stdout
         assert "device     rng0, virtio-rng" in shown
         assert re.search(r"^requests +101 ", shown, re.MULTILINE), shown
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.processes import DaemonProcess, GuestProcess, start_as
+from tests.kit.shortage import Shortage
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.faults import Fault
-from localmig.testing.guest import GuestProcess, GuestSettings
+from localmig.testing.guest import GuestSettings
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
-from localmig.testing.shortage import Shortage
 from localmig.testing.traffic import Pinger, PingReport
 
 HOST = "10.9.0.1"
 GUEST = "10.9.0.2"
-
-
-def as_user(user: int) -> list[str]:
-    """What a command is to follow that is to run as that user, 0 for root, where others can run it as well."""
-    return [sys.executable, str(Path(__file__).with_name("as_user.py")), str(user)]
 
 
 class Site:
@@ -67,9 +61,8 @@ class Site:
         shortage: Shortage | None = None,
     ) -> DaemonProcess:
         """A daemon with a QMP socket of its own, as `user` where one is given, and short of what is told."""
-        launcher = as_user(user) if user is not None else ()
-        if shortage is not None:
-            launcher, inherited = (*launcher, *shortage.launcher), (*inherited, *shortage.inherited)
+        assert user is None or shortage is None, (user, shortage)
+        start = shortage.start if shortage is not None else start_as(user) if user is not None else None
         self._count += 1
         name = f"d{self._count}"
         with self.namespace.entered():
@@ -79,7 +72,7 @@ class Site:
                 fault=Fault.parse(fault) if fault else None,
                 log=self.folder / f"{name}.log",
                 inherited=inherited,
-                launcher=launcher,
+                start=start,
             )
         self._logs[daemon.pid] = self.folder / f"{name}.log"
         return self._ends.enter_context(daemon)

@@ -8,9 +8,7 @@ Read next:   test_kill_matrix.py, which has the points and judges.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -22,11 +20,12 @@ from pathlib import Path
 from typing import Final
 
 from qemu.qmp import QMPClient
+from tests.kit.frames import FrameStream
+from tests.kit.processes import DaemonProcess
 
 from localmig.errors import PeerError
-from localmig.testing.daemon import ANSWER_SECONDS_MAX, DaemonProcess
+from localmig.testing.daemon import ANSWER_SECONDS_MAX
 from localmig.testing.faults import Entry, Fault, read_journal
-from localmig.testing.frames import FrameStream
 from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import NetworkNamespace, ip
 
@@ -268,10 +267,6 @@ def end_of(daemon: Daemon, seconds: float = 20.0) -> int:
     return daemon.process.wait(seconds=seconds)
 
 
-def wait_stopped(daemon: Daemon, seconds: float = 20.0) -> None:
-    """Waits until SIGSTOP has stopped it, or it is dead. TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the daemon {daemon.process.pid} neither stopped nor ended")
-        signal.sigtimedwait([signal.SIGCHLD], 0.005)
+def wait_stopped(daemon: Daemon) -> None:
+    """Waits until SIGSTOP has stopped it, or it is dead."""
+    daemon.process.wait_stopped()

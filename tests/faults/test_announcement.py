@@ -15,8 +15,7 @@ from localmig.testing.namespace import configure, create_tap
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 ETH_P_RARP = 0x8035
 PATIENCE_SECONDS = 20.0

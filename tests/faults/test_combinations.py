@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.faults.test_handover_processes import hand_over
+from tests.kit.processes import GuestProcess
 
 from localmig.errors import PeerError
-from localmig.testing.guest import GuestProcess, GuestSettings
+from localmig.testing.guest import GuestSettings
 from localmig.testing.namespace import ip
 from localmig.testing.traffic import PING_COUNT_MAX, Pinger
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 KINDS: tuple[dict[str, Any], ...] = (
     {},

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import pytest
 from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.driver import Driver
 from localmig.virtio.net import LinkStatus, NetConfig, NetFeature
 
@@ -91,6 +91,28 @@ def test_a_driver_says_how_many_pairs_it_uses_and_what_it_takes_over(site: Site)
         daemon.wait_fact(lambda fact: fact["event"] == "SessionClosed")
         driver.attach()
         assert netdev_of(daemon)["attached-queues"] == 1
+
+
+def test_what_a_driver_commands_stops_each_pair_once_and_not_the_ring_that_it_commands_by(site: Site) -> None:
+    daemon = site.source(*site.objects(netdev=",queues=2"))
+    with driver_of(site) as driver:
+
+        def command(said: bytes) -> None:
+            before = len(daemon.facts)
+            assert driver.request(CONTROL, said, room=1) == OK
+            last = {"event": "RingsStarted", "device": "nic0", "queue_pair": 1}
+            daemon.wait_fact(lambda fact: fact.items() >= last.items(), after=before)
+
+        command(pairs(2))
+        before = len(daemon.facts)
+        for said in (pairs(1), offloads(int(NetFeature.GUEST_CSUM)), pairs(2)):
+            command(said)
+        assert daemon.execute("query-devices")[0]["vrings"][CONTROL]["running"]
+        assert daemon.quit() == 0
+        daemon.wait_event("SessionClosed")
+        stopped = [fact["queue_pair"] for fact in daemon.facts[before:] if fact["event"] == "RingsStopped"]
+        at_the_end = [0, 1, 2]
+        assert stopped == [1, 0, 1, 1, *at_the_end]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
+from localmig.testing.process import start_program
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
@@ -29,7 +31,7 @@ def daemon(site: Site, name: str, *arguments: str, limited: bool) -> DaemonProce
             [*arguments, "--migration-parameter", "local=on"],
             qmp=site.folder / f"{name}.qmp",
             log=site.folder / f"{name}.log",
-            launcher=LIMITED if limited else (),
+            start=partial(start_program, launcher=LIMITED) if limited else None,
         )
 
 

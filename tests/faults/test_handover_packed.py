@@ -14,9 +14,7 @@ from localmig.testing.traffic import Flood
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
-    from localmig.testing.guest import GuestProcess
+    from tests.kit.processes import DaemonProcess, GuestProcess
 
 
 def source_of(site: Site, *, fault: str | None = None) -> DaemonProcess:

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 from qemu.qmp import QMPClient
+from tests.kit.proxy import StrippingProxy
 
 from localmig.errors import PeerError
 from localmig.testing.daemon import ANSWER_SECONDS_MAX
-from localmig.testing.proxy import StrippingProxy
 from localmig.testing.traffic import Flood
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 PINGS_MAX = 10
 """One of them gets through once a flood has ended: each is waited for."""

@@ -18,9 +18,9 @@ from typing import Final
 
 import pytest
 from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon, census, end_of, wait_stopped
+from tests.kit.frames import Way
 
 from localmig.testing.faults import FRAME_PLACES, Action, Entry, Fault, Place, Point
-from localmig.testing.frames import Way
 from localmig.testing.namespace import unavailable_reason
 
 DOWNTIME_LIMIT_MS: Final = 200

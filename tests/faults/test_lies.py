@@ -48,8 +48,7 @@ pytestmark = pytest.mark.xdist_group("lies")  # they share an honest source, and
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"

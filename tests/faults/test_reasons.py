@@ -9,14 +9,13 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.kit.proxy import StrippingProxy
 
 from localmig.cli import main
-from localmig.testing.proxy import StrippingProxy
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 COMMIT_TIMEOUT_MS = 500
 """For what hangs past COMMIT: long enough for a busy machine, short enough to be awaited."""

@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from tests.faults.conftest import new_site
+from tests.kit.shortage import CALLS, Shortage, calls_here
 from tests.soak.monitor import Monitor
-
-from localmig.testing.shortage import CALLS, Shortage, calls_here
 
 pytestmark = pytest.mark.xdist_group("shortage")  # they share a chain of daemons
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 EVERY: Final = os.environ.get("LOCALMIG_EVERY_CALL") == "1"
 

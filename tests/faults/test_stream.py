@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.faults import Fault
 from localmig.testing.frontend import NetGuest
 

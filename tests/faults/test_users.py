@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.faults.conftest import Site, as_user
+from tests.faults.conftest import Site
+from tests.kit.processes import DaemonProcess, as_user
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import NetworkNamespace, unavailable_reason
 

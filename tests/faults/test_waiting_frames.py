@@ -23,8 +23,7 @@ from localmig.virtio.net import NetFeature
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
-
-    from localmig.testing.daemon import DaemonProcess
+    from tests.kit.processes import DaemonProcess
 
 PATIENCE_S: Final = 20.0
 ETH_P_ALL: Final = 3

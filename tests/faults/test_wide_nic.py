@@ -21,8 +21,8 @@ from localmig.virtio.net import OFFLOADS, NetFeature
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Site
+    from tests.kit.processes import DaemonProcess
 
-    from localmig.testing.daemon import DaemonProcess
     from localmig.testing.namespace import NetworkNamespace
 
 PATIENCE_SECONDS = 30.0

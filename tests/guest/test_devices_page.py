@@ -8,8 +8,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 from tests.examples.conftest import EXAMPLES, found, install
 from tests.guest.lab import Lab, tap_netdev
-
-from localmig.testing.daemon import DaemonProcess
+from tests.kit.processes import DaemonProcess
 
 READ = "dd if=/dev/hwrng bs=16 count=1 2>/dev/null | sha256sum"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.kernel.silent_fuse import SilentFuse
+from tests.kit.fork_server import fork_server
 
 from localmig.errors import KernelError
 from localmig.testing.namespace import NetworkNamespace
@@ -36,6 +37,7 @@ def namespace() -> Iterator[NetworkNamespace]:
 @pytest.fixture
 def no_descriptor_is_lost(namespace: NetworkNamespace) -> Iterator[None]:
     """At the end the process has the descriptors it had before."""
+    fork_server()  # which has one of its own, from the first test on that starts a process
     before = set(Path("/proc/self/fd").iterdir())
     yield
     assert set(Path("/proc/self/fd").iterdir()) == before

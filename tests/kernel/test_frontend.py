@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.kernel.guest_side import PATIENCE_SECONDS, GuestSide, socket_pair
+from tests.kit.processes import DaemonProcess, GuestProcess
 
 from localmig.dataplane import DriverCounters, QueuePair
 from localmig.errors import PeerError, PeerLostError
 from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest
-from localmig.testing.guest import GuestProcess, GuestSettings
+from localmig.testing.guest import GuestSettings
 from localmig.testing.namespace import NetworkNamespace, configure, create_tap
 from localmig.testing.traffic import Pinger
 from localmig.vhost_user.message import U64, ProtocolFeature, Request, VringNumber, encode_reply
@@ -228,22 +226,16 @@ class Daemon:
 
     def __init__(self, folder: Path) -> None:
         self.nic = str(folder / "nic0.sock")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: DaemonProcess | None = None
 
     def start(self) -> None:
-        ready, announce = os.pipe()
-        argv = [sys.executable, "-m", "localmig.cli", "run", "--netdev", "tap,id=net0,ifname=tap0"]
-        argv += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={self.nic}", "--ready-fd", str(announce)]
-        self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=[announce])
-        os.close(announce)
-        assert select.select([ready], [], [], PATIENCE_SECONDS)[0]
-        assert os.read(ready, 1)
-        os.close(ready)
+        device = f"virtio-net,id=nic0,netdev=net0,socket={self.nic}"
+        self._process = DaemonProcess(["--netdev", "tap,id=net0,ifname=tap0", "--device", device])
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(PATIENCE_SECONDS)
+            self._process.wait()
             self._process = None
 
 

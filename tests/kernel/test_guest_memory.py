@@ -16,10 +16,10 @@ import pytest
 from tests.kernel.silent_fuse import SilentFuse
 from tests.kernel.test_many_nics import LOCAL, Nic
 from tests.kernel.test_virtio_net import Guest, Site, beside, frame, run
+from tests.kit.processes import DaemonProcess
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import RX, TX
 from localmig.testing.namespace import NetworkNamespace
 from localmig.trace import MemoryMapped, RequestRefused, RingsStarted, RingsStopped

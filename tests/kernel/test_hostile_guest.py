@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess, Fact
+from localmig.testing.daemon import Fact
 from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, NetGuest
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
 from localmig.virtio import Feature

@@ -9,19 +9,21 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
 from localmig.errors import ConfigError, KernelError
 from localmig.fds import OwnedFd
 from localmig.netdevs import macvtap
 from localmig.netdevs.macvtap import Macvtap
 from localmig.netdevs.state import TAP, TapState
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import CommandError, NetworkNamespace, ip, link
+from localmig.testing.process import start_program
 from localmig.vmstate import Blob, Reader, load, save
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_descriptor_is_lost", "lower")]
@@ -292,13 +294,14 @@ def test_a_guest_on_a_macvtap_is_handed_over(tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("m")
     # In a mount namespace of its own, whose sysfs is the network namespace's.
     launcher = ["unshare", "-m", "sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh"]
+    aside = partial(start_program, launcher=launcher)
     with ExitStack() as ends:
         objects = [
             *("--netdev", "macvtap,id=net0,ifname=mt0,link=v0"),
             *("--device", f"virtio-net,id=nic0,netdev=net0,socket={folder}/n,mac={GUEST_MAC}"),
         ]
         local = ["--migration-parameter", "local=on"]
-        daemon = ends.enter_context(DaemonProcess([*local, *objects], qmp=folder / "q", launcher=launcher))
+        daemon = ends.enter_context(DaemonProcess([*local, *objects], qmp=folder / "q", start=aside))
         (netdev,) = daemon.execute("query-netdevs")
         assert (netdev["type"], netdev["ifname"], netdev["up"]) == ("macvtap", "mt0", True)
         assert "does not arrive; ip link set mt0 address" in netdev["notes"][0]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.virtio.net import header_length
 

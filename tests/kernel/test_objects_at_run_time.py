@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import socket
-import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -16,14 +15,17 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import pytest
+from tests.kit.processes import DaemonProcess, localmig
 
 from localmig.daemon import Daemon
 from localmig.devices.virtio_net import VirtioNet
 from localmig.errors import PeerError, PeerLostError
+from localmig.fds import OwnedFd
+from localmig.netdevs import tun
 from localmig.netdevs.network import Network
 from localmig.netdevs.stream import Stream
 from localmig.netdevs.tap import Tap
-from localmig.testing.daemon import DaemonProcess
+from localmig.netdevs.tun import Flag
 from localmig.testing.frontend import NetGuest
 from localmig.testing.namespace import create_tap
 from localmig.virtio.net import header_length
@@ -35,7 +37,6 @@ PATIENCE_S: Final = 60.0
 
 ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
-LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 NIC_COUNT: Final = 200
 
 
@@ -111,10 +112,19 @@ class Client:
         assert "QMP" in json.loads(self._lines.readline())
         self.execute("qmp_capabilities")
 
+    def give(self, name: str, fd: int) -> None:
+        """Gives the daemon a descriptor by a name."""
+        said = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        socket.send_fds(self._socket, [said], [fd])
+        assert self._answer() == {}
+
     def execute(self, command: str, **arguments: object) -> Any:
         """What the daemon returns; PeerError with class and text of an error."""
-        self.events.clear()
         self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        return self._answer()
+
+    def _answer(self) -> Any:
+        self.events.clear()
         while "event" in (answer := json.loads(self._lines.readline())):
             self.events.append(answer)
         if "error" in answer:
@@ -136,8 +146,9 @@ def empty(tmp_path: Path) -> Iterator[DaemonProcess]:
         yield daemon
 
 
-def localmig(*words: str) -> Any:
-    done = subprocess.run([*LOCALMIG, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+def asked(*words: str) -> Any:
+    """What a command of `localmig` prints, which is JSON."""
+    done = localmig(*words)
     assert done.returncode == 0, done
     return json.loads(done.stdout)
 
@@ -162,14 +173,14 @@ def test_a_nic_that_is_added_moves_packets_and_goes_on_in_a_new_daemon(empty: Da
         second.guest.attach()
         second.exchange()
         first.exchange()
-        assert [each["id"] for each in localmig("status", "--json", str(empty.qmp))["devices"]] == ["nic0", "nic1"]
+        assert [each["id"] for each in asked("status", "--json", str(empty.qmp))["devices"]] == ["nic0", "nic1"]
 
-        report = localmig("upgrade", "--json", str(empty.qmp))
+        report = asked("upgrade", "--json", str(empty.qmp))
         assert (report["outcome"], empty.wait()) == ("committed", 0), report
         try:
             second.exchange()
             first.exchange()
-            shown = localmig("status", "--json", str(empty.qmp))
+            shown = asked("status", "--json", str(empty.qmp))
             assert [each["id"] for each in shown["devices"]] == ["nic0", "nic1"]
             # What came by a handover is deleted, and comes again, as what was added here.
             empty.execute("device_del", id="nic0")
@@ -265,7 +276,16 @@ def test_what_cannot_be_added_leaves_nothing_behind(empty: DaemonProcess, tmp_pa
             ("netdev_add", net7 | {"br": "nowhere"}, "bridge 'nowhere': there is no such interface"),
             ("netdev_add", net7 | {"script": str(failing)}, "the sandbox forbids it: --sandbox on,spawn=allow"),
             ("netdev_add", net7 | {"downscript": str(failing)}, "the sandbox forbids this daemon to run programs"),
-            ("netdev_add", {"type": "tap", "id": "net7", "fd": 7}, "numbers of descriptors"),
+            (
+                "netdev_add",
+                {"type": "tap", "id": "net7", "fd": "7"},
+                "descriptor 7 is a number, which only the program that starts",
+            ),
+            (
+                "netdev_add",
+                {"type": "tap", "id": "net7", "fd": "tap"},
+                "File descriptor named 'tap' has not been found",
+            ),
             ("device_add", other.device(socket=str(taken)), "is in use by a living process"),
             ("device_add", other.device(socket=str(empty.qmp)), "is in use by a living process"),
             ("device_add", other.device(socket=str(tmp_path / "no" / "where")), "No such file or directory"),
@@ -281,6 +301,62 @@ def test_what_cannot_be_added_leaves_nothing_behind(empty: DaemonProcess, tmp_pa
         client.execute("device_add", **other.device())
         other.guest.attach()
         other.exchange()
+
+
+def opened_tap(number: int, queues: int) -> list[OwnedFd]:
+    """The queues of a TAP, as a program that may open it has them."""
+    flags = Flag.TAP | Flag.NO_PI | Flag.VNET_HDR | (Flag.MULTI_QUEUE if queues > 1 else 0)
+    opened = [OwnedFd(tun.open_device()) for _ in range(queues)]
+    for queue in opened:
+        tun.attach_to(queue.fileno(), f"tap{number}", flags)
+    return opened
+
+
+@pytest.mark.parametrize("queues", [1, 3])
+def test_a_tap_that_was_given_by_name_is_a_netdevs(empty: DaemonProcess, tmp_path: Path, queues: int) -> None:
+    with Nic(tmp_path, 0) as nic, Client(empty) as client:
+        for number, queue in enumerate(opened_tap(0, queues)):
+            with queue:
+                client.give(f"q{number}", queue.fileno())
+        with OwnedFd(os.open("/dev/null", os.O_RDWR)) as other:
+            client.give("no-tap", other.fileno())
+        names = [f"q{number}" for number in range(queues)]
+        options: dict[str, object] = {"fd": names[0]} if queues == 1 else {"fds": ":".join(names)}
+        wanted: dict[str, object] = {"type": "tap", "id": "net0", **options}
+        before = held(empty)
+        for wrong, reason in (
+            (wanted | {"fd": "no-tap", "fds": None}, "Invalid parameter type for 'fds', expected: string"),
+            ({"type": "tap", "id": "net0", "fd": "no-tap"}, "is no TAP"),
+            (
+                {"type": "tap", "id": "net0", "fds": f"{names[0]}:no-tap"},
+                "is no TAP|was opened without IFF_MULTI_QUEUE",
+            ),
+            ({"type": "tap", "id": "net0", "fds": f"{names[0]}:nobody"}, "named 'nobody' has not been found"),
+            (wanted | {"ifname": "tap0"}, "are invalid with fd"),
+        ):
+            with pytest.raises(PeerError, match=reason):
+                client.execute("netdev_add", **wrong)
+            assert held(empty) == before, wrong
+        # What could not be had stays as it was: the names are good still.
+        assert client.execute("netdev_add", **wanted) == {}
+        for name in names:
+            with pytest.raises(PeerError, match=f"File descriptor named '{name}' not found"):
+                client.execute("closefd", fdname=name)
+        assert client.execute("closefd", fdname="no-tap") == {}
+        (netdev,) = client.execute("query-netdevs")
+        assert (netdev["ifname"], netdev["queues"]) == ("tap0", queues)
+        assert client.execute("device_add", **nic.device()) == {}
+        nic.guest.attach()
+        nic.exchange()
+        nic.delete(client)
+        assert "tap0" not in [name for _, name in socket.if_nameindex()]
+
+
+def test_a_daemon_that_starts_knows_no_descriptor_by_name(tmp_path: Path) -> None:
+    for arguments in (["--netdev", "tap,id=net0,fd=tap"], ["--netdev", "tap,id=net0,fds=4:tap", "--incoming", "defer"]):
+        done = localmig("run", *arguments, folder=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "there is no descriptor 'tap': names are given by getfd to a daemon that runs" in done.stderr
 
 
 def test_a_nic_that_is_added_while_the_rings_stand_runs_with_the_others(empty: DaemonProcess, tmp_path: Path) -> None:
@@ -332,7 +408,7 @@ def test_a_link_that_is_set_is_the_guests_and_the_interfaces_also_in_a_new_daemo
 def test_a_daemon_without_objects_hands_over_and_its_successor_can_be_given_some(
     empty: DaemonProcess, tmp_path: Path
 ) -> None:
-    report = localmig("upgrade", "--json", str(empty.qmp))
+    report = asked("upgrade", "--json", str(empty.qmp))
     assert (report["outcome"], empty.wait()) == ("committed", 0), report
     try:
         with Nic(tmp_path, 0) as nic:

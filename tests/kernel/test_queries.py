@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.kit.processes import DaemonProcess, localmig
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
 from localmig.virtio.net import header_length
 
@@ -25,9 +23,6 @@ ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
 LOCAL: Final = ("--migration-parameter", "local=on")
 FRAME: Final = b"\xff" * 6 + bytes.fromhex("525400123456 88b5") + bytes(46)
-
-
-LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 
 
 class Site:
@@ -82,13 +77,7 @@ class Site:
 
     def status(self, *options: str) -> str:
         """What `localmig status` prints."""
-        done = subprocess.run(
-            [*LOCALMIG, "status", *options, str(self.daemon.qmp)],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
+        done = localmig("status", *options, str(self.daemon.qmp))
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.kit.processes import DaemonProcess
 
-from localmig.testing.daemon import DaemonProcess
 from localmig.testing.frontend import NetGuest
+from localmig.testing.process import start_program
 
 PAGE: Final = (Path(__file__).resolve().parents[2] / "docs/operating.md").read_text()
 
@@ -88,7 +89,7 @@ def test_a_daemon_needs_no_more_than_the_hard_limit(tmp_path: Path) -> None:
             options += ["--netdev", f"tap,id=net{index}"]
             options += ["--device", f"virtio-net,id=nic{index},netdev=net{index},socket={tmp_path}/{index}"]
         with low_soft_limit():
-            daemon = guests.enter_context(DaemonProcess(options))
+            daemon = guests.enter_context(DaemonProcess(options, start=start_program))
         for index in range(8):
             guests.enter_context(NetGuest(f"{tmp_path}/{index}")).attach()
         assert len(list(Path(f"/proc/{daemon.pid}/fd").iterdir())) > SOFT_LIMIT

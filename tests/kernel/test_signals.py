@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
+from tests.kit.fork_server import fork_server
+from tests.kit.processes import localmig
 
 from localmig.cli.signals import UNRELATED
+from localmig.testing.process import Process, start_program
 
 PATIENCE_S = 60
-
-LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
 
 
 class Daemon:
@@ -28,9 +30,9 @@ class Daemon:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.qmp = folder / "qmp.sock"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
-    def start(self, *options: str, launcher: Sequence[str] = (), stdio: int | IO[bytes] | None = None) -> None:
+    def start(self, *options: str, launcher: Sequence[str] = (), stdio: int | None = None) -> None:
         """Starts it and waits until it is ready.
 
         Args:
@@ -39,14 +41,9 @@ class Daemon:
             stdio: its stdin, stdout and stderr.
         """
         ready, ready_there = os.pipe()
-        command = [*launcher, *LOCALMIG, "run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}", *options]
-        self.process = subprocess.Popen(
-            [*command, "--ready-fd", str(ready_there)],
-            stdin=stdio,
-            stdout=stdio,
-            stderr=stdio,
-            pass_fds=[ready_there],
-        )
+        start = partial(start_program, launcher=launcher) if launcher else fork_server().start
+        words = ["run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}", *options, "--ready-fd", str(ready_there)]
+        self.process = start("localmig.cli", words, stdin=stdio, stdout=stdio, stderr=stdio, inherited=[ready_there])
         os.close(ready_there)
         assert os.read(ready, 1), "it did not start"
         os.close(ready)
@@ -57,9 +54,8 @@ class Daemon:
 
     def ask(self, command: str = "query-status") -> Any:
         """An answer also means that what was sent before has been acted upon."""
-        done = subprocess.run(
-            [*LOCALMIG, "qmp", str(self.qmp), command], capture_output=True, timeout=PATIENCE_S, check=True
-        )
+        done = localmig("qmp", str(self.qmp), command)
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def end(self) -> int:
@@ -109,7 +105,7 @@ def test_a_log_that_logrotate_copied_and_truncated_goes_on_from_its_beginning(da
 def test_stderr_follows_the_log_that_it_was_sent_into(daemon: Daemon, tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     with open(log, "ab") as output:
-        daemon.start("--log", str(log), stdio=output)
+        daemon.start("--log", str(log), stdio=output.fileno())
     assert daemon.process is not None
     log.rename(f"{log}.1")
     daemon.send(signal.SIGHUP)
@@ -212,5 +208,7 @@ def test_nothing_of_a_guest_gets_the_number_of_a_closed_stderr(daemon: Daemon) -
 
 def test_an_error_that_nobody_can_read_is_exit_status_1_all_the_same() -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*LOCALMIG, "run"], stderr=full, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "localmig.cli", "run"], stderr=full, timeout=PATIENCE_S, check=False
+        )
     assert done.returncode == 1

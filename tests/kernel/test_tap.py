@@ -254,6 +254,7 @@ def test_an_inherited_tap_of_another_namespace_needs_its_mtu_said() -> None:
         with opened():
             with pytest.raises(ConfigError, match="is in another network namespace, so its MTU cannot be read; say it"):
                 Tap(id="net1", fds=[number]).open()
+            os.close(number)  # it was left alone
             with opened(ifname=None, fds=[copy], mtu=2000) as tap:
                 assert (tap.ifname, tap.frame_length_max) == ("tap0", 2018)
             assert link("tap0")["mtu"] == 1500
@@ -376,6 +377,8 @@ def test_inherited_descriptors_that_are_not_the_queues_of_one_tap_are_refused() 
         twice = [os.dup(tap.fileno(0)), os.dup(tap.fileno(0))]
         with pytest.raises(ConfigError, match=f"fd={twice[0]} and fd={twice[1]} are one queue of 'tap0'"):
             Tap(id="net2", fds=twice, queues=2).open()
+        for number in twice:
+            os.close(number)
 
 
 def test_several_queues_move_attached_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.kit.proxy import StrippingProxy
 
 from localmig.errors import PeerLostError
 from localmig.testing.namespace import CommandError, NetworkNamespace, configure, create_tap, ip, link
-from localmig.testing.proxy import StrippingProxy
 from localmig.testing.traffic import Flood, Pinger, StreamReceiver, StreamSender
 
 PATIENCE_SECONDS = 20.0

@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.fork_server import fork_server
+from tests.kit.processes import localmig
 
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
+from localmig.testing.process import Process, Program
 
 PATIENCE_S = 60
 """For one program to do its part: it takes a second, a machine under load gets much more."""
@@ -40,9 +43,9 @@ class Machine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.qmp = directory / "qmp.sock"
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.started: list[Process] = []
 
-    def start_from_file(self) -> subprocess.Popen[bytes]:
+    def start_from_file(self) -> Process:
         """As `start`; a file says what it serves."""
         file = self.directory.parent / "vm.toml"
         file.write_text(
@@ -59,26 +62,28 @@ class Machine:
             socket = "{self.directory}/nic0.sock"
             """
         )
-        return self._start(LOCALMIG, ["--config", str(file)])
+        return self._start(["--config", str(file)])
 
-    def start(self, program: list[str] | None = None) -> subprocess.Popen[bytes]:
+    def start(self, program: Path | None = None) -> Process:
         """The first daemon, in a namespace of its own, ready."""
         options = ["--netdev", "tap,id=net0,ifname=tap0"]
         options += ["--device", f"virtio-net,id=nic0,netdev=net0,socket={self.directory}/nic0.sock"]
         options += ["--qmp", f"unix:{self.qmp}", "--migration-parameter", "downtime-limit=250"]
-        return self._start(program or LOCALMIG, options)
+        return self._start(options, program)
 
-    def _start(self, program: list[str], options: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, options: list[str], program: Path | None = None) -> Process:
         ready, ready_there = os.pipe()
-        with open(self.directory / "first.log", "wb") as log:
-            daemon = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "localmig.testing.namespace"),
-                    *(*program, "run", *options, "--ready-fd", str(ready_there)),
-                ],
-                pass_fds=[ready_there],
-                stderr=log,
-            )
+        words = ["run", *options, "--ready-fd", str(ready_there)]
+        with (
+            open(self.directory / "first.log", "wb") as log,
+            NetworkNamespace.create() as namespace,
+            namespace.entered(),
+        ):
+            daemon: Process
+            if program is None:
+                daemon = fork_server().start("localmig.cli", words, stderr=log.fileno(), inherited=[ready_there])
+            else:
+                daemon = Program([program, *words], stderr=log, pass_fds=[ready_there])
         self.started.append(daemon)
         os.close(ready_there)
         said = os.read(ready, 1)
@@ -86,15 +91,12 @@ class Machine:
         assert said, (self.directory / "first.log").read_text()
         return daemon
 
-    def wait_at(self, address: str) -> subprocess.Popen[bytes]:
+    def wait_at(self, address: str) -> Process:
         """A daemon that waits for another one, ready."""
-        options = ["--incoming", address, "--migration-parameter", "local=on", "--qmp", f"unix:{self.qmp}"]
-        return self._start(LOCALMIG, options)
+        return self._start(["--incoming", address, "--migration-parameter", "local=on", "--qmp", f"unix:{self.qmp}"])
 
-    def localmig(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*LOCALMIG, *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=cwd
-        )
+    def localmig(self, *words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return localmig(*words, folder=folder)
 
     def upgrade(self, *options: str) -> tuple[int, dict[str, Any], str]:
         """Exit status, report, stderr."""
@@ -153,7 +155,7 @@ class Machine:
         done = self.localmig("qmp", str(self.qmp), "quit")
         for daemon in self.started:
             if done.returncode != 0:
-                daemon.kill()
+                daemon.send_signal(signal.SIGKILL)
             daemon.wait(PATIENCE_S)
 
 
@@ -171,7 +173,7 @@ DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 @pytest.mark.parametrize("start", [Machine.start, Machine.start_from_file])
 def test_the_new_daemon_serves_at_the_old_path_and_the_old_one_is_gone(
-    machine: Machine, start: Callable[[Machine], subprocess.Popen[bytes]]
+    machine: Machine, start: Callable[[Machine], Process]
 ) -> None:
     old = start(machine)
     code, report, said = machine.upgrade()
@@ -254,7 +256,7 @@ def test_the_report_tells_phases_downtime_and_descriptors(machine: Machine) -> N
 
 def test_what_moved_is_recorded_and_explained(machine: Machine) -> None:
     machine.start()
-    done = machine.localmig("upgrade", "qmp.sock", "--record", "moved.stream", cwd=machine.directory)
+    done = machine.localmig("upgrade", "qmp.sock", "--record", "moved.stream", folder=machine.directory)
     assert done.returncode == 0, done.stderr
     recording = machine.directory / "moved.stream"
     assert stat.S_IMODE(recording.stat().st_mode) == 0o600
@@ -282,7 +284,7 @@ def test_a_recording_that_cannot_be_written_is_a_note_and_no_reason_to_fail(mach
 def test_an_upgrade_can_follow_an_upgrade_also_by_a_relative_path(machine: Machine) -> None:
     machine.start()
     assert machine.upgrade()[0] == 0
-    done = machine.localmig("upgrade", "qmp.sock", cwd=machine.directory)
+    done = machine.localmig("upgrade", "qmp.sock", folder=machine.directory)
     assert done.returncode == 0, done.stderr
     assert "committed: daemon" in done.stdout
     assert "downtime" in done.stdout
@@ -316,7 +318,7 @@ def test_a_daemon_migrates_to_one_that_waits(machine: Machine) -> None:
     assert old.wait(PATIENCE_S) == 0
 
 
-def served_on(machine: Machine, old: subprocess.Popen[bytes]) -> None:
+def served_on(machine: Machine, old: Process) -> None:
     """The old daemon is as it was, and nothing of the attempt is left."""
     facts = machine.status()
     assert (facts["pid"], facts["status"]) == (old.pid, "running")
@@ -485,7 +487,7 @@ def test_a_new_daemon_that_a_killed_upgrade_left_is_named_and_can_be_ended(machi
     code, _, said = machine.upgrade()
     assert code == 1
     assert f"end it with 'kill {left.pid}'" in said
-    left.terminate()
+    left.send_signal(signal.SIGTERM)
     assert left.wait(PATIENCE_S) == 0
     code, report, said = machine.upgrade()
     assert (code, report["old-pid"]) == (0, old.pid), said
@@ -523,7 +525,7 @@ def test_the_log_of_a_new_daemon_can_be_moved_away(machine: Machine) -> None:
 
 
 def test_an_old_daemon_that_dies_in_the_middle_is_succeeded_all_the_same(machine: Machine) -> None:
-    old = machine.start([str(machine.saboteur("old", phase="setup-ack", act=DIE))])
+    old = machine.start(machine.saboteur("old", phase="setup-ack", act=DIE))
     code, report, said = machine.upgrade()
     assert code == 0, said
     assert report["outcome"] == "committed"

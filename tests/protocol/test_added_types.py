@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.processes import DaemonProcess, localmig
 from tests.packages import COUNTER, install
 
 from localmig.errors import PeerError
-from localmig.testing.daemon import DaemonProcess
 
 PATIENCE_S = 60
 """For one program to do its part: it takes a second, a machine under load gets much more."""
-
-LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str, succeeds: bool = True) -> str:
-    done = subprocess.run([*LOCALMIG, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    done = localmig(*arguments)
     assert (done.returncode == 0) == succeeds, done
     return done.stdout if succeeds else done.stderr
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig import fds
 from localmig.errors import KernelError, PeerError, PeerLostError
@@ -45,11 +46,17 @@ def inode(fd: int) -> int:
 # -- cutting --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def buffer() -> Iterator[FrameBuffer]:
+@contextmanager
+def new_buffer() -> Iterator[FrameBuffer]:
     made = FrameBuffer()
     yield made
     made.close()
+
+
+@pytest.fixture
+def buffer() -> Iterator[FrameBuffer]:
+    with new_buffer() as made:
+        yield made
 
 
 STREAM = b"".join(
@@ -77,7 +84,7 @@ def take_all(buffer: FrameBuffer) -> list[tuple[FrameKind, bytes, list[int]]]:
     return taken
 
 
-@pytest.mark.parametrize("cut", range(len(STREAM) + 1))
+@each_case("cut", range(len(STREAM) + 1), fresh={"buffer": new_buffer})
 def test_frames_are_the_same_wherever_the_bytes_are_cut(buffer: FrameBuffer, cut: int) -> None:
     taken = []
     # The kernel ends what it delivers behind a byte that carries a descriptor.
@@ -98,7 +105,7 @@ def test_frames_are_the_same_byte_by_byte(buffer: FrameBuffer) -> None:
     assert taken == FRAMES
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("spoiled", "complaint"),
     [
         (header(1, 0, magic=b"QEVM"), "channel starts with 5145564d, expected 4c4d4947"),
@@ -112,6 +119,7 @@ def test_frames_are_the_same_byte_by_byte(buffer: FrameBuffer) -> None:
         ),
         (header(FrameKind.SETUP, 0xFFFF_FFFF), "SETUP frame has 4294967295 bytes"),
     ],
+    fresh={"buffer": new_buffer},
 )
 def test_a_header_that_is_none_is_refused_before_its_payload_comes(
     buffer: FrameBuffer, spoiled: bytes, complaint: str
@@ -123,7 +131,7 @@ def test_a_header_that_is_none_is_refused_before_its_payload_comes(
         buffer.next_frame()
 
 
-@pytest.mark.parametrize("kind", FrameKind)
+@each_case("kind", FrameKind, fresh={"buffer": new_buffer})
 def test_every_kind_has_a_limit_and_may_reach_it(buffer: FrameBuffer, kind: FrameKind) -> None:
     buffer.feed(header(kind, LENGTH_MAX[kind]))
     buffer.feed(bytes(LENGTH_MAX[kind]))
@@ -269,7 +277,7 @@ def test_a_frame_without_descriptors_leaves_in_one_piece(monkeypatch: pytest.Mon
     assert pieces == [12 + 8]
 
 
-@pytest.mark.parametrize("cut", [1, 11, 12, 13, 15])
+@each_case("cut", [1, 11, 12, 13, 15])
 def test_a_side_that_leaves_within_a_frame_is_lost(cut: int) -> None:
     whole = header(FrameKind.SETUP, 4) + b"a bc"
     with pair() as (channel, theirs), a_file() as lent:

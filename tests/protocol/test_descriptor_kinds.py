@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 from tests.compat import nic
+from tests.kit.cases import each_case
 from tests.protocol.test_stream_descriptors import no_descriptor_is_left
 
 from localmig.device_api.device_state import DEVICE, SocketState
@@ -84,7 +85,7 @@ def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, OwnedFd]]:
         yield request.param.strip(), made
 
 
-@pytest.mark.parametrize("kind", FdKind)
+@each_case("kind", FdKind)
 def test_a_descriptor_is_of_one_kind_or_of_none(named: tuple[str, OwnedFd], kind: FdKind) -> None:
     name, made = named
     plug = Description(name="plug", version=1, oldest_version=1, state=Plug, fields=(fd("cable", kind=kind),))

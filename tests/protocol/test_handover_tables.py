@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.kit.cases import each_case
 from tests.protocol.handover_model import (
     ALL_RULES,
     Again,
@@ -109,14 +110,14 @@ def drawn_steps(drawing: Mapping[StateT, Mapping[StateT, str]]) -> dict[tuple[st
     }
 
 
-@pytest.mark.parametrize("event", SourceEvent)
-@pytest.mark.parametrize("state", SourceState)
+@each_case("event", SourceEvent)
+@each_case("state", SourceState)
 def test_the_source_takes_the_steps_that_are_drawn_and_no_other(state: SourceState, event: SourceEvent) -> None:
     check_step(Machine(state, SOURCE), event, drawn_steps(SOURCE_DRAWING).get((state, event)))
 
 
-@pytest.mark.parametrize("event", DestinationEvent)
-@pytest.mark.parametrize("state", DestinationState)
+@each_case("event", DestinationEvent)
+@each_case("state", DestinationState)
 def test_the_destination_takes_the_steps_that_are_drawn_and_no_other(
     state: DestinationState, event: DestinationEvent
 ) -> None:
@@ -165,10 +166,8 @@ def test_past_the_commit_the_source_serves_again_only_once_the_destination_is_de
     assert reachable(SOURCE, S.COMMITTED, but_not_by=frozenset()) & SOURCE_SERVES == {S.TAKEN_BACK}
 
 
-@pytest.mark.parametrize(
-    "event", [E.REFUSED, E.CHANNEL_LOST, E.PEER_DIED, E.TIMED_OUT, E.FAILED_HERE, E.CANCEL], ids=str
-)
-@pytest.mark.parametrize("state", [S.CONNECTING, S.GREETING, S.SETTING_UP, S.PREPARED, S.SWITCHING], ids=str)
+@each_case("event", [E.REFUSED, E.CHANNEL_LOST, E.PEER_DIED, E.TIMED_OUT, E.FAILED_HERE, E.CANCEL], ids=str)
+@each_case("state", [S.CONNECTING, S.GREETING, S.SETTING_UP, S.PREPARED, S.SWITCHING], ids=str)
 def test_before_the_commit_every_failure_leaves_the_source_serving(state: SourceState, event: SourceEvent) -> None:
     assert SOURCE[state, event] in SOURCE_SERVES & SOURCE_ENDED
 
@@ -293,7 +292,7 @@ def with_step(rules: Rules, state: str, event: str, target: SourceState | Destin
     return replace(rules, destination_table={key: to for key, to in destination.items() if to is not None})
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("state", "event", "target", "broken"),
     [
         (S.COMMITTED, E.CHANNEL_LOST, S.FAILED, Broken.TWO_OWNERS),
@@ -464,5 +463,5 @@ PROCESSES_MAX = 6
 
 TestHandovers = Handovers.TestCase
 TestHandovers.settings = settings(
-    max_examples=150, stateful_step_count=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=80, derandomize=True, suppress_health_check=list(HealthCheck)
 )

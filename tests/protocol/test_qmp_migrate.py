@@ -6,14 +6,15 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryFile
+from typing import IO, cast
 
 import pytest
+from tests.kit.fork_server import ForkedProcess, fork_server
 from tests.protocol.scripted import AS_BEFORE, NEVER_S, PATIENCE_S, SETTINGS, ScriptedDaemon, settings_of
 
 from localmig.cli import handover, main, migrate
@@ -172,22 +173,37 @@ def test_nothing_settled_is_unknown(run: Run, monkeypatch: pytest.MonkeyPatch) -
 # -- the command ----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Command:
+    """The command as a process."""
+
+    process: ForkedProcess
+    stdout: IO[bytes]
+    stderr: IO[bytes]
+
+    async def end(self) -> tuple[int, bytes, bytes]:
+        """Waits for its end: the exit status, and what it wrote to stdout and stderr."""
+        status = await asyncio.to_thread(self.process.wait, PATIENCE_S)
+        self.stdout.seek(0)
+        self.stderr.seek(0)
+        return status, self.stdout.read(), self.stderr.read()
+
+
 @asynccontextmanager
-async def command(path: Path, source: ScriptedDaemon, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The command as a process, that asks `source`."""
+async def command(path: Path, source: ScriptedDaemon, *options: str) -> AsyncIterator[Command]:
+    """The command, that asks `source`."""
     server = QmpServer(cast(Daemon, source), str(path), succeeds=False)
     await server.start()
     words = ("migrate", str(path), "unix:/nowhere", *options)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "localmig.cli", *words),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            yield process
-    finally:
-        await server.close(reason="host-signal")
+    with TemporaryFile() as stdout, TemporaryFile() as stderr:
+        process = fork_server().start("localmig.cli", words, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                yield Command(process, stdout, stderr)
+        finally:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+            await server.close(reason="host-signal")
 
 
 def test_ctrl_c_cancels_and_the_report_says_so(tmp_path: Path) -> None:
@@ -195,11 +211,11 @@ def test_ctrl_c_cancels_and_the_report_says_so(tmp_path: Path) -> None:
         source = ScriptedDaemon(RunState.RUNNING)
         source.on_migrate = lambda: source.become(status="active")
         source.on_cancel = lambda: source.become(status="cancelled")
-        async with command(tmp_path / "qmp.sock", source, "--json", "--local") as process:
+        async with command(tmp_path / "qmp.sock", source, "--json", "--local") as migrate:
             await source.asked.wait()
-            process.send_signal(signal.SIGINT)
-            report, said = await process.communicate()
-        assert process.returncode == 1, said
+            migrate.process.send_signal(signal.SIGINT)
+            status, report, said = await migrate.end()
+        assert status == 1, said
         assert json.loads(report) == {
             "outcome": "rolled-back",
             "old-pid": os.getpid(),
@@ -218,9 +234,9 @@ def test_detached_it_begins_and_leaves(tmp_path: Path) -> None:
         source = ScriptedDaemon(RunState.RUNNING)
         source.on_migrate = lambda: source.become(status="active")
         options = ("--detach", "--local", "--downtime-limit", "7")
-        async with command(tmp_path / "qmp.sock", source, *options) as process:
-            _, said = await process.communicate()
-        assert process.returncode == 0, said
+        async with command(tmp_path / "qmp.sock", source, *options) as migrate:
+            status, _, said = await migrate.end()
+        assert status == 0, said
         assert b"begun: 'localmig status" in said
         assert source.calls == ["migrate unix:/nowhere"]
         assert source.parameters == Parameters(

@@ -6,20 +6,19 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.kit.fork_server import fork_server
+from tests.kit.processes import localmig
 
 from localmig.cli.client import connected
 from localmig.migration.parameters import Parameters
 from localmig.monitor.schema import parameters_to_qmp
+from localmig.testing.process import Process, Start, start_program
 
 PATIENCE_S = 60
-
-LOCALMIG = [sys.executable, "-P", "-m", "localmig.cli"]
 
 
 class Launcher:
@@ -27,20 +26,16 @@ class Launcher:
 
     def __init__(self, directory: Path) -> None:
         self.qmp = directory / "qmp.sock"
-        self.processes: list[subprocess.Popen[str]] = []
+        self._log = directory / "stderr"
+        self.processes: list[Process] = []
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
+    def start(self, *options: str, start: Start | None = None) -> Process:
         """A daemon, ready."""
         ready, ready_there = os.pipe()
-        process = subprocess.Popen(
-            [
-                *(*LOCALMIG, "run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}"),
-                *("--ready-fd", str(ready_there), *options),
-            ],
-            pass_fds=[ready_there],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = ["run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}", "--ready-fd", str(ready_there), *options]
+        start = start or fork_server().start
+        with open(self._log, "ab") as log:
+            process = start("localmig.cli", words, stderr=log.fileno(), inherited=[ready_there])
         self.processes.append(process)
         os.close(ready_there)
         try:
@@ -50,10 +45,14 @@ class Launcher:
             os.close(ready)
         return process
 
+    def end_of(self, process: Process) -> tuple[int, str]:
+        """Waits for its end: the exit status, and what it wrote to stderr."""
+        return process.wait(PATIENCE_S), self._log.read_text()
+
     def end(self) -> None:
         for process in self.processes:
-            process.kill()
-            process.communicate(timeout=PATIENCE_S)
+            process.send_signal(signal.SIGKILL)
+            process.wait(PATIENCE_S)
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_daemon_in_good_order(launcher: Launcher, number: signal.Signals) -> None:
-    daemon = launcher.start()
+    daemon = launcher.start(start=start_program)
 
     async def watch() -> object:
         async with connected(str(launcher.qmp)) as client:
@@ -76,20 +75,18 @@ def test_a_signal_ends_the_daemon_in_good_order(launcher: Launcher, number: sign
             return event["event"], event["data"]
 
     assert asyncio.run(watch()) == ("SHUTDOWN", {"guest": False, "reason": "host-signal"})
-    _, log = daemon.communicate(timeout=PATIENCE_S)
-    assert daemon.returncode == 0, log
+    status, log = launcher.end_of(daemon)
+    assert status == 0, log
     assert "Traceback" not in log
     assert not launcher.qmp.exists()
 
 
 def test_quit_ends_the_daemon_in_good_order(launcher: Launcher) -> None:
     daemon = launcher.start()
-    done = subprocess.run(
-        [*LOCALMIG, "qmp", str(launcher.qmp), "quit"], capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    done = localmig("qmp", str(launcher.qmp), "quit")
     assert (done.returncode, done.stdout, done.stderr) == (0, "{}\n", "")
-    _, log = daemon.communicate(timeout=PATIENCE_S)
-    assert daemon.returncode == 0, log
+    status, log = launcher.end_of(daemon)
+    assert status == 0, log
     assert "Traceback" not in log
 
 
@@ -114,21 +111,15 @@ def test_a_daemon_may_be_started_with_migration_parameters(launcher: Launcher) -
 def test_the_log_goes_to_its_file(launcher: Launcher, tmp_path: Path) -> None:
     log = tmp_path / "log"
     daemon = launcher.start("--log", str(log), "-v")
-    daemon.terminate()
-    assert daemon.communicate(timeout=PATIENCE_S)[1] == ""
+    daemon.send_signal(signal.SIGTERM)
+    assert launcher.end_of(daemon) == (0, "")
     assert "RunStateChanged" in log.read_text()
 
 
 def test_one_incoming_daemon_may_wait_beside_another_and_no_more(launcher: Launcher) -> None:
     launcher.start()
     launcher.start()
-    third = subprocess.run(
-        [*LOCALMIG, "run", "--incoming", "defer", "--qmp", f"unix:{launcher.qmp}"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    third = localmig("run", "--incoming", "defer", "--qmp", f"unix:{launcher.qmp}")
     assert third.returncode == 1
     assert third.stderr.startswith("localmig: error: socket")
     assert "is in use by a living process" in third.stderr

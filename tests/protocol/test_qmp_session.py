@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import ConfigError, PeerError
 from localmig.fds import OwnedFd
@@ -43,7 +44,7 @@ def error(desc: str, kind: str = "GenericError") -> dict[str, object]:
 EXPECTING = error("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("sent", "answer"),
     [
         ('{"execute": "echo"}', {"return": {}}),

@@ -12,6 +12,7 @@ from hypothesis import given
 from tests.compat.synthetic import Pieces
 from tests.compat.vmdesc_reader import find_vmdesc, walk
 from tests.compat.writing import begun
+from tests.kit.cases import each_case
 from tests.unit.test_vmstate import OUTER, OUTERS, Outer
 
 from localmig.errors import ConfigError, PeerError, StateError
@@ -191,7 +192,7 @@ def test_the_frame_of_these_tests_is_right() -> None:
     assert incoming.switchover(END) == []
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("setup", "problem"),
     [
         (b"", r"needs 9 bytes at offset \d+, 0 are left"),
@@ -255,7 +256,7 @@ A_DISK = ("a/disk", "disk", 1)
 B_RINGS = ("b/disk-rings", "disk-rings", 4)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("description", "problem"),
     [
         (b"", r"needs 5 bytes at offset 0, 0 are left"),
@@ -367,7 +368,7 @@ def test_a_recording_has_each_section_once_as_it_travelled_last() -> None:
     assert b"".join(changed()[2]) == b"".join(written())
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("sections", "piece", "problem"),
     [
         ([disk("c")], None, r'tells of a section "c/disk" of \'disk\', which was not expected'),

@@ -124,7 +124,7 @@ RUNNING = (
 """How a session comes to a running ring: random messages alone would hardly get there."""
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(begun=st.integers(1, len(RUNNING)), sent=st.lists(messages(), max_size=40))
 def test_any_messages_end_in_a_refusal_or_in_a_state_that_could_move(begun: int, sent: list[tuple[bytes, int]]) -> None:
     before = open_descriptors()
@@ -140,7 +140,7 @@ def test_any_messages_end_in_a_refusal_or_in_a_state_that_could_move(begun: int,
     assert open_descriptors() == before
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 @given(
     request=st.sampled_from(sorted(RULES)),
     flags=st.one_of(st.just(1), st.just(9), st.integers(0, 0xFFFFFFFF)),

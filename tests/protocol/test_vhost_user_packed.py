@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
 import pytest
+from tests.kit.cases import each_case
 from tests.protocol.test_vhost_user_protocol import (
     ADDRESS,
     BIT,
@@ -47,8 +49,8 @@ def packed(message: Message) -> Message:
     return message
 
 
-@pytest.fixture
-def negotiated() -> Iterator[Backend]:
+@contextmanager
+def new_negotiated() -> Iterator[Backend]:
     """A session whose frontend acknowledged packed rings and said nothing of any ring yet."""
     backend = Backend(PACKED_OFFER)
     steps = [packed(message) for message in SETUP]
@@ -59,14 +61,27 @@ def negotiated() -> Iterator[Backend]:
     backend.close()
 
 
-@pytest.fixture
-def served(negotiated: Backend) -> Backend:
+@contextmanager
+def new_served() -> Iterator[Backend]:
     """The same with a ring of 100 entries, started and enabled: no power of two."""
     steps = [packed(message) for message in SETUP]
-    for request, payload, fd_count in steps[1 + [step[0] for step in steps].index(Request.SET_MEM_TABLE) :]:
-        converse(negotiated, request, payload, fd_count=fd_count)
-    negotiated.data_sent(len(negotiated.data_to_send()))
-    return negotiated
+    with new_negotiated() as negotiated:
+        for request, payload, fd_count in steps[1 + [step[0] for step in steps].index(Request.SET_MEM_TABLE) :]:
+            converse(negotiated, request, payload, fd_count=fd_count)
+        negotiated.data_sent(len(negotiated.data_to_send()))
+        yield negotiated
+
+
+@pytest.fixture
+def negotiated() -> Iterator[Backend]:
+    with new_negotiated() as made:
+        yield made
+
+
+@pytest.fixture
+def served() -> Iterator[Backend]:
+    with new_served() as made:
+        yield made
 
 
 def stopped_at(backend: Backend) -> int:
@@ -79,7 +94,7 @@ def stopped_at(backend: Backend) -> int:
     return reply.number
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("told", "position"),
     [
         (FIRST_RING, 0x8000),  # QEMU's beginning
@@ -90,6 +105,7 @@ def stopped_at(backend: Backend) -> int:
         (0x0000_0063, 0x0063),  # DPDK's vhost answers no used half, and a frontend hands on what it was answered
         (0x8060_0003, 0x0003),  # chains in flight at whoever served before: they are available still
     ],
+    fresh={"negotiated": new_negotiated},
 )
 def test_the_low_half_of_a_base_is_the_position_and_the_answer_has_both(
     negotiated: Backend, told: int, position: int
@@ -142,7 +158,7 @@ WRONG: Final[tuple[tuple[Message, str], ...]] = (
 )
 
 
-@pytest.mark.parametrize(("message", "text"), WRONG)
+@each_case(("message", "text"), WRONG, fresh={"served": new_served})
 def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message: Message, text: str) -> None:
     vrings = [replace(vring) for vring in served.state.vrings]
     features = served.state.features_acked

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
@@ -160,21 +162,34 @@ def no_descriptor_is_left() -> Iterator[None]:
     assert {entry.name for entry in Path("/proc/self/fd").iterdir()} == before
 
 
-@pytest.fixture
-def backend() -> Iterator[Backend]:
+@contextmanager
+def new_backend() -> Iterator[Backend]:
     """A session at its very beginning."""
     made = Backend(OFFER, config=CONFIG)
     yield made
     made.close()
 
 
-@pytest.fixture
-def served(backend: Backend) -> Backend:
+@contextmanager
+def new_served() -> Iterator[Backend]:
     """A session whose ring 0 runs from position 7; ring 1 is untouched."""
-    for request, payload, fd_count in SETUP:
-        converse(backend, request, payload, fd_count=fd_count)
-        take_reply(backend)
-    return backend
+    with new_backend() as backend:
+        for request, payload, fd_count in SETUP:
+            converse(backend, request, payload, fd_count=fd_count)
+            take_reply(backend)
+        yield backend
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    with new_backend() as made:
+        yield made
+
+
+@pytest.fixture
+def served() -> Iterator[Backend]:
+    with new_served() as made:
+        yield made
 
 
 # -- what requests do -------------------------------------------------------------------------------------------
@@ -192,7 +207,7 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
     assert served.state.backend_request_fd is not None
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("request_", "answer"),
     [
         (Request.GET_FEATURES, U64(value=BIT | LOG_ALL | 0b101)),
@@ -201,6 +216,7 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
         (Request.GET_MAX_MEM_SLOTS, U64(value=4)),
         (Request.GET_STATUS, U64(value=15)),
     ],
+    fresh={"served": new_served},
 )
 def test_questions_are_answered(served: Backend, request_: Request, answer: Payload) -> None:
     assert converse(served, request_) is None
@@ -497,7 +513,7 @@ IMPOSSIBLE_SLOTS: tuple[tuple[Message, str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("message", "text"), IMPOSSIBLE_SLOTS)
+@each_case(("message", "text"), IMPOSSIBLE_SLOTS, fresh={"served": new_served})
 def test_a_memory_slot_that_cannot_be_is_refused_by_its_reply_and_changes_nothing(
     served: Backend, message: Message, text: str
 ) -> None:
@@ -513,7 +529,7 @@ def test_a_memory_slot_that_cannot_be_is_refused_by_its_reply_and_changes_nothin
     assert not any(fd.is_open for fd in fds)
 
 
-@pytest.mark.parametrize(("message", "text"), IMPOSSIBLE_SLOTS)
+@each_case(("message", "text"), IMPOSSIBLE_SLOTS, fresh={"served": new_served})
 def test_a_memory_slot_that_cannot_be_ends_the_session_of_a_frontend_that_wants_no_reply(
     served: Backend, message: Message, text: str
 ) -> None:
@@ -594,7 +610,11 @@ def test_the_configuration_space_is_read_where_asked(served: Backend, offset: in
     assert take_reply(served) == ConfigSpace(offset=offset, data=CONFIG[offset : offset + size])
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0, 60), (20, 5), (24, 1), (0, 256), (200, 256), (0xFFFFFFFF, 256)])
+@each_case(
+    ("offset", "size"),
+    [(0, 60), (20, 5), (24, 1), (0, 256), (200, 256), (0xFFFFFFFF, 256)],
+    fresh={"served": new_served},
+)
 def test_behind_the_configuration_space_are_zeros(served: Backend, offset: int, size: int) -> None:
     converse(served, Request.GET_CONFIG, ConfigSpace(offset=offset, data=b"\xff" * size))
     there = CONFIG[offset : offset + size]
@@ -636,7 +656,7 @@ def test_more_queue_pairs_than_there_are_are_counted_and_passed_over() -> None:
 # -- split anywhere, moved anywhere -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, 42))
+@each_case("step", range(1, 42), fresh={"backend": new_backend})
 def test_messages_split_anywhere_mean_the_same(backend: Backend, step: int) -> None:
     whole = Backend(OFFER, config=CONFIG)
     for message in SETUP:
@@ -649,7 +669,7 @@ def test_messages_split_anywhere_mean_the_same(backend: Backend, step: int) -> N
     whole.close()
 
 
-@pytest.mark.parametrize("message", [message for message in SETUP if message[2]])
+@each_case("message", [message for message in SETUP if message[2]])
 def test_descriptors_may_come_with_any_byte_of_their_message(message: Message) -> None:
     length = len(encode_request(message[0], message[1]))
     for fds_at in range(length):
@@ -785,7 +805,7 @@ WRONG: tuple[tuple[Message, str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("message", "text"), WRONG)
+@each_case(("message", "text"), WRONG, fresh={"served": new_served})
 def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message: Message, text: str) -> None:
     before = plain(served.state)
     data, fds = encode(message)
@@ -798,7 +818,7 @@ def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message
     assert plain(served.state) == before
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("request_", "payload", "fd_count"),
     [
         (Request.SET_LOG_BASE, LogFile(size=8, mmap_offset=0), 1),
@@ -814,6 +834,7 @@ def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message
         (Request.SET_STATUS, U64(value=1), 0),
         (Request.GET_STATUS, None, 0),
     ],
+    fresh={"backend": new_backend},
 )
 def test_a_request_needs_its_protocol_feature(
     backend: Backend, request_: Request, payload: Payload | None, fd_count: int
@@ -862,7 +883,7 @@ def spoil_region(**values: int) -> Spoil:
     return apply
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("change", "text"),
     [
         (spoil(features_acked=BIT | 2), "features 0x40000002"),
@@ -901,6 +922,7 @@ def spoil_region(**values: int) -> Spoil:
         (spoil(unparsed=encode_request(Request.SET_STATUS, U64(value=1)) + b"x"), "21 unparsed bytes"),
         (spoil(unsent=bytes(1100)), "1100 unsent bytes"),
     ],
+    fresh={"served": new_served},
 )
 def test_a_state_spoiled_in_one_field_is_refused_and_keeps_its_descriptors(
     served: Backend, change: Spoil, text: str

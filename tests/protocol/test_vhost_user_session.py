@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.contact import ConnectTo, ListenAt, Listener, ListenerState
 from localmig.errors import KernelError, PeerError
@@ -510,7 +511,7 @@ def test_a_session_moves_with_a_message_unread_in_the_kernel(path: str) -> None:
     assert not Path(path).exists()
 
 
-@pytest.mark.parametrize("cut", range(1, HEADER_SIZE + 40))
+@each_case("cut", range(1, HEADER_SIZE + 40))
 def test_a_session_moves_inside_a_message_and_comes_back(path: str, cut: int) -> None:
     async def scenario() -> None:
         source, destination = Device(), Device()

@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Final
 
+from tests.kit.fork_server import fork_server
 from tests.soak.chain import NICS, Generation, Soak
 from tests.soak.verdict import SAMPLE, WARM_UP, Verdict, judge_failures, judge_generations
 
@@ -47,9 +48,9 @@ def main() -> int:
         verdicts.append(judge_failures(options.failures, soak.fail_to_hand_over(options.failures)))
         soak.traffic.pause()
         counts = f"{soak.resets} resets of a driver, {soak.reconnects} reconnects of a frontend"
-        incubator = Footprint.of(soak.incubator_pid)
+        server = Footprint.of(fork_server().pid)
         traffic = f"{len(NICS)} NICs, {soak.traffic.received} numbered frames both ways: all arrived, once, in order"
-        verdicts.append(Verdict(facts=[counts, traffic, f"where daemons are forked: {incubator}"], findings=[]))
+        verdicts.append(Verdict(facts=[counts, traffic, f"where daemons are forked: {server}"], findings=[]))
     say(f"in {time.monotonic() - began:.0f} s:")
     for verdict in verdicts:
         for fact in verdict.facts:

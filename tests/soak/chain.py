@@ -2,19 +2,20 @@
 
 Owns:        the NICs, who serves, the order of handovers, resets and reconnects; what each generation took.
 Never sees:  what is judged about it.
-Read next:   incubator.py for where daemons come from; long_lived.py for one daemon that fails to hand over; verdict.py.
+Read next:   daemons.py for where daemons come from; long_lived.py for one daemon that fails to hand over; verdict.py.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from tests.soak.incubator import Born, Incubator, Program
+from tests.kit.fork_server import fork_server
+from tests.soak.daemons import Daemon
 from tests.soak.long_lived import FAILURES, Impostor
 from tests.soak.monitor import ENDED, Monitor
 from tests.soak.traffic import Nic, Traffic
@@ -22,6 +23,7 @@ from tests.soak.traffic import Nic, Traffic
 from benchmarks.site import LOCAL, Footprint
 from localmig.testing.frontend import DRIVER_FEATURES
 from localmig.testing.namespace import configure
+from localmig.testing.process import Start, start_program
 from localmig.virtio import Feature
 
 NICS: Final = {"tap0": DRIVER_FEATURES, "tap1": DRIVER_FEATURES | int(Feature.RING_PACKED)}
@@ -77,8 +79,8 @@ class Soak:
         self._on_generation = on_generation
         self._resources = ExitStack()
         self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        self._incubator = self._resources.enter_context(Incubator())
-        self._programs = self._resources.enter_context(ExitStack())
+        self._alive: list[Daemon] = []
+        self._resources.callback(self._end_daemons)
         self.resets = self.reconnects = 0
         self._number = 0
         self._impostors = 0
@@ -87,7 +89,7 @@ class Soak:
             packed = ",packed=on" if features & Feature.RING_PACKED else ""
             objects += ["--netdev", f"tap,id={tap},ifname={tap}"]
             objects += ["--device", f"virtio-net,id={tap}-nic,netdev={tap},socket={self._folder / tap}{packed}"]
-        self._daemon: Born = self._incubator.bear([*self._common(0), *objects])
+        self._daemon = self._start([*self._common(0), *objects], fork_server().start)
         self._daemon.wait_ready()
         self.monitor = Monitor(self._qmp(0))
         self.nics = [
@@ -103,19 +105,14 @@ class Soak:
         """The daemon that serves."""
         return self._daemon.pid
 
-    @property
-    def incubator_pid(self) -> int:
-        """Where daemons are forked."""
-        return self._incubator.pid
-
     def hand_over(self, count: int) -> list[Generation]:
         """Hands over `count` times; what each generation took. Whatever goes wrong is raised."""
         generations = []
         last = self._number + count
-        successor = self._bear(self._number + 1)
+        successor = self._successor(self._number + 1)
         for number in range(self._number + 1, last + 1):
             # The one after it starts while this one takes over.
-            after_it = self._bear(number + 1) if number < last else None
+            after_it = self._successor(number + 1) if number < last else None
             generation = self._hand_over_to(successor, number)
             generations.append(generation)
             self._on_generation(generation)
@@ -133,7 +130,7 @@ class Soak:
         footprints = []
         self._impostors += 1
         path = self._folder / f"i{self._impostors}"
-        with Impostor(path, self._incubator) as impostor:
+        with Impostor(path) as impostor:
             for failures in range(1, count + 1):
                 failure = FAILURES[failures % len(FAILURES)]
                 self.monitor.migrate(f"unix:{path}")
@@ -165,15 +162,21 @@ class Soak:
     def _uri(self, number: int) -> str:
         return f"unix:{self._folder / f'm{number}'}"
 
-    def _bear(self, number: int) -> Born:
-        arguments = [*self._common(number), "--incoming", self._uri(number)]
-        if number % PROGRAM_EVERY:
-            return self._incubator.bear(arguments)
-        program = Program(arguments)
-        self._programs.callback(program.end)  # the last one, and the next one where something went wrong
-        return program
+    def _successor(self, number: int) -> Daemon:
+        start = fork_server().start if number % PROGRAM_EVERY else start_program
+        return self._start([*self._common(number), "--incoming", self._uri(number)], start)
 
-    def _hand_over_to(self, successor: Born, number: int) -> Generation:
+    def _start(self, arguments: Sequence[str], start: Start) -> Daemon:
+        daemon = Daemon(arguments, start)
+        self._alive.append(daemon)
+        return daemon
+
+    def _end_daemons(self) -> None:
+        """The one that serves, and the next one if something went wrong."""
+        for daemon in self._alive:
+            daemon.end()
+
+    def _hand_over_to(self, successor: Daemon, number: int) -> Generation:
         successor.wait_ready()
         stream = self._folder / "stream"
         is_recorded = number % RECORD_EVERY == 1
@@ -186,13 +189,14 @@ class Soak:
         self.monitor.quit()
         exit_status = self._daemon.wait()
         assert exit_status == 0, f"daemon {self._daemon.pid} ended with {exit_status}"
+        self._alive.remove(self._daemon)
         self._daemon, self.monitor = successor, Monitor(self._qmp(number))
         # A source that has let go is settled with; only then is what it took back.
         self.monitor.wait_settled()
         self._number = number
         return Generation(
             number=number,
-            is_program=isinstance(successor, Program),
+            is_program=number % PROGRAM_EVERY == 0,
             footprint=Footprint.of(successor.pid),
             downtime_us=info["local"]["downtime-us"],
             descriptors=info["local"]["descriptors"],

@@ -10,6 +10,7 @@ Against it one source fails to hand over thousands of times in one life, at ever
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, Self
 
-from tests.soak.incubator import Incubator
+from tests.soak.daemons import listen
 
 from localmig.fds import OwnedFd, receive, send
 from localmig.migration.channel import FrameBuffer, FrameKind
@@ -74,13 +75,12 @@ _ANSWERS: Final = {FrameKind.SETUP: FrameKind.SETUP_ACK, FrameKind.SWITCHOVER: F
 class Impostor:
     """Is called where a destination would be. A context manager."""
 
-    def __init__(self, path: Path, incubator: Incubator) -> None:
-        self._incubator = incubator
+    def __init__(self, path: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(PATIENCE_S)
         self._listener.bind(str(path))
         # The kernel tells a source who listens, and the source believes in no other process.
-        self._process = incubator.listen(self._listener)
+        self._process = listen(self._listener)
 
     def fail(self, failure: Failure, cancel: Callable[[], object]) -> None:
         """Takes a source's call and fails it. `cancel` is what the operator does."""
@@ -99,8 +99,8 @@ class Impostor:
                         cancel()
                         assert _hear(connection, buffer) is FrameKind.CANCEL
                     case How.DIES:
-                        self._incubator.end(self._process)
-                        self._process = self._incubator.listen(self._listener)
+                        self._end()
+                        self._process = listen(self._listener)
         finally:
             buffer.close()
 
@@ -109,14 +109,18 @@ class Impostor:
 
     def __exit__(self, *exc: object) -> None:
         self._listener.close()
-        self._incubator.end(self._process)
+        self._end()
+
+    def _end(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(PATIENCE_S)
 
     def _speak(self, connection: socket.socket, buffer: FrameBuffer, last: FrameKind) -> None:
         """Answers as a destination does, up to the frame that it does not answer any more."""
         while (kind := _hear(connection, buffer)) is not last:
             if kind is FrameKind.HELLO:
                 data = Hello(version=program_version(), local=True, running=True).encode() + b" "
-                with OwnedFd(os.pidfd_open(self._process)) as pidfd:
+                with OwnedFd(os.pidfd_open(self._process.pid)) as pidfd:
                     _say(connection, FrameKind.HELLO, data[:-1], rest=b" ", fd=pidfd)
             elif kind in _ANSWERS:
                 _say(connection, _ANSWERS[kind])

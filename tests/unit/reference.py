@@ -28,10 +28,13 @@ Written by `make docs` from the docstrings of `localmig.device_api`; change it t
 SECTIONS: Final = {
     "Devices whose rings are served by Python": "CallbackDevice Chain callback_members",
     "Types": "ObjectType BuildContext",
-    "Options": "Spec DeviceSpec VhostUserSpec option reference Fit Number Switch Identifier FilePath",
+    "Options": "Spec DeviceSpec VhostUserSpec option reference Fit Number Switch Choice Identifier FilePath SocketPath "
+    "MacAddress",
+    "What is shown": "Member Struct Array String Boolean Uint64 Enumeration",
     "State": "Description Subsection u8 u16 u32 u64 boolean numbers blob text array struct optional fd OwnedFd",
     "Errors": "ConfigError PeerError KernelError",
-    "Any device": "VhostUserDevice Offer DeviceInfo device_members RingGroup CallbackGroup Layout Queues",
+    "Any device": "VhostUserDevice Offer Event MtuSet RarpRequested DeviceInfo device_members RingGroup CallbackGroup "
+    "Layout Queues",
     "Parts and netdevs": "Part Announces RunsPrograms Netdev NetdevObserver NetdevSpec Offload",
 }
 """In the order in which a reader needs them."""

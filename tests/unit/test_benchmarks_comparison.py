@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.kit.cases import each_case
 
 from benchmarks.compare import Turn, order, show
 from benchmarks.comparison import (
@@ -41,7 +42,7 @@ def test_each_round_begins_with_the_tree_that_ended_the_one_before() -> None:
     assert [number for number, _ in order(2)] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("rounds", range(1, 8))
+@each_case("rounds", range(1, 8))
 def test_each_round_has_each_tree_once(rounds: int) -> None:
     turns = list(order(rounds))
     assert len(turns) == 2 * rounds

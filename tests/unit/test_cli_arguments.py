@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.access import Access, nameless_user_id
 from localmig.cli import main
@@ -68,7 +69,7 @@ def test_users_are_looked_up_and_the_one_that_stands_for_all_the_nameless_is_ref
         resolve_access(AccessSpec(users=(str(nameless_user_id()),)))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("word", "error"),
     [
         ("local", "expected NAME=VALUE"),
@@ -104,7 +105,7 @@ def test_arguments_that_are_neither_are_refused(words: list[str]) -> None:
         read_arguments(words)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("words", "code", "error"),
     [
         (["run"], 1, "nothing to serve: give --netdev and --device, --qmp to be given them later, or --incoming to"),
@@ -163,7 +164,7 @@ def test_what_is_wrong_in_a_file_is_told_with_its_name(
         assert line.startswith(f"localmig: error: --config {file}: {error}")
 
 
-@pytest.mark.parametrize(
+@each_case(
     "words", [[], ["bogus"], ["upgrade"], ["upgrade", "x", "--timeout", "0"], ["upgrade", "x", "--timeout", "nan"]]
 )
 def test_wrong_usage_has_exit_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +174,7 @@ def test_wrong_usage_has_exit_status_2(words: list[str], capsys: pytest.CaptureF
     assert "usage: localmig" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "upgrade", "migrate", "status", "qmp"])
+@each_case("command", ["run", "upgrade", "migrate", "status", "qmp"])
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.cli.status import device_of, rates, show, show_device
 from localmig.cli.text import quantity
@@ -262,7 +263,7 @@ def nameless(told: dict[str, Any]) -> None:
     told["devices"][0]["server"] = False
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("change", "line"),
     [
         (without_frontend, "frontend   none"),
@@ -322,7 +323,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are() -> N
         device_of(facts(), "nic9")
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("number", "text"),
     [
         (0, "0 B"),

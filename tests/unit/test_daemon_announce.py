@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.daemon import announce
 from localmig.daemon.announce import Announcer
@@ -36,7 +37,7 @@ class Nic(Announces):
             raise KernelError("the interface is down", errno=5)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("announcement", "pauses"),
     [
         (Announcement(), [50, 150, 250, 350]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.daemon.objects import Assembly, Objects
 from localmig.device_api import Part, Queues
@@ -114,8 +115,8 @@ def test_a_netdev_without_a_name_gets_the_sources() -> None:
 
 
 def test_a_netdev_with_an_inherited_descriptor_needs_no_name() -> None:
-    own = together(TapSpec(id="net0", fd=7), NIC)
-    assert own.fit(hello(BOTH, local=False)).specs == (TapSpec(id="net0", fd=7), NIC)
+    own = together(TapSpec(id="net0", fd="7"), NIC)
+    assert own.fit(hello(BOTH, local=False)).specs == (TapSpec(id="net0", fd="7"), NIC)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_what_only_matters_beside_descriptors_may_differ_without_them() -> None:
     assert own.fit(hello(home)) == own
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("spoiled", "complaint"),
     [
         (HandoverObject(kind="drive", options={}), "object of kind 'drive', this release knows netdev and device"),
@@ -165,7 +166,7 @@ def test_what_only_matters_beside_descriptors_may_differ_without_them() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("ours", [NOTHING, BOTH])
+@each_case("ours", [NOTHING, BOTH])
 def test_objects_that_cannot_be_are_the_sources_fault(ours: Objects, spoiled: HandoverObject, complaint: str) -> None:
     with pytest.raises(PeerError, match=complaint):
         ours.fit(Hello(version="0.1.0", local=True, running=True, objects=(spoiled,)))

@@ -220,8 +220,6 @@ NIC1: Final = {"driver": "virtio-net", "id": "nic1", "netdev": "net0", "socket":
             {"type": "tap", "id": "net1", "ifname": "tap0"},
             "interface 'tap0' is used by netdev 'net0' already",
         ),
-        ("netdev", {"type": "tap", "id": "net1", "fd": 7}, "numbers of descriptors are those of the program that"),
-        ("netdev", {"type": "tap", "id": "net1", "fds": "7:8"}, "numbers of descriptors are those of the program that"),
         ("device", NIC1, "can't take netdev 'net0', it's in use by device 'nic0'"),
         ("device", NIC1 | {"netdev": "net7"}, "can't find netdev 'net7', there is 'net0'"),
         ("device", NIC1 | {"driver": "virtio-tea"}, "does not accept value 'virtio-tea'"),

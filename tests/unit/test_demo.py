@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.demo import picture
 from localmig.demo.__main__ import main
@@ -109,7 +110,7 @@ def test_pings_that_the_guest_discarded_itself_are_no_harm_done_by_handovers() -
     assert "10 pings lost, all discarded by the guest itself and none by a handover" in verdict(result)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("result", "wrong"),
     [
         pytest.param(

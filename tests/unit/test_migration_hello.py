@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError
 from localmig.migration.hello import (
@@ -62,7 +63,7 @@ def test_the_byte_of_the_descriptor_behind_it_does_not_matter() -> None:
     assert Hello.decode(HELLO.encode() + b" ") == HELLO
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("path", "value", "complaint"),
     [
         (("protocol",), ABSENT, "handover protocol is None there and 2 here"),
@@ -92,7 +93,7 @@ def test_a_hello_with_one_wrong_field_is_refused(path: tuple[str | int, ...], va
         Hello.decode(spoiled(HELLO.encode(), path, value))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("data", "complaint"),
     [
         (b"", "HELLO is no JSON"),
@@ -149,7 +150,7 @@ def test_done_comes_back_as_it_went() -> None:
     assert Done.decode(Done(serving_ns=0, phases=()).encode()) == Done(serving_ns=0, phases=())
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("path", "value"),
     [
         (("serving-ns",), ABSENT),

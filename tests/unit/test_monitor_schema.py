@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import ConfigError
 from localmig.migration.handover import DESTINATION_STATUS, SOURCE_STATUS
@@ -29,7 +30,7 @@ def channel(**changes: object) -> dict[str, object]:
     return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **changes}}]}
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("command", "arguments", "error"),
     [
         ("migrate-set-parameters", {"downtime-limit": "x"}, "Parameter 'downtime-limit' expects uint64"),

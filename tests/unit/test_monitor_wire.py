@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError
 from localmig.monitor.wire import DEPTH_MAX, DIGITS_MAX, VALUE_BYTES_MAX, Decoder, JsonSyntaxError, encode
@@ -79,7 +80,7 @@ def test_rubbish_gives_values_or_errors_and_nothing_else(pieces: list[bytes]) ->
         json.loads(encode(value))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("text", "error"),
     [
         (b"NaN ", "invalid keyword 'NaN'"),
@@ -130,7 +131,7 @@ def test_single_quotes_say_the_same(value: object) -> None:
     assert decode_one(in_single_quotes(value).encode()) == value
 
 
-@pytest.mark.parametrize("text", [b"['a\nb']", b"['\\x']", b"['a' 'b']", b"{'a' 1}", b"['a'b]"])
+@each_case("text", [b"['a\nb']", b"['\\x']", b"['a' 'b']", b"{'a' 1}", b"['a'b]"])
 def test_single_quotes_excuse_nothing_else(text: bytes) -> None:
     assert isinstance(decode_one(text), JsonSyntaxError)
 

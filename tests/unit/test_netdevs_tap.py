@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.device_api import Part
 from localmig.errors import PeerError, StateError
@@ -45,7 +46,7 @@ def test_a_closed_tap_says_so_and_ends_quietly() -> None:
         end()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("spoiled", "error"),
     [
         ({"ifname": ""}, "netdev 'net0': '' is no interface name"),

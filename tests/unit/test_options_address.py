@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import ConfigError
 from localmig.options.address import (
@@ -27,14 +28,14 @@ ADDRESSES: dict[str, Address] = {
 }
 
 
-@pytest.mark.parametrize("text", ADDRESSES)
+@each_case("text", ADDRESSES)
 def test_text_becomes_an_address_and_the_same_text_again(text: str) -> None:
     assert parse_address(text) == ADDRESSES[text]
     assert str(ADDRESSES[text]) == text
     assert parse_incoming(text) == ADDRESSES[text]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("text", "error"),
     [
         ("foo", "unknown migration protocol: foo"),
@@ -78,6 +79,6 @@ def test_incoming_may_be_deferred() -> None:
     assert str(Defer()) == "defer"
 
 
-@pytest.mark.parametrize(("name", "number"), [("0", 0), ("12", 12), ("a1", None), ("²", None), ("9" * 11, None)])
+@each_case(("name", "number"), [("0", 0), ("12", 12), ("a1", None), ("²", None), ("9" * 11, None)])
 def test_a_descriptor_address_knows_whether_it_is_a_number(name: str, number: int | None) -> None:
     assert FdAddress(name=name).number == number

@@ -8,6 +8,7 @@ from textwrap import dedent
 from typing import Final
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.devices.virtio_net.options import VirtioNetSpec
 from localmig.errors import ConfigError
@@ -95,7 +96,7 @@ ERRORS: Final = {
 }
 
 
-@pytest.mark.parametrize("text", ERRORS)
+@each_case("text", ERRORS)
 def test_what_is_wrong_is_told_in_the_command_lines_words_with_its_place(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kit.cases import each_case
 
 from localmig.devices.virtio_net.options import OFFLOAD_NAMES, VirtioNetSpec
 from localmig.errors import ConfigError, PeerError
@@ -64,11 +65,13 @@ def test_a_stream_is_read_in_qemus_words_in_text_and_in_json() -> None:
 def test_keyval_text_becomes_a_spec() -> None:
     text = "tap,id=net0,ifname=tap0,script=/etc/up,downscript=/etc/down,mtu=9000,queues=1"
     assert parse_netdev(text) == TAP
-    assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd=5)
+    assert parse_netdev("type=tap,id=a,fd=5") == TapSpec(id="a", fd="5")
     assert parse_netdev("tap,id=a,sndbuf=65536").sndbuf == 65536
     inherited = parse_netdev("tap,id=a,fds=3:5:4")
     assert (inherited.descriptors, inherited.queues) == ((3, 5, 4), 3)
     assert parse_netdev("tap,id=a,fds=3:5:4,queues=3") == inherited
+    assert parse_netdev("tap,id=a,fd=taken:out").descriptors == ("taken:out",)
+    assert parse_netdev("tap,id=a,fds=first:7").descriptors == ("first", 7)
     text = "virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off"
     assert parse_device(text) == NIC
     assert parse_device(text.replace("off", "on")).local_migration is True
@@ -136,11 +139,14 @@ NETDEV_ERRORS = {
     "vhost-user can name 256 vrings, two for each queue",
     "tap,id=net0,queues=0": "Parameter 'queues' expects a value between 1 and 128, not 0: "
     "vhost-user can name 256 vrings, two for each queue",
+    "tap,id=net0,fds=": "Parameter 'fds' expects a descriptor's number or name, not ''",
+    "tap,id=net0,fds=5:": "Parameter 'fds' expects a descriptor's number or name, not ''",
     **{
-        f"tap,id=net0,fds={text}": "Parameter 'fds' expects descriptors between 3 and 1048575 "
-        f"with colons between them, not '{wrong}'"
-        for text, wrong in {"": "", "5:": "", "5:2": "2", "5:x": "x"}.items()
+        f"tap,id=net0,fds={text}": "Parameter 'fds' expects the number of a descriptor, 3 to 1048575, or a name "
+        f"that does not begin with a digit, not '{wrong}'"
+        for text, wrong in {"5:2": "2", "a:5x": "5x"}.items()
     },
+    "tap,id=net0,fds=5:a:a": "Parameter 'fds' has a descriptor twice: '5:a:a'",
     "tap,id=net0,fds=5:6:05": "Parameter 'fds' has a descriptor twice: '5:6:05'",
     "tap,id=net0,fds=5:6,queues=3": "queues=3 is invalid with fds=, which has 2 descriptors",
     "tap,id=net0,fds=5:6,fd=7": "fd= is invalid with fds=: give every descriptor in fds=",
@@ -157,8 +163,8 @@ NETDEV_ERRORS = {
     "tap,id=net0,br=a/b": "Parameter 'br' expects an interface name, not 'a/b': "
     "no space, '/', ':' or '%', not '.' or '..'",
     "tap,id=net0,guest-carrier=yes": "Parameter 'guest-carrier' expects 'on' or 'off', not 'yes'",
-    "tap,id=net0,fd=2": "Parameter 'fd' expects a value between 3 and 1048575, not 2: "
-    "a descriptor beyond the standard streams",
+    "tap,id=net0,fd=2": "Parameter 'fd' expects the number of a descriptor, 3 to 1048575, or a name that does not "
+    "begin with a digit, not '2'",
     "tap,id=net0,ifname=": "Parameter 'ifname' expects 1 to 15 bytes, not 0: ''",
     "tap,id=net0,ifname=abcdefghijklmnop": "Parameter 'ifname' expects 1 to 15 bytes, not 16: 'abcdefghijklmnop'",
     "tap,id=net0,ifname=tap%d": "Parameter 'ifname' expects an interface name, not 'tap%d': "
@@ -172,6 +178,7 @@ NETDEV_ERRORS = {
     "who opened the TAP set it up",
     '{"type": "tap", "id": 5}': "Invalid parameter type for 'id', expected: string",
     '{"type": 5}': "Invalid parameter type for 'type', expected: string",
+    '{"type": "tap", "id": "net0", "fd": 5}': "Invalid parameter type for 'fd', expected: string",
     '{"type": "tap", "id": "net0", "mtu": "9000"}': "Invalid parameter type for 'mtu', expected: integer",
     '{"type": "tap", "id": "net0", "mtu": true}': "Invalid parameter type for 'mtu', expected: integer",
     '{"type": "tap", "id": "net0", "mtu": null}': "Invalid parameter type for 'mtu', expected: integer",
@@ -181,7 +188,7 @@ NETDEV_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("text", NETDEV_ERRORS)
+@each_case("text", NETDEV_ERRORS)
 def test_a_wrong_netdev_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_netdev(text)
@@ -225,7 +232,7 @@ DEVICE_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("text", DEVICE_ERRORS)
+@each_case("text", DEVICE_ERRORS)
 def test_a_wrong_device_is_refused_with_its_text_and_what_is_wrong(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_device(text)
@@ -293,7 +300,7 @@ def test_help_of_a_type_tells_each_option_once(kind: str, name: str, spec_type: 
     assert [line.split("=")[0].strip() for line in lines[1:]] == [option.name for option in options_of(spec_type)]
 
 
-@pytest.mark.parametrize("text", ["tap,id=help", "bogus,help", "tap", "virtio-net,help", "tap,id=x,script=help"])
+@each_case("text", ["tap,id=help", "bogus,help", "tap", "virtio-net,help", "tap,id=x,script=help"])
 def test_text_that_asks_for_no_help_gets_none(text: str) -> None:
     assert help_for("netdev", text) is None
 
@@ -327,11 +334,11 @@ def test_a_spec_survives_its_mapping_and_json(spec: Spec) -> None:
 
 def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
     assert to_mapping(TAP) == {"type": "tap", "id": "net0", "ifname": "tap0", "mtu": 9000}
-    assert to_mapping(TapSpec(id="net0", fd=7)) == {"type": "tap", "id": "net0"}
+    assert to_mapping(TapSpec(id="net0", fd="7")) == {"type": "tap", "id": "net0"}
     assert to_mapping(TapSpec(id="net0", fds="7:8")) == {"type": "tap", "id": "net0", "queues": 2}
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("mapping", "error"),
     [
         ({}, "netdev without id of the other side: Parameter 'type' is missing, one of: tap, macvtap, stream"),
@@ -339,7 +346,7 @@ def test_a_mapping_leaves_out_defaults_and_what_is_one_process_matter() -> None:
         ({"type": "tap", "id": "n", "bogus": 1}, "netdev 'n' of the other side: Parameter 'bogus' is unexpected"),
         ({"type": "tap", "id": "n", "mtu": 1.5}, "netdev 'n' of the other side: Invalid parameter type for 'mtu'"),
         ({"type": "tap", "id": "n", "mtu": None}, "netdev 'n' of the other side: Invalid parameter type for 'mtu'"),
-        ({"type": "tap", "id": "n", "fd": 5}, "netdev 'n' of the other side: Parameter 'fd' does not travel"),
+        ({"type": "tap", "id": "n", "fd": "5"}, "netdev 'n' of the other side: Parameter 'fd' does not travel"),
         ({"type": "tap", "id": "n", "script": "/x"}, "netdev 'n' of the other side: Parameter 'script' does not"),
         (
             {"type": "tap", "id": "n", "local-migration-supported": True},
@@ -407,7 +414,7 @@ def test_what_one_side_left_out_fits_everything() -> None:
     assert differences(TAP, TapSpec(id="net0"), with_descriptors=True) == []
 
 
-@pytest.mark.parametrize("option", [*(f"{name}=off" for name in sorted(OFFLOAD_NAMES)), "packed=on"])
+@each_case("option", [*(f"{name}=off" for name in sorted(OFFLOAD_NAMES)), "packed=on"])
 def test_each_side_may_offer_what_it_likes_and_the_sources_is_told(option: str) -> None:
     ours = parse_device(f"virtio-net,id=nic0,netdev=net0,socket=/run/nic0.sock,local-migration=off,{option}")
     assert ours != NIC
@@ -440,7 +447,7 @@ def test_objects_that_fit_together_pass() -> None:
     assert check_together([]) == ()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("netdevs", "devices", "error"),
     [
         ([TAP, TapSpec(id="net0")], [NIC], "Duplicate ID 'net0' for netdev, a netdev has it already"),
@@ -462,7 +469,7 @@ def test_objects_that_fit_together_pass() -> None:
             "netdev 'net1': interface 'tap0' is used by netdev 'net0' already",
         ),
         (
-            [TapSpec(id="net0", fds="4:5"), TapSpec(id="net1", fd=5)],
+            [TapSpec(id="net0", fds="4:5"), TapSpec(id="net1", fd="5")],
             [],
             "netdev 'net1': descriptor '5' is used by netdev 'net0' already",
         ),

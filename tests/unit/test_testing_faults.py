@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import ConfigError
 from localmig.migration.channel import FrameKind
@@ -16,7 +17,7 @@ def test_a_fault_is_read_as_it_is_written() -> None:
     assert Fault.parse(str(fault)) == fault
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("text", "expected"),
     [
         ("", "'' is none of before-send, after-send, after-receive"),
@@ -31,7 +32,7 @@ def test_a_fault_that_is_none_is_told_by_the_wrong_word(text: str, expected: str
         Fault.parse(text)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "argv", [[], ["before-send:READY=kill"], ["before-send:READY=kill", "--"], ["--", "run"], ["oops", "--", "run"]]
 )
 def test_misuse_is_answered_with_the_usage_and_starts_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError
 from localmig.testing.traffic import UNANSWERED, EchoLog, PingRecord, StreamReport, percentile
@@ -123,9 +124,7 @@ def test_what_is_no_record_of_pings_is_refused(tmp_path: Path, text: str, wrong:
         PingRecord.read(path)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "expected"), [(0.0, 1), (0.01, 1), (0.5, 50), (0.501, 51), (0.99, 99), (1.0, 100)]
-)
+@each_case(("fraction", "expected"), [(0.0, 1), (0.01, 1), (0.5, 50), (0.501, 51), (0.99, 99), (1.0, 100)])
 def test_a_percentile_is_the_least_value_that_so_many_do_not_exceed(fraction: float, expected: int) -> None:
     assert percentile(list(range(100, 0, -1)), fraction) == expected
 

@@ -6,6 +6,7 @@ import struct
 import sys
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError
 from localmig.vhost_user.message import (
@@ -86,9 +87,7 @@ FD_COUNTS = {
     Request.REM_MEM_REG: (0, 1),
 }
 
-ALL = pytest.mark.parametrize(
-    ("request_", "payload", "data"), [(r, p, bytes.fromhex(h)) for r, (p, h) in GOLDEN.items()]
-)
+ALL = each_case(("request_", "payload", "data"), [(r, p, bytes.fromhex(h)) for r, (p, h) in GOLDEN.items()])
 
 
 def test_every_request_of_the_table_has_a_golden_message() -> None:
@@ -131,7 +130,7 @@ def test_a_reply_is_no_request(request_: Request, payload: Payload | None, data:
         decode_request(header, data, fd_count=0)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("number", "flags", "size", "text"),
     [
         (0, 1, 0, "request 0 is unknown"),
@@ -151,7 +150,7 @@ def test_a_spoiled_header_is_refused(number: int, flags: int, size: int, text: s
         Header.decode(struct.pack("<III", number, flags, size))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("layout", "data", "text"),
     [
         (VringFile, "0002000000000000", "0x200"),

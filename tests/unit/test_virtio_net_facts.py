@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.devices.virtio_net.features import offer
 from localmig.devices.virtio_net.queue_pairs import thread_name
@@ -51,7 +52,7 @@ def test_rings_come_in_pairs_receive_first() -> None:
     assert [(receive_queue(pair), transmit_queue(pair)) for pair in range(2)] == [(0, 1), (2, 3)]
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("features", "left"),
     [
         (OFFLOADS, OFFLOADS),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from tests.kit.cases import each_case
 
 from localmig.device_api import notes
 from localmig.device_api.notes import Notes, set_up_notes
@@ -55,7 +56,7 @@ def test_a_nic_that_works_pauses_or_was_reset_is_no_matter(region: MemoryRegion)
     assert found(session(region, disabled, disabled, was_served=True)) == []
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("rings", "missing"),
     [
         ((VringState(), VringState()), "SET_VRING_NUM for vring 0 and 1"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kit.cases import each_case
 
 from localmig.errors import PeerError, StateError
 from localmig.vmstate import (
@@ -193,7 +194,7 @@ def one(field: Field) -> Description[One]:
     return Description(name="one", version=1, oldest_version=1, state=One, fields=(field,))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("field", "value", "data"),
     [
         (u8("value"), 0xAB, "ab"),
@@ -220,7 +221,7 @@ def test_each_kind_has_its_bytes(field: Field, value: object, data: str) -> None
     assert loaded(one(field), 1, bytes.fromhex(data)).value == value
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("field", "value", "lines"),
     [
         (u16("value"), 1, [{"name": "value", "type": "uint16", "size": 2}]),
@@ -307,7 +308,7 @@ def test_each_kind_has_its_lines_in_the_vmdesc(field: Field, value: object, line
     assert explained == {"vmsd_name": "one", "version": 1, "fields": lines}
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("field", "data", "problem"),
     [
         (boolean("value"), "02", 'field "value" is 2, a bool is 0 or 1'),
@@ -339,7 +340,7 @@ def test_what_was_not_declared_is_refused_by_its_field(field: Field, data: str, 
         loaded(one(field), 1, bytes.fromhex(data))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("field", "value", "problem"),
     [
         (u8("value"), 256, 'section "one": field "value" is 256, outside 0..255'),
@@ -418,7 +419,7 @@ def test_a_subsection_travels_only_while_it_is_needed() -> None:
     assert loaded(OUTER, 3, plain) == without_subsections()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("extra", "problem"),
     [
         (b"\5\x09outer/new\0\0\0\1", 'has a subsection "outer/new", expected outer/rare or outer/odd'),
@@ -451,7 +452,7 @@ def test_an_older_version_is_explained_without_what_came_later() -> None:
         check_explained(OUTER, 2, explain(OUTER, BASE))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("place", "told", "problem"),
     [
         (("fields", 1, "type"), "uint32", 'field "word" is uint32 of 2 bytes, expected uint16 of 2'),
@@ -520,7 +521,7 @@ def describe_pair(*fields: Field, version: int = 1, oldest_version: int = 1) -> 
     return Description(name="pair", version=version, oldest_version=oldest_version, state=Pair, fields=fields)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("fields", "versions", "problem"),
     [
         ((u8("first"),), (1, 1), "fields and attributes of Pair differ in second"),

@@ -49,6 +49,7 @@ from localmig.options import (
     read_sandbox,
 )
 from localmig.registry import Registry
+from localmig.service_manager import ServiceManager
 from localmig.trace import Event, Tracer, to_json
 
 _EXAMPLES: Final = """\
@@ -211,6 +212,7 @@ async def _serve_until_quit(
         await daemon.start()
         if server is not None:
             await server.start()
+        daemon.announce_ready()
         ready.announce()
         where = f", QMP at '{server.path}'" if server else ""
         _log.info("process %d is ready: %s%s", os.getpid(), daemon.run_state, where)
@@ -249,6 +251,7 @@ def _build(arguments: argparse.Namespace, registry: Registry, tracer: Tracer) ->
         incoming=incoming,
         access=resolve_access(_read_access(arguments, config.access)),
         privileges=privileges,
+        service_manager=ServiceManager.take_from(os.environ),
         tracer=tracer,
     )
     try:

@@ -50,6 +50,7 @@ from localmig.cli.handover import (
     say,
 )
 from localmig.cli.text import seconds
+from localmig.cli.unit import STDERR, Unit, logs_to_journal, unit_of
 from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.migration.peer import Peer
@@ -103,7 +104,9 @@ def add_parser(commands: Any) -> None:
         "--exec", dest="program", metavar="PROGRAM", help="the new daemon's 'localmig' (default: this installation's)"
     )
     parser.add_argument(
-        "--log", metavar="FILE", help="where the new daemon's output is appended (default: QMP-SOCKET.log)"
+        "--log",
+        metavar="FILE",
+        help="where the new daemon's output is appended (default: QMP-SOCKET.log, in a unit the journal)",
     )
     parser.add_argument(
         "--timeout",
@@ -141,6 +144,8 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         old_process = _process_of(old)
         resources.callback(old_process.close)
         settings = await _check_old(old)
+        if (unit := unit_of(old.pid)) is not None:
+            return await _reload(arguments, unit, old)
         await _check_alone(path + INCOMING_SUFFIX)
         security = await old.execute("query-security")
         address = resources.enter_context(_handover_socket(path))
@@ -163,6 +168,43 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
         if report.outcome is Outcome.ROLLED_BACK:
             await successor.end()
         return report
+
+
+async def _reload(arguments: argparse.Namespace, unit: Unit, old: Client) -> Report:
+    """Lets systemd reload the unit of the old daemon: a process that was started from here would be none of its own.
+
+    What the unit's ExecReload= runs is this program again, inside of the unit.
+    """
+    elsewhere = {"--exec": arguments.program, "--log": arguments.log, "--record": arguments.record}
+    given = [option for option, value in elsewhere.items() if value is not None]
+    if given or arguments.run_options:
+        raise ConfigError(
+            f"daemon {old.pid} is the main process of unit '{unit.name}', whose ExecReload= hands over: "
+            f"give {given[0] if given else 'options of run'} there ('systemctl edit {unit.name}')"
+        )
+    say(f"daemon {old.pid} is the main process of unit '{unit.name}': systemd reloads it")
+    ignore_signals()  # systemd would go on: it is bounded, and how it went is told
+    reason = None
+    try:
+        await asyncio.to_thread(unit.reload)
+    except StateError as error:
+        reason = str(error)
+    try:
+        new = await connect(old.path)
+    except LocalmigError as error:
+        return Report(
+            outcome=Outcome.UNKNOWN, old_pid=old.pid, reason=f"{reason or 'the unit was reloaded'}, but {error}"
+        )
+    try:
+        serves = await run_state(new) in SERVING
+        migration = await migration_of(new)
+    finally:
+        await new.close()
+    if serves and new.pid != old.pid:
+        return Report(outcome=Outcome.COMMITTED, old_pid=old.pid, new_pid=new.pid, migration=migration)
+    outcome = Outcome.ROLLED_BACK if serves else Outcome.UNKNOWN
+    reason = migration.get("error-desc") or reason or "the unit was reloaded, and the old daemon serves on"
+    return Report(outcome=outcome, old_pid=old.pid, reason=reason, migration=migration)
 
 
 def _process_of(client: Client) -> Peer:
@@ -327,12 +369,17 @@ def _start(
         if (value := settings.parameters.get(name, PARAMETER_DEFAULTS[name])) != PARAMETER_DEFAULTS[name]:
             command += ["--migration-parameter", f"{name}={value}"]
     command += options_of(security)
-    log = str(Path(arguments.log or f"{path}.log").absolute())
-    # Its output goes there too; the option lets SIGHUP open the file again.
-    command += ["--log", log]
+    journaled = arguments.log is None and logs_to_journal(os.environ)
+    if journaled:
+        log = "the journal"
+    else:
+        log = str(Path(arguments.log or f"{path}.log").absolute())
+        # Its output goes there too; the option lets SIGHUP open the file again.
+        command += ["--log", log]
     ready, ready_there = os.pipe()
     try:
-        with open(log, "ab") as output:
+        # A stream to the journal is a socket, which cannot be opened by a name.
+        with open(os.dup(STDERR) if journaled else log, "ab") as output:
             log_start = os.fstat(output.fileno()).st_size
             process = subprocess.Popen(
                 [*command, "--ready-fd", str(ready_there), *arguments.run_options],
@@ -340,6 +387,8 @@ def _start(
                 stdout=output,
                 stderr=output,
                 pass_fds=[ready_there],
+                # Its service manager is the old daemon's, which tells it.
+                env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
                 start_new_session=True,
                 # Relative paths in the old daemon's options go on meaning the same files.
                 cwd=f"/proc/{old.pid}/cwd",

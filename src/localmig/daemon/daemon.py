@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, cast
@@ -17,12 +19,14 @@ from typing import Final, cast
 from localmig.access import Access
 from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
-from localmig.daemon.descriptors import NamedDescriptors
+from localmig.daemon.descriptors import LentDescriptors, NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
 from localmig.device_api import Announces, Netdev, Part, RunsPrograms
+from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
 from localmig.migration import transport
+from localmig.migration.exchange import blaming_nobody
 from localmig.migration.handover import SOURCE_SERVES, DestinationState, SourceState
 from localmig.migration.hello import Hello
 from localmig.migration.incoming import Incoming
@@ -34,6 +38,7 @@ from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
 from localmig.options.specs import KINDS, references_of
 from localmig.registry import Registry
+from localmig.service_manager import ServiceManager
 from localmig.trace import ObjectAdded, ObjectDeleted, RunStateChanged, Tracer
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +67,8 @@ class Daemon:
             incoming daemon builds what the source has.
         access: who may use QMP and migration sockets; None: root and this process's user.
         privileges: what the process gives up before it serves; None: nothing.
+        service_manager: who watches this process; None: nobody. A daemon that takes over is watched by whoever watched
+            its source, if somebody did.
         tracer: where facts go.
 
     Raises:
@@ -76,8 +83,10 @@ class Daemon:
         incoming: IncomingSpec | None = None,
         access: Access | None = None,
         privileges: Privileges | None = None,
+        service_manager: ServiceManager | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._service_manager = service_manager
         self._privileges = privileges or Privileges(run_as=None, sandbox=Sandbox(SandboxSpec(enabled=False)))
         self.access = access or Access()
         self.tracer = tracer or Tracer()
@@ -119,6 +128,10 @@ class Daemon:
         Raises:
             ConfigError, KernelError: something cannot be opened. What was opened is closed again.
         """
+        for spec in self._objects.specs:
+            for what, which in spec.claims():
+                if what == "descriptor" and isinstance(which, str):
+                    inherited(which)
         if self._incoming_address is not None:
             self.registry.look_up()
             self.registry.load_built_in()
@@ -170,12 +183,20 @@ class Daemon:
         """For signal handlers: `quit` follows. A takeover that is under way, where no callback gets in, hears of it."""
         self._is_ending = True
 
+    def announce_ready(self) -> None:
+        """Tells the service manager that this process serves, or waits for its source: who needs it may come."""
+        if self._service_manager is not None:
+            waits = self._run_state is RunState.INMIGRATE
+            self._service_manager.tell_ready("waits for a daemon to take over from" if waits else self._describe())
+
     async def wait_quit(self) -> str | None:
         """Serves until `quit`, then closes everything that is ours. Gives the reason where the daemon failed."""
         await self._quitting.wait()
         handovers = {task for task in self._tasks if task.get_name() == "outgoing"}
         if handovers:
             await asyncio.wait(handovers)
+        if self._service_manager is not None and self._run_state in (RunState.RUNNING, RunState.PAUSED):
+            self._service_manager.tell_stopping()
         self._announcer.stop()
         for task in list(self._tasks):
             task.cancel()
@@ -267,15 +288,17 @@ class Daemon:
         spec = objects[read.id]
         self._check_possible_now(spec)
         parts: list[Part] = []
-        try:
-            built = self._assembly.add(spec, self.registry.type_of(spec))
-            self._assembly.arrange(objects.specs)
-            parts += (*built.part.own_parts, built.part)
-            self._begin(parts)
-        except BaseException:
-            for_all(reversed(parts), lambda part: part.close())
-            self._assembly.arrange(self._objects.specs)
-            raise
+        with self.descriptors.lend() as lent:
+            try:
+                built = self._assembly.add(spec, self.registry.type_of(spec), lent.number)
+                self._assembly.arrange(objects.specs)
+                parts += (*built.part.own_parts, built.part)
+                self._begin(parts, lent)
+            except BaseException:
+                for_all(reversed(parts), lambda part: part.close())
+                self._assembly.arrange(self._objects.specs)
+                raise
+            lent.forget()
         self._objects = objects
         self._parts = self._assembly.parts()
         self.tracer.emit(ObjectAdded(kind=kind, id=spec.id))
@@ -320,11 +343,12 @@ class Daemon:
         with blamed(f"cannot set the link of '{spec.id}'"):
             netdev.set_link(up=up)
 
-    def _begin(self, parts: Sequence[Part]) -> None:
-        """Opens the parts of an object and makes them do what all others do."""
+    def _begin(self, parts: Sequence[Part], lent: LentDescriptors) -> None:
+        """Opens the parts of an object, which own what was lent from then on, and makes them do what all others do."""
         with blamed(f"cannot open '{parts[-1].id}'"):
             for part in parts:
                 part.open()
+            lent.give_away()
             if self._run_state is RunState.RUNNING:
                 for part in parts:
                     part.resume()
@@ -354,11 +378,6 @@ class Daemon:
 
     def _check_possible_now(self, spec: Spec) -> None:
         """Raises ConfigError for what can be had only when a daemon starts."""
-        if any(what == "descriptor" for what, _ in spec.claims()):
-            raise ConfigError(
-                f"{spec.kind} '{spec.id}': numbers of descriptors are those of the program that starts a daemon; name "
-                "what is to be opened, or give it to 'localmig run'"
-            )
         sandbox = self._privileges.sandbox.state
         if spec.program_at_end is not None and not sandbox.spawn:
             raise ConfigError(
@@ -406,8 +425,10 @@ class Daemon:
             parts=self._parts,
             objects=self._objects.for_hello(),
             running=self._run_state is RunState.RUNNING,
+            service_manager=self._service_manager,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("outgoing", self._migrate(self._outgoing, given))
 
@@ -433,6 +454,7 @@ class Daemon:
             on_serving=self._serve_incoming,
             is_ending=lambda: self._is_ending,
             tracer=self.tracer,
+            blaming=self._blaming,
         )
         self._spawn("incoming", self._accept(self._listener, self._incoming))
 
@@ -498,12 +520,28 @@ class Daemon:
         if state is SourceState.COMPLETED:
             _log_success("handed over", info)
             self._parts = []
+            await self._point_to_destination(outgoing)
         elif state is SourceState.IN_DOUBT:
             _logger.error("%s", info.error_desc)
         else:
             reasons = [text for text in (info.error_desc, info.note) if text]
             _logger.warning("handover %s, this daemon serves on%s", info.status, ": ".join(["", *reasons]))
         self._spawn("thaw", self._thaw_late(outgoing))
+
+    async def _point_to_destination(self, outgoing: Outgoing) -> None:
+        """Lets the service manager follow the guest. Before this process ends, or the service would end with it."""
+        if self._service_manager is None:
+            return
+        if not self.parameters.local:
+            self._service_manager.tell_status("handed over to another machine")
+        elif pid := outgoing.destination_pid:
+            self._service_manager.tell_main_process(pid, f"handed over, process {pid} serves")
+            await self._service_manager.wait_heard()
+        else:
+            _logger.warning(
+                "the service manager is not told which process serves: the destination has no number in this process's "
+                "PID namespace"
+            )
 
     async def _accept(self, listener: transport.Listener, incoming: Incoming) -> None:
         try:
@@ -520,8 +558,20 @@ class Daemon:
             _log_success("taken over", incoming.info())
             self._announce_arrivals()  # of those that could not be served before the source let go
             self._give_up_programs()
+            self._tell_taken_over()
         else:
             self._fail_incoming(incoming.info().error_desc)
+
+    def _tell_taken_over(self) -> None:
+        # The source says so too, and waits until it was heard. It may have died before.
+        if self._service_manager is not None:
+            self._service_manager.tell_main_process(os.getpid(), self._describe())
+
+    def _describe(self) -> str:
+        """What this process does, for people who look at the service."""
+        counts = [(len(self.objects(kind)), kind) for kind in KINDS]
+        served = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for count, kind in counts)
+        return f"serves {served}" if self._run_state is RunState.RUNNING else f"{self._run_state}: {served}"
 
     async def _thaw_late(self, handover: Outgoing | Incoming) -> None:
         """Serves control sockets that could not be at once, as soon as there is what they need."""
@@ -542,9 +592,17 @@ class Daemon:
 
     def _build(self, hello: Hello) -> Sequence[Part]:
         self._objects = self._objects.fit(hello)
+        self._service_manager = hello.service_manager or self._service_manager
         self._assembly = Assembly.of(self._objects, self.tracer)
         self._parts = self._assembly.parts()
         return self._parts
+
+    def _blaming(self, part: Part, what: str) -> AbstractContextManager[None]:
+        """See `exchange.Blaming`."""
+        built = self._assembly.built_of(part)
+        if built is None or built.type.is_built_in:
+            return blaming_nobody(part, what)
+        return blamed(f"{built.type} cannot {what} {built.spec.kind} '{part.id}'")
 
     def _served(self) -> list[BuiltObject]:
         """The objects that this process has."""

@@ -8,12 +8,12 @@ Read next:   registry.py for how a type is found, device_api/objects.py for what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from localmig.device_api import Part, Queues
-from localmig.device_api.objects import BuildContext
+from localmig.device_api.objects import BuildContext, inherited
 from localmig.errors import ConfigError, NotFoundError, PeerError, StateError
 from localmig.migration.hello import HandoverObject, Hello, Origin
 from localmig.options import (
@@ -160,14 +160,26 @@ class Assembly:
         assembly.arrange(objects.specs)
         return assembly
 
-    def add(self, spec: Spec, type: RegisteredType) -> BuiltObject:  # noqa: A002
-        """Builds one more object, whose references are there. As `of`; `arrange` follows, also where this raises."""
+    def add(
+        self,
+        spec: Spec,
+        type: RegisteredType,  # noqa: A002
+        descriptor: Callable[[int | str], int] = inherited,
+    ) -> BuiltObject:
+        """Builds one more object, whose references are there. As `of`; `arrange` follows, also where this raises.
+
+        Args:
+            spec: of the object.
+            type: of the object.
+            descriptor: as `BuildContext`'s.
+        """
         context = BuildContext(
             tracer=self._tracer,
             queues=self._queues,
             stays_home=lambda: self._home.get(spec.id),
             parts=self._parts,
             shared_by_all=self._shared,
+            descriptor=descriptor,
         )
         built = BuiltObject(spec=spec, type=type, part=type.build(spec, context))
         self._objects[spec.id] = built
@@ -190,6 +202,10 @@ class Assembly:
     def built(self, id: str) -> BuiltObject:  # noqa: A002 - the user's word
         """The object of that id."""
         return self._objects[id]
+
+    def built_of(self, part: Part) -> BuiltObject | None:
+        """The object that a part belongs to, None for what all objects have together."""
+        return self._objects.get(part.id)
 
     def parts_opened_with_privileges(self) -> list[Part]:
         """Those whose `open` needs what the process gives up."""

@@ -21,8 +21,9 @@ from localmig.device_api.vhost_user_options import VhostUserSpec
 from localmig.errors import ConfigError, KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.options.specs import DeviceSpec, Fit, NetdevSpec, Spec, option, reference
-from localmig.options.values import FilePath, Identifier, Number, Switch
-from localmig.vhost_user.protocol import Offer
+from localmig.options.values import Choice, FilePath, Identifier, MacAddress, Number, SocketPath, Switch
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Uint64
+from localmig.vhost_user.protocol import Event, MtuSet, Offer, RarpRequested
 from localmig.vmstate import (
     Description,
     Subsection,
@@ -42,19 +43,27 @@ from localmig.vmstate import (
 
 __all__ = [
     "Announces",
+    "Array",
+    "Boolean",
     "BuildContext",
     "CallbackDevice",
     "CallbackGroup",
     "Chain",
+    "Choice",
     "ConfigError",
     "Description",
     "DeviceInfo",
     "DeviceSpec",
+    "Enumeration",
+    "Event",
     "FilePath",
     "Fit",
     "Identifier",
     "KernelError",
     "Layout",
+    "MacAddress",
+    "Member",
+    "MtuSet",
     "Netdev",
     "NetdevObserver",
     "NetdevSpec",
@@ -66,11 +75,16 @@ __all__ = [
     "Part",
     "PeerError",
     "Queues",
+    "RarpRequested",
     "RingGroup",
     "RunsPrograms",
+    "SocketPath",
     "Spec",
+    "String",
+    "Struct",
     "Subsection",
     "Switch",
+    "Uint64",
     "VhostUserDevice",
     "VhostUserSpec",
     "array",

@@ -19,12 +19,27 @@ from typing import Any, Generic, TypeVar, cast
 from localmig.device_api.netdev import Netdev
 from localmig.device_api.part import Part
 from localmig.device_api.queues import Queues
+from localmig.errors import ConfigError
 from localmig.options.specs import Spec
 from localmig.qapi import Member
 from localmig.trace import Tracer
 
 SpecT = TypeVar("SpecT", bound=Spec)
 SharedT = TypeVar("SharedT")
+
+
+def inherited(descriptor: int | str) -> int:
+    """The descriptor of a daemon that starts: of a number, because nobody has given it any by name.
+
+    Raises:
+        ConfigError: it is a name.
+    """
+    if isinstance(descriptor, str):
+        raise ConfigError(
+            f"there is no descriptor '{descriptor}': names are given by getfd to a daemon that runs, for netdev_add; a "
+            "daemon that starts takes the numbers of descriptors that it inherits"
+        )
+    return descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +53,8 @@ class BuildContext:
             be asked at each handover: such an object may come and go.
         parts: the objects that were built before, by id.
         shared_by_all: what objects of a daemon have together, by its class.
+        descriptor: the descriptor of a number or a name that an option says, lent: the object owns it once its `open`
+            has succeeded. Raises ConfigError where it cannot be had.
     """
 
     tracer: Tracer
@@ -45,6 +62,7 @@ class BuildContext:
     stays_home: Callable[[], str | None] = field(default_factory=lambda: lambda: None)
     parts: Mapping[str, Part] = field(default_factory=dict)
     shared_by_all: dict[type[Any], Any] = field(default_factory=dict)
+    descriptor: Callable[[int | str], int] = inherited
 
     def part(self, id: str) -> Part:  # noqa: A002 - the user's word
         """The object that a reference of the spec leads to."""

@@ -20,7 +20,7 @@ import logging
 import os
 import select
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from localmig import trace
@@ -818,9 +818,9 @@ class VhostUserDevice(Part):
             # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
             self._report_corrections(group, logging.DEBUG)
 
-    def stop_groups(self) -> None:
-        """Stops all rings, which are laid out and start anew next."""
-        for group in self._groups:
+    def stop_groups(self, groups: Iterable[RingGroup]) -> None:
+        """Stops the rings of groups, which are laid out and start anew next."""
+        for group in groups:
             self._stop(group)
 
     def _stop(self, group: RingGroup, *, anew: int | None = None) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from localmig.contact import ConnectTo, ListenAt
+from localmig.device_api.contact_options import check_contact, reconnect_option, server_option
 from localmig.device_api.objects import BuildContext
 from localmig.errors import ConfigError
 from localmig.options.specs import DeviceSpec, Fit, Spec, option
-from localmig.options.values import FileMode, GroupName, Number, SocketPath, Switch
-
-RECONNECT_MS_MAX: Final = 60_000
-"""Longest pause between two attempts to connect: a VMM that came back is not left waiting for longer."""
+from localmig.options.values import FileMode, GroupName, SocketPath, Switch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,18 +24,8 @@ class VhostUserSpec(DeviceSpec):
     """A device served over vhost-user."""
 
     socket: str = option(SocketPath(), "UNIX socket of the vhost-user connection", fit=Fit.WITH_DESCRIPTORS)
-    server: bool = option(
-        Switch(),
-        "whether the daemon listens on the socket and the VMM connects; off: the other way round",
-        fit=Fit.WITH_DESCRIPTORS,
-        default=True,
-    )
-    reconnect_ms: int = option(
-        Number(lowest=0, highest=RECONNECT_MS_MAX, reason="a VMM that came back waits a minute at most"),
-        "with server=off, milliseconds between two attempts to connect to the VMM; 0: one attempt, at the start",
-        fit=Fit.OURS,
-        default=0,
-    )
+    server: bool = server_option("VMM", default=True)
+    reconnect_ms: int = reconnect_option("VMM")
     socket_mode: str = option(
         FileMode(), "with server=on, the socket's mode: who may connect", fit=Fit.WITH_DESCRIPTORS, default="0600"
     )
@@ -54,8 +42,7 @@ class VhostUserSpec(DeviceSpec):
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
-        if self.server and self.reconnect_ms:
-            raise ConfigError("'reconnect-ms' option is incompatible with socket in server listen mode")
+        check_contact(server=self.server, reconnect_ms=self.reconnect_ms)
         if not self.server and (self.socket_group is not None or self.socket_mode != "0600"):
             raise ConfigError("socket-mode= and socket-group= are invalid with server=off: the VMM makes the socket")
 

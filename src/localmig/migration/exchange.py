@@ -1,19 +1,32 @@
 """What both sides of a handover do alike: how long they wait for each other, how HELLO carries descriptors.
 
-Owns:        the waits and the count of rounds that both know; HELLO's payload with its descriptors.
-Never sees:  a state of a side, a part.
+Owns:        the waits and the count of rounds that both know; HELLO's payload with its descriptors; who is blamed.
+Never sees:  a state of a side, what a part is inside.
 Read next:   outgoing.py and incoming.py, its two users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
+from localmig.device_api import Part
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Channel, Frame
 from localmig.migration.hello import Hello
+
+Blaming = Callable[[Part, str], AbstractContextManager[None]]
+"""Around what a part's code does ("save", "take over"): whatever the code of a package raises becomes a ConfigError,
+which names the package."""
+
+
+def blaming_nobody(part: Part, what: str) -> AbstractContextManager[None]:
+    """For parts that are all of this program: what they raise is a bug of its own."""
+    del part, what
+    return nullcontext()
+
 
 HELLO_TIMEOUT_S: Final = 10.0
 """A destination answers HELLO after it looked at its options; it opens nothing slow."""

@@ -18,6 +18,7 @@ from typing import Any, Final
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.migration.channel import Frame
+from localmig.service_manager import ServiceManager
 from localmig.vmstate import Blob
 
 PROTOCOL: Final = 2
@@ -95,24 +96,27 @@ class Hello:
         local: the side's `local` parameter.
         running: whether the guest's rings run (source), or will run (destination: as the source).
         objects: what is handed over; the destination says none.
+        service_manager: who watches the source's process, and is to watch the destination's; None for nobody.
     """
 
     version: str
     local: bool
     running: bool
     objects: tuple[HandoverObject, ...] = ()
+    service_manager: ServiceManager | None = None
 
     def encode(self) -> bytes:
         """The frame's payload, without the descriptor's byte."""
-        return json.dumps(
-            {
-                "protocol": PROTOCOL,
-                "version": self.version,
-                "local": self.local,
-                "running": self.running,
-                "objects": [each.as_json() for each in self.objects],
-            }
-        ).encode()
+        fields: dict[str, object] = {
+            "protocol": PROTOCOL,
+            "version": self.version,
+            "local": self.local,
+            "running": self.running,
+            "objects": [each.as_json() for each in self.objects],
+        }
+        if self.service_manager is not None:
+            fields["notify-socket"] = self.service_manager.address
+        return json.dumps(fields).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Hello:
@@ -143,6 +147,7 @@ class Hello:
             local=local,
             running=running,
             objects=tuple(_read_handover_object(each) for each in objects),
+            service_manager=ServiceManager.checked(manager) if (manager := fields.get("notify-socket")) else None,
         )
 
 

@@ -28,6 +28,8 @@ from localmig.migration.exchange import (
     CATCH_UP_ROUNDS_MAX,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
+    Blaming,
+    blaming_nobody,
     hello_descriptors,
     hello_payload,
     on_off,
@@ -84,6 +86,7 @@ class Incoming:
         on_serving: called once the guest is served here.
         is_ending: whether this process was told to end, also where the event loop has not heard of it yet.
         tracer: where facts go.
+        blaming: who is blamed for what a part raises.
     """
 
     def __init__(
@@ -94,12 +97,14 @@ class Incoming:
         on_serving: Callable[[], None],
         is_ending: Callable[[], bool],
         tracer: Tracer,
+        blaming: Blaming = blaming_nobody,
     ) -> None:
         self._parameters = parameters
         self._build = build
         self._on_serving = on_serving
         self._is_ending = is_ending
         self._tracer = tracer
+        self._blaming = blaming
         self._progress = Progress("destination", tracer)
         self._machine = destination_machine()
         self._parts: Sequence[Part] = ()
@@ -360,9 +365,11 @@ class Incoming:
                 self._files[section.name] = files_of(section.description, section.state, section=section.name)
             check_distinct(itertools.chain.from_iterable(self._files.values()))
             for part, state in arrived:
-                part.check_setup(state)
+                with self._blaming(part, "take over"):
+                    part.check_setup(state)
             for part, state in arrived:
-                part.adopt_setup(state)
+                with self._blaming(part, "take over"):
+                    part.adopt_setup(state)
         except BaseException:
             # Adopted or not: nothing of it is in use yet, and closing twice is harmless.
             for section in sections:

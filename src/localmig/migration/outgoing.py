@@ -34,6 +34,8 @@ from localmig.migration.exchange import (
     CATCH_UP_ROUNDS_MAX,
     HELLO_TIMEOUT_S,
     SETUP_TIMEOUT_S,
+    Blaming,
+    blaming_nobody,
     hello_descriptors,
     hello_payload,
     on_off,
@@ -61,6 +63,7 @@ from localmig.migration.recording import write_recording
 from localmig.migration.status import MigrationInfo
 from localmig.migration.stream import OutgoingStream, Section, section_name
 from localmig.migration.undo import for_all
+from localmig.service_manager import ServiceManager
 from localmig.trace import MigrationStatusChanged, Tracer
 from localmig.vmstate import Blob
 
@@ -98,8 +101,10 @@ class Outgoing:
         parts: what is handed over, netdevs before the devices on them.
         objects: the same as HELLO tells them.
         running: whether rings run; where they do not, the destination leaves them stopped too.
+        service_manager: who is to watch the destination's process from then on; None for nobody.
         is_ending: whether this process was told to end once the handover is over.
         tracer: where facts go.
+        blaming: who is blamed for what a part raises.
     """
 
     def __init__(
@@ -110,20 +115,25 @@ class Outgoing:
         parts: Sequence[Part],
         objects: Sequence[HandoverObject],
         running: bool,
+        service_manager: ServiceManager | None = None,
         is_ending: Callable[[], bool],
         tracer: Tracer,
+        blaming: Blaming = blaming_nobody,
     ) -> None:
         self._connect = connect
+        self._service_manager = service_manager
         self._is_ending = is_ending
         self._parameters = parameters
         self._parts = parts
         self._objects = tuple(objects)
         self._running = running
         self._tracer = tracer
+        self._blaming = blaming
         self._progress = Progress("source", tracer)
         self._machine = source_machine()
         self._channel: Channel | None = None
         self._peer: Peer | None = None
+        self._destination_pid = 0
         self._revocation: Revocation | None = None
         self._changes: Changes | None = None
         self._stream = OutgoingStream()
@@ -161,6 +171,11 @@ class Outgoing:
     def has_ended(self) -> bool:
         """Whether `run` is over, also where the outcome stays unknown."""
         return self._progress.has_ended
+
+    @property
+    def destination_pid(self) -> int:
+        """The destination's process number, 0 where it is not known or has none here."""
+        return self._destination_pid
 
     @property
     def awaits_operator(self) -> bool:
@@ -395,6 +410,8 @@ class Outgoing:
             local=self._parameters.local,
             running=self._running,
             objects=self._objects,
+            # Of no use on another machine.
+            service_manager=self._service_manager if self._parameters.local else None,
         )
         self._revocation, self._changes = Revocation.create(), Changes.create()
         with own_pidfd() as pidfd:
@@ -410,6 +427,7 @@ class Outgoing:
                 )
             for pidfd in hello_descriptors(answer, 1, required=self._parameters.local):
                 self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
+                self._destination_pid = self._peer.pid
         finally:
             answer.close()
 
@@ -604,8 +622,9 @@ class Outgoing:
     # -- small things -------------------------------------------------------------------------------------------
 
     def _setup_section(self, part: Part) -> Section:
-        with_descriptors = self._parameters.local and part.local_migration_blocker() is None
-        state = part.save_setup(with_descriptors=with_descriptors)
+        with self._blaming(part, "save"):
+            with_descriptors = self._parameters.local and part.local_migration_blocker() is None
+            state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
 
     async def _say(

@@ -47,6 +47,11 @@ class Peer:
         return cls(fd)
 
     @property
+    def pid(self) -> int:
+        """Its number, 0 where it has none in this process's PID namespace or ended. Raises OSError as `pid_of`."""
+        return max(0, pid_of(self._pidfd.fileno()) or 0)
+
+    @property
     def is_dead(self) -> bool:
         """Whether the process ended: every descriptor and thread of it is gone."""
         return _is_readable(self._pidfd)

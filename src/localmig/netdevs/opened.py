@@ -159,7 +159,10 @@ class OpenTap:
 
     def _note_gone(self, wanted: Wanted) -> str:
         if not self.ifname_opened:
-            return f"'{self.ifname}' was deleted, and came as a descriptor: hand a new one to a new daemon"
+            return (
+                f"'{self.ifname}' was deleted, and came as a descriptor: add the netdev again with a new one, or start "
+                "a daemon with one"
+            )
         if self.refusal:
             return f"'{self.ifname}' was deleted, and the one made again cannot be attached: {self.refusal}"
         name = self.ifname_opened

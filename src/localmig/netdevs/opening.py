@@ -88,11 +88,11 @@ class Opener:
         return link
 
     def take_inherited(self) -> OpenTap:
-        """Checks and configures fd= or fds=, whose interface may be in another namespace."""
+        """Checks and configures fd= or fds=, whose interface may be in another namespace. If it raises they stay."""
         ifname = self._check_inherited()
         with contextlib.ExitStack() as undo:
             queues = [OwnedFd(number) for number in self._wanted.fds]
-            undo.callback(lambda: close_all(queues))
+            undo.callback(lambda: [queue.release() for queue in queues])
             for queue in queues:
                 os.set_inheritable(queue.fileno(), False)
                 os.set_blocking(queue.fileno(), False)

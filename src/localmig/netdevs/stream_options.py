@@ -11,11 +11,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from localmig.device_api.vhost_user_options import RECONNECT_MS_MAX
-from localmig.errors import ConfigError
+from localmig.device_api.contact_options import check_contact, reconnect_option, server_option
 from localmig.limits import MTU_MAX, MTU_MIN
 from localmig.options.specs import Fit, NetdevSpec, Spec, option
-from localmig.options.values import Choice, Number, SocketPath, Switch
+from localmig.options.values import Choice, Number, SocketPath
 
 MTU: Final = 1500
 """An Ethernet's, in bytes."""
@@ -32,18 +31,8 @@ class StreamSpec(NetdevSpec):
     addr_type: str = option(
         Choice(("unix",)), "kind of the socket", fit=Fit.WITH_DESCRIPTORS, name="addr.type", default="unix"
     )
-    server: bool = option(
-        Switch(),
-        "whether the daemon listens on the socket and the peer connects; off: the other way round",
-        fit=Fit.WITH_DESCRIPTORS,
-        default=False,
-    )
-    reconnect_ms: int = option(
-        Number(lowest=0, highest=RECONNECT_MS_MAX, reason="a peer that came back waits a minute at most"),
-        "with server=off, milliseconds between two attempts to connect to the peer; 0: one attempt, at the start",
-        fit=Fit.OURS,
-        default=0,
-    )
+    server: bool = server_option("peer", default=False)
+    reconnect_ms: int = reconnect_option("peer")
     mtu: int = option(
         Number(lowest=MTU_MIN, highest=MTU_MAX, reason="a TAP's, and with it no frame is longer than passt takes"),
         "MTU that the guest is told, and the longest packet that is sent for it",
@@ -52,8 +41,7 @@ class StreamSpec(NetdevSpec):
 
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
-        if self.server and self.reconnect_ms:
-            raise ConfigError("'reconnect-ms' option is incompatible with socket in server listen mode")
+        check_contact(server=self.server, reconnect_ms=self.reconnect_ms)
 
     def claims(self) -> Iterator[tuple[str, Hashable]]:
         """The socket: a peer serves one NIC."""

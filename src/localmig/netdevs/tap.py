@@ -71,7 +71,7 @@ class Tap(Netdev):
         downscript: program to run before the TAP is closed for good, "no" for none. It moves with the TAP.
         mtu: what to give the interface, in bytes; None leaves it as it is.
         queues: how many the TAP has. Only the first is attached once it is open.
-        fds: its open queues, inherited from the parent process; this object owns them from `open` on.
+        fds: its open queues; this object owns them once `open` has succeeded.
         sndbuf: bytes a queue may have on their way into the network before it takes no more, 0 for no limit.
         bridge: the bridge to put the interface into, None leaves it where it is.
         guest_carrier: whether the interface has a carrier only while a driver serves the NIC.
@@ -742,7 +742,7 @@ def _build(spec: TapSpec, context: BuildContext) -> Tap:
         downscript=spec.downscript,
         mtu=spec.mtu,
         queues=spec.queues,
-        fds=spec.descriptors,
+        fds=[context.descriptor(each) for each in spec.descriptors],
         sndbuf=spec.sndbuf,
         bridge=spec.br,
         guest_carrier=spec.guest_carrier,

@@ -15,7 +15,7 @@ from localmig.errors import ConfigError
 from localmig.limits import MTU_MAX, MTU_MIN, QUEUE_PAIR_COUNT_MAX
 from localmig.netdevs.script import NO_SCRIPT
 from localmig.options.specs import Fit, NetdevSpec, Spec, option
-from localmig.options.values import FD_MAX, FD_MIN, Descriptors, FilePath, InterfaceName, Number, Switch
+from localmig.options.values import Descriptor, Descriptors, FilePath, InterfaceName, Number, Switch, descriptor_of
 
 SNDBUF_MAX: Final = 2**31 - 1
 """TUNSETSNDBUF takes an int; no packet is ever held back by this one."""
@@ -57,9 +57,9 @@ class TapSpec(NetdevSpec):
         advice="; end the daemon and start it with another number",
         default=1,
     )
-    fd: int | None = option(
-        Number(lowest=FD_MIN, highest=FD_MAX, reason="a descriptor beyond the standard streams"),
-        "an open TAP with a vnet header, inherited from the parent process, in place of ifname",
+    fd: str | None = option(
+        Descriptor(),
+        "an open TAP with a vnet header, in place of ifname: inherited from the parent process, or given by getfd",
         fit=Fit.NEVER,
         default=None,
     )
@@ -120,18 +120,18 @@ class TapSpec(NetdevSpec):
             object.__setattr__(self, "queues", count)
 
     @property
-    def descriptors(self) -> tuple[int, ...]:
-        """What fd= or fds= names; empty where the interface is opened by name."""
+    def descriptors(self) -> tuple[int | str, ...]:
+        """What fd= or fds= says, each a number or a name; empty where the interface is opened by its name."""
         if self.fds is not None:
-            return tuple(map(int, self.fds.split(":")))
-        return () if self.fd is None else (self.fd,)
+            return tuple(map(descriptor_of, self.fds.split(":")))
+        return () if self.fd is None else (descriptor_of(self.fd),)
 
     def claims(self) -> Iterator[tuple[str, Hashable]]:
         """The interface, and each descriptor."""
         if self.ifname is not None:
             yield "interface", self.ifname
-        for number in self.descriptors:
-            yield "descriptor", number
+        for descriptor in self.descriptors:
+            yield "descriptor", descriptor
 
     @property
     def local_migration_word(self) -> bool | None:

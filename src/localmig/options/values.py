@@ -162,24 +162,51 @@ class InterfaceName(_Text):
             )
 
 
+class Descriptor(_Text):
+    """A descriptor, as QEMU writes it: the number of an inherited one, or the name of one that was given by getfd.
+
+    What begins with a digit is a number, so no name does.
+    """
+
+    __slots__ = ()
+    word: ClassVar[str] = "<fd>"
+
+    def check_text(self, name: str, text: str) -> None:
+        """A number in the kernel's range, or a name."""
+        _check_descriptor(name, text)
+
+
 class Descriptors(_Text):
-    """Descriptors inherited from the parent process, as QEMU writes them: `3:4:5`."""
+    """Several of them with colons between them: `3:4:5`."""
 
     __slots__ = ()
     word: ClassVar[str] = "<x:y:…:z>"
 
     def check_text(self, name: str, text: str) -> None:
-        """Numbers of descriptors, none of them twice."""
-        numbers = text.split(":")
-        for number in numbers:
-            digits = number.isascii() and number.isdigit() and len(number) <= _DIGITS_MAX
-            if not digits or not FD_MIN <= int(number) <= FD_MAX:
-                raise ConfigError(
-                    f"Parameter '{name}' expects descriptors between {FD_MIN} and {FD_MAX} with colons between them, "
-                    f"not '{number}'"
-                )
-        if len(set(map(int, numbers))) < len(numbers):
+        """Each as a `Descriptor`, none of them twice."""
+        descriptors = text.split(":")
+        for descriptor in descriptors:
+            _check_descriptor(name, descriptor)
+        if len(set(map(descriptor_of, descriptors))) < len(descriptors):
             raise ConfigError(f"Parameter '{name}' has a descriptor twice: '{text}'")
+
+
+def descriptor_of(text: str) -> int | str:
+    """The number or the name that a `Descriptor` writes."""
+    return int(text) if text[0].isdigit() else text
+
+
+def _check_descriptor(name: str, text: str) -> None:
+    if not text:
+        raise ConfigError(f"Parameter '{name}' expects a descriptor's number or name, not ''")
+    if not text[0].isdigit():
+        return
+    is_number = text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX
+    if not is_number or not FD_MIN <= int(text) <= FD_MAX:
+        raise ConfigError(
+            f"Parameter '{name}' expects the number of a descriptor, {FD_MIN} to {FD_MAX}, or a name that does not "
+            f"begin with a digit, not '{text}'"
+        )
 
 
 class MacAddress(_Text):

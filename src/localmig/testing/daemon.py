@@ -2,7 +2,7 @@
 
 Owns:        the process, its trace pipe, one QMP conversation per question.
 Never sees:  the inside of the daemon.
-Read next:   demo.py and tests/faults/, which start many.
+Read next:   process.py for how it is started; tests/faults/, which starts many.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +24,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from localmig.errors import PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.testing.faults import Fault
+from localmig.testing.process import Start, start_program
 
 START_SECONDS_MAX: Final = 30.0
 """A Python process that opens a TAP and two sockets; a loaded machine takes seconds for it."""
@@ -50,7 +49,7 @@ class DaemonProcess:
         journal: the folder for the points that it passes, where they are to be written down.
         log: where its stderr goes; None: to ours.
         inherited: descriptors of ours it shall have too, under the same numbers.
-        launcher: a command that does something first and then becomes the one that follows it.
+        start: how it is started.
     """
 
     def __init__(
@@ -62,31 +61,31 @@ class DaemonProcess:
         journal: Path | None = None,
         log: Path | None = None,
         inherited: Sequence[int] = (),
-        launcher: Sequence[str] = (),
+        start: Start = start_program,
     ) -> None:
         self.qmp = qmp
         self._facts: list[Fact] = []
         self._changed = threading.Condition()
         self._trace_ended = False
-        self._migration_began = 0
-        command = ["-m", "localmig.cli"]
+        self._migration_began_ns = 0
+        module, before = "localmig.cli", []
         if fault is not None:
             written = ["--journal", str(journal)] if journal is not None else []
             named = f"@{fault}" if isinstance(fault, Path) else str(fault)
-            command = ["-m", "localmig.testing.faults", named, *written, "--"]
+            module, before = "localmig.testing.faults", [named, *written, "--"]
         if qmp is not None:
             arguments = [*arguments, "--qmp", f"unix:{qmp}"]
         trace_reader, trace_writer = (OwnedFd(fd) for fd in os.pipe())
         ready_reader, ready_writer = (OwnedFd(fd) for fd in os.pipe())
         with trace_writer, ready_reader, ready_writer, open(log, "ab") if log else _nothing() as stderr:
-            self._process = subprocess.Popen(
+            self._process = start(
+                module,
                 [
-                    *(*launcher, sys.executable, *command, "run", *arguments),
+                    *(*before, "run", *arguments),
                     *("--trace", f"/dev/fd/{trace_writer.fileno()}", "--ready-fd", str(ready_writer.fileno())),
                 ],
-                pass_fds=(trace_writer.fileno(), ready_writer.fileno(), *inherited),
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
+                stderr=stderr.fileno() if stderr else None,
+                inherited=(trace_writer.fileno(), ready_writer.fileno(), *inherited),
             )
             trace_writer.close()
             ready_writer.close()
@@ -116,7 +115,7 @@ class DaemonProcess:
         """What the daemon answers; `_` in names is `-`, as QMP writes them. PeerError with the text of an error."""
         assert self.qmp is not None, self.pid
         if command == "migrate":
-            self._migration_began = len(self.facts)
+            self._migration_began_ns = time.monotonic_ns()
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return asyncio.run(_execute(self.qmp, command, named))
 
@@ -160,19 +159,25 @@ class DaemonProcess:
 
     def wait_migration_status(self, *statuses: str, seconds: float = ANSWER_SECONDS_MAX) -> None:
         """Waits until the migration that `execute("migrate")` began has one of `statuses`."""
-        self.wait_fact(
-            lambda fact: fact["event"] == "MigrationStatusChanged" and fact["status"] in statuses,
-            seconds=seconds,
-            after=self._migration_began,
+
+        def has_status(fact: Fact, *expected: str, since_ns: int) -> bool:
+            if fact["event"] != "MigrationStatusChanged" or fact["at_ns"] < since_ns:
+                return False
+            return fact["status"] in expected
+
+        # A daemon that took over a moment ago may trace only now that it did. That has no beginning behind ours.
+        began = self.wait_fact(
+            lambda fact: has_status(fact, "setup", since_ns=self._migration_began_ns), seconds=seconds
         )
+        self.wait_fact(lambda fact: has_status(fact, *statuses, since_ns=began["at_ns"]), seconds=seconds)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Sends a signal."""
         self._process.send_signal(number)
 
-    def wait_stopped(self) -> None:
-        """Waits until SIGSTOP has stopped it; the caller bounds the wait."""
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+    def wait_stopped(self, *, seconds: float = END_SECONDS_MAX) -> None:
+        """Waits until SIGSTOP has stopped it, or it has ended."""
+        self._process.wait_stopped(seconds)
 
     def wait(self, *, seconds: float = END_SECONDS_MAX) -> int:
         """Waits for its end; the exit status, negative for a signal."""

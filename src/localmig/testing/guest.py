@@ -23,7 +23,6 @@ import os
 import select
 import signal
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,9 +31,11 @@ from types import FrameType
 from typing import Any, Final, Self
 
 from localmig.errors import ConfigError, LocalmigError, PeerError, PeerLostError
+from localmig.fds import OwnedFd
 from localmig.netdevs.tap import Tap
 from localmig.testing.frontend import DRIVER_FEATURES, OFFLOAD_FEATURES, NetGuest, sending_offloads
 from localmig.testing.namespace import NetworkNamespace, carrier_changes, configure, isolate, link
+from localmig.testing.process import Start, start_program
 from localmig.virtio import Feature
 
 MAC: Final = "52:54:00:12:34:56"
@@ -48,6 +49,9 @@ START_SECONDS_MAX: Final = 20.0
 
 _LOOK_SECONDS: Final = 0.1
 """How often the guest looks whether its driver still runs."""
+
+_READ_BYTES: Final = 65536
+"""More than a guest tells at once."""
 
 _TUNSETCARRIER: Final = 0x400454E2
 
@@ -251,12 +255,11 @@ class GuestProcess:
         PeerError: it could not start; the text is its own. Nothing is left of it.
     """
 
-    def __init__(self, settings: GuestSettings) -> None:
-        argv = [sys.executable, "-m", __name__, "--settings", json.dumps(dataclasses.asdict(settings))]
-        self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        self._output = self._process.stdout
-        os.set_blocking(self._output.fileno(), False)
+    def __init__(self, settings: GuestSettings, *, start: Start = start_program) -> None:
+        words = ["--settings", json.dumps(dataclasses.asdict(settings))]
+        self._output, theirs = (OwnedFd(fd) for fd in os.pipe())
+        with theirs:
+            self._process = start("localmig.testing.guest", words, stdout=theirs.fileno())
         self._unread = b""
         self._ifname = settings.ifname
         self._namespace: NetworkNamespace | None = None
@@ -300,7 +303,7 @@ class GuestProcess:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._output], [], [], left)[0]:
                 raise PeerError(f"guest did not tell '{event}' within {timeout} s")
-            piece = self._output.read()
+            piece = os.read(self._output.fileno(), _READ_BYTES)
             if not piece:
                 raise PeerLostError("guest ended without a word")
             self._unread += piece
@@ -334,7 +337,7 @@ class GuestProcess:
     def close(self) -> None:
         """Kills what is left of it. Idempotent."""
         if self._process.poll() is None:
-            self._process.kill()
+            self._process.send_signal(signal.SIGKILL)
         self._process.wait()
         self._output.close()
         if self._namespace is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from localmig.contact import ConnectTo, ListenAt
@@ -335,7 +335,7 @@ class VirtioNet(VhostUserDevice):
         state = self.session_state
         assert state is not None
         if self._netdev.is_open:
-            self.stop_groups()
+            self.stop_groups(self._pairs)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
             self._netdev.set_offloads(self._offloads_now(state))
 
@@ -370,7 +370,8 @@ class VirtioNet(VhostUserDevice):
             self._obey_or_not()
             # Frontends set this ring up last, and how many pairs are used is the driver's to say where there is one.
             for pair in self._pairs[1:] if self._has_control else ():
-                self._apply(pair)
+                if pair.is_attached != self._receives(pair.index):
+                    self._apply(pair)
             return
         if self.is_served(receive_queue(group.index)):
             self._begin_receiving(group)
@@ -506,19 +507,24 @@ class VirtioNet(VhostUserDevice):
                 if not 1 <= count <= self._netdev.queue_count or not state.features_acked & NetFeature.MQ:
                     return False
                 self._pairs_used = count
-                self.apply_all()
+                self._apply_pairs(self._pairs[1:])
             case OffloadsSet(features=features):
                 if features & ~state.features_acked or features & ~int(OFFLOADS):
                     return False
                 self._guest_offloads = features
                 self.features_changed()
-                self.apply_all()
+                self._apply_pairs(self._pairs)
             case Announced():
                 self._is_to_announce = False
                 self.change_config()
             case _:
                 return False
         return True
+
+    def _apply_pairs(self, pairs: Sequence[QueuePairRings]) -> None:
+        """Lays queue pairs out for what the driver commanded. The ring that it commanded by runs on."""
+        for pair in pairs:
+            self._apply(pair)
 
     def _offloads_now(self, state: SessionState) -> Offload:
         """What the netdev leaves to the guest: what it acknowledged, left on, and the options allow."""

@@ -8,7 +8,7 @@ The calls in `CALLS` are held by a filter of the kind that asks a supervisor (se
 the kernel go on, in some microseconds, or answers in its place with an error. So nothing of the daemon is replaced, a
 call without libc is no exception, and the fault can be set anew while the daemon runs.
 
-    python -m localmig.testing.shortage TELL HEAR -- COMMAND…    what `Shortage.launcher` stands for
+    python -m tests.kit.shortage TELL HEAR MODULE ARGUMENTS…    how `Shortage.start` starts a daemon
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import platform
+import runpy
 import select
 import struct
 import sys
@@ -26,7 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
+from tests.kit.fork_server import fork_server
+
 from localmig.fds import OwnedFd, close_all
+from localmig.testing.process import Process
 
 _NUMBERS: Final = {
     "x86_64": {
@@ -168,12 +172,7 @@ class _Plan:
 
 
 class Shortage:
-    """What one daemon runs out of; a thread that answers its calls. Use it around the daemon.
-
-    Attributes:
-        launcher: what the daemon is started through, for `DaemonProcess`.
-        inherited: descriptors it needs for that.
-    """
+    """What one daemon runs out of; a thread that answers its calls. Use it around the daemon."""
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
@@ -182,12 +181,30 @@ class Shortage:
         go, say = (OwnedFd(fd) for fd in os.pipe())
         self._ends = (hear, tell, go, say)
         self._wake, self._waker = (OwnedFd(fd) for fd in os.pipe())
-        ends = (f"{tell.fileno()}", f"{go.fileno()}")
-        self.launcher: Final = (sys.executable, "-m", "localmig.testing.shortage", *ends, "--")
-        self.inherited: Final = (tell.fileno(), go.fileno())
         self._names = {number: _SAME.get(name, name) for name, number in calls_here().items()}
         self._thread = threading.Thread(target=self._run, name="shortage", daemon=True)
         self._thread.start()
+
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        inherited: Sequence[int] = (),
+    ) -> Process:
+        """Starts the daemon, its calls held; for `DaemonProcess`."""
+        _, tell, go, _ = (end.fileno() for end in self._ends)
+        return fork_server().start(
+            "tests.kit.shortage",
+            [str(tell), str(go), module, *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            inherited=(tell, go, *inherited),
+        )
 
     def plan(self, call: str, error: int, *, nth: int = 1, for_good: bool = False, after: str | None = None) -> None:
         """From now on the `nth` such call fails with `error`, and with `for_good` all later ones too.
@@ -309,12 +326,13 @@ def _install() -> OwnedFd:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Becomes the command behind `--`, its calls held."""
+    """Becomes `python -m MODULE ARGUMENTS`, its calls held."""
     tell, hear = (OwnedFd(int(number)) for number in argv[:2])
     with tell, hear, _install() as listener:
         os.write(tell.fileno(), struct.pack("ii", os.getpid(), listener.fileno()))
         os.read(hear.fileno(), 1)
-    os.execv(argv[3], list(argv[3:]))
+    sys.argv = list(argv[2:])
+    runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

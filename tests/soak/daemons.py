@@ -1,0 +1,93 @@
+"""Daemons of a soak: each starts while the one before it takes over, and is waited for when its turn comes.
+
+Owns:        a daemon that is starting, and its end; a process that only listens.
+Never sees:  handovers.
+Read next:   chain.py, which hands over from one to the next; kit/fork_server.py, where most of them come from.
+
+A forked daemon begins with the heap of a process that has imported and done nothing. So every so many generations one
+is started as a program, see `chain.Soak`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from tests.kit.fork_server import fork_server
+
+from localmig.errors import PeerError
+from localmig.fds import OwnedFd
+from localmig.testing.process import Process, Start
+
+START_SECONDS_MAX: Final = 30.0
+"""A forked daemon takes milliseconds, one that imports on a loaded machine seconds."""
+
+END_SECONDS_MAX: Final = 20.0
+"""An orderly end closes descriptors and joins threads."""
+
+
+class Daemon:
+    """`localmig run` with these arguments, from now on."""
+
+    def __init__(self, arguments: Sequence[str], start: Start) -> None:
+        self._arguments = arguments
+        self._ready, theirs = (OwnedFd(fd) for fd in os.pipe())
+        with theirs:
+            words = ["run", *arguments, "--ready-fd", str(theirs.fileno())]
+            self._process = start("localmig.cli", words, inherited=[theirs.fileno()])
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Waits until guests, sources and QMP clients can come."""
+        if not _read_byte(self._ready):
+            raise PeerError(f"the daemon did not start: {' '.join(self._arguments)}")
+
+    def wait(self) -> int:
+        """Waits for its end; the exit status."""
+        return self._process.wait(END_SECONDS_MAX)
+
+    def end(self) -> None:
+        """Kills it, if it lives."""
+        self._process.send_signal(signal.SIGKILL)
+        self.wait()
+        self._ready.close()
+
+
+def listen(sock: socket.socket) -> Process:
+    """A process that does nothing but listen on a bound socket, which is lent."""
+    ready, theirs = (OwnedFd(fd) for fd in os.pipe())
+    with ready:
+        with theirs:
+            numbers = [sock.fileno(), theirs.fileno()]
+            process = fork_server().start("tests.soak.daemons", list(map(str, numbers)), inherited=numbers)
+        if not _read_byte(ready):
+            raise PeerError("the process that is to listen did not start")
+    return process
+
+
+def _read_byte(fd: OwnedFd) -> bool:
+    """Reads the byte that says that a process is ready, and closes the pipe."""
+    with fd:
+        return bool(select.select([fd], [], [], START_SECONDS_MAX)[0]) and bool(os.read(fd.fileno(), 1))
+
+
+def _listen(sock: socket.socket, ready: OwnedFd) -> None:
+    """Listens until it is killed."""
+    sock.listen(1)
+    with ready:
+        os.write(ready.fileno(), b"\n")
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    _listen(socket.socket(fileno=int(sys.argv[1])), OwnedFd(int(sys.argv[2])))
