@@ -278,6 +278,7 @@ def _plain(state: SessionState) -> tuple[object, ...]:
         state.vring_count_asked,
         state.was_served,
         state.backend_request_fd,
+        state.log,
         state.unsent,
     )
 

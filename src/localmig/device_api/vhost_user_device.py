@@ -36,9 +36,12 @@ from localmig.trace import DeviceNoted, MemoryMapped, OwnerChanged, SessionClose
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.ownership import Ownership, Role, Standing
 from localmig.vhost_user.protocol import (
+    LOG_ALL,
     DeviceReset,
     Event,
     FeaturesSet,
+    LoggingChanged,
+    LogSet,
     MemoryChanged,
     NotifiersChanged,
     Offer,
@@ -457,7 +460,8 @@ class VhostUserDevice(Part):
             )
         # All of them were told the same.
         told = next((each.session.backend.config for each in self._sessions.values()), self._endpoint.config)
-        return DeviceState(features_acked=0 if state is None else state.features_acked, config=told, socket=socket)
+        features_acked = 0 if state is None else state.features_acked & ~LOG_ALL
+        return DeviceState(features_acked=features_acked, config=told, socket=socket)
 
     def release(self) -> None:
         """Drops socket, connections, memory and rings: another process serves them."""
@@ -605,6 +609,10 @@ class VhostUserDevice(Part):
                 owner.make_records(keeps_chains=self.keeps_chains(owner.state))
                 self.features_changed()
                 self.apply_all()
+            case LogSet():
+                self._rings.set_log()
+            case LoggingChanged():
+                self._rings.change_logging()
             case MemoryChanged():
                 self._rings.change_memory()
             case DeviceReset():
@@ -626,7 +634,10 @@ class VhostUserDevice(Part):
                 if anew:
                     here.forget(vring)
                 here.write_positions((vring,))
-            case NotifiersChanged():
+                here.forget_former_log()
+            case LogSet():
+                here.renew_log()
+            case NotifiersChanged() | LoggingChanged():
                 pass  # it stands in the session's state
             case RequestRefused(reason=reason):
                 self._note_refusal(reason)
@@ -645,6 +656,7 @@ class VhostUserDevice(Part):
             case DeviceReset():
                 for vring in range(len(here.state.vrings)):
                     here.forget(vring)
+                here.forget_former_log()
                 here.rewind()
             case _:
                 self.check_event(event)
