@@ -26,7 +26,7 @@ from tests.kit.processes import DaemonProcess
 from localmig.errors import PeerError
 from localmig.testing.daemon import ANSWER_SECONDS_MAX
 from localmig.testing.faults import Entry, Fault, read_journal
-from localmig.testing.frontend import NetGuest
+from localmig.testing.frontend import QEMU, Habits, NetGuest
 from localmig.testing.namespace import NetworkNamespace, ip
 
 FLOW_SECONDS_MAX: Final = 20.0
@@ -68,8 +68,9 @@ class Chain:
         frames: what flows.
     """
 
-    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001) -> None:
+    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001, habits: Habits = QEMU) -> None:
         self.folder = folder
+        self._habits = habits
         self._options = options
         self._interval_s = interval_s
         self._ends = ExitStack()
@@ -98,7 +99,7 @@ class Chain:
         self._life.callback(near.close)
         self._life.callback(tap.close)
         tap.setblocking(False)
-        self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()]))
+        self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()], habits=self._habits))
         self.guest.attach()
         self._near = near
         self._stream()
