@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from localmig.device_api.part import Part
-from localmig.vmstate import Description
+from localmig.vmstate import Description, default_of
 
 
 class HasOwnState(Protocol):
@@ -71,6 +71,10 @@ class OwnState(Part):
         """What the device saves."""
         self._device.note_saved()
         return self._device.save(with_descriptors=with_descriptors)
+
+    def setup_default(self) -> Any:
+        """All defaults, where there are: an earlier release of the device may have had no state of its own."""
+        return default_of(self.setup)
 
     def is_outdated(self) -> bool:
         """What the device says."""
