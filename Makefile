@@ -30,6 +30,8 @@ GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtoo
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
 FUZZ_PACKAGES := g++
+# They bring a second QEMU beside the installed one.
+VMM_PACKAGES := mmdebstrap patchelf
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
   $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
@@ -51,7 +53,7 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak kill-matrix docs clean host-root demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak vmm kill-matrix docs clean host-root demo-packages guest-packages guest-kernel bench-packages fuzz-packages vmm-packages second-qemu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -61,7 +63,7 @@ setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
 	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
-test: setup guest-packages guest-kernel host-root $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
+test: setup guest-packages guest-kernel host-root second-qemu $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
 	@# Rust's tests beside Python's, which wait for much. pytest's summary ends the output.
 	@mkdir -p target; $(CARGO) test --quiet --workspace >target/test.log 2>&1 & rust=$$!; \
 	$(IN_NAMESPACES) $(PYTEST) $(PYTEST_ARGS); status=$$?; \
@@ -98,6 +100,10 @@ fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what 
 	  echo "$$target: $(if $(FUZZ_RUNS),$(FUZZ_RUNS) runs,$(FUZZ_SECONDS) seconds)"; \
 	  PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz $$target $(FUZZ_BOUND) || exit 1; \
 	done
+
+vmm: setup guest-packages guest-kernel second-qemu ## replace a guest's VMM ten times in a row in each way and shape, and move it between machines
+	@# Each is alone: it counts the packets of an emulated guest.
+	@export LOCALMIG_VMM_MOVES=10; $(IN_NAMESPACES) $(BIN)/python -m pytest tests/guest/test_vmm_moves.py tests/guest/test_vmm_to_another_machine.py $(PYTEST_ARGS)
 
 kill-matrix: setup ## kill, stop and confuse either side at every point of a handover; writes docs/kill-matrix.md
 	$(IN_NAMESPACES) $(BIN)/python -m pytest tests/faults/test_kill_matrix.py --kill-matrix docs/kill-matrix.md
@@ -149,7 +155,8 @@ demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
 fuzz-packages: PACKAGES := $(FUZZ_PACKAGES)
-demo-packages guest-packages bench-packages fuzz-packages:
+vmm-packages: PACKAGES := $(VMM_PACKAGES)
+demo-packages guest-packages bench-packages fuzz-packages vmm-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
@@ -171,3 +178,14 @@ guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
 	  echo "no guest kernel could be downloaded from Debian's packages: there are no guests under QEMU"
 	@rm -rf .lab/unpack
+
+# It stands beside the installed one: its own loader and libraries are written into it, so it runs like any program here.
+second-qemu: vmm-packages ## unpack a newer QEMU from Debian's backports into .lab: tests replace VMMs with both
+	@[ -e .lab/qemu ] || { rm -rf .lab/unpack-qemu && mkdir -p .lab && \
+	  mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1) && \
+	  [ -n "$$mirror" ] && mmdebstrap --quiet --variant=extract --include=qemu-system-x86 --aptopt='APT::Install-Recommends "false"' \
+	    --aptopt='APT::Default-Release "trixie-backports"' trixie .lab/unpack-qemu "deb $$mirror trixie main" "deb $$mirror trixie-backports main" && \
+	  libraries=$(CURDIR)/.lab/qemu/usr/lib/x86_64-linux-gnu && \
+	  patchelf --set-interpreter $$libraries/ld-linux-x86-64.so.2 --force-rpath --set-rpath $$libraries .lab/unpack-qemu/usr/bin/qemu-system-x86_64 && \
+	  mv .lab/unpack-qemu .lab/qemu; } || echo "no second QEMU could be unpacked from Debian's packages: VMMs are replaced with the installed one only"
+	@rm -rf .lab/unpack-qemu
