@@ -34,9 +34,9 @@ FUZZ_PACKAGES := g++
 VMM_PACKAGES := mmdebstrap patchelf
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
-  $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
+  $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
   $(if $(findstring uml,$(DEMO_ARGS)),$(if $(shell command -v linux.uml),,user-mode-linux)) \
-  $(if $(findstring --guest,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
+  $(if $(findstring --guest,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
 # An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
 # test makes its own.
 IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
@@ -60,7 +60,7 @@ help: ## list the targets
 
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
-demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
+demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU; with DEMO_ARGS=--vmm QEMU itself is replaced
 	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
 test: setup guest-packages guest-kernel host-root second-qemu $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
