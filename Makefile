@@ -16,7 +16,7 @@ FUZZ_RUNS ?=
 FUZZ_BOUND = $(if $(FUZZ_RUNS),runs=$(FUZZ_RUNS),$(FUZZ_SECONDS))
 SOAK_HANDOVERS ?= 20000
 SOAK_FAILURES ?= 20000
-FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
+FUZZ_TARGETS ?= vhost-user sessions stream frames descriptors analysis qmp options config split packed
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
