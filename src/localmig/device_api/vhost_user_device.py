@@ -192,7 +192,7 @@ class VhostUserDevice(Part):
     def thawing(self) -> None:
         """This process serves the session from now on."""
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether `save` would give something else than last time, without a message of the frontend's."""
         return False
 
