@@ -32,7 +32,7 @@ from localmig.errors import PeerError
 from localmig.testing.daemon import ANSWER_SECONDS_MAX
 from localmig.testing.driver import Driver
 from localmig.testing.faults import Entry, Fault, read_journal
-from localmig.testing.frontend import NetGuest
+from localmig.testing.frontend import QEMU, Habits, NetGuest
 from localmig.testing.namespace import NetworkNamespace, ip
 
 FLOW_SECONDS_MAX: Final = 20.0
@@ -70,12 +70,14 @@ class Chain:
 
     Attributes:
         serving: who serves.
-        guest: the frontend.
+        guest: the frontend of the session that owns.
+        waiting: another guest's, whose rings are held.
         frames: what flows.
     """
 
-    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001) -> None:
+    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001, habits: Habits = QEMU) -> None:
         self.folder = folder
+        self._habits = habits
         self._options = options
         self._interval_s = interval_s
         self._ends = ExitStack()
@@ -101,8 +103,10 @@ class Chain:
         self._life.callback(near.close)
         self._life.callback(tap.close)
         tap.setblocking(False)
-        self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()]))
+        self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()], habits=self._habits))
         self.guest.attach()
+        self.waiting = self._life.enter_context(NetGuest(f"{self.folder}/n", queue_size=16))
+        self.waiting.attach()
         self._near = near
         self._attach_others()
         self._stream()
@@ -114,6 +118,20 @@ class Chain:
         self.frames.stop()
         self.guest.reset_driver()
         self._stream()
+
+    def move(self) -> None:
+        """The guest moves to another VMM: another session owns."""
+        other = self._life.enter_context(NetGuest(f"{self.folder}/n", moved_from=self.guest))
+        other.connect()
+        self.guest.detach()
+        other.arrive(self.guest.bases)
+        self.guest.disconnect()
+        self.guest = other
+
+    def roles(self) -> list[str]:
+        """What the sessions are to the device, the oldest first."""
+        device = next(each for each in self.serving.process.execute("query-devices") if each["id"] == "nic0")
+        return [session["role"] for session in device["sessions"]]
 
     def make_tap_again(self) -> None:
         """Somebody deletes the TAP and makes another one of its name; whoever serves attaches that."""
@@ -160,6 +178,7 @@ class Chain:
         self.frames.stop()
         self.serving = self._start(*self._objects)
         self.guest.reconnect()
+        self.waiting.reconnect()
         self._attach_others()
         self._stream()
         assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX), "the frontend reconnected and is not served"

@@ -110,7 +110,7 @@ class Zone:
         before: what happened earlier in the same handover.
         is_met: whether the destination ever sees the source.
         otherwise: what may come of a death or an error instead: which of two messages is quicker decides.
-        is_changed: whether the frontend changes something between the setup and the switchover.
+        is_changed: whether the guest moves to another VMM between the setup and the switchover.
     """
 
     name: str
@@ -523,6 +523,7 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
     if cell.is_changed:
         source.process.wait_migration_status("pre-switchover")
         chain.guest.frontend.set_mtu(1400)
+        chain.move()
         source.process.execute("migrate-continue", state="pre-switchover")
     meanwhile = list(cell.meanwhile)
     sleepers: list[Daemon] = []
@@ -569,6 +570,7 @@ def play(chain: Chain, cell: Cell, expected: Counter[str]) -> Row:
         assert loser.process.quit() == 0
     end_of(loser)
     chain.serving = survivor
+    assert sorted(chain.roles()) == ["held", "owns"]
     allowed = [expected]
     if outcome is Outcome.MOVED and any(fault.action is Action.RAISE for _, fault in cell.faults):
         # A source that was in doubt is remembered until the next handover, in which it could come back.
