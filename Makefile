@@ -16,7 +16,7 @@ FUZZ_RUNS ?=
 FUZZ_BOUND = $(if $(FUZZ_RUNS),runs=$(FUZZ_RUNS),$(FUZZ_SECONDS))
 SOAK_HANDOVERS ?= 20000
 SOAK_FAILURES ?= 20000
-FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
+FUZZ_TARGETS ?= vhost-user sessions stream frames descriptors analysis qmp options config split packed
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -30,11 +30,15 @@ GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtoo
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
 FUZZ_PACKAGES := g++
+# They unpack what is tested with beside this machine's own: a second QEMU, a root with systemd.
+LAB_PACKAGES := mmdebstrap patchelf
+# Where this machine has Debian's packages from.
+DEBIAN_MIRROR = $(shell apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1)
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
-  $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
+  $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
   $(if $(findstring uml,$(DEMO_ARGS)),$(if $(shell command -v linux.uml),,user-mode-linux)) \
-  $(if $(findstring --guest,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
+  $(if $(findstring --guest,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
 # An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
 # test makes its own.
 IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
@@ -51,17 +55,17 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak kill-matrix docs clean demo-packages guest-packages guest-kernel bench-packages fuzz-packages
+.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak vmm kill-matrix docs clean host-root demo-packages guest-packages guest-kernel bench-packages fuzz-packages lab-packages second-qemu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
-demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
+demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU; with DEMO_ARGS=--vmm QEMU itself is replaced
 	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
-test: setup guest-packages guest-kernel $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
+test: setup guest-packages guest-kernel host-root second-qemu $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
 	@# Rust's tests beside Python's, which wait for much. pytest's summary ends the output.
 	@mkdir -p target; $(CARGO) test --quiet --workspace >target/test.log 2>&1 & rust=$$!; \
 	$(IN_NAMESPACES) $(PYTEST) $(PYTEST_ARGS); status=$$?; \
@@ -98,6 +102,10 @@ fuzz: setup fuzz-packages $(VENV)/fuzz.stamp ## look for inputs that break what 
 	  echo "$$target: $(if $(FUZZ_RUNS),$(FUZZ_RUNS) runs,$(FUZZ_SECONDS) seconds)"; \
 	  PYTHONHASHSEED=0 $(BIN)/python -m tests.fuzz $$target $(FUZZ_BOUND) || exit 1; \
 	done
+
+vmm: setup guest-packages guest-kernel second-qemu ## replace a guest's VMM ten times in a row in each way and shape, and move it between machines
+	@# Each is alone: it counts the packets of an emulated guest.
+	@export LOCALMIG_VMM_MOVES=10; $(IN_NAMESPACES) $(BIN)/python -m pytest tests/guest/test_vmm_moves.py tests/guest/test_vmm_to_another_machine.py $(PYTEST_ARGS)
 
 kill-matrix: setup ## kill, stop and confuse either side at every point of a handover; writes docs/kill-matrix.md
 	$(IN_NAMESPACES) $(BIN)/python -m pytest tests/faults/test_kill_matrix.py --kill-matrix docs/kill-matrix.md
@@ -149,7 +157,8 @@ demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
 fuzz-packages: PACKAGES := $(FUZZ_PACKAGES)
-demo-packages guest-packages bench-packages fuzz-packages:
+lab-packages: PACKAGES := $(LAB_PACKAGES)
+demo-packages guest-packages bench-packages fuzz-packages lab-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
@@ -159,6 +168,13 @@ demo-packages guest-packages bench-packages fuzz-packages:
 	else echo "installing:$$missing"; \
 	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi
 
+host-root: lab-packages ## unpack a Debian with systemd into .lab, for the tests of service managers
+	@[ -e .lab/systemd ] || [ "$$(id -u)" != 0 ] || { rm -rf .lab/unpack-systemd && mkdir -p .lab && \
+	  mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2 bookworm .lab/unpack-systemd \
+	    "deb $(DEBIAN_MIRROR) bookworm main" && mv .lab/unpack-systemd .lab/systemd; } || \
+	  echo "no Debian root could be made: nothing is tested under systemd"
+	@rm -rf .lab/unpack-systemd
+
 guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	@[ -e .lab/kernel ] || { rm -rf .lab/unpack && mkdir -p .lab/unpack && cd .lab/unpack && \
 	  { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && $(APT_GET) update -qq; }; } && \
@@ -166,3 +182,12 @@ guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	  apt-get -o APT::Sandbox::User=root download -qq $$package 2>&1 && dpkg -x $$package*.deb root && mv root ../kernel; } || \
 	  echo "no guest kernel could be downloaded from Debian's packages: there are no guests under QEMU"
 	@rm -rf .lab/unpack
+
+# It stands beside the installed one: its own loader and libraries are written into it, so it runs like any program here.
+second-qemu: lab-packages ## unpack a newer QEMU from Debian's backports into .lab: tests replace VMMs with both
+	@[ -e .lab/qemu ] || { rm -rf .lab/unpack-qemu && mkdir -p .lab && mmdebstrap --quiet --variant=extract --include=qemu-system-x86 --aptopt='APT::Install-Recommends "false"' \
+	    --aptopt='APT::Default-Release "trixie-backports"' trixie .lab/unpack-qemu "deb $(DEBIAN_MIRROR) trixie main" "deb $(DEBIAN_MIRROR) trixie-backports main" && \
+	  libraries=$(CURDIR)/.lab/qemu/usr/lib/x86_64-linux-gnu && \
+	  patchelf --set-interpreter $$libraries/ld-linux-x86-64.so.2 --force-rpath --set-rpath $$libraries .lab/unpack-qemu/usr/bin/qemu-system-x86_64 && \
+	  mv .lab/unpack-qemu .lab/qemu; } || echo "no second QEMU could be unpacked from Debian's packages: VMMs are replaced with the installed one only"
+	@rm -rf .lab/unpack-qemu

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TIERS = ROOT / "tests"
 
-LONGEST_FIRST: Final = ("guest", "faults", "examples", "soak", "kernel", "fuzz", "protocol", "compat", "unit")
+LONGEST_FIRST: Final = ("guest", "host", "faults", "examples", "soak", "kernel", "fuzz", "protocol", "compat", "unit")
 """The tiers in the order in which they run: what waits for much begins early, and what is short fills the end."""
 
 LOCK: Final = ROOT / ".pytest_cache/alone.lock"

@@ -16,8 +16,8 @@ import logging
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Protocol, Self
 
 from localmig import fds
 from localmig.access import PRIVATE_MODE
@@ -37,7 +37,13 @@ FRONTEND: Final = "frontend"
 
 
 class Contact(Protocol):
-    """Brings peers: by listening for them, or by connecting to them."""
+    """Brings peers: by listening for them, or by connecting to them.
+
+    Attributes:
+        brings_one: whether it has one peer at most. It brings the next one if it is asked after that one left.
+    """
+
+    brings_one: ClassVar[bool]
 
     def save(self) -> ListenerState | None:
         """What of it travels, its descriptor lent; None where nothing does."""
@@ -91,6 +97,8 @@ class Listener(Contact):
         listening: the socket, this listener's from now on.
         peer: what a peer is called, for the log.
     """
+
+    brings_one = False
 
     def __init__(self, listening: ListeningSocket, *, peer: str = FRONTEND) -> None:
         self.listening = listening
@@ -186,6 +194,9 @@ class Listener(Contact):
             return
         connection.setblocking(False)
         self._pace.note()
+        if self._pace.delay_s():
+            self.pause()
+            self.accept_connections(self._on_connection)  # once it is due
         self._on_connection(OwnedFd(connection.detach()))
 
 
@@ -202,6 +213,8 @@ class Connector(Contact):
         is_due: whether the first attempt comes at once, or as after a connection's end.
         peer: what a peer is called, for the log.
     """
+
+    brings_one = True
 
     def __init__(self, path: str, *, reconnect_ms: int, is_due: bool, peer: str = FRONTEND) -> None:
         self._path = path
@@ -318,6 +331,10 @@ class ListenAt:
     group: str | None = None
     peer: str = FRONTEND
 
+    def each(self) -> tuple[ListenAt]:
+        """The plan for the one address."""
+        return (self,)
+
     def open(self) -> Listener:
         """Listens. ConfigError or KernelError where that cannot be."""
         return Listener(ListeningSocket.bind(self.path, mode=self.mode, group=self.group), peer=self.peer)
@@ -353,11 +370,20 @@ class ListenAt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectTo:
-    """`server=off`: a peer listens at `path`; this daemon connects, and again `reconnect_ms` after it left (0: not)."""
+    """`server=off`: a peer listens at `path`; this daemon connects, and again `reconnect_ms` after it left (0: not).
+
+    At `second_path` another peer listens, for what can have two at once.
+    """
 
     path: str
     reconnect_ms: int
     peer: str = FRONTEND
+    second_path: str | None = None
+
+    def each(self) -> tuple[ConnectTo, ...]:
+        """A plan for each address."""
+        alone = replace(self, second_path=None)
+        return (alone,) if self.second_path is None else (alone, replace(alone, path=self.second_path))
 
     def open(self) -> Connector:
         """Connects once it is asked for; where nothing is tried again, connects now or raises KernelError."""

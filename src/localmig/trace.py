@@ -92,9 +92,11 @@ class MemoryMapped(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionOpened(Event):
-    """A frontend connected to the device's socket."""
+    """A frontend connected to the device's socket; `pid` is its process, 0 where that has no number here."""
 
     device: str
+    session: int
+    pid: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +104,26 @@ class SessionClosed(Event):
     """The frontend's connection ended; `reason` is None where the frontend simply left."""
 
     device: str
+    session: int
     reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnerChanged(Event):
+    """The rings of another session of the device run from now on.
+
+    Attributes:
+        session: whose.
+        pid: its frontend's process, 0 where that has no number here.
+        former_session: whose ran before, None where none did since a session that owned has left.
+        former_pid: likewise.
+    """
+
+    device: str
+    session: int
+    pid: int
+    former_session: int | None
+    former_pid: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """The streams of a daemon with one TAP and one virtio-net device, from fixed states: what its vectors are made of.
 
-Owns:        the states of daemons with a session, without one, with packed rings, with two queue pairs, with
+Owns:        the states of daemons with a session, with two, without one, with packed rings, with two queue pairs, with
              server=off, with descriptors that stay home.
 Never sees:  a live device.
 Read next:   test_nic_vectors.py, vectors/README.md.
@@ -132,7 +132,8 @@ HOME: Final = Sample(name="nic-home", descriptor_count=0)
 CONNECTED: Final = Sample(name="nic-connected", descriptor_count=14)
 PACKED: Final = Sample(name="nic-packed", descriptor_count=16)
 WIDE: Final = Sample(name="nic-wide", descriptor_count=16)
-SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE)
+TWO: Final = Sample(name="nic-two-sessions", descriptor_count=16)
+SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE, TWO)
 
 
 def _descriptors(queue_count: int, fds: Iterator[OwnedFd]) -> TapDescriptors:
@@ -165,7 +166,7 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
     if sample is not CONNECTED:
         listener = ListenerState(path="/run/vm1/nic0.sock", device=26, inode=1 << 33, fd=next(fds))
     if sample is IDLE:
-        return SocketState(listener=listener, connections=())
+        return SocketState(listener=listener, connections=(), opened_count=3, owner=0)
     connection, session, ledger = next(fds), _session_state(fds), None
     if sample is WIDE:
         session.features_acked = sample.features
@@ -175,8 +176,24 @@ def _socket(sample: Sample, fds: Iterator[OwnedFd]) -> SocketState:
         session.features_acked = sample.features
         for vring, position in zip(session.vrings, (0x8012, 0x03F0), strict=True):
             vring.next_avail = position
-    state = ConnectionState(connection=connection, session=session, ledger=ledger, in_flight=None)
-    return SocketState(listener=listener, connections=(state,))
+    connections = [_connection(4, connection, session, ledger)]
+    if sample is TWO:
+        bare = SessionState(features_offered=OFFERED, vrings=[VringState(), VringState()])
+        connections.append(_connection(5, next(fds), bare, None))
+    return SocketState(listener=listener, connections=tuple(connections), opened_count=6, owner=4)
+
+
+def _connection(number: int, connection: OwnedFd, session: SessionState, ledger: OwnedFd | None) -> ConnectionState:
+    return ConnectionState(
+        number=number,
+        path="/run/vm1/nic0.sock",
+        since_ns=1 << 40,
+        was_succeeded=number == 5,
+        connection=connection,
+        session=session,
+        ledger=ledger,
+        in_flight=None,
+    )
 
 
 def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
@@ -188,6 +205,7 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
         protocol_features_acked=0x1_A02D,
         device_status=0x0F,
         mtu=9000,
+        announced_mac=bytes.fromhex("525400123456"),
         regions=[
             MemoryRegion(guest_address=0, size=0xC000_0000, user_address=0x7F00_0000_0000, mmap_offset=0, fd=next(fds)),
             MemoryRegion(

@@ -10,7 +10,7 @@ from localmig.vmstate import Blob
 
 def begun(sections: Sequence[Section]) -> tuple[OutgoingStream, Blob]:
     """A stream, and its setup piece, whose descriptors are lent by the sections."""
-    stream = OutgoingStream(section.name for section in sections)
+    stream = OutgoingStream()
     piece = stream.start()
     for section in sections:
         stream.write(section, piece)

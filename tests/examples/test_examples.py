@@ -243,6 +243,64 @@ def test_a_device_is_changed_under_a_running_guest_and_back(site: Site, tmp_path
         assert driver.request(0, room=32) == b"6"
 
 
+@pytest.fixture
+def gained(tmp_path: Path) -> tuple[Path, Path]:
+    """A package whose second release has a state of the device's own, and whose first has none."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    without = (EXAMPLES / "virtio-rng" / "localmig_rng.py").read_text().replace("OBJECT: Final", "VIRTIO_RNG: Final")
+    for folder, source, version in ((old, without, "1.0"), (new, CHANGED, "2.0")):
+        folder.mkdir()
+        write_package(folder, "localmig-rng", source, "virtio-rng", version=version)
+    return old, new
+
+
+def test_a_device_gains_a_state_of_its_own_and_goes_back_as_long_as_that_has_its_defaults(
+    site: Site, gained: tuple[Path, Path]
+) -> None:
+    old, new = gained
+    with found(old):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        for folder in (new, old, new):
+            daemon = moved(site, daemon, folder)
+        assert driver.request(0, room=32) == b"1"
+        destination = hand_over(site, daemon, folders=(old,))
+        info = daemon.wait_migration()
+        assert (info["status"], destination.wait()) == ("failed", 1)
+        assert 'tells of a section "rng0/virtio-rng"' in info["error-desc"]
+        assert "hand over to a release that knows this state" in info["error-desc"]
+        assert driver.request(0, room=32) == b"2"
+        daemon = moved(site, daemon, new)
+        assert driver.request(0, room=32) == b"3"
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["to-one-that-knows-it", "to-one-that-does-not"])
+def test_a_state_that_begins_to_matter_during_a_handover_travels_or_ends_it(
+    site: Site, gained: tuple[Path, Path], is_known: bool
+) -> None:
+    old, new = gained
+    with found(new):
+        daemon = site.source(*site.objects(), *rng_at(site))
+    pause = {"capability": "pause-before-switchover", "state": True}
+    daemon.execute("migrate-set-capabilities", capabilities=[pause])
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        destination = hand_over(site, daemon, folders=(new if is_known else old,))
+        daemon.wait_migration_status("pre-switchover")
+        assert driver.request(0, room=32) == b"1"
+        daemon.execute("migrate-continue", state="pre-switchover")
+        info = daemon.wait_migration()
+        if is_known:
+            assert info["status"] == "completed"
+            assert daemon.quit() == 0
+            destination.wait_migration()
+        else:
+            assert (info["status"], destination.wait()) == ("failed", 1)
+            assert 'tells of a section "rng0/virtio-rng"' in info["error-desc"]
+        assert driver.request(0, room=32) == b"2"
+
+
 def test_a_destination_without_the_package_refuses_and_names_it(site: Site, examples: Path, tmp_path: Path) -> None:
     with found(examples):
         daemon = site.source(*site.objects(), *rng_at(site))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon
 
 from localmig.migration.analysis import Field, analyze
 from localmig.testing.faults import Fault
-from localmig.testing.frontend import RX
+from localmig.testing.frontend import CLOUD_HYPERVISOR, QEMU, RX, USER_MODE_LINUX, Habits
 from localmig.testing.namespace import unavailable_reason
 
 LONG_MS: Final = 60_000
@@ -157,3 +158,33 @@ def test_a_frontend_that_was_answered_something_is_not_served_by_who_does_not_kn
     assert "it died after a frontend changed something that was not sent again" in chain.log_of(destination)
     assert chain.guest.frontend.is_lost(FLOW_SECONDS_MAX)
     chain.renew()
+
+
+@pytest.mark.parametrize(
+    "habits", [QEMU, USER_MODE_LINUX, CLOUD_HYPERVISOR], ids=["qemu", "user-mode-linux", "cloud-hypervisor"]
+)
+def test_a_driver_that_resets_during_handovers_is_served_whatever_its_frontend_sends_for_it(
+    tmp_path_factory: pytest.TempPathFactory, habits: Habits
+) -> None:
+    reason = unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"needs network namespaces: {reason}")
+    chain = Chain(tmp_path_factory.mktemp("m"), habits=habits)
+    try:
+        for _ in range(3):
+            chain.frames.stop()
+            source, destination = chain.serving.process, chain.destination()
+            info: dict[str, object] = {}
+            source.execute("migrate", uri=destination.address)
+            waiter = threading.Thread(target=lambda source=source, info=info: info.update(source.wait_migration()))
+            waiter.start()
+            while waiter.is_alive():
+                chain.guest.reset_driver()
+            assert info["status"] == "completed", info
+            assert source.quit() == 0
+            chain.serving = destination
+            chain.reset_driver()
+            assert chain.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
+            assert not chain.guest.frontend.is_lost()
+    finally:
+        chain.close()

@@ -119,6 +119,7 @@ def test_a_device_without_a_frontend_says_so(site: Site) -> None:
         "socket": f"{site.folder}/nic0.sock",
         "server": True,
         "mac": "52:54:00:12:34:56",
+        "sessions": [],
         "vrings": [],
         "queue-pairs": [{"index": 0, "running": False, "counters": dict.fromkeys(site.counters(), 0)}],
         "notes": [],

@@ -50,6 +50,8 @@ COMMANDS = [
     "cont",
     "device_add",
     "device_del",
+    "device_socket_add",
+    "device_socket_del",
     "getfd",
     "migrate",
     "migrate-continue",
@@ -72,6 +74,7 @@ COMMANDS = [
     "query-status",
     "query-version",
     "quit",
+    "session-close",
     "set_link",
     "stop",
 ]

@@ -84,6 +84,49 @@ def test_what_goes_out_comes_in() -> None:
     assert read(written(), expecting()) == (SETUP, SWITCHOVER)
 
 
+def with_defaults() -> IncomingStream:
+    """Expects what `expecting` does; that `b` stays away is no error."""
+    return IncomingStream(
+        setup={section.name: section.description for section in SETUP},
+        switchover={section.name: section.description for section in SWITCHOVER},
+        defaults={SETUP[1].name: DEFAULT},
+    )
+
+
+DEFAULT = disk("b", "/default").state
+
+
+def test_a_section_with_a_default_may_stay_away() -> None:
+    default = Section(name=SETUP[1].name, description=SETUP[1].description, state=DEFAULT)
+    assert read(written(SETUP[:1]), with_defaults()) == ([SETUP[0], default], SWITCHOVER)
+    assert read(written(), with_defaults()) == (SETUP, SWITCHOVER)
+    with pytest.raises(PeerError, match='does not tell of section "a/disk"'):
+        read(written(SETUP[1:]), with_defaults())
+
+
+def test_a_section_that_was_told_of_may_not_stay_away() -> None:
+    incoming = with_defaults()
+    incoming.description(written().description)
+    with pytest.raises(PeerError, match='section "b/disk" is missing'):
+        incoming.setup(written(SETUP[:1]).setup)
+
+
+def test_a_section_that_stayed_away_may_come_later() -> None:
+    outgoing, first = begun(SETUP[:1])
+    incoming = with_defaults()
+    incoming.description(outgoing.describe(SWITCHOVER))
+    incoming.setup(bytes(first.data))
+    again = Blob()
+    outgoing.write(SETUP[1], again)
+    incoming.description_again(outgoing.describe_again([SETUP[1].name]))
+    assert incoming.setup_again(bytes(again.data)) == SETUP[1:]
+    switchover = bytes(outgoing.switchover(SWITCHOVER).data)
+    assert incoming.switchover(switchover) == SWITCHOVER
+    # The recording has it too, and is a stream like any other.
+    recorded = b"".join(map(bytes, outgoing.recording(switchover)))
+    assert recorded == b"".join(written())
+
+
 def test_a_stream_may_have_no_sections() -> None:
     assert read(written([], []), expecting([], [])) == ([], [])
 

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,7 @@ from localmig.contact import ConnectTo, ListenAt, Listener, ListenerState
 from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd
 from localmig.unix_socket import ACCEPT_BURST, ACCEPT_INTERVAL_S, ListeningSocket
+from localmig.vhost_user.memory import MemoryRegion
 from localmig.vhost_user.message import (
     HEADER_SIZE,
     U64,
@@ -34,6 +35,7 @@ from localmig.vhost_user.message import (
     decode_reply,
     encode_request,
 )
+from localmig.vhost_user.ownership import SESSION_COUNT_MAX
 from localmig.vhost_user.protocol import (
     PROTOCOL_FEATURES_SERVED,
     Backend,
@@ -56,14 +58,14 @@ class Device:
         self.told: asyncio.Queue[object] = asyncio.Queue()
         self.on_event: Callable[[], None] = lambda: None
 
-    def session_opened(self) -> None:
+    def session_opened(self, session: Session) -> None:
         self.told.put_nowait("opened")
 
-    def handle(self, event: Event) -> None:
+    def handle(self, session: Session, event: Event) -> None:
         self.told.put_nowait(event)
         self.on_event()
 
-    def session_closed(self, reason: str | None) -> None:
+    def session_closed(self, session: Session, reason: str | None) -> None:
         self.told.put_nowait(("closed", reason))
 
 
@@ -122,6 +124,11 @@ class Frontend:
         return data
 
 
+def drained(queue: asyncio.Queue[object]) -> list[object]:
+    """All that is in it."""
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
 async def turns() -> None:
     """Lets the event loop do all that it could do now."""
     for _ in range(5):
@@ -149,7 +156,13 @@ def path(tmp_path: Path) -> str:
 
 
 def new_endpoint(path: str, device: Device) -> Endpoint:
-    return Endpoint(Listener(ListeningSocket.bind(path)), device, OFFER)
+    return Endpoint({path: Listener(ListeningSocket.bind(path))}, device, OFFER)
+
+
+def only(endpoint: Endpoint) -> Session:
+    """The one session that there is."""
+    (session,) = endpoint.sessions.values()
+    return session
 
 
 def test_a_flood_of_frontends_is_accepted_slowly(path: str) -> None:
@@ -171,13 +184,29 @@ def null_fd() -> OwnedFd:
     return OwnedFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
 
 
+def region() -> MemoryRegion:
+    return MemoryRegion(guest_address=0, size=4096, user_address=0, mmap_offset=0, fd=null_fd())
+
+
+def new_session(connection: OwnedFd) -> Session:
+    return Session(
+        connection,
+        Backend(OFFER),
+        Device(),
+        number=1,
+        path="unused",
+        changing=lambda: None,
+        on_closed=lambda: None,
+    )
+
+
 def test_adoption_changes_nothing_of_a_socket(path: str) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.send(b"unread")
         copies = [OwnedFd(os.dup(ours.fileno())) for _ in range(2)]
         listener = Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=copies[0]))
-        session = Session(copies[1], Backend(OFFER), Device(), changing=lambda: None, on_closed=lambda: None)
+        session = new_session(copies[1])
         assert os.get_blocking(ours.fileno())
         session.release()
         listener.release()
@@ -190,7 +219,7 @@ def test_a_descriptor_that_is_no_socket_is_refused_and_stays_the_callers(path: s
         with pytest.raises(PeerError, match="is none: Socket operation on non-socket"):
             Listener.from_state(ListenerState(path=path, device=1, inode=2, fd=fd.duplicate()))
         with pytest.raises(PeerError, match="is none"):
-            Session(fd, Backend(OFFER), Device(), changing=lambda: None, on_closed=lambda: None)
+            new_session(fd)
         assert fd.is_open
 
 
@@ -205,28 +234,72 @@ def test_a_frontend_is_served_and_one_that_comes_back_too(path: str) -> None:
         for _ in range(3):
             with Frontend.to(path) as frontend:
                 assert await frontend.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
-                assert endpoint.state is not None
+                assert only(endpoint).backend.has_spoken
             assert await device.told.get() == "opened"
             assert await device.told.get() == ("closed", None)
-            assert endpoint.state is None
+            assert not endpoint.sessions
         endpoint.close()
 
     run(scenario())
 
 
-def test_a_second_frontend_waits_until_the_first_leaves(path: str) -> None:
+def test_a_second_frontend_is_answered_at_once(path: str) -> None:
     async def scenario() -> None:
         device = Device()
         endpoint = new_endpoint(path, device)
         endpoint.thaw()
         with Frontend.to(path) as first, Frontend.to(path) as second:
-            second.send(encode_request(Request.GET_QUEUE_NUM))
+            assert await second.ask(Request.GET_QUEUE_NUM) == U64(value=2)
             assert await first.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
-            await turns()
-            assert await device.told.get() == "opened"
-            assert device.told.empty()
+            assert list(endpoint.sessions) == [1, 2]
+            assert [await device.told.get() for _ in range(2)] == ["opened", "opened"]
+            peers = {session.peer for session in endpoint.sessions.values()}
+            assert peers == {(os.getpid(), os.getuid())}
             first.socket.close()
-            assert await second.reply() == U64(value=2)
+            assert await device.told.get() == ("closed", None)
+            assert await second.ask(Request.GET_QUEUE_NUM) == U64(value=2)
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_one_frontend_too_many_costs_the_oldest_that_has_nothing(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with ExitStack() as ends:
+            silent = []
+            for _ in range(SESSION_COUNT_MAX):
+                silent.append(ends.enter_context(Frontend.to(path)))
+                assert await device.told.get() == "opened"
+            # The oldest has memory, so it is the next one.
+            endpoint.sessions[1].backend.state.regions = [region()]
+            with Frontend.to(path) as last:
+                assert await last.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
+                assert await silent[1].sees_the_end()
+                assert list(endpoint.sessions) == [1, 3, 4, 5, 6, 7, 8, 9]
+                reasons = [told for told in drained(device.told) if told != "opened"]
+                assert len(reasons) == 1
+                assert "9 frontends are connected, limit is 8" in str(reasons[0])
+        endpoint.close()
+
+    run(scenario())
+
+
+def test_one_too_many_is_itself_the_one_if_all_others_have_memory(path: str) -> None:
+    async def scenario() -> None:
+        device = Device()
+        endpoint = new_endpoint(path, device)
+        endpoint.thaw()
+        with ExitStack() as ends:
+            for number in range(SESSION_COUNT_MAX):
+                ends.enter_context(Frontend.to(path))
+                assert await device.told.get() == "opened"
+                endpoint.sessions[number + 1].backend.state.regions = [region()]
+            with Frontend.to(path) as last:
+                assert await last.sees_the_end()
+            assert len(endpoint.sessions) == SESSION_COUNT_MAX
         endpoint.close()
 
     run(scenario())
@@ -241,7 +314,7 @@ def test_a_wrong_message_ends_that_session_and_nothing_else(path: str) -> None:
             wrong.send(b"GET / HTTP/1")
             assert await wrong.sees_the_end()
             assert await right.ask(Request.GET_FEATURES) == U64(value=OFFER.all_features)
-        assert await device.told.get() == "opened"
+        assert [await device.told.get() for _ in range(2)] == ["opened", "opened"]
         assert await device.told.get() == ("closed", "request 542393671 is unknown, the highest known is 45")
         endpoint.close()
 
@@ -309,7 +382,7 @@ def test_a_bug_in_the_device_ends_the_session_and_is_reported(path: str) -> None
             frontend.send(encode_request(Request.NET_SET_MTU, U64(value=9000)))
             assert await frontend.sees_the_end()
         assert reported == [bug]
-        assert endpoint.session is None
+        assert not endpoint.sessions
         endpoint.close()
 
     run(scenario())
@@ -319,7 +392,7 @@ def test_the_device_may_end_the_session_while_it_handles_an_event(path: str) -> 
     async def scenario() -> None:
         device = Device()
         endpoint = new_endpoint(path, device)
-        device.on_event = lambda: endpoint.session.close("enough") if endpoint.session else None
+        device.on_event = lambda: only(endpoint).close("enough")
         endpoint.thaw()
         with Frontend.to(path) as frontend:
             await frontend.negotiate()
@@ -454,13 +527,19 @@ def travelled(state: SessionState) -> SessionState:
 def hand_over(endpoint: Endpoint, device: Device, *, plan: ListenAt | ConnectTo | None = None) -> Endpoint:
     """Freezes `endpoint` and gives copies of all it has to a new one, which does nothing yet."""
     endpoint.freeze()
-    listener = endpoint.contact.save()
+    ((path, contact),) = endpoint.contacts.items()
+    listener = contact.save()
     if listener is not None:
         listener = replace(listener, fd=listener.fd.duplicate())
-    taker = Endpoint((plan or ListenAt(path="unused")).adopt(listener), device, OFFER)
-    if endpoint.session is not None:
-        state = travelled(endpoint.session.backend.state)
-        taker.adopt_session(endpoint.session.connection.duplicate(), state, config=endpoint.session.backend.config)
+    taker = Endpoint({path: (plan or ListenAt(path="unused")).adopt(listener)}, device, OFFER)
+    for session in endpoint.sessions.values():
+        taker.adopt_session(
+            session.connection.duplicate(),
+            travelled(session.backend.state),
+            number=session.number,
+            path=session.path,
+            config=session.backend.config,
+        )
     return taker
 
 
@@ -522,8 +601,8 @@ def test_a_session_moves_inside_a_message_and_comes_back(path: str, cut: int) ->
             message = encode_request(Request.SET_MEM_TABLE, MemoryTable(regions=(REGION,)), needs_reply=True)
             frontend.send(message[:cut], [fd.fileno()])
             await turns()
-            assert endpoint.state is not None
-            assert len(endpoint.state.unparsed) == cut
+            assert endpoint.sessions
+            assert len(only(endpoint).backend.state.unparsed) == cut
             discarded = hand_over(endpoint, destination)
             discarded.release()
             endpoint.thaw()
@@ -548,14 +627,13 @@ def test_a_reply_that_found_no_room_moves_and_arrives_whole(path: str) -> None:
             await frontend.negotiate()
             count = 0
             question = encode_request(Request.GET_FEATURES)
-            assert endpoint.session is not None
-            while not endpoint.session.backend.data_to_send():
+            while not only(endpoint).backend.data_to_send():
                 frontend.send(question)
                 count += 1
                 await turns()
             frontend.send(question)
             await turns()
-            assert endpoint.session.backend.bytes_wanted == HEADER_SIZE, "nothing is read before the reply is sent"
+            assert only(endpoint).backend.bytes_wanted == HEADER_SIZE, "nothing is read before the reply is sent"
             taker = hand_over(endpoint, destination)
             endpoint.release()
             taker.thaw()
@@ -571,7 +649,7 @@ def test_a_state_that_cannot_be_served_leaves_its_descriptors_with_the_caller(pa
     with null_fd() as connection, null_fd() as waiting:
         state = SessionState(unparsed=b"\0" * HEADER_SIZE, unparsed_fds=[waiting])
         with pytest.raises(PeerError):
-            endpoint.adopt_session(connection, state, config=b"")
+            endpoint.adopt_session(connection, state, number=1, path="unused", config=b"")
         assert connection.is_open
         assert waiting.is_open
     endpoint.close()
@@ -583,9 +661,8 @@ def test_closing_ends_the_connection_though_another_process_has_a_copy(path: str
         endpoint.thaw()
         with Frontend.to(path) as frontend:
             await frontend.negotiate()
-            assert endpoint.session is not None
-            with endpoint.session.connection.duplicate():
-                endpoint.session.close("wrong")
+            with only(endpoint).connection.duplicate():
+                only(endpoint).close("wrong")
                 assert await frontend.sees_the_end()
         endpoint.close()
 
@@ -636,7 +713,7 @@ class Vmm:
 
 
 def connecting(path: str, device: Device, *, reconnect_ms: int = 1) -> Endpoint:
-    return Endpoint(ConnectTo(path=path, reconnect_ms=reconnect_ms).open(), device, OFFER)
+    return Endpoint({path: ConnectTo(path=path, reconnect_ms=reconnect_ms).open()}, device, OFFER)
 
 
 async def is_served(frontend: Frontend) -> bool:
@@ -657,7 +734,7 @@ def test_a_device_connects_where_the_vmm_listens_and_again_when_it_left(path: st
                 assert await device.told.get() == "opened"
                 assert await device.told.get() == ("closed", None)
             endpoint.close()
-        assert not endpoint.session
+        assert not endpoint.sessions
 
     run(scenario())
 
@@ -685,7 +762,7 @@ def test_a_vmm_whose_queue_is_full_is_tried_again(path: str) -> None:
             other.connect(path)
             endpoint = connecting(path, Device())
             endpoint.thaw()
-            assert endpoint.session is None
+            assert not endpoint.sessions
             (await vmm.frontend()).socket.close()
             with await vmm.frontend() as frontend:
                 assert await is_served(frontend)

@@ -35,7 +35,7 @@ SECTIONS: Final = {
     "Errors": "ConfigError PeerError KernelError",
     "Any device": "VhostUserDevice Offer Event MtuSet RarpRequested DeviceInfo device_members RingGroup CallbackGroup "
     "Layout Queues",
-    "Parts and netdevs": "Part Announces RunsPrograms Netdev NetdevObserver NetdevSpec Offload",
+    "Parts and netdevs": "Part Announces RunsPrograms HasSessions Netdev NetdevObserver NetdevSpec Offload",
 }
 """In the order in which a reader needs them."""
 

@@ -201,29 +201,27 @@ def test_nobody_at_the_path_is_an_error_that_says_what_to_look_at(path: Path) ->
 # -- tcp: -----------------------------------------------------------------------------------------------------
 
 
-def free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return int(probe.getsockname()[1])
+def port_of(listener: Listener) -> int:
+    """Which port the kernel chose for a listener at port 0."""
+    assert listener._sock is not None
+    return int(listener._sock.getsockname()[1])
 
 
 @pytest.mark.parametrize(("listens", "connects"), [("127.0.0.1", "127.0.0.1"), ("", "127.0.0.1"), ("localhost", "")])
 def test_tcp_carries_frames_but_no_descriptors(listens: str, connects: str) -> None:
-    port = free_port("127.0.0.1")
-    with closing(Listener(TcpAddress(host=listens, port=port))) as listener:
-        asyncio.run(meet(listener, TcpAddress(host=connects, port=port)))
+    with closing(Listener(TcpAddress(host=listens, port=0))) as listener:
+        asyncio.run(meet(listener, TcpAddress(host=connects, port=port_of(listener))))
 
 
 def test_tcp_frames_leave_at_once() -> None:
-    port = free_port("127.0.0.1")
-
     async def look() -> None:
-        source, destination = await asyncio.gather(connect(TcpAddress(host="127.0.0.1", port=port)), listener.accept())
+        address = TcpAddress(host="127.0.0.1", port=port_of(listener))
+        source, destination = await asyncio.gather(connect(address), listener.accept())
         for channel in (source, destination):
             assert channel._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             channel.close()
 
-    with closing(Listener(TcpAddress(host="127.0.0.1", port=port))) as listener:
+    with closing(Listener(TcpAddress(host="127.0.0.1", port=0))) as listener:
         asyncio.run(look())
 
 
@@ -235,8 +233,10 @@ def test_a_port_in_use_is_an_error() -> None:
 
 
 def test_nobody_at_the_port_is_an_error() -> None:
-    with pytest.raises(KernelError, match="cannot connect to"):
-        asyncio.run(connect(TcpAddress(host="127.0.0.1", port=free_port("127.0.0.1"))))
+    with socket.socket() as deaf:  # which keeps the port and does not listen at it
+        deaf.bind(("127.0.0.1", 0))
+        with pytest.raises(KernelError, match="cannot connect to"):
+            asyncio.run(connect(TcpAddress(host="127.0.0.1", port=deaf.getsockname()[1])))
 
 
 # -- fd: ------------------------------------------------------------------------------------------------------

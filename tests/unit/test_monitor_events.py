@@ -34,7 +34,7 @@ def test_a_device_that_is_deleted_is_told_with_its_path_and_no_other_object() ->
 
 def test_what_qemu_has_no_event_for_is_not_told() -> None:
     facts = [
-        trace.SessionOpened(device="nic0"),
+        trace.RingsStopped(device="nic0", queue_pair=0),
         trace.RingsStarted(device="nic0", queue_pair=0),
         trace.PhaseEnded(role="source", name="setup", duration_ns=1),
     ]

@@ -1,4 +1,4 @@
-"""The command line: `localmig run`, `upgrade`, `migrate`, `status`, `qmp`, `analyze`, `demo`.
+"""The command line: `localmig run`, `upgrade`, `vm-upgrade`, `migrate`, `status` and others; `_parser` has them all.
 
 Owns:        argv, exit statuses, what is printed.
 Never sees:  what a daemon is inside: everything but `run` asks by QMP.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.cli import analyze, migrate, qmp, run, status, upgrade
+from localmig.cli import analyze, migrate, qmp, run, sessions, status, upgrade, vm_upgrade
 from localmig.cli.text import tell
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
@@ -24,6 +24,7 @@ examples:
                --device virtio-net,id=nic0,netdev=net0,socket=/run/vm1/nic0.sock \\
                --qmp unix:/run/vm1/qmp.sock
   localmig upgrade /run/vm1/qmp.sock
+  localmig vm-upgrade /run/vm1/qemu.sock
   localmig status /run/vm1/qmp.sock
   localmig analyze /tmp/handover.stream
   localmig demo
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process by default.
 
     Returns:
-        The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, 3 unknown (`upgrade`, `migrate`).
+        The exit status: 0 done, 1 not done (the reason is on stderr), 2 wrong usage, 3 unknown (`upgrade`,
+        `vm-upgrade`, `migrate`).
     """
     _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -50,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Another program, whose options are its own: it needs what only tests and demonstrations need.
         os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.demo", *words[1:]])
     run_options: list[str] = []
-    if words[:1] == ["upgrade"] and "--" in words:
-        # Not by argparse, which would read them as options of `upgrade` wherever another option stands before.
+    if words[:1] in (["upgrade"], ["vm-upgrade"]) and "--" in words:
+        # Not by argparse, which would read them as options of the command wherever another option stands before.
         end = words.index("--")
         words, run_options = words[:end], words[end + 1 :]
     arguments = _parser().parse_args(words, argparse.Namespace(run_options=run_options))
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, upgrade, migrate, status, qmp, analyze):
+    for module in (run, upgrade, vm_upgrade, migrate, status, sessions, qmp, analyze):
         module.add_parser(commands)
     commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
     return parser

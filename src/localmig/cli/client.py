@@ -41,14 +41,16 @@ class Client:
     """One connection to a daemon.
 
     Attributes:
+        name: what errors call it.
         path: where it answered.
         pid: its process.
         uid: its user.
     """
 
-    def __init__(self, path: str, connection: socket.socket, qmp: QMPClient) -> None:
+    def __init__(self, path: str, connection: socket.socket, qmp: QMPClient, *, kind: str) -> None:
         self.path = path
         self.pid, self.uid = peer_credentials(connection)
+        self.name = f"{kind} {self.pid}"
         self._qmp = qmp
 
     @property
@@ -69,9 +71,9 @@ class Client:
         except ExecuteError as error:
             raise CommandError(str(error), error_class=error.error_class) from error
         except TimeoutError as error:
-            raise PeerLostError(f"daemon {self.pid} did not answer '{command}' in {ANSWER_TIMEOUT_S:g} s") from error
+            raise PeerLostError(f"{self.name} did not answer '{command}' in {ANSWER_TIMEOUT_S:g} s") from error
         except (QMPError, OSError) as error:
-            raise PeerLostError(f"daemon {self.pid} does not answer '{command}': connection lost") from error
+            raise PeerLostError(f"{self.name} does not answer '{command}': connection lost") from error
 
     async def next_event(self, *, timeout_s: float) -> Mapping[str, Any] | None:
         """The next event, None where none came in time.
@@ -81,7 +83,7 @@ class Client:
         """
         events = self._qmp.events
         if events.empty() and not self.is_connected:
-            raise PeerLostError(f"daemon {self.pid} closed the connection")
+            raise PeerLostError(f"{self.name} closed the connection")
         event = asyncio.ensure_future(events.get())
         ended = asyncio.ensure_future(self._qmp.runstate_changed())
         try:
@@ -98,8 +100,12 @@ class Client:
             await self._qmp.disconnect()
 
 
-async def connect(path: str) -> Client:
+async def connect(path: str, *, kind: str = "daemon") -> Client:
     """Connects to the daemon that answers at `path`.
+
+    Args:
+        path: its QMP socket.
+        kind: what errors call such a program; a VMM speaks QMP as well.
 
     Raises:
         ConfigError: there is none.
@@ -114,10 +120,10 @@ async def connect(path: str) -> Client:
             await asyncio.get_running_loop().sock_connect(connection, path)
             qmp = QMPClient()
             await qmp.connect(connection)
-        return Client(path, connection, qmp)
+        return Client(path, connection, qmp, kind=kind)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         connection.close()
-        raise ConfigError(f"no daemon answers at '{path}': {error.strerror}") from error
+        raise ConfigError(f"no {kind} answers at '{path}': {error.strerror}") from error
     except TimeoutError as error:
         connection.close()
         raise PeerError(f"'{path}' did not answer in {ANSWER_TIMEOUT_S:g} s") from error

@@ -49,7 +49,21 @@ _DROPS: Final = (
 )
 
 _SHOWN_BY_NAME: Final = frozenset(
-    {"id", "type", "mac", "netdev", "socket", "server", "session", "vrings", "queue-pairs", "rings", "notes"}
+    {
+        "id",
+        "type",
+        "mac",
+        "netdev",
+        "socket",
+        "second-socket",
+        "server",
+        "sessions",
+        "session",
+        "vrings",
+        "queue-pairs",
+        "rings",
+        "notes",
+    }
 )
 """What of a device has a place of its own in what is shown. Whatever else its type adds is shown as it comes."""
 
@@ -189,11 +203,22 @@ def _row(facts: Facts, device: Facts) -> tuple[str, ...]:
     return (
         device["id"],
         _netdev(facts, device),
-        "connected" if "session" in device else "none",
+        _frontends(device),
         _rings(device),
         *_traffic(facts, device),
         "; ".join(_notes(facts, device)),
     )
+
+
+def _frontends(device: Facts) -> str:
+    """Whether there is one; of several, how many have the device and how many wait for it."""
+    if "session" not in device:
+        return "none"
+    roles = [session["role"] for session in device.get("sessions", ())]  # a daemon of before has none
+    if len(roles) < 2:
+        return "connected"
+    counts = {role: roles.count(role) for role in ("owns", "held", "idle")}
+    return ", ".join(f"{count} {role}" for role, count in counts.items() if count)
 
 
 def _traffic(facts: Facts, device: Facts) -> tuple[str, str, str]:
@@ -298,12 +323,15 @@ def show_device(facts: Facts, wanted: str) -> str:
     device = device_of(facts, wanted)
     lines = [*_head(facts), f"device     {', '.join(device[name] for name in ('id', 'type', 'mac') if name in device)}"]
     if "socket" in device:
-        lines.append(f"socket     {device['socket']}, {'listens' if device['server'] else 'connects'}")
+        also = f", and to {device['second-socket']}" if "second-socket" in device else ""
+        lines.append(f"socket     {device['socket']}, {'listens' if device['server'] else f'connects{also}'}")
     if "netdev" in device:
         lines.append(f"netdev     {_netdev_facts(facts, device)}")
     lines += [f"note       {note}" for note in _notes(facts, device)]
     if "vrings" in device:
         lines += _session_lines(device)
+    if len(device.get("sessions", ())) > 1:
+        lines += ["", _sessions(device)]
     lines += [f"{name:<10} {_shown(device[name])}" for name in device if name not in _SHOWN_BY_NAME]
     if device.get("vrings"):
         is_nic = "queue-pairs" in device
@@ -374,6 +402,31 @@ def _session_lines(device: Facts) -> list[str]:
         *_wrapped("features", session["features"]),
         *_wrapped("protocol", _without_prefix(session["protocol-features"], "VHOST_USER_PROTOCOL_F_")),
     ]
+
+
+def _sessions(device: Facts) -> str:
+    """A line for each frontend: what it is to the device, since when, and whose process it is."""
+    rows = [
+        (
+            str(session["number"]),
+            session["role"],
+            _age(session["since"]),
+            str(session.get("pid", "")),
+            str(session.get("user-id", "")),
+            session["socket"],
+        )
+        for session in device["sessions"]
+    ]
+    return table(("session", "role", "for", "process", "user", "socket"), rows)
+
+
+def _age(since_s: int) -> str:
+    """How long ago that was, in the largest unit of which it has two."""
+    age_s = max(0, int(time.time()) - since_s)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if age_s >= 2 * size:
+            return f"{age_s // size} {unit}"
+    return f"{age_s} s"
 
 
 def _without_prefix(names: Sequence[str], prefix: str) -> list[str]:

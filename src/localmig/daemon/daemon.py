@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from enum import StrEnum
@@ -21,7 +21,7 @@ from localmig.confinement import Privileges, Sandbox, SandboxState
 from localmig.daemon.announce import Announcer
 from localmig.daemon.descriptors import LentDescriptors, NamedDescriptors
 from localmig.daemon.objects import Assembly, BuiltObject, Objects
-from localmig.device_api import Announces, Netdev, Part, RunsPrograms
+from localmig.device_api import Announces, HasSessions, Netdev, Part, RunsPrograms
 from localmig.device_api.objects import inherited
 from localmig.errors import ConfigError, LocalmigError, StateError, blamed
 from localmig.fds import OwnedFd, close_all
@@ -36,7 +36,7 @@ from localmig.migration.status import LocalMigrationReport, MigrationInfo
 from localmig.migration.undo import for_all
 from localmig.options import SandboxSpec, Spec
 from localmig.options.address import Address, Defer, IncomingSpec
-from localmig.options.specs import KINDS, references_of
+from localmig.options.specs import KINDS, DeviceSpec, references_of
 from localmig.registry import Registry
 from localmig.service_manager import ServiceManager
 from localmig.trace import ObjectAdded, ObjectDeleted, RunStateChanged, Tracer
@@ -342,6 +342,53 @@ class Daemon:
         netdev = cast(Netdev, self._assembly.built(spec.id).part)
         with blamed(f"cannot set the link of '{spec.id}'"):
             netdev.set_link(up=up)
+
+    def close_session(self, id: str, number: int) -> None:  # noqa: A002
+        """Ends a session of a device: its frontend is disconnected, and another one that waits may get the rings.
+
+        Raises:
+            NotFoundError: there is no device of that id, or it has no session of that number. As for all that follow:
+                nothing was changed.
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable("session-close")
+        self._with_sessions(id).close_session(number)
+
+    def add_socket(self, id: str, path: str) -> None:  # noqa: A002
+        """Has a device with server=off connect to a second address, at which another VMM listens.
+
+        Raises:
+            NotFoundError: there is no device of that id. As for all that follow: nothing was changed.
+            ConfigError: the device listens itself, has a second address, or another object has that one.
+            KernelError: nobody listens there, and nothing is tried again (reconnect-ms=0).
+            StateError: a handover is under way, or the guest is another daemon's.
+        """
+        self._check_changeable("device_socket_add")
+        part = self._with_sessions(id)
+        self._change_spec(self._device_spec(id).with_second_socket(path), lambda: part.add_socket(path))
+
+    def delete_socket(self, id: str, path: str) -> None:  # noqa: A002
+        """Has a device connect to one of its two addresses no more; the other one stays. Raises as `add_socket`."""
+        self._check_changeable("device_socket_del")
+        part = self._with_sessions(id)
+        self._change_spec(self._device_spec(id).without_socket(path), lambda: part.remove_socket(path))
+
+    def _device_spec(self, id: str) -> DeviceSpec:  # noqa: A002
+        return cast(DeviceSpec, self._objects.find(id, "device"))
+
+    def _with_sessions(self, id: str) -> HasSessions:  # noqa: A002
+        part = self._assembly.built(self._objects.find(id, "device").id).part
+        if not isinstance(part, HasSessions):
+            raise StateError(f"device '{id}' has no sessions")
+        return part
+
+    def _change_spec(self, spec: DeviceSpec, change: Callable[[], None]) -> None:
+        """Makes an object what `spec` says, by `change`; a successor is told of it."""
+        objects = self._objects.changed(spec)
+        self._check_possible_now(objects[spec.id])
+        change()
+        self._assembly.change(objects[spec.id])
+        self._objects = objects
 
     def _begin(self, parts: Sequence[Part], lent: LentDescriptors) -> None:
         """Opens the parts of an object, which own what was lent from then on, and makes them do what all others do."""

@@ -64,6 +64,10 @@ class Objects:
         """All of them with one more. ConfigError where it does not fit the others."""
         return replace(self, specs=(*self.specs, spec))
 
+    def changed(self, spec: Spec) -> Objects:
+        """All of them, with `spec` in place of the one of its id. ConfigError where it does not fit the others."""
+        return replace(self, specs=tuple(spec if each.id == spec.id else each for each in self.specs))
+
     def without(self, kind: str, id: str) -> Objects:  # noqa: A002
         """All but one.
 
@@ -193,6 +197,10 @@ class Assembly:
         self._parts = {spec.id: self._objects[spec.id].part for spec in specs}
         self._home = reasons_to_stay_home(specs)
         self._queues.arrange([spec.id for spec in specs])
+
+    def change(self, spec: Spec) -> None:
+        """The object of that id became what `spec` says."""
+        self._objects[spec.id] = replace(self._objects[spec.id], spec=spec)
 
     @property
     def objects(self) -> list[BuiltObject]:

@@ -13,7 +13,7 @@ from localmig.device_api.callback_group import CallbackGroup, Chain
 from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.netdev import Netdev, NetdevObserver, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
-from localmig.device_api.part import Announces, Part, RunsPrograms
+from localmig.device_api.part import Announces, HasSessions, Part, RunsPrograms
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
 from localmig.device_api.vhost_user_device import VhostUserDevice
@@ -58,6 +58,7 @@ __all__ = [
     "Event",
     "FilePath",
     "Fit",
+    "HasSessions",
     "Identifier",
     "KernelError",
     "Layout",

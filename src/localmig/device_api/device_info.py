@@ -21,14 +21,18 @@ class DeviceInfo:
 
     Attributes:
         socket: the path of its vhost-user socket.
+        second_socket: the other one that it connects to, None where there is none.
         server: whether it listens there.
-        session: None while no frontend is connected.
-        vrings: the session's rings.
+        sessions: those of all frontends that are connected, the oldest first.
+        session: the one that owns; while none does, the one that came last. None while no frontend is connected.
+        vrings: that session's rings.
         notes: what keeps it from working, each with what to do.
     """
 
     socket: str
+    second_socket: str | None
     server: bool
+    sessions: tuple[SessionInfo, ...]
     session: SessionInfo | None
     vrings: tuple[VringInfo, ...]
     notes: tuple[str, ...]
@@ -43,7 +47,9 @@ def device_members(features: Mapping[int, str]) -> tuple[Member, ...]:
     session = session_members(lambda bits: feature_names(bits, features))
     return (
         Member(name="socket", attribute="socket", type=String()),
+        Member(name="second-socket", attribute="second_socket", type=String(), required=False),
         Member(name="server", attribute="server", type=Boolean()),
+        Member(name="sessions", attribute="sessions", type=Array(session)),
         Member(name="session", attribute="session", type=session, required=False),
         Member(name="vrings", attribute="vrings", type=Array(VRING)),
     )

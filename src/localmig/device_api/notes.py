@@ -25,6 +25,9 @@ NOT_SHARED: Final = (
     " memory; let the VMM share it (QEMU: share=on for the memory backend)"
 )
 
+TOLD_MAX: Final = 256
+"""Notes that are remembered as told. There are as many as numbers of pairs, and those about held rings."""
+
 _NO_MEMORY: Final = (
     "rings are started and the frontend shared no memory; let the VMM share it (QEMU: a memory backend with share=on)"
 )
@@ -51,7 +54,7 @@ def set_up_notes(state: SessionState, vrings: Sequence[int], *, has_spoken: bool
     if state.unparsed:
         yield "the frontend stopped in the middle of a message; look into its log, or end it"
     elif not has_spoken:
-        yield "a program is connected and says nothing; end it, because frontends wait until it leaves"
+        yield "a program is connected and says nothing; end it if it is no VMM"
     started = sum(state.vrings[index].started for index in vrings)
     if started and not state.regions:
         yield _NO_MEMORY
@@ -63,6 +66,11 @@ def set_up_notes(state: SessionState, vrings: Sequence[int], *, has_spoken: bool
             if missing:
                 yield f"the frontend stopped half-way: there was no {name} for vring {missing}; look into its log"
                 return
+
+
+def held_note(held: str, owner: str) -> str:
+    """What is said of a session whose rings wait, beside the one that owns."""
+    return f"{held} waits for the rings that {owner} has; end that one, or this one: session-close"
 
 
 class Notes:
@@ -106,8 +114,10 @@ class Notes:
         self._lasting = tuple(note for note in found if note in self._found)
         self._found = found
         for note in self._lasting:
-            # Once for each, not at each reconnect; there are only as many as numbers of pairs.
+            # Once for each, not at each reconnect.
             if note not in self._told:
+                if len(self._told) == TOLD_MAX:
+                    self._told.clear()
                 self._told.add(note)
                 self._tell(note)
         if self._lasting != found or self._may_appear():

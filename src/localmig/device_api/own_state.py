@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from localmig.device_api.part import Part
-from localmig.vmstate import Description
+from localmig.vmstate import Description, default_of
 
 
 class HasOwnState(Protocol):
@@ -21,7 +21,7 @@ class HasOwnState(Protocol):
     def local_migration_blocker(self) -> str | None:
         """Why its descriptors stay home, None where they move."""
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether the state is another one than was saved last."""
 
     def note_saved(self) -> None:
@@ -72,9 +72,13 @@ class OwnState(Part):
         self._device.note_saved()
         return self._device.save(with_descriptors=with_descriptors)
 
+    def setup_default(self) -> Any:
+        """All defaults, where there are: an earlier release of the device may have had no state of its own."""
+        return default_of(self.setup)
+
     def is_outdated(self) -> bool:
         """What the device says."""
-        return self._device.is_outdated()
+        return self._device.is_own_state_outdated()
 
     def release(self) -> None:
         """Nothing."""

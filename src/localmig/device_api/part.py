@@ -1,7 +1,7 @@
 """The contract between a part (a device, a netdev) and the daemon that hands it over.
 
-Owns:        Part, the life of a part across a handover, in words and types; Announces, which a NIC is besides, and
-             RunsPrograms, which a netdev is.
+Owns:        Part, the life of a part across a handover, in words and types; Announces, which a NIC is besides,
+             RunsPrograms, which a netdev is, and HasSessions, which a device is.
 Never sees:  a particular device, a socket, the stream.
 Read next:   netdev.py for the host side of a NIC; devices/virtio_net/ for a whole example; migration/outgoing.py and
              incoming.py for who calls what, when.
@@ -114,6 +114,13 @@ class Part(Protocol):
         Called again for a part that changed since.
         """
 
+    def setup_default(self) -> Any:
+        """The state of a part that was never saved, for a source whose release does not know that it can be.
+
+        None: the part has always been saved. A state that equals this one does not travel.
+        """
+        return None
+
     def is_outdated(self) -> bool:
         """Whether `save_setup` would save something else than last time, without `changing` having been called.
 
@@ -216,3 +223,20 @@ class Announces(Protocol):
     @abstractmethod
     def announce(self) -> None:
         """Tells the network once. Nothing while it is stopped, closed, or cannot. KernelError: it was not told."""
+
+
+@runtime_checkable
+class HasSessions(Protocol):
+    """A part with frontends: their sessions, and the addresses by which they come."""
+
+    @abstractmethod
+    def close_session(self, number: int) -> None:
+        """Ends a session by the operator's word. NotFoundError: there is none of that number."""
+
+    @abstractmethod
+    def add_socket(self, path: str) -> None:
+        """Connects to a second address besides its own. KernelError: it cannot, and nothing was changed."""
+
+    @abstractmethod
+    def remove_socket(self, path: str) -> None:
+        """Connects to one of its two addresses no more. The session that came by it goes on."""

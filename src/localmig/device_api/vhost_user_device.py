@@ -1,56 +1,40 @@
-"""A device served over vhost-user, whatever it is: what a frontend says becomes rings that an engine serves.
+"""A device served over vhost-user, whatever it is: what frontends say becomes rings that an engine serves.
 
-Owns:        guest memory, the groups of rings; when they run; the session's part of a handover.
+Owns:        the sessions of a device and which of them owns; their part of a handover.
 Never sees:  vhost-user bytes, what is in a chain, the migration stream.
-Read next:   vhost_user/protocol.py for the events, ring_group.py for the engines, device_state.py for what travels,
-             devices/virtio_net/ for a device.
+Read next:   vhost_user/protocol.py for the events, vhost_user/ownership.py for the rule of who owns, device_session.py
+             for what there is of each session, device_rings.py for the rings, devices/virtio_net/ for a device.
 
 A subclass says what it is: which features and rings it offers, which engine serves each group of rings, what its
-configuration space reads. Sessions, memory, rings and the handover are here.
-
-A group of rings runs while three things hold: the frontend wants one of its rings served, guest memory holds that ring,
-and this process serves. The first two are decided in `_apply` alone; the third belongs to all devices together, see
-queues.py.
+configuration space reads. It knows the session that owns and no other one: what another session says is kept in that
+session's state, and reaches the subclass once that session owns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import select
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from localmig import trace
 from localmig.contact import ConnectTo, Contact, ListenAt
-from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
 from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.device_info import DeviceInfo
-from localmig.device_api.device_state import DEVICE, ConnectionState, DeviceState, SocketState
-from localmig.device_api.notes import NOT_SHARED, Notes, set_up_notes
+from localmig.device_api.device_rings import DeviceRings
+from localmig.device_api.device_session import DeviceSession
+from localmig.device_api.device_state import DEVICE, DeviceState, SocketState, check_acked, check_socket
+from localmig.device_api.notes import NOT_SHARED, Notes, held_note, set_up_notes
 from localmig.device_api.own_state import OwnState
 from localmig.device_api.part import Part
 from localmig.device_api.queues import Queues
-from localmig.device_api.ring_group import Layout, RingGroup
-from localmig.device_api.session_log import SessionLog
-from localmig.errors import ConfigError, KernelError, LocalmigError, PeerError
-from localmig.fds import OwnedFd, close_all
-from localmig.trace import (
-    DeviceNoted,
-    MemoryMapped,
-    RingCorrected,
-    RingFailed,
-    RingsStarted,
-    RingsStopped,
-    SessionClosed,
-    SessionOpened,
-    Tracer,
-)
+from localmig.device_api.ring_group import RingGroup
+from localmig.errors import LocalmigError, NotFoundError, PeerError
+from localmig.trace import DeviceNoted, MemoryMapped, OwnerChanged, SessionClosed, SessionOpened, Tracer
 from localmig.vhost_user.info import SessionInfo, VringInfo
-from localmig.vhost_user.memory import MemoryRegion, borrowed, check_sizes, to_guest_address
-from localmig.vhost_user.message import VRING_INDEX_MAX
+from localmig.vhost_user.ownership import Ownership, Role, Standing
 from localmig.vhost_user.protocol import (
     LOG_ALL,
     DeviceReset,
@@ -64,19 +48,11 @@ from localmig.vhost_user.protocol import (
     RequestRefused,
     SessionState,
     VringChanged,
-    check_servable,
-    check_state,
 )
-from localmig.vhost_user.session import Endpoint
-from localmig.virtio import packed_ring, split_ring
+from localmig.vhost_user.session import Endpoint, Session
 from localmig.vmstate import Description
 
 _logger = logging.getLogger(__name__)
-
-POPULATE_SECONDS_MAX: Final = 0.01
-"""For memory that a frontend adds while this process serves. The frontend waits for its reply meanwhile, and so do all
-others. Ten milliseconds map a gigabyte of pages that exist, or look through gigabytes that have none; the rest comes by
-page faults."""
 
 
 class VhostUserDevice(Part):
@@ -114,22 +90,13 @@ class VhostUserDevice(Part):
         self._local_migration = local_migration
         self._queues = queues
         self._endpoint: Endpoint | None = None
-        self._memory: GuestMemory | None = None
-        self._ledger: Ledger | None = None
-        self._ledger_file: OwnedFd | None = None
-        self._in_flight: InFlight | None = None
-        self._in_flight_file: OwnedFd | None = None
-        self._log = SessionLog()
-        self._ring_events: OwnedFd | None = None
-        self._groups: list[RingGroup] = []
+        self._sessions: dict[int, DeviceSession] = {}
+        self._ownership = Ownership()
+        self._rings = DeviceRings(self, queues, tracer)
         self.callback_groups: list[CallbackGroup] = []
         """Those of its groups that Python code serves."""
         self._config_there = b""
-        self._failures: dict[int, str] = {}
-        """Why a ring failed last, by its number."""
-        self._notes = Notes(self.find_notes, self._is_untouched, self._tell_note)
-        self._kicks_before: dict[int, tuple[OwnedFd, int]] = {}
-        """Of the first group's rings: the kick descriptor, and how many kicks are not its driver's."""
+        self._notes = Notes(self.find_notes, self._may_need_note, self._tell_note)
         self._closed_because: str | None = None
         queues.join(self)
 
@@ -172,12 +139,25 @@ class VhostUserDevice(Part):
         """Whether what is behind it is there."""
         return True
 
-    def on_event(self, event: Event) -> None:
-        """Follows an event that only this kind of device has. Raises as `SessionHandler.handle`."""
+    def check_event(self, event: Event) -> None:
+        """Raises LocalmigError where an event that only this kind of device has cannot be followed. Changes nothing.
+
+        Asked of every session's events, whether it owns or not.
+        """
         raise AssertionError(event)
 
+    def on_event(self, event: Event) -> None:
+        """Follows such an event of the session that owns. Raises as `SessionHandler.handle`.
+
+        What a session said before it owned stands in its state when `session_began` is called.
+        """
+        raise AssertionError(event)
+
+    def session_began(self) -> None:
+        """A session owns from now on; `features_changed` and the layout of every group follow. Raises as `on_event`."""
+
     def features_changed(self) -> None:
-        """The driver acknowledged other features. Every group is laid out anew next. Raises as `on_event`."""
+        """The driver acknowledged other features. Every group is laid out again next. Raises as `on_event`."""
 
     def before_layout(self, group: RingGroup) -> None:
         """A stopped group is about to be laid out."""
@@ -192,13 +172,19 @@ class VhostUserDevice(Part):
         """It is laid out, and may start next."""
 
     def driver_left(self, group: RingGroup) -> None:
-        """The driver of a stopped group is reset, or its session ends."""
+        """The driver of a stopped group is reset, or its session owns no longer."""
 
     def ring_left(self, vring: int) -> None:
-        """A ring that was laid out is the driver's again; what was in flight of it has been returned."""
+        """A ring is the driver's again; what was in flight of it has been returned, or is of no meaning any more."""
 
     def session_ended(self) -> None:
-        """The session is over and every ring is stopped."""
+        """The session owns no longer, and every ring is stopped. Another one may own at once."""
+
+    def left_alone(self) -> None:
+        """After `session_ended`: no session owns."""
+
+    def frontend_left(self, state: SessionState) -> None:
+        """A session has ended, whether it owned or not; `state` is what its frontend had said."""
 
     def groups_dropped(self) -> None:
         """Its groups are closed next."""
@@ -206,7 +192,7 @@ class VhostUserDevice(Part):
     def thawing(self) -> None:
         """This process serves the session from now on."""
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether `save` would give something else than last time, without a message of the frontend's."""
         return False
 
@@ -231,8 +217,9 @@ class VhostUserDevice(Part):
         """
         raise NotImplementedError
 
-    def keeps_chains(self) -> bool:
-        """Whether Python code serves rings of this session, and may keep what it takes of them."""
+    def keeps_chains(self, state: SessionState) -> bool:
+        """Whether Python code serves rings of a session with this state, and may keep what it takes of them."""
+        del state
         return bool(self.callback_groups)
 
     def ring_name(self, vring: int) -> str:
@@ -244,7 +231,7 @@ class VhostUserDevice(Part):
     @property
     def groups(self) -> Sequence[RingGroup]:
         """Its groups of rings, none while it is closed."""
-        return self._groups
+        return self._rings.groups
 
     @property
     def is_open(self) -> bool:
@@ -264,13 +251,18 @@ class VhostUserDevice(Part):
 
     @property
     def session_state(self) -> SessionState | None:
-        """The session's state, None while there is no session."""
-        return self._endpoint.state if self._endpoint is not None else None
+        """The state of the session that owns, None while none does."""
+        return self._rings.session.state if self._rings.session is not None else None
+
+    def seen_states(self) -> list[SessionState]:
+        """The state of the session that owns; while none does, those of all sessions."""
+        owner = self._rings.session
+        return [each.state for each in (self._sessions.values() if owner is None else (owner,))]
 
     def is_served(self, vring: int) -> bool:
         """Whether a ring is the device's to serve."""
         state = self.session_state
-        return state is not None and self._endpoint is not None and self._endpoint.offer.serves(vring, state.vrings)
+        return state is not None and self.offer_made.serves(vring, state.vrings)
 
     def change_config(self) -> None:
         """`config_space` reads something else now: frontends that can hear of that do."""
@@ -282,34 +274,48 @@ class VhostUserDevice(Part):
         if self._endpoint is not None:
             self._endpoint.note_change()
 
+    def apply(self, group: RingGroup) -> None:
+        """Lays a group out again, as the session and what is behind the device have it now. Raises as `on_event`."""
+        self._rings.apply(group)
+
     def apply_all(self) -> None:
-        """Lays out all rings anew, as the session and what is behind the device have it now."""
-        for group in self._groups:
-            self._apply(group)
+        """Lays out all groups again. Raises as `on_event`."""
+        for group in self.groups:
+            self._rings.apply(group)
+
+    def stop_groups(self, groups: Iterable[RingGroup]) -> None:
+        """Stops the rings of groups, which are laid out and start again next."""
+        for group in groups:
+            self._rings.stop(group)
 
     def lay_out_again(self) -> None:
         """As when the frontend sets everything up; a session that cannot go on ends."""
-        session = self._endpoint.session if self._endpoint is not None else None
+        owner = self._rings.session
         try:
-            if session is not None:
+            if owner is not None:
                 self.features_changed()
             self.apply_all()
         except LocalmigError as error:
-            for group in self._groups:
+            for group in self.groups:
                 group.release()  # what is behind them may close next
             _logger.warning("device '%s': %s", self.id, error)
-            if session is not None:
+            if owner is not None:
                 # Not now: this may be in the middle of one of its messages.
-                asyncio.get_running_loop().call_soon(session.close, str(error))
+                asyncio.get_running_loop().call_soon(owner.session.close, str(error))
 
     # -- serving ------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Listens, or sees to a connection. What it refers to is open already."""
         self._make_groups()
+        contacts: dict[str, Contact] = {}
         try:
-            self._endpoint = self._make_endpoint(self._socket.open())
+            for plan in self._socket.each():
+                contacts[plan.path] = plan.open()
+            self._endpoint = self._make_endpoint(contacts)
         except BaseException:
+            for contact in contacts.values():
+                contact.close()
             self._drop_groups()
             raise
 
@@ -320,28 +326,62 @@ class VhostUserDevice(Part):
         """Nothing, as `resume`."""
 
     def freeze(self) -> None:
-        """Leaves socket and connection alone from now on."""
+        """Leaves socket and connections alone from now on."""
         self._notes.stop()
         if self._endpoint is not None:
             self._endpoint.freeze()
 
     def thaw(self) -> None:
-        """Serves socket and connection."""
+        """Serves socket and connections."""
         assert self._endpoint is not None, self.id
-        assert self._ring_events is not None, self.id
-        self._endpoint.contact.claim()
+        for contact in self._endpoint.contacts.values():
+            contact.claim()
         self.thawing()
         self._endpoint.thaw()
-        asyncio.get_running_loop().add_reader(self._ring_events.fileno(), self._report_rings)
-        self._note_kicks()
+        self._rings.watch()
+        self._rings.note_kicks()
+        self._settle()
         self._notes.expect()
 
     def close(self) -> None:
-        """Ends the session, removes the socket."""
+        """Ends the sessions, removes the socket."""
         if self._endpoint is not None:
+            self._endpoint.freeze()
+            # The one that owns last, so that no other one gets the rings for a moment.
+            for each in sorted(self._sessions.values(), key=lambda each: each is self._rings.session):
+                each.session.close("the device was closed")
             self._endpoint.close()
             self._endpoint = None
         self._drop_groups()
+
+    def close_session(self, number: int) -> None:
+        """Ends a session by the operator's word.
+
+        Raises:
+            NotFoundError: the device has no session of that number.
+        """
+        if number not in self._sessions:
+            known = ", ".join(f"{each.number} ({each.role})" for each in self._sessions.values()) or "none"
+            raise NotFoundError(f"Device '{self.id}' has no session {number}, there is {known}")
+        self._sessions[number].session.close("ended by the operator")
+
+    def add_socket(self, path: str) -> None:
+        """Connects to a second address. KernelError: it cannot, and nothing was changed."""
+        assert isinstance(self._socket, ConnectTo), self.id
+        assert self._endpoint is not None, self.id
+        wanted = replace(self._socket, second_path=path)
+        *_, plan = wanted.each()
+        contact = plan.open()
+        self._socket = wanted
+        self._endpoint.add_contact(path, contact)
+
+    def remove_socket(self, path: str) -> None:
+        """Connects to the other address only. The session that came by this one goes on."""
+        assert isinstance(self._socket, ConnectTo), self.id
+        assert self._endpoint is not None, self.id
+        (left,) = (plan for plan in self._socket.each() if plan.path != path)
+        self._socket = left
+        self._endpoint.remove_contact(path)
 
     # -- to be seen ---------------------------------------------------------------------------------------------
 
@@ -358,39 +398,27 @@ class VhostUserDevice(Part):
         """The members of a `DeviceInfo`, for one that has more."""
         return {
             "socket": self.socket.path,
+            "second_socket": self.socket.second_path if isinstance(self.socket, ConnectTo) else None,
             "server": isinstance(self.socket, ListenAt),
+            "sessions": tuple(each.info() for each in self._sessions.values()),
             "session": self.session_info(),
             "vrings": tuple(self.vring_infos()),
             "notes": self.notes(),
         }
 
+    @property
+    def _shown(self) -> DeviceSession | None:
+        """The session that is shown as the device's: the one that owns; while none does, the one that came last."""
+        return self._rings.session or next(reversed(self._sessions.values()), None)
+
     def session_info(self) -> SessionInfo | None:
-        """The session as the frontend told it, None while there is none."""
-        state = self.session_state
-        return None if state is None else SessionInfo.of(state)
+        """The session that owns, as the frontend told it; while none does, the one that came last."""
+        return None if self._shown is None else self._shown.info()
 
     def vring_infos(self) -> Iterator[VringInfo]:
-        """Each ring as its group has it; none without a session."""
-        state = self.session_state
-        if state is None:
-            return
-        for group in self._groups:
-            # Not `failed()`: what it knows and nobody has reported yet has no reason to tell either.
-            for index, position in zip(group.vrings, group.positions(), strict=True):
-                if not self.offer_made.has(index, state.features_acked):
-                    continue
-                vring = state.vrings[index]
-                yield VringInfo(
-                    index=index,
-                    size=vring.size,
-                    started=vring.started,
-                    enabled=vring.enabled,
-                    running=self.moves(group) and position is not None and not vring.failed,
-                    position=vring.next_avail if position is None else position,
-                    failed=vring.failed,
-                    # Where it failed before a handover, the source's log has the reason.
-                    failure=self._failures.get(index) if vring.failed else None,
-                )
+        """Each ring of that session; none without one."""
+        if self._shown is not None:
+            yield from self._rings.infos(self._shown)
 
     def moves(self, group: RingGroup) -> bool:
         """Whether what a guest puts into the group's rings gets anywhere."""
@@ -407,38 +435,36 @@ class VhostUserDevice(Part):
         return None if self._local_migration else "local-migration=off"
 
     def watch_setup(self, changing: Callable[[], None] | None) -> None:
-        """Its frontend, and whether there is one, is what changes."""
+        """What changes is what its frontends say, and which there are."""
         if self._endpoint is not None:
             self._endpoint.watch(changing)
 
     def frontend_waits(self) -> bool:
-        """Whether its frontend waits for an answer, or a frontend to be let in."""
+        """Whether a frontend waits for an answer, or to be accepted."""
         return self._endpoint is not None and self._endpoint.frontend_waits()
 
     def save_setup(self, *, with_descriptors: bool) -> DeviceState:
-        """The session as it stands; its descriptors stay this device's."""
+        """The sessions as they stand; their descriptors stay this device's."""
         assert self._endpoint is not None, self.id
-        session = self._endpoint.session
+        state = self.session_state
         socket = None
         if with_descriptors:
-            connections: tuple[ConnectionState, ...] = ()
-            if session is not None:
-                connection = ConnectionState(
-                    connection=session.connection,
-                    session=session.backend.state,
-                    ledger=self._ledger_file,
-                    in_flight=self._in_flight_file,
-                )
-                connections = (connection,)
-            socket = SocketState(listener=self._endpoint.contact.save(), connections=connections)
-        return DeviceState(
-            features_acked=session.backend.state.features_acked & ~LOG_ALL if session is not None else 0,
-            config=session.backend.config if session is not None else self._endpoint.config,
-            socket=socket,
-        )
+            socket = SocketState(
+                listener=self._endpoint.contacts[self._socket.path].save(),
+                connections=tuple(
+                    each.save(was_succeeded=each.number in self._ownership.succeeded)
+                    for each in self._sessions.values()
+                ),
+                opened_count=self._endpoint.opened_count,
+                owner=self._ownership.owner or 0,
+            )
+        # All of them were told the same.
+        told = next((each.session.backend.config for each in self._sessions.values()), self._endpoint.config)
+        features_acked = 0 if state is None else state.features_acked & ~LOG_ALL
+        return DeviceState(features_acked=features_acked, config=told, socket=socket)
 
     def release(self) -> None:
-        """Drops socket, connection, memory and rings: another process serves them."""
+        """Drops socket, connections, memory and rings: another process serves them."""
         if self._endpoint is not None:
             self._endpoint.release()
             self._endpoint = None
@@ -447,64 +473,88 @@ class VhostUserDevice(Part):
     # -- destination --------------------------------------------------------------------------------------------
 
     def check_setup(self, state: DeviceState) -> None:
-        """Whether this daemon can serve the session: its features, its rings, its memory table."""
+        """Whether this daemon can serve the sessions: their features, their rings, their memory tables."""
         # What is behind the device is here later: `adopt_setup` looks again.
         offered = self.possible_offer()
         try:
-            _check_acked(state, offered)
+            check_acked(state, offered)
             self.check_config(state.config)
             if state.socket is not None:
                 self._socket.check(state.socket.listener)
-                _check_connections(state.socket.connections, offered)
+                check_socket(state.socket, offered)
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
     def adopt_setup(self, state: DeviceState) -> None:
-        """Takes over socket and session, maps guest memory and lays out the rings, parked.
+        """Takes over socket and sessions, maps guest memory and lays out the rings, parked.
 
         Without descriptors it listens beside the path, which is the source's until `thaw` claims it. Again: groups
         stay, and so does memory that is the same.
         """
-        memory = self._memory
+        former = {each.number: each.memory for each in self._sessions.values()}
         self._drop_adopted()
-        if not self._groups:
+        if not self.groups:
             self._make_groups()
         self._config_there = state.config
         try:
-            _check_acked(state, self.offer())
+            check_acked(state, self.offer())
             if state.socket is None:
-                self._endpoint = self._make_endpoint(self._socket.open_beside())
+                self._endpoint = self._make_endpoint({plan.path: plan.open_beside() for plan in self._socket.each()})
                 return
-            self._endpoint = self._make_endpoint(self._socket.adopt(state.socket.listener))
-            for connection in state.socket.connections:
-                self._ledger_file, self._in_flight_file = connection.ledger, connection.in_flight
-                self._endpoint.adopt_session(connection.connection, connection.session, config=state.config)
-                self._map_records()
-                self._log.adopt(connection.session)
-                self.session_adopted()
-                # A frontend that spoilt its memory since it announced it loses its own rings and stops no handover.
-                self._memory = self._map_memory(lambda regions: GuestMemory.adopt(regions, memory))
-                if self._memory is not None:
-                    self._queues.populate(self._memory)
-            for group in self._groups:
-                self._lay_out(group)
+            self._endpoint = self._make_endpoint(
+                {plan.path: plan.adopt(state.socket.listener) for plan in self._socket.each()}
+            )
+            self._adopt_sessions(self._endpoint, state.socket)
+            for each in self._sessions.values():
+                each.adopt_memory(former.get(each.number))
+                if each.memory is not None:
+                    self._queues.populate(each.memory)
+            for group in self.groups:
+                self._rings.lay_out(group)
         except PeerError as error:
             raise PeerError(f"device '{self.id}': {error}") from error
 
+    def _adopt_sessions(self, endpoint: Endpoint, socket: SocketState) -> None:
+        for connection in socket.connections:
+            session = endpoint.adopt_session(
+                connection.connection,
+                connection.session,
+                number=connection.number,
+                path=connection.path,
+                config=self._config_there,
+            )
+            here = self._sessions[connection.number] = DeviceSession(self.id, session)
+            here.adopt_records(connection)
+            here.since_ns = connection.since_ns
+        endpoint.opened_count = socket.opened_count
+        wants = [each for each in self._sessions.values() if each.standing().wants and each.number != socket.owner]
+        self._ownership = Ownership(
+            owner=socket.owner or None,
+            succeeded={connection.number for connection in socket.connections if connection.was_succeeded},
+            held=[each.number for each in sorted(wants, key=lambda each: each.since_ns)],
+        )
+        for each in self._sessions.values():
+            each.role = self._ownership.role(each.number)
+        self._rings.session = self._sessions.get(socket.owner)
+        if self._rings.session is not None:
+            self.session_adopted()
+
     def session_adopted(self) -> None:
-        """A session came; its rings are laid out next."""
+        """The session that owns came; its rings are laid out next."""
 
     def recover(self) -> None:
         """Sees to it that frontends find it: who died may have claimed the socket's path. Rings: see `Queues`."""
         assert self._endpoint is not None, self.id
-        self._endpoint.contact = self._socket.recover(self._endpoint.contact)
+        contacts = self._endpoint.contacts
+        for plan in self._socket.each():
+            contacts[plan.path] = plan.recover(contacts[plan.path])
 
     def take_notes(self) -> list[str]:
         """Rings whose used index in guest memory stands elsewhere than the source said."""
         return [
             f"device '{self.id}': {text}"
-            for group in self._groups
-            for text in self._report_corrections(group, logging.WARNING)
+            for group in self.groups
+            for text in self._rings.report_corrections(group, logging.WARNING)
         ]
 
     def discard(self) -> None:
@@ -517,360 +567,199 @@ class VhostUserDevice(Part):
         if self._endpoint is not None:
             self._endpoint.discard()
             self._endpoint = None
-        self._memory = None
-        self._drop_records()
+        self._drop_sessions()
 
-    # -- the frontend's events ----------------------------------------------------------------------------------
+    # -- the frontends' events ----------------------------------------------------------------------------------
 
-    def session_opened(self) -> None:
+    def session_opened(self, session: Session) -> None:
         """Rings come later, by their events."""
-        self.tracer.emit(SessionOpened(device=self.id))
+        self._sessions[session.number] = DeviceSession(self.id, session)
+        pid = session.peer.pid if session.peer is not None else 0
+        self.tracer.emit(SessionOpened(device=self.id, session=session.number, pid=pid))
         self._notes.expect()
 
-    def handle(self, event: Event) -> None:
-        """Makes the rings what the session's state says. See `SessionHandler`."""
+    def handle(self, session: Session, event: Event) -> None:
+        """Makes the rings what the session's state says, if it owns. See `SessionHandler`."""
         self._notes.expect()
+        here = self._sessions[session.number]
         try:
-            self._follow(event)
+            if here is self._rings.session:
+                self._follow(here, event)
+            else:
+                self._keep(here, event)
+            self._settle(here)
         except LocalmigError as error:
             if event.refusable:
                 self._note_refusal(str(error))
             raise
 
-    def _follow(self, event: Event) -> None:
+    def _follow(self, owner: DeviceSession, event: Event) -> None:
+        """Does what the session that owns says."""
         match event:
             case VringChanged(index=vring, anew=anew):
-                self._apply(self._group_of(vring), anew=vring if anew else None)
-                assert self._endpoint is not None, self.id
-                for drained, leader in self._endpoint.offer.drained_vrings.items():
+                self._rings.apply(self._rings.group_of(vring), anew=vring if anew else None)
+                for drained, leader in self.offer_made.drained_vrings.items():
                     if leader == vring:
-                        self._apply(self._group_of(drained))
+                        self._rings.apply(self._rings.group_of(drained))
             case NotifiersChanged(index=vring):
-                self._set_notifiers(vring)
+                self._rings.set_notifiers(vring)
             case RequestRefused(reason=reason):
                 self._note_refusal(reason)
             case FeaturesSet():
-                self._make_records()
+                owner.make_records(keeps_chains=self.keeps_chains(owner.state))
                 self.features_changed()
                 self.apply_all()
             case LogSet():
-                self._set_log()
+                self._rings.set_log()
             case LoggingChanged():
-                self._change_logging()
+                self._rings.change_logging()
             case MemoryChanged():
-                self._change_memory()
+                self._rings.change_memory()
             case DeviceReset():
                 self.features_changed()
-                for group in self._groups:
+                for group in self.groups:
                     for vring in group.vrings:
-                        self._forget(vring)
+                        self._rings.forget(vring)
                     self.driver_left(group)
                 self.apply_all()
-                self._rewind()
+                owner.rewind()
             case _:
+                self.check_event(event)
                 self.on_event(event)
 
-    def session_closed(self, reason: str | None) -> None:
-        """Every ring stops: its descriptors close next."""
-        for group in self._groups:
-            self._stop(group)
-            # A ring that its frontend disabled may be other memory of the guest's by now.
-            self._give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
-            self.driver_left(group)
-            group.release()
-        self._memory = None
-        self._failures.clear()
-        self._kicks_before.clear()
-        self._drop_records()
-        self.session_ended()
+    def _keep(self, here: DeviceSession, event: Event) -> None:
+        """Keeps what a session says that does not own, so that its rings can run at once when it does."""
+        match event:
+            case VringChanged(index=vring, anew=anew):
+                if anew:
+                    here.forget(vring)
+                here.write_positions((vring,))
+                here.forget_former_log()
+            case LogSet():
+                here.renew_log()
+            case NotifiersChanged() | LoggingChanged():
+                pass  # it stands in the session's state
+            case RequestRefused(reason=reason):
+                self._note_refusal(reason)
+            case FeaturesSet():
+                here.make_records(keeps_chains=self.keeps_chains(here.state))
+            case MemoryChanged():
+                here.memory, populated = here.map_memory()
+                self.tracer.emit(
+                    MemoryMapped(
+                        device=self.id,
+                        regions=len(here.state.regions),
+                        populated_bytes=populated,
+                        undisturbed_queue_pairs=(),
+                    )
+                )
+            case DeviceReset():
+                for vring in range(len(here.state.vrings)):
+                    here.forget(vring)
+                here.forget_former_log()
+                here.rewind()
+            case _:
+                self.check_event(event)
+
+    def session_closed(self, session: Session, reason: str | None) -> None:
+        """None of its rings runs any more: its descriptors close next."""
+        here = self._sessions.pop(session.number)
+        left = None
+        if here is self._rings.session:
+            self._end_owner()
+            left = here.standing()
+        here.drop()
+        self.frontend_left(here.state)
         if reason is not None:
             # A frontend that comes again and again with the same mistake fills no log.
             level = logging.WARNING if reason != self._closed_because else logging.DEBUG
-            _logger.log(level, "device '%s': session closed: %s", self.id, reason)
+            _logger.log(level, "device '%s': %s closed: %s", self.id, here, reason)
         self._closed_because = reason
-        self.tracer.emit(SessionClosed(device=self.id, reason=reason))
+        self.tracer.emit(SessionClosed(device=self.id, session=session.number, reason=reason))
+        self._settle(former=here if left is not None else None, left=left)
+        if left is not None and self._rings.session is None:
+            self.left_alone()
 
-    # -- groups of rings ----------------------------------------------------------------------------------------
+    # -- who owns -----------------------------------------------------------------------------------------------
 
-    def _group_of(self, vring: int) -> RingGroup:
-        return next(group for group in self._groups if vring in group.vrings)
+    def _settle(
+        self,
+        cause: DeviceSession | None = None,
+        *,
+        former: DeviceSession | None = None,
+        left: Standing | None = None,
+    ) -> None:
+        """Finds who owns, and lets the rings follow.
 
-    def _apply(self, group: RingGroup, *, anew: int | None = None) -> None:
-        """Stops the group, lays it out as the session says, lets it run if it shall.
-
-        `anew` is a ring of it that the frontend sets up again, so that a failure until now is over.
-        """
-        self.before_stop(group)
-        self._stop(group, anew=anew)
-        if (state := self.session_state) is not None:
-            stopped = [vring for vring in group.vrings if not state.vrings[vring].started]
-            self._give_back(group, [vring for vring in stopped if vring != anew])
-            if anew is not None and (anew in stopped or not self._goes_on(group, anew)):
-                self._forget(anew)
-        self.after_stop(group)
-        self._lay_out(group)
-        self.after_layout(group)
-        self._settle(group)
-        if group is self._groups[0]:
-            self._note_kicks()
-        if self._queues.serving:
-            self._start(group)
-
-    def _give_back(self, group: RingGroup, vrings: Sequence[int]) -> None:
-        """The frontend stopped these rings of a stopped group, and is told next where they stand."""
-        for vring, position in zip(group.vrings, group.positions(), strict=True):
-            if vring in vrings and position is not None:
-                group.give_back(vring)
-                self.ring_left(vring)
-
-    def _goes_on(self, group: RingGroup, vring: int) -> bool:
-        """Whether a ring of a stopped group, which was given another kick descriptor, is the one that ran."""
-        index = group.vrings.index(vring)
-        return group.positions()[index] is not None and not group.failed()[index]
-
-    def _forget(self, vring: int) -> None:
-        """The driver sets a stopped ring up again: its memory is the guest's, and nothing of it is in flight."""
-        if self._in_flight is not None:
-            self._in_flight.forget(vring)
-            self.ring_left(vring)
-
-    def _change_memory(self) -> None:
-        """Goes on with the session's new table. Groups whose rings stay where they are do not stop for it.
-
-        Raises as `_map_memory`; then nothing changed.
-        """
-        memory = self._map_memory(lambda regions: GuestMemory(regions, self._memory))
-        # Before any ring meets it, and while all rings run.
-        populated = 0 if memory is None else memory.populate(POPULATE_SECONDS_MAX)
-        swapped = [memory is not None and group.swap_memory(memory) for group in self._groups]
-        # From here on the former memory has no user but the groups that were not swapped.
-        self._memory = memory
-        undisturbed = tuple(
-            index
-            for index, (group, done) in enumerate(zip(self._groups, swapped, strict=True))
-            if done and not self._awaits_memory(group)
-        )
-        for index, group in enumerate(self._groups):
-            if index not in undisturbed:
-                self._apply(group)
-        self.tracer.emit(
-            MemoryMapped(
-                device=self.id,
-                regions=len(self._regions()),
-                populated_bytes=populated,
-                undisturbed_queue_pairs=undisturbed,
-            )
-        )
-
-    def _set_log(self) -> None:
-        """Marks go to the session's new log. PeerError where none can: the rings that need it have stopped."""
-        reason = self._log.renew(self._state())
-        self._change_logging()
-        if reason is not None:
-            raise PeerError(reason)
-
-    def _change_logging(self) -> None:
-        """Marks go where the session says now. A group stops only if its rings have to wait for a log, or had to."""
-        state = self._state()
-        for group in self._groups:
-            laid_out = [position is not None for position in group.positions()]
-            can_run = [self._ring(state, vring) is not None for vring in group.vrings]
-            rings = zip(group.vrings, laid_out, can_run, strict=True)
-            if any(is_there != may for vring, is_there, may in rings if not state.vrings[vring].failed):
-                self._apply(group)
-                continue
-            for vring, is_there in zip(group.vrings, laid_out, strict=True):
-                if is_there:
-                    group.set_log(vring, self._log.of(state, vring))
-
-    def _awaits_memory(self, group: RingGroup) -> bool:
-        """Whether a ring of the group was not in the former memory, and is in the present one."""
-        state = self._state()
-        rings = zip(group.vrings, group.positions(), strict=True)
-        return any(position is None and self._ring(state, vring) is not None for vring, position in rings)
-
-    def _set_notifiers(self, vring: int) -> None:
-        """Lets a ring call its driver by the descriptors that the session has now; it goes on meanwhile."""
-        state = self._state()
-        call, error = _fileno(state.vrings[vring].call), _fileno(state.vrings[vring].error)
-        try:
-            self._group_of(vring).set_notifiers(vring, call_fd=call, error_fd=error)
-        except ValueError as reason:
-            raise PeerError(f"{self._group_of(vring).name}: {reason}") from reason
-
-    def _make_records(self) -> None:
-        """Packed rings need a ledger from the first packet on, code that keeps chains needs to have them remembered."""
-        state = self._state()
-        try:
-            if state.is_packed and self._ledger_file is None:
-                self._ledger_file = OwnedFd(Ledger.create(len(state.vrings)))
-            if self.keeps_chains() and self._in_flight_file is None:
-                self._in_flight_file = OwnedFd(InFlight.create(len(state.vrings)))
-        except OSError as error:
-            raise KernelError(f"cannot make a memory file: {error.strerror}", errno=error.errno or 0) from error
-        self._map_records()
-
-    def _map_records(self) -> None:
-        count = len(self._state().vrings)
-        try:
-            if self._ledger_file is not None and self._ledger is None:
-                self._ledger = Ledger(self._ledger_file.fileno(), count)
-            if self._in_flight_file is not None and self._in_flight is None:
-                self._in_flight = InFlight(self._in_flight_file.fileno(), count)
-        except ValueError as error:
-            raise PeerError(str(error)) from error
-        except OSError as error:
-            raise KernelError(f"cannot map a memory file: {error.strerror}", errno=error.errno or 0) from error
-
-    def _drop_records(self) -> None:
-        self._log.forget()
-        self._ledger = self._in_flight = None
-        close_all((self._ledger_file, self._in_flight_file))
-        self._ledger_file = self._in_flight_file = None
-
-    def _settle(self, group: RingGroup) -> None:
-        """Writes into the ledger where rings go on that may not run for a while, and may run elsewhere next."""
-        state = self.session_state
-        if state is not None and state.is_packed and self._ledger is not None:
-            for vring in group.vrings:
-                self._ledger.settle(vring, state.vrings[vring].next_avail)
-
-    def _regions(self) -> Sequence[MemoryRegion]:
-        return self._state().regions
-
-    def _map_memory(self, mapped: Callable[[list[tuple[int, int, int, int, int]]], GuestMemory]) -> GuestMemory | None:
-        """The session's table as memory, None where it shares none.
+        Args:
+            cause: whose message this follows. It is to blame if its own rings cannot run.
+            former: who owned and has left, `left` where it stood then.
+            left: None where that has not happened.
 
         Raises:
-            PeerError: the regions or their files cannot be.
-            KernelError: this process cannot map them.
+            LocalmigError: the rings of `cause` cannot run.
         """
-        if not self._regions():
-            return None
-        try:
-            return mapped(borrowed(self._regions()))
-        except ValueError as error:
-            raise PeerError(f"guest memory: {error}") from error
-        except OSError as error:
-            raise KernelError(f"cannot map guest memory: {error.strerror}", errno=error.errno or 0) from error
-
-    def _lay_out(self, group: RingGroup) -> None:
-        """Tells the stopped group where its rings are, or that it has none."""
-        state = self.session_state
-        if state is None or state.log is None:
-            self._log.forget()
-        rings: tuple[Ring | None, ...] = ()
-        if state is not None and self._memory is not None and self.can_serve:
-            rings = tuple(self._ring(state, vring) for vring in group.vrings)
-        if not any(rings):
-            group.release()
+        owner = self._rings.session
+        if owner is not None and len(self._sessions) == 1:
+            return  # for most devices this is so with every message
+        self._ownership.settle({each.number: each.standing() for each in self._sessions.values()}, left=left)
+        for each in self._sessions.values():
+            each.become(self._ownership.role(each.number))
+        heir = None if self._ownership.owner is None else self._sessions[self._ownership.owner]
+        if heir is None or heir is owner:
             return
-        assert state is not None, self.id
-        assert self._memory is not None, self.id
-        self.before_layout(group)
+        if owner is not None:
+            self._end_owner()
+            former = owner
+        self._rings.session = heir
         try:
-            group.lay_out(
-                Layout(
-                    memory=self._memory,
-                    rings=rings,
-                    features=state.features_acked,
-                    packed=state.is_packed,
-                )
-            )
-        except ValueError as error:
-            raise PeerError(f"{group.name}: {error}") from error
+            self.session_began()
+            self.features_changed()
+            self.apply_all()
+        except LocalmigError as error:
+            for group in self.groups:
+                group.release()
+            if heir is cause:
+                raise
+            # Not now: this is in the middle of another session's message.
+            asyncio.get_running_loop().call_soon(heir.session.close, str(error))
+        else:
+            self._tell_owner(heir, former)
 
-    def _ring(self, state: SessionState, index: int) -> Ring | None:
-        vring = state.vrings[index]
-        assert self._endpoint is not None, self.id
-        if not self._endpoint.offer.serves(index, state.vrings) or vring.failed or state.awaits_log:
-            return None
-        assert vring.kick is not None, index
-        sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
-        try:
-            descriptor_area, driver_area, device_area = (
-                to_guest_address(state.regions, address, size)
-                for address, size in zip(
-                    (vring.descriptor_area, vring.driver_area, vring.device_area), sizes, strict=True
-                )
+    def _end_owner(self) -> None:
+        """The session that owns does so no longer: its rings stop, and where they stand is in its state."""
+        for group in self.groups:
+            self._rings.stop(group)
+            # A ring that its frontend disabled may be other memory of the guest's by now.
+            self._rings.give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
+            for vring in group.vrings:
+                self.ring_left(vring)
+            self.driver_left(group)
+            group.release()
+        self.session_ended()
+        self._rings.session = None
+
+    def _tell_owner(self, owner: DeviceSession, former: DeviceSession | None) -> None:
+        """A change of owner is never silent. Told once its rings run: whoever hears of it may send for them."""
+        if former is None:
+            _logger.info("device '%s': %s owns the device", self.id, owner)
+        else:
+            done = "left" if former.session.is_closed else "stopped"
+            _logger.warning("device '%s': %s owns the device now, because %s %s", self.id, owner, former, done)
+        self.tracer.emit(
+            OwnerChanged(
+                device=self.id,
+                session=owner.number,
+                pid=owner.session.peer.pid if owner.session.peer is not None else 0,
+                former_session=None if former is None else former.number,
+                former_pid=former.session.peer.pid if former is not None and former.session.peer is not None else 0,
             )
-        except PeerError as error:
-            # A frontend may take memory away and bring it back in another shape: until then the ring stands still.
-            _logger.info("device '%s': vring %s stands still: %s", self.id, index, error)
-            return None
-        return Ring(
-            size=vring.size,
-            descriptor_area=descriptor_area,
-            driver_area=driver_area,
-            device_area=device_area,
-            kick_fd=vring.kick.fileno(),
-            call_fd=_fileno(vring.call),
-            error_fd=_fileno(vring.error),
-            next_avail=vring.next_avail,
-            ledger=None if self._ledger is None else (self._ledger, index),
-            in_flight=None if self._in_flight is None else (self._in_flight, index),
-            log=self._log.of(state, index),
         )
 
-    def _start(self, group: RingGroup) -> None:
-        if _has_rings(group):
-            self.tracer.emit(RingsStarted(device=self.id, queue_pair=self._groups.index(group), at_ns=group.start()))
-            # The frontend told the position. Cloud Hypervisor always tells another, so that is no news for people.
-            self._report_corrections(group, logging.DEBUG)
-
-    def stop_groups(self, groups: Iterable[RingGroup]) -> None:
-        """Stops the rings of groups, which are laid out and start anew next."""
-        for group in groups:
-            self._stop(group)
-
-    def _stop(self, group: RingGroup, *, anew: int | None = None) -> None:
-        """Stops the group and writes its positions into the session's state. `anew` as in `_apply`."""
-        state = self.session_state
-        was_running = group.is_running()
-        positions = group.stop()
-        for vring, position, failed in zip(group.vrings, positions, group.failed(), strict=True):
-            if state is None or position is None:
-                continue
-            if vring != anew or (state.vrings[vring].started and not failed):
-                state.vrings[vring].next_avail = position
-        self._note_failed(group, anew=anew)
-        if was_running:
-            self.tracer.emit(RingsStopped(device=self.id, queue_pair=self._groups.index(group)))
-
-    def _note_failed(self, group: RingGroup, *, anew: int | None = None) -> None:
-        """Writes into the session's state which rings of a group stopped for good. `anew` as in `_apply`."""
-        state = self.session_state
-        for vring, position, failed in zip(group.vrings, group.positions(), group.failed(), strict=True):
-            # One that the frontend stopped meanwhile begins anew.
-            if failed and position is not None and state is not None and state.vrings[vring].started and vring != anew:
-                state.vrings[vring].failed = True
-                state.vrings[vring].next_avail = position
-
-    def _report_rings(self) -> None:
-        assert self._ring_events is not None
-        os.read(self._ring_events.fileno(), 8)
-        for group in self._groups:
-            # All groups started together, so a handover told the positions, or this process itself, which went on.
-            self._report_corrections(group, logging.WARNING)
-            for vring, reason in group.take_errors():
-                self._failures[vring] = reason
-                _logger.warning("device '%s': %s stopped: %s", self.id, self.ring_name(vring), reason)
-                self.tracer.emit(RingFailed(device=self.id, vring=vring, reason=reason))
-            self._note_failed(group)
-        self.rings_reported()
+    # -- what an engine or a frontend is told of ----------------------------------------------------------------
 
     def rings_reported(self) -> None:
         """An engine signalled: a ring failed, or what is behind it is another."""
-
-    def _report_corrections(self, group: RingGroup, level: int) -> list[str]:
-        """Tells of rings that began elsewhere than they were told, and gives the same as text."""
-        texts = []
-        for vring, told, begun in group.take_corrections():
-            text = f"{self.ring_name(vring)} goes on at {begun}, where its used index stands, and was told {told}"
-            _logger.log(level, "device '%s': %s", self.id, text)
-            self.tracer.emit(RingCorrected(device=self.id, vring=vring, told=told, begun=begun))
-            texts.append(text)
-        return texts
 
     def _note_refusal(self, reason: str) -> None:
         _logger.warning("device '%s': the frontend's request is refused: %s", self.id, reason)
@@ -880,122 +769,47 @@ class VhostUserDevice(Part):
 
     def find_notes(self) -> Iterator[str]:
         """What keeps the device from working now, a sentence each."""
-        if self._endpoint is None or self._endpoint.session is None or not self._groups:
+        if not self.groups:
             return
-        backend = self._endpoint.session.backend
-        yield from set_up_notes(backend.state, self._groups[0].vrings, has_spoken=backend.has_spoken)
-        kicks = self._kicks()
-        if any(kicks[vring] > before for vring, (_, before) in self._kicks_before.items()) and self._is_untouched():
+        owner = self._rings.session
+        for each in self._sessions.values() if owner is None else (owner,):
+            backend = each.session.backend
+            yield from set_up_notes(backend.state, self.groups[0].vrings, has_spoken=backend.has_spoken)
+        if owner is None:
+            return
+        for each in self._sessions.values():
+            if each.role is Role.HELD:
+                yield held_note(str(each), str(owner))
+        kicks = self._rings.kicks()
+        if any(kicks[vring] > before for vring, (_, before) in owner.kicks_before.items()) and self._may_need_note():
             yield NOT_SHARED
+
+    def _may_need_note(self) -> bool:
+        return self._rings.is_untouched()
 
     def _tell_note(self, note: str) -> None:
         _logger.warning("device '%s': %s", self.id, note)
         self.tracer.emit(DeviceNoted(device=self.id, note=note))
 
-    def _is_untouched(self) -> bool:
-        """Whether the first group runs and the driver has written into none of its rings, as far as memory tells."""
-        state = self.session_state
-        if state is None or self._memory is None or not self._groups or not self._groups[0].is_running():
-            return False
-        first = self._groups[0]
-        if any(state.vrings[index].failed for index in first.vrings):
-            return False
-        return all(
-            position is not None and self._is_vring_untouched(self._memory, state, index, position)
-            for index, position in zip(first.vrings, first.positions(), strict=True)
-        )
-
-    def _is_vring_untouched(self, memory: GuestMemory, state: SessionState, index: int, position: int) -> bool:
-        ring, vring = (packed_ring if state.is_packed else split_ring), state.vrings[index]
-        area, offset = ring.TOUCHED
-        address = (vring.descriptor_area, vring.driver_area, vring.device_area)[area] + offset
-        try:
-            written = memory.read(to_guest_address(state.regions, address, 2), 2)
-        except (PeerError, ValueError, OSError):
-            return False  # its ring fails or stands still, and that is told
-        return position == ring.START and not any(written)
-
-    def _note_kicks(self) -> None:
-        """A new kick descriptor is a new life of a ring. QEMU makes one with a kick in it, whatever the driver does."""
-        state = self.session_state
-        for (vring, count), position in zip(self._kicks().items(), self._groups[0].positions(), strict=True):
-            kick = None if state is None else state.vrings[vring].kick
-            # Only of a ring that is laid out it is known what the descriptor is: a file's server may hold poll(2) up.
-            if kick is None or position is None:
-                continue
-            if vring not in self._kicks_before or self._kicks_before[vring][0] is not kick:
-                pending = select.poll()
-                pending.register(kick.fileno(), select.POLLIN)
-                self._kicks_before[vring] = kick, count + len(pending.poll(0))
-
-    def _kicks(self) -> dict[int, int]:
-        """How often each ring of the first group was kicked."""
-        first = self._groups[0]
-        return dict(zip(first.vrings, first.kicks(), strict=True))
-
     # -- small things -------------------------------------------------------------------------------------------
 
     def _make_groups(self) -> None:
-        if (count := self.offer().vring_count) > VRING_INDEX_MAX + 1:
-            raise ConfigError(f"device '{self.id}' has {count} rings, vhost-user can name {VRING_INDEX_MAX + 1}")
-        self._ring_events = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        # Into the list one after the other: what was made is closed with the device.
-        for group in self.make_groups(self._ring_events.fileno()):
-            self._groups.append(group)
-        self._queues.groups_changed()
-        self.callback_groups = [group for group in self._groups if isinstance(group, CallbackGroup)]
+        self._rings.make(self.offer().vring_count)
+        self.callback_groups = [group for group in self.groups if isinstance(group, CallbackGroup)]
 
     def _drop_groups(self) -> None:
         self.groups_dropped()
-        for group in self._groups:
-            group.close()
-        self._groups, self.callback_groups = [], []
-        self._queues.groups_changed()
-        self._memory = None
-        self._drop_records()
-        if self._ring_events is not None:
-            asyncio.get_running_loop().remove_reader(self._ring_events.fileno())
-            self._ring_events.close()
-            self._ring_events = None
+        self._rings.close()
+        self.callback_groups = []
+        self._drop_sessions()
         self._notes.stop()
 
-    def _state(self) -> SessionState:
-        state = self.session_state
-        assert state is not None, self.id
-        return state
+    def _drop_sessions(self) -> None:
+        for each in self._sessions.values():
+            each.drop()
+        self._sessions.clear()
+        self._ownership = Ownership()
+        self._rings.session = None
 
-    def _make_endpoint(self, contact: Contact) -> Endpoint:
-        return Endpoint(contact, self, self.offer(), config=self.config_space())
-
-    def _rewind(self) -> None:
-        """Every ring is back at the beginning: stopping it wrote down where it stood."""
-        for vring in self._state().vrings:
-            vring.next_avail = 0
-
-
-def _check_acked(state: DeviceState, offered: Offer) -> None:
-    """A session that comes goes on with what it was offered; one that begins again is offered what is here."""
-    if state.socket is not None:
-        check_servable(state.features_acked, offered.all_servable_features, "features")
-    elif missing := state.features_acked & ~offered.all_features:
-        raise PeerError(
-            f"the guest uses features {state.features_acked:#x}, of which {missing:#x} are not offered here"
-        )
-
-
-def _check_connections(connections: Sequence[ConnectionState], offered: Offer) -> None:
-    if len(connections) > 1:
-        raise PeerError(f"{len(connections)} sessions came, and this release serves one")
-    for connection in connections:
-        check_state(connection.session, offered)
-        check_sizes(connection.session.regions)
-        if connection.session.is_packed and connection.ledger is None:
-            raise PeerError("the guest's rings are packed, and no ledger came that tells where they stand")
-
-
-def _has_rings(group: RingGroup) -> bool:
-    return any(position is not None for position in group.positions())
-
-
-def _fileno(fd: OwnedFd | None) -> int | None:
-    return None if fd is None else fd.fileno()
+    def _make_endpoint(self, contacts: Mapping[str, Contact]) -> Endpoint:
+        return Endpoint(contacts, self, self.offer(), config=self.config_space())

@@ -8,8 +8,8 @@ Read next:   options/specs.py for what a spec is; devices/virtio_net/options.py 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from localmig.contact import ConnectTo, ListenAt
 from localmig.device_api.contact_options import check_contact, reconnect_option, server_option
@@ -25,6 +25,12 @@ class VhostUserSpec(DeviceSpec):
 
     socket: str = option(SocketPath(), "UNIX socket of the vhost-user connection", fit=Fit.WITH_DESCRIPTORS)
     server: bool = server_option("VMM", default=True)
+    second_socket: str | None = option(
+        SocketPath(),
+        "with server=off, a second address to connect to: of the VMM that the guest moves to",
+        fit=Fit.WITH_DESCRIPTORS,
+        default=None,
+    )
     reconnect_ms: int = reconnect_option("VMM")
     socket_mode: str = option(
         FileMode(), "with server=on, the socket's mode: who may connect", fit=Fit.WITH_DESCRIPTORS, default="0600"
@@ -43,6 +49,10 @@ class VhostUserSpec(DeviceSpec):
     def __post_init__(self) -> None:
         Spec.__post_init__(self)
         check_contact(server=self.server, reconnect_ms=self.reconnect_ms)
+        if self.server and self.second_socket is not None:
+            raise ConfigError("second-socket= is invalid with server=on: any number of VMMs connects to socket=")
+        if self.second_socket == self.socket:
+            raise ConfigError(f"second-socket= and socket= are both '{self.socket}'")
         if not self.server and (self.socket_group is not None or self.socket_mode != "0600"):
             raise ConfigError("socket-mode= and socket-group= are invalid with server=off: the VMM makes the socket")
 
@@ -51,7 +61,32 @@ class VhostUserSpec(DeviceSpec):
         """Where and how frontends come."""
         if self.server:
             return ListenAt(path=self.socket, mode=int(self.socket_mode, base=8), group=self.socket_group)
-        return ConnectTo(path=self.socket, reconnect_ms=self.reconnect_ms)
+        return ConnectTo(path=self.socket, reconnect_ms=self.reconnect_ms, second_path=self.second_socket)
+
+    def with_second_socket(self, path: str) -> Self:
+        """This spec with a second address. ConfigError where it listens itself, or has one."""
+        if self.server:
+            raise ConfigError(f"device '{self.id}' listens: any number of VMMs connects to '{self.socket}'")
+        if self.second_socket is not None:
+            raise ConfigError(
+                f"device '{self.id}' has two addresses, '{self.socket}' and '{self.second_socket}', which is the limit:"
+                " take one back by device_socket_del"
+            )
+        return replace(self, second_socket=path)
+
+    def without_socket(self, path: str) -> Self:
+        """This spec with the other address alone. ConfigError where it has not both."""
+        if self.second_socket is None or path not in (self.socket, self.second_socket):
+            have = " and ".join(f"'{each}'" for each in (self.socket, self.second_socket) if each is not None)
+            raise ConfigError(f"device '{self.id}' cannot give '{path}' up, it has {have}; device_del ends the device")
+        left = self.socket if path == self.second_socket else self.second_socket
+        return replace(self, socket=left, second_socket=None)
+
+    def completed_by(self, theirs: Spec) -> Self:
+        """This spec of a destination; a second address that the source was given at run time is taken over."""
+        if self.second_socket is None and isinstance(theirs, VhostUserSpec) and not self.server:
+            return replace(self, second_socket=theirs.second_socket)
+        return self
 
     @property
     def stays_home(self) -> str | None:
@@ -69,5 +104,7 @@ class VhostUserSpec(DeviceSpec):
         }
 
     def claims(self) -> Iterator[tuple[str, Hashable]]:
-        """Its socket."""
+        """Its addresses."""
         yield "socket", self.socket
+        if self.second_socket is not None:
+            yield "socket", self.second_socket

@@ -328,6 +328,7 @@ class Incoming:
         self._stream = IncomingStream(
             setup={section_name(part.id, part.setup): part.setup for part in self._parts},
             switchover=self._switchover_descriptions(),
+            defaults=self._setup_defaults(),
         )
         answer = Hello(version=program_version(), local=local, running=hello.running)
         with own_pidfd() as pidfd:
@@ -375,6 +376,14 @@ class Incoming:
             for section in sections:
                 close_descriptors(section.description, section.state)
             raise
+
+    def _setup_defaults(self) -> dict[str, Any]:
+        defaults = {}
+        for part in self._parts:
+            with self._blaming(part, "take over"):
+                if (default := part.setup_default()) is not None:
+                    defaults[section_name(part.id, part.setup)] = default
+        return defaults
 
     def _switchover_descriptions(self) -> dict[str, Description[Any]]:
         return {

@@ -305,11 +305,10 @@ class Outgoing:
             for part in self._parts:
                 self._watched.append(part)
                 part.watch_setup(partial(self._note_change, part.id))
-            self._stream = OutgoingStream(section_name(part.id, part.setup) for part in self._parts)
             await self._send_setup(
                 self._parts,
                 self._stream.start(),
-                lambda: self._stream.describe(switchover_sections(self._parts)),
+                lambda _: self._stream.describe(switchover_sections(self._parts)),
                 deadline=time.monotonic() + SETUP_TIMEOUT_S,
             )
         with self._progress.phase("setup-ack"):
@@ -361,15 +360,16 @@ class Outgoing:
         deadline = time.monotonic() + timeout_s
         self._fire(SourceEvent.SETUP_OUTDATED)
         changed = [part for part in self._parts if part.id in self._changed or self._name(part) in self._outdated]
-        names = [self._name(part) for part in changed]
-        await self._send_setup(changed, Blob(), lambda: self._stream.describe_again(names), deadline=deadline)
+        await self._send_setup(changed, Blob(), self._stream.describe_again, deadline=deadline)
         await self._expect(FrameKind.SETUP_ACK, deadline - time.monotonic(), "take what a frontend changed")
         self._fire(SourceEvent.SETUP_ACKED)
 
     async def _send_setup(
-        self, parts: Sequence[Part], piece: Blob, describe: Callable[[], bytes], *, deadline: float
+        self, parts: Sequence[Part], piece: Blob, describe: Callable[[list[str]], bytes], *, deadline: float
     ) -> None:
-        """Saves `parts` into `piece` and sends it behind its description, which `describe` then returns.
+        """Saves `parts` into `piece` and sends it behind its description, which `describe` returns for its sections.
+
+        A part that is as it would be without a word is left out: the destination need not know that it could be saved.
 
         TimeoutError where the destination has not taken all of it by `deadline`, in seconds of the monotonic clock.
         """
@@ -378,14 +378,19 @@ class Outgoing:
         known = self._changes.count
         self._changed.difference_update(part.id for part in parts)
         copies: list[OwnedFd] = []
+        names: list[str] = []
         try:
             for number, part in enumerate(parts, 1):
-                self._stream.write(self._setup_section(part), piece)
+                section = self._setup_section(part)
+                if self._may_stay_away(part, section):
+                    continue
+                names.append(section.name)
+                self._stream.write(section, piece)
                 # A frontend may replace a descriptor while the frame is on its way.
                 copies += (OwnedFd(os.dup(fd)) for _, fd in piece.fds[len(copies) :])
                 if number % PARTS_AT_ONCE == 0:
                     await asyncio.sleep(0)  # thousands of parts take longer than a frontend may wait
-            await self._say(FrameKind.DESCRIPTION, describe(), timeout_s=deadline - time.monotonic())
+            await self._say(FrameKind.DESCRIPTION, describe(names), timeout_s=deadline - time.monotonic())
             lent = [(at, copy.fileno()) for (at, _), copy in zip(piece.fds, copies, strict=True)]
             data, fds = setup_payload(known, Blob(data=piece.data, fds=lent))
             # Last, because a destination that has it can do without us.
@@ -626,6 +631,14 @@ class Outgoing:
             with_descriptors = self._parameters.local and part.local_migration_blocker() is None
             state = part.save_setup(with_descriptors=with_descriptors)
         return Section(name=section_name(part.id, part.setup), description=part.setup, state=state)
+
+    def _may_stay_away(self, part: Part, section: Section) -> bool:
+        """Whether the destination has this state without a word: it was told of no other one."""
+        if self._stream.has(section.name):
+            return False
+        with self._blaming(part, "save"):
+            default = part.setup_default()
+            return default is not None and bool(section.state == default)
 
     async def _say(
         self, kind: FrameKind, data: bytes | bytearray, fds: Sequence[tuple[int, int]] = (), *, timeout_s: float

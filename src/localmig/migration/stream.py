@@ -19,6 +19,9 @@ stands last in it and travels first: it is by far the longest, and all in it is 
 
 Sections whose parts changed before the downtime travel again, with their numbers, behind a description of their own.
 A recording has each section once, as it travelled last.
+
+A setup section that is as it would be without a word may stay away: the reader, who may be of a release that does not
+know it, has its defaults then. It travels once it is another.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import contextlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -87,14 +91,11 @@ def section_name(part_id: str, description: Description[Any]) -> str:
 
 
 class OutgoingStream:
-    """Writes one stream: `start`, `write` for each setup section, `describe` while the guest runs, then `switchover`.
+    """Writes one stream: `start`, `write` for setup sections, `describe` while the guest runs, then `switchover`."""
 
-    Args:
-        names: of the setup sections, in the order in which the stream has them.
-    """
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self._numbers = {name: number for number, name in enumerate(names)}
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        """Of each setup section, in the order in which they were written first."""
         self._start = b""
         self._written: dict[str, bytes] = {}
         """Each setup section as it was written last."""
@@ -121,9 +122,13 @@ class OutgoingStream:
             ConfigError: the section's name is too long for the format.
         """
         begin = len(piece.data)
-        _append([section], piece, self._numbers[section.name])
+        _append([section], piece, self._numbers.setdefault(section.name, len(self._numbers)))
         self._written[section.name] = bytes(piece.data[begin:])
         self._explained[section.name] = _explain(section)
+
+    def has(self, name: str) -> bool:
+        """Whether a setup section was written."""
+        return name in self._numbers
 
     def describe(self, sections: Sequence[Section]) -> bytes:
         """The description piece, for switchover sections of the same shape as `sections`.
@@ -218,11 +223,19 @@ class IncomingStream:
     Args:
         setup: descriptions by name of the sections that the setup piece must have, each once, in any order.
         switchover: likewise for the switchover piece.
+        defaults: by name the state of a setup section that may stay away.
     """
 
-    def __init__(self, *, setup: Mapping[str, Description[Any]], switchover: Mapping[str, Description[Any]]) -> None:
+    def __init__(
+        self,
+        *,
+        setup: Mapping[str, Description[Any]],
+        switchover: Mapping[str, Description[Any]],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self._expected_setup = setup
         self._expected_switchover = switchover
+        self._defaults = defaults or {}
         self._numbers: dict[str, int] = {}
         """Of each section that came."""
         self._described: dict[str, _Described] = {}
@@ -241,7 +254,7 @@ class IncomingStream:
         with _reading("description", data, ()) as reader:
             described = _read_vmdesc(reader)
             for name in expected:
-                if name not in described:
+                if name not in described and name not in self._defaults:
                     raise PeerError(f'does not tell of section "{name}"')
             self._check_described(described, expected)
 
@@ -261,7 +274,10 @@ class IncomingStream:
             description = expected.get(name)
             vmsd_name, version = explained["vmsd_name"], explained["version"]
             if description is None or vmsd_name != description.name:
-                raise PeerError(f'tells of a section "{name}" of {vmsd_name!r}, which was not expected')
+                raise PeerError(
+                    f'tells of a section "{name}" of {vmsd_name!r}, which was not expected: hand over to a release '
+                    "that knows this state"
+                )
             if not description.oldest_version <= version <= description.version:
                 raise PeerError(
                     f'tells of version {version} of section "{name}", this release reads '
@@ -274,6 +290,8 @@ class IncomingStream:
     def setup(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the setup piece; the caller owns the descriptors in the states.
 
+        A section that may stay away, and did, is there with its default.
+
         Args:
             data: the whole piece.
             fds: (offset in `data`, descriptor) of each that came with it.
@@ -283,7 +301,14 @@ class IncomingStream:
         """
         with _reading("setup", data, fds) as reader:
             _read_start(reader)
-            return self._read_sections(reader, self._expected_setup)
+            away = self._defaults.keys() - self._described.keys()
+            sections = self._read_sections(reader, self._expected_setup, may_be_away=away)
+        came = {section.name for section in sections}
+        return sections + [
+            Section(name=name, description=self._expected_setup[name], state=self._defaults[name])
+            for name in self._defaults
+            if name not in came
+        ]
 
     def setup_again(self, data: bytes, fds: Iterable[tuple[int, OwnedFd]] = ()) -> list[Section]:
         """Reads the sections that `description_again` told of; the rest is as in `setup`."""
@@ -301,12 +326,14 @@ class IncomingStream:
                 )
             return sections
 
-    def _read_sections(self, reader: Reader, expected: Mapping[str, Description[Any]]) -> list[Section]:
+    def _read_sections(
+        self, reader: Reader, expected: Mapping[str, Description[Any]], *, may_be_away: AbstractSet[str] = frozenset()
+    ) -> list[Section]:
         sections: dict[str, Section] = {}
         while reader.peek() == Mark.SECTION_FULL:
             section = self._read_section(reader, expected, sections)
             sections[section.name] = section
-        missing = [name for name in expected if name not in sections]
+        missing = [name for name in expected if name not in sections and name not in may_be_away]
         if missing:
             raise PeerError(f'section "{missing[0]}" is missing at offset {reader.position}')
         return list(sections.values())

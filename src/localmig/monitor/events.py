@@ -14,12 +14,31 @@ from localmig import trace
 from localmig.daemon import RunState
 from localmig.monitor.protocol import Event
 from localmig.monitor.schema import MIGRATION_STATUS
-from localmig.qapi import Boolean, Enumeration, String, Struct, returned
+from localmig.qapi import Boolean, Enumeration, String, Struct, Uint64, returned
 
 EVENTS: Final[Mapping[str, Struct]] = {
     "DEVICE_DELETED": Struct((returned("device", String()), returned("path", String()))),
     "MIGRATION": Struct((returned("status", MIGRATION_STATUS),)),
     "RESUME": Struct(),
+    "SESSION_CLOSED": Struct(
+        (
+            returned("device", String()),
+            returned("session", Uint64()),
+            returned("reason", String(), required=False),
+        )
+    ),
+    "SESSION_OPENED": Struct(
+        (returned("device", String()), returned("session", Uint64()), returned("pid", Uint64(), required=False))
+    ),
+    "SESSION_OWNER_CHANGED": Struct(
+        (
+            returned("device", String()),
+            returned("session", Uint64()),
+            returned("pid", Uint64(), required=False),
+            returned("former-session", Uint64(), required=False),
+            returned("former-pid", Uint64(), required=False),
+        )
+    ),
     "SHUTDOWN": Struct(
         (
             returned("guest", Boolean()),
@@ -58,7 +77,29 @@ class EventSource:
                 return Event(
                     name="DEVICE_DELETED", data={"device": id_, "path": f"/machine/peripheral/{id_}"}, at_s=at_s
                 )
+            case trace.SessionOpened(device=device, session=number, pid=pid):
+                return Event(
+                    name="SESSION_OPENED", data=_known(device=device, session=number, pid=pid or None), at_s=at_s
+                )
+            case trace.SessionClosed(device=device, session=number, reason=reason):
+                return Event(
+                    name="SESSION_CLOSED", data=_known(device=device, session=number, reason=reason), at_s=at_s
+                )
+            case trace.OwnerChanged():
+                data = _known(
+                    device=fact.device,
+                    session=fact.session,
+                    pid=fact.pid or None,
+                    former_session=fact.former_session,
+                    former_pid=fact.former_pid or None,
+                )
+                return Event(name="SESSION_OWNER_CHANGED", data=data, at_s=at_s)
             case trace.MigrationStatusChanged(status=status) if migration_events:
                 return Event(name="MIGRATION", data={"status": status}, at_s=at_s)
             case _:
                 return None
+
+
+def _known(**members: object) -> dict[str, object]:
+    """An event's members, without those that are not known."""
+    return {name.replace("_", "-"): value for name, value in members.items() if value is not None}

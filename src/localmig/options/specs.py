@@ -220,6 +220,14 @@ class DeviceSpec(Spec):
 
     id: str = option(Identifier(), "name of this device")
 
+    def with_second_socket(self, path: str) -> Self:
+        """This spec with one more address of frontends. ConfigError where there can be none."""
+        raise ConfigError(f"device '{self.id}' has no address that could be given: '{path}'")
+
+    def without_socket(self, path: str) -> Self:
+        """This spec with one address of frontends less. ConfigError where it has not that one, or no other."""
+        raise ConfigError(f"device '{self.id}' has no address that could be taken back: '{path}'")
+
 
 SpecT = TypeVar("SpecT", bound=Spec)
 

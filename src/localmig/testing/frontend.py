@@ -538,12 +538,15 @@ class NetGuest:
         answer_seconds_max: how long the backend may take for each answer.
         habits: whose requests it sends.
         fills_first: whether the driver fills its receive rings before the backend is told of them, as FreeBSD's does.
+        moved_from: the same guest in the VMM that it moves from: memory, driver and notifiers are that one's, and lent
+            until `close`. Queues, features and TAP are that one's too; connection and positions are this VMM's own.
     """
 
     def __init__(
         self,
         where: str | FrontendListener,
         *,
+        moved_from: NetGuest | None = None,
         tap_fds: Sequence[int] = (),
         queue_pairs: int = 1,
         queue_size: int = 256,
@@ -569,10 +572,39 @@ class NetGuest:
         self._frontend: Frontend | None = None
         self._log: DirtyBitmap | None = None
         self._drivers: list[DriverPair] = []
-        self.memory = SharedMemory(queue_pairs * DriverPair.layout_size(queue_size))
-        self._vrings = [_VringFds.create() for _ in range(2 * queue_pairs)]
+        self._is_lent = moved_from is not None
+        self.memory: SharedMemory
+        self._vrings: list[_VringFds]
+        if moved_from is None:
+            self.memory = SharedMemory(queue_pairs * DriverPair.layout_size(queue_size))
+            self._vrings = [_VringFds.create() for _ in range(2 * queue_pairs)]
+        else:
+            self._share(moved_from)
 
     # -- life --
+
+    def connect(self) -> None:
+        """Connects and negotiates, as a VMM does at its start; one that waits for a guest does no more. Idempotent.
+
+        Raises as `attach`.
+        """
+        if self._frontend is not None:
+            return
+        frontend = self._meet()
+        try:
+            self._negotiate(frontend)
+        except PeerError:
+            frontend.close()
+            raise
+        self._frontend = frontend
+
+    def arrive(self, bases: Sequence[int]) -> None:
+        """Goes on with the guest at these positions, which the VMM that it moves from was told by `detach`.
+
+        Raises as `attach`.
+        """
+        self._bases = list(bases)
+        self.attach()
 
     def attach(self) -> None:
         """Connects if it is not connected, sets everything up and lets the driver run.
@@ -582,9 +614,8 @@ class NetGuest:
                 away. The guest is detached, and disconnected.
         """
         try:
-            if self._frontend is None:
-                self._frontend = self._meet()
-                self._negotiate(self._frontend)
+            self.connect()
+            assert self._frontend is not None
             if self._fills_first:
                 for driver in self._drivers_here():
                     driver.start()
@@ -683,10 +714,13 @@ class NetGuest:
         self.attach()
 
     def close(self) -> None:
-        """Ends the guest: driver, connection, memory. Idempotent."""
+        """Ends the guest: driver, connection, memory. Idempotent. What another VMM lent stays."""
+        if self._is_lent:
+            self.disconnect()
+            return
         for driver in self._drivers:
             driver.stop()
-        self._drivers = []
+        self._drivers.clear()
         self.disconnect()
         for vring in self._vrings:
             vring.close()
@@ -697,6 +731,13 @@ class NetGuest:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _share(self, other: NetGuest) -> None:
+        """Is the same guest as `other`."""
+        for name in ("memory", "_vrings", "_drivers", "_features", "_tap_fds", "_queue_pairs", "_queue_size"):
+            setattr(self, name, getattr(other, name))
+        self._enabled_pairs = self._queue_pairs
+        self._bases = [None] * (2 * self._queue_pairs)
 
     # -- what it knows --
 
@@ -854,7 +895,7 @@ class NetGuest:
         for driver in self._drivers:
             driver.stop()
             driver.counters()
-        self._drivers = []
+        self._drivers.clear()
 
     def _drivers_here(self) -> list[DriverPair]:
         if not self._drivers:

@@ -12,8 +12,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from localmig.errors import ConfigError
 from localmig.testing.initramfs import write_initramfs
@@ -32,6 +33,12 @@ _RECONNECT_MS_SINCE: Final = (9, 2)
 
 _KVM: Final = Path("/dev/kvm")
 
+MEMORY_BYTES: Final = 256 << 20
+"""What a guest has: enough for Linux and its services, and copied in a second."""
+
+MEMFD: Final = "memory-backend-memfd"
+"""Memory without a name: see `command`."""
+
 _MODULES: Final = (
     "failover",
     "net_failover",
@@ -46,11 +53,44 @@ _MODULES: Final = (
 """In load order: each one needs only those before it. A file is called as its makers did, with a dash or without."""
 
 
-def unavailable_reason(kernel_package: Path) -> str | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """One QEMU of this machine.
+
+    Attributes:
+        path: the program.
+        firmware: folders with its firmware, where it does not find that by itself.
+    """
+
+    path: str = PROGRAM
+    firmware: tuple[str, ...] = ()
+
+    @classmethod
+    def unpacked(cls, root: Path) -> Self:
+        """A QEMU whose Debian packages were unpacked at `root`, where `make second-qemu` leaves one."""
+        share = root / "usr/share"
+        return cls(path=str(root / "usr/bin" / PROGRAM), firmware=(str(share / "qemu"), str(share / "seabios")))
+
+    def argv(self) -> list[str]:
+        """The words that every command line of it begins with."""
+        return [self.path, *(word for folder in self.firmware for word in ("-L", folder))]
+
+    def version(self) -> tuple[int, ...]:
+        """Major and minor number; none where it does not tell."""
+        argv = [self.path, "--version"]
+        said = subprocess.run(argv, capture_output=True, text=True, timeout=VERSION_SECONDS_MAX, check=False).stdout
+        numbers = re.search(r"version (\d+)\.(\d+)", said)
+        return tuple(map(int, numbers.groups())) if numbers else ()
+
+
+INSTALLED: Final = Program()
+
+
+def unavailable_reason(kernel_package: Path, program: Program = INSTALLED) -> str | None:
     """What is missing for a guest of the kernel unpacked at `kernel_package`, None where nothing is."""
-    for program, package in ((PROGRAM, "qemu-system-x86"), ("busybox", "busybox-static")):
-        if shutil.which(program) is None:
-            return f"no {program}: on Debian, apt-get install {package}"
+    for needed, package in ((program.path, "qemu-system-x86"), ("busybox", "busybox-static")):
+        if shutil.which(needed) is None:
+            return f"no {needed}: on Debian, apt-get install {package}"
     if not any(kernel_package.glob("boot/vmlinuz-*")):
         return f"no guest kernel in '{kernel_package}': on Debian for amd64, 'make guest-kernel' downloads it"
     return None
@@ -67,6 +107,10 @@ def command(
     queue_pairs: int = 1,
     mergeable: bool = True,
     shares_memory: bool = True,
+    program: Program = INSTALLED,
+    memory: str = MEMFD,
+    machine: str = "",
+    more: Sequence[str] = (),
 ) -> list[str]:
     """How to start a guest with one virtio-net, its console on standard output.
 
@@ -80,20 +124,24 @@ def command(
         mergeable: whether the guest may merge its receive buffers; without it each holds the longest packet there is.
         shares_memory: whether its memory is shared with the backend; what QEMU does without share=on.
         queue_pairs: how many the NIC has; with more than one the guest has two processors, and uses two by itself.
+        program: which QEMU.
+        memory: the type of the object that the guest's memory is, and what it needs besides its size.
+        machine: further properties of the machine, each with a comma before it.
+        more: further words of the command line.
 
     Raises:
         ConfigError: this machine has not what it takes.
     """
-    if (reason := unavailable_reason(kernel_package)) is not None:
+    if (reason := unavailable_reason(kernel_package, program)) is not None:
         raise ConfigError(reason)
     initramfs = folder / "qemu-initramfs"
     (module_tree,) = kernel_package.glob("lib/modules/*")
     write_initramfs(initramfs, module_tree=module_tree, modules=_MODULES)
-    argv = [PROGRAM, "-M", f"q35,accel={accelerator},memory-backend=ram0", "-cpu", "max"]
-    argv += ["-smp", str(min(2, queue_pairs)), "-m", "256"]
+    argv = [*program.argv(), "-M", f"q35,accel={accelerator},memory-backend=ram0{machine}", "-cpu", "max"]
+    argv += ["-smp", str(min(2, queue_pairs)), "-m", f"{MEMORY_BYTES}B"]
     # vhost-user needs guest memory it can map.
     share = "on" if shares_memory else "off"
-    argv += ["-object", f"memory-backend-memfd,id=ram0,size=256M,share={share}"]
+    argv += ["-object", f"{memory},id=ram0,size={MEMORY_BYTES},share={share}"]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
     argv += ["-kernel", str(_kernel(kernel_package)), "-initrd", str(initramfs)]
     # no_timer_check: on a loaded machine an emulated timer may come too late, and the boot would hang.
@@ -102,12 +150,13 @@ def command(
     # vectors=0: QEMU 7.2 under TCG crashes with MSI-X and a vhost-user backend.
     wanted = (",packed=on" if packed else "") + (",mq=on" if queue_pairs > 1 else "")
     wanted += "" if mergeable else ",mrg_rxbuf=off"
-    return [*argv, "-device", f"virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={wanted}"]
+    nic = f"virtio-net-pci,id=nic0,netdev=n0,mac=52:54:00:12:34:56,vectors=0,romfile={wanted}"
+    return [*argv, "-device", nic, *more]
 
 
-def vhost_user_netdev(socket: Path | str, *, queue_pairs: int = 1) -> list[str]:
+def vhost_user_netdev(socket: Path | str, *, queue_pairs: int = 1, program: Program = INSTALLED) -> list[str]:
     """A vhost-user backend at `socket`, to which QEMU reconnects every second when it goes away."""
-    every_second = "reconnect-ms=1000" if _version() >= _RECONNECT_MS_SINCE else "reconnect=1"
+    every_second = "reconnect-ms=1000" if program.version() >= _RECONNECT_MS_SINCE else "reconnect=1"
     return [
         "-chardev",
         f"socket,id=c0,path={socket},{every_second}",
@@ -137,11 +186,3 @@ def best_accelerator(kernel_package: Path) -> str:
 
 def _kernel(kernel_package: Path) -> Path:
     return max(kernel_package.glob("boot/vmlinuz-*"))
-
-
-def _version() -> tuple[int, ...]:
-    """Major and minor number of the QEMU that is installed; none where it does not tell."""
-    argv = [PROGRAM, "--version"]
-    said = subprocess.run(argv, capture_output=True, text=True, timeout=VERSION_SECONDS_MAX, check=False).stdout
-    numbers = re.search(r"version (\d+)\.(\d+)", said)
-    return tuple(map(int, numbers.groups())) if numbers else ()

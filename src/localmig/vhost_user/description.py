@@ -12,6 +12,7 @@ from typing import Final
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
 from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
 from localmig.vhost_user.protocol import LogState, SessionState, VringState
+from localmig.virtio.net import MAC_LENGTH
 from localmig.vmstate import Description, array, blob, boolean, fd, optional, struct, u8, u16, u32, u64
 
 MEMORY_REGION: Final = Description(
@@ -65,6 +66,7 @@ SESSION: Final = Description(
         u64("protocol_features_acked"),
         u8("device_status"),
         u16("mtu"),
+        blob("announced_mac", size_max=MAC_LENGTH),
         array("regions", MEMORY_REGION, count_max=REGION_COUNT_MAX),
         array("vrings", VRING, count_max=VRING_INDEX_MAX + 1),
         u16("vring_count_asked"),

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.qapi import Array, Boolean, Member, String, Struct, Uint64
+from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Uint64
 from localmig.qapi.bits import named, names_of
 from localmig.vhost_user.message import LOG_ALL_BIT, PROTOCOL_FEATURES_BIT, ProtocolFeature
+from localmig.vhost_user.ownership import Role
 from localmig.vhost_user.protocol import SessionState
 from localmig.virtio import DeviceStatus, Feature
 
@@ -23,6 +24,12 @@ class SessionInfo:
     """A frontend's session.
 
     Attributes:
+        number: tells it from all other sessions of the device.
+        role: what it is to the device.
+        since_s: since when, in seconds since 1970.
+        path: the address by which the frontend came.
+        pid: the frontend's process, None where the kernel does not tell it, or it is in another PID namespace.
+        uid: its user, likewise.
         features_acked: virtio feature bits, with the bit for protocol features.
         protocol_features_acked: vhost-user's own.
         device_status: virtio device status, 0 where the frontend does not tell it.
@@ -30,6 +37,12 @@ class SessionInfo:
         memory_size: bytes of all regions.
     """
 
+    number: int
+    role: Role
+    since_s: int
+    path: str
+    pid: int | None
+    uid: int | None
     features_acked: int
     protocol_features_acked: int
     device_status: int
@@ -37,9 +50,25 @@ class SessionInfo:
     memory_size: int
 
     @classmethod
-    def of(cls, state: SessionState) -> SessionInfo:
-        """What `state` says."""
+    def of(
+        cls,
+        state: SessionState,
+        *,
+        number: int,
+        role: Role,
+        since_s: int,
+        path: str,
+        pid: int | None,
+        uid: int | None,
+    ) -> SessionInfo:
+        """What `state` says, and what else there is to tell."""
         return cls(
+            number=number,
+            role=role,
+            since_s=since_s,
+            path=path,
+            pid=pid,
+            uid=uid,
             features_acked=state.features_acked,
             protocol_features_acked=state.protocol_features_acked,
             device_status=state.device_status,
@@ -104,6 +133,12 @@ def session_members(features: Callable[[int], list[str]]) -> Struct:
     names = Array(String())
     return Struct(
         (
+            Member(name="number", attribute="number", type=Uint64()),
+            Member(name="role", attribute="role", type=Enumeration(tuple(Role))),
+            Member(name="since", attribute="since_s", type=Uint64()),
+            Member(name="socket", attribute="path", type=String()),
+            Member(name="pid", attribute="pid", type=Uint64(), required=False),
+            Member(name="user-id", attribute="uid", type=Uint64(), required=False),
             Member(name="features", attribute="features_acked", type=names, convert=features),
             Member(
                 name="protocol-features",

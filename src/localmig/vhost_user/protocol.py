@@ -53,6 +53,7 @@ from localmig.vhost_user.message import (
     encode_reply,
 )
 from localmig.virtio import Feature, packed_ring, split_ring
+from localmig.virtio.net import MAC_LENGTH
 
 VRING_SIZE_MAX: Final = 32768
 """Entries of a ring: the most a virtqueue may have (virtio 1.2, sections 2.7 and 2.8)."""
@@ -190,6 +191,7 @@ class SessionState:
         protocol_features_acked: bits from SET_PROTOCOL_FEATURES.
         device_status: virtio device status from SET_STATUS.
         mtu: from NET_SET_MTU, 0 where none came.
+        announced_mac: from SEND_RARP, empty where none came.
         regions: guest memory.
         vrings: every ring of the device, by index.
         vring_count_asked: how many the frontend has, where it has more than the device; else 0.
@@ -207,6 +209,7 @@ class SessionState:
     protocol_features_acked: int = 0
     device_status: int = 0
     mtu: int = 0
+    announced_mac: bytes = b""
     regions: list[MemoryRegion] = field(default_factory=list)
     vrings: list[VringState] = field(default_factory=list)
     vring_count_asked: int = 0
@@ -252,6 +255,8 @@ def check_state(state: SessionState, offer: Offer) -> None:
     check_servable(state.protocol_features_acked, PROTOCOL_FEATURES_SERVED, "protocol features")
     _check_range("device status", state.device_status, 0xFF)
     _check_range("mtu", state.mtu, 0xFFFF)
+    if len(state.announced_mac) not in (0, MAC_LENGTH):
+        raise PeerError(f"announced address has {len(state.announced_mac)} bytes, must be {MAC_LENGTH}")
     if len(state.vrings) != offer.vring_count:
         raise PeerError(f"session has {len(state.vrings)} vrings, the device has {offer.vring_count}")
     for index, vring in enumerate(state.vrings):
@@ -536,6 +541,8 @@ class Backend:
         assert self._event is not None, "no event to complete"
         if isinstance(self._event, MtuSet):
             self.state.mtu = self._event.mtu
+        if isinstance(self._event, RarpRequested):
+            self.state.announced_mac = self._event.mac
         self._finish(_REFUSED if isinstance(self._event, RequestRefused) else _ACCEPTED)
 
     def refuse(self) -> None:
@@ -623,7 +630,7 @@ class Backend:
                 _check_range("mtu", mtu, 0xFFFF)
                 return MtuSet(mtu=mtu)
             case Request.SEND_RARP, U64():
-                return RarpRequested(mac=payload.encode()[:6])
+                return RarpRequested(mac=payload.encode()[:MAC_LENGTH])
             case Request.SET_BACKEND_REQ_FD, None:
                 self._retired.append(self.state.backend_request_fd)
                 self.state.backend_request_fd = self.state.unparsed_fds.pop()

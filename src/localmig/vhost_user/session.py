@@ -1,8 +1,9 @@
 """The vhost-user socket of a device: asyncio and descriptors around the session protocol.
 
-Owns:        Session (one connection), Endpoint (how frontends come, and at most one session: what a device has).
+Owns:        Session (one connection), Endpoint (how frontends come, and the sessions of a device).
 Never sees:  a ring. What a message means stands in protocol.py.
-Read next:   contact.py for how frontends come, devices/virtio_net/ for a handler.
+Read next:   contact.py for how frontends come, ownership.py for whose rings run,
+             device_api/vhost_user_device.py for the handler.
 
 Nothing here touches a socket between adoption and `thaw`: until the handover commits it is shared with the process
 that serves it.
@@ -14,34 +15,55 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from localmig import fds
+from localmig.access import peer_credentials
 from localmig.contact import Contact, borrowed_socket, is_readable
 from localmig.errors import LocalmigError
 from localmig.fd_kind import FdKind, is_of_kind
 from localmig.fds import OwnedFd
+from localmig.vhost_user.ownership import SESSION_COUNT_MAX, least_needed
 from localmig.vhost_user.protocol import Backend, Event, Offer, SessionState
 
 _logger = logging.getLogger(__name__)
 
 
 class SessionHandler(Protocol):
-    """What a device does for its session. Each method runs in the event loop and returns when the work is done."""
+    """What a device does for its sessions. Each method runs in the event loop and returns when the work is done."""
 
-    def session_opened(self) -> None:
+    def session_opened(self, session: Session) -> None:
         """A frontend connected; the session's state is fresh."""
 
-    def handle(self, event: Event) -> None:
+    def handle(self, session: Session, event: Event) -> None:
         """Makes the device what the session's state says.
 
         Raises:
             LocalmigError: it cannot. A refusable event is refused; after any other the session is closed.
         """
 
-    def session_closed(self, reason: str | None) -> None:
-        """The session ends: no ring may run any more, for its descriptors close next. None: the frontend left."""
+    def session_closed(self, session: Session, reason: str | None) -> None:
+        """The session ends: none of its rings may run any more, because its descriptors close next.
+
+        `reason` is None if the frontend left.
+        """
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a connection, as the kernel knows it.
+
+    Attributes:
+        pid: 0 if it has no number here, because it is in another PID namespace.
+        uid: its user.
+    """
+
+    pid: int
+    uid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid}" if self.pid else f"a process of user {self.uid}"
 
 
 # -- one connection ---------------------------------------------------------------------------------------
@@ -51,8 +73,11 @@ class Session:
     """One connection: carries bytes between its socket and `backend`, and events to the device.
 
     Attributes:
+        number: tells it from all other sessions that the device has or had, handovers included.
+        path: the address by which the frontend came.
         backend: the protocol's side of it.
         connection: the socket, this session's; a handover borrows it.
+        peer: the frontend's process, None until this process serves the session.
     """
 
     def __init__(
@@ -61,6 +86,8 @@ class Session:
         backend: Backend,
         handler: SessionHandler,
         *,
+        number: int,
+        path: str,
         changing: Callable[[], None],
         on_closed: Callable[[], None],
     ) -> None:
@@ -72,7 +99,10 @@ class Session:
         Raises:
             PeerError: `connection` is no socket; it is still the caller's.
         """
+        self.number = number
+        self.path = path
         self.backend = backend
+        self.peer: Peer | None = None
         self._socket = borrowed_socket(connection)
         self.connection = connection.take()
         self._handler = handler
@@ -88,6 +118,8 @@ class Session:
 
     def thaw(self) -> None:
         """Carries bytes from now on. Calling it again does nothing."""
+        if self.peer is None:
+            self.peer = Peer(*peer_credentials(self._socket))
         waiting = bool(self.backend.data_to_send())
         self._watch(reading=not waiting, writing=waiting)
 
@@ -124,7 +156,7 @@ class Session:
                 raise
         self._socket.detach()
         self.connection.close()
-        self._handler.session_closed(reason)
+        self._handler.session_closed(self, reason)
         self.backend.close()
         self._on_closed()
 
@@ -186,7 +218,7 @@ class Session:
 
     def _handle(self, event: Event) -> None:
         try:
-            self._handler.handle(event)
+            self._handler.handle(self, event)
         except LocalmigError:
             if not event.refusable:
                 raise
@@ -214,45 +246,65 @@ class Session:
 
 
 class Endpoint:
-    """A device's vhost-user socket: how frontends come, and at most one session. Further frontends wait in the kernel.
+    """A device's vhost-user sockets: how frontends come, and their sessions.
 
-    It does nothing until `thaw`.
+    It does nothing until `thaw`. Each frontend is accepted and answered at once. One too many costs the oldest session
+    that has neither memory nor rings, which may be its own: so frontends that say nothing keep nobody out.
 
     Attributes:
-        contact: brings frontends.
-        session: the frontend that is served, None while there is none.
+        contacts: what brings frontends, by address.
+        sessions: the frontends that are connected, by number.
+        opened_count: how many sessions there have been; the number of the last one.
         offer: what the device offers.
         config: the device's configuration space.
     """
 
-    def __init__(self, contact: Contact, handler: SessionHandler, offer: Offer, *, config: bytes = b"") -> None:
-        self.contact = contact
-        self.session: Session | None = None
+    def __init__(
+        self, contacts: Mapping[str, Contact], handler: SessionHandler, offer: Offer, *, config: bytes = b""
+    ) -> None:
+        self.contacts = dict(contacts)
+        self.sessions: dict[int, Session] = {}
+        self.opened_count = 0
         self.offer = offer
         self.config = config
         self._handler = handler
         self._frozen = True
         self._watcher: Callable[[], None] | None = None
 
-    @property
-    def state(self) -> SessionState | None:
-        """The session's state, None while there is no session."""
-        return self.session.backend.state if self.session else None
-
-    def adopt_session(self, connection: OwnedFd, state: SessionState, *, config: bytes) -> None:
+    def adopt_session(
+        self, connection: OwnedFd, state: SessionState, *, number: int, path: str, config: bytes
+    ) -> Session:
         """Takes over a session that began elsewhere, without touching its socket.
 
-        `config` is the configuration space it had there; a frontend that can hear of a difference does at `thaw`.
+        Args:
+            connection: the frontend's, this session's from now on.
+            state: what was said on it.
+            number: of the session, none that is here.
+            path: the address by which the frontend came.
+            config: the configuration space it had there; a frontend that can hear of a difference does at `thaw`.
 
         Raises:
             PeerError: the state cannot be served (see `check_state`), or `connection` is no socket; connection and
                 state still own their descriptors.
         """
+        assert number not in self.sessions, number
         backend = Backend.from_state(state, self.offer, config=config)
-        self.session = self._make_session(connection, backend)
+        session = self.sessions[number] = self._make_session(connection, backend, number=number, path=path)
+        self.opened_count = max(self.opened_count, number)
+        return session
+
+    def add_contact(self, path: str, contact: Contact) -> None:
+        """Frontends come by one more address."""
+        self.contacts[path] = contact
+        if not self._frozen:
+            self._accept(path)
+
+    def remove_contact(self, path: str) -> None:
+        """None comes by this address any more. The session that did goes on."""
+        self.contacts.pop(path).close()
 
     def watch(self, changing: Callable[[], None] | None) -> None:
-        """From now on calls `changing` before the session, or whether there is one, changes; None ends that."""
+        """From now on calls `changing` before a session, or which there are, changes; None ends that."""
         self._watcher = changing
 
     def note_change(self) -> None:
@@ -261,67 +313,102 @@ class Endpoint:
             self._watcher()
 
     def frontend_waits(self) -> bool:
-        """Whether a frontend waits for this frozen endpoint: for an answer, or to be let in."""
-        return self.contact.has_waiting() if self.session is None else self.session.has_unread()
+        """Whether a frontend waits for this frozen endpoint: for an answer, or to be accepted."""
+        return any(contact.has_waiting() for contact in self.contacts.values()) or any(
+            session.has_unread() for session in self.sessions.values()
+        )
 
     def change_config(self, config: bytes) -> None:
-        """The device's configuration space is `config` now. A session's frontend is told, at the latest at `thaw`."""
+        """The device's configuration space is `config` now. Frontends are told, at the latest at `thaw`."""
         self.note_change()
         self.config = config
-        if self.session is not None and not self._frozen:
-            self.session.change_config(config)
+        if not self._frozen:
+            for session in self.sessions.values():
+                session.change_config(config)
 
     def thaw(self) -> None:
-        """Serves the session, or waits for one. Calling it again does nothing."""
+        """Serves the sessions, and whoever else comes. Calling it again does nothing."""
         self._frozen = False
-        if self.session is not None:
-            self.session.change_config(self.config)
-            self.session.thaw()
-        else:
-            self.contact.accept_connections(self._on_connection)
+        for session in self.sessions.values():
+            session.change_config(self.config)
+            session.thaw()
+        for path in tuple(self.contacts):
+            self._accept(path)
 
     def freeze(self) -> None:
         """Accepts, reads and writes nothing more, at once."""
         self._frozen = True
-        self.contact.pause()
-        if self.session is not None:
-            self.session.freeze()
+        for contact in self.contacts.values():
+            contact.pause()
+        for session in self.sessions.values():
+            session.freeze()
 
     def release(self) -> None:
         """Drops this process's copies without a side effect: another process serves them."""
         self.freeze()
-        self.contact.release()
-        self._release_session()
+        for contact in self.contacts.values():
+            contact.release()
+        self._release_sessions()
 
     def discard(self) -> None:
         """Drops what was adopted: the source serves on."""
         self.freeze()
-        self.contact.discard()
-        self._release_session()
+        for contact in self.contacts.values():
+            contact.discard()
+        self._release_sessions()
 
     def close(self) -> None:
-        """Ends everything for good; the device is told of its session's end. Bears being called twice."""
+        """Ends everything for good; the device is told of each session's end. Tolerates being called twice."""
         self.freeze()
-        self.contact.close()
-        if self.session is not None:
-            self.session.close("the device was closed")
+        for contact in self.contacts.values():
+            contact.close()
+        for session in tuple(self.sessions.values()):
+            session.close("the device was closed")
 
-    def _release_session(self) -> None:
-        if self.session is not None:
-            self.session.release()
-            self.session = None
+    def _release_sessions(self) -> None:
+        for session in self.sessions.values():
+            session.release()
+        self.sessions.clear()
 
-    def _on_connection(self, connection: OwnedFd) -> None:
+    def _accept(self, path: str) -> None:
+        """Lets frontends come by an address, unless the one that it can bring is there."""
+        contact = self.contacts.get(path)
+        if contact is None or (contact.brings_one and any(each.path == path for each in self.sessions.values())):
+            return
+        contact.accept_connections(partial(self._on_connection, path))
+
+    def _on_connection(self, path: str, connection: OwnedFd) -> None:
         self.note_change()
-        self.contact.pause()
-        self.session = self._make_session(connection, Backend(self.offer, config=self.config))
-        self._handler.session_opened()
-        self.session.thaw()
+        self.opened_count += 1
+        backend = Backend(self.offer, config=self.config)
+        session = self._make_session(connection, backend, number=self.opened_count, path=path)
+        self.sessions[session.number] = session
+        session.thaw()
+        self._handler.session_opened(session)
+        if len(self.sessions) > SESSION_COUNT_MAX:
+            self._make_room()
 
-    def _make_session(self, connection: OwnedFd, backend: Backend) -> Session:
-        return Session(connection, backend, self._handler, changing=self.note_change, on_closed=self._on_session_closed)
+    def _make_room(self) -> None:
+        number = least_needed((each.number, each.backend.state) for each in self.sessions.values())
+        # The one that came just now has nothing yet.
+        assert number is not None
+        self.sessions[number].close(
+            f"{len(self.sessions)} frontends are connected, limit is {SESSION_COUNT_MAX}, and this is the one that has"
+            " been there longest without memory and rings; end those that are of no use"
+        )
 
-    def _on_session_closed(self) -> None:
-        self.session = None
+    def _make_session(self, connection: OwnedFd, backend: Backend, *, number: int, path: str) -> Session:
+        return Session(
+            connection,
+            backend,
+            self._handler,
+            number=number,
+            path=path,
+            changing=self.note_change,
+            on_closed=partial(self._on_session_closed, number, path),
+        )
+
+    def _on_session_closed(self, number: int, path: str) -> None:
+        del self.sessions[number]
         if not self._frozen:
-            self.thaw()
+            self._accept(path)

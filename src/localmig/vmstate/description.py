@@ -117,6 +117,11 @@ def _attributes(state: type[Any]) -> dict[str, bool]:
     return {it.name: (it.default, it.default_factory) != (missing, missing) for it in dataclasses.fields(state)}
 
 
+def default_of(description: Description[T]) -> T | None:
+    """The state in which every attribute has its default; None where one has none."""
+    return description.state() if all(_attributes(description.state).values()) else None
+
+
 def _checked_layout(part: Description[Any] | Subsection[Any]) -> Layout:
     if not 1 <= part.oldest_version <= part.version:
         raise ValueError(f'"{part.name}": versions {part.oldest_version}..{part.version} are no range')

@@ -137,10 +137,9 @@ class VirtioNet(VhostUserDevice):
             self._control = CallbackGroup({control_queue(self._netdev.queue_count): "control"}, event_fd)
             yield self._control
 
-    def keeps_chains(self) -> bool:
-        """Where the frontend handed the control queue over."""
-        state = self.session_state
-        return state is not None and bool(state.features_acked & NetFeature.CTRL_VQ)
+    def keeps_chains(self, state: SessionState) -> bool:
+        """If the frontend handed the control queue over."""
+        return bool(state.features_acked & NetFeature.CTRL_VQ)
 
     def groups_dropped(self) -> None:
         """The control queue is closed next."""
@@ -318,11 +317,20 @@ class VirtioNet(VhostUserDevice):
 
     # -- the frontend's events ----------------------------------------------------------------------------------
 
-    def on_event(self, event: Event) -> None:
+    def check_event(self, event: Event) -> None:
         """What only a NIC's frontend says."""
         match event:
             case MtuSet(mtu=mtu):
                 self._check_mtu(mtu)
+            case RarpRequested():
+                pass  # any address will do
+            case _:
+                super().check_event(event)
+
+    def on_event(self, event: Event) -> None:
+        """It reaches the netdev."""
+        match event:
+            case MtuSet(mtu=mtu):
                 self._netdev.mtu_told = mtu
             case RarpRequested(mac=mac):
                 self._know_mac(mac)
@@ -330,10 +338,21 @@ class VirtioNet(VhostUserDevice):
             case _:
                 super().on_event(event)
 
+    def session_began(self) -> None:
+        """What the frontend said before reaches the netdev now."""
+        state = self._state()
+        self._netdev.mtu_told = state.mtu
+        if state.announced_mac:
+            self._know_mac(state.announced_mac)
+            try:
+                self._send_rarp(state.announced_mac)
+            except KernelError as error:
+                # The frontend has its answer, and the guest is no worse off than without.
+                _logger.warning("device '%s': %s", self.id, error)
+
     def features_changed(self) -> None:
         """The netdev's vnet header and offloads become what the guest acknowledged. Rings stand still meanwhile."""
-        state = self.session_state
-        assert state is not None
+        state = self._state()
         if self._netdev.is_open:
             self.stop_groups(self._pairs)
             self._netdev.set_vnet_header_length(header_length(state.features_acked))
@@ -371,7 +390,7 @@ class VirtioNet(VhostUserDevice):
             # Frontends set this ring up last, and how many pairs are used is the driver's to say where there is one.
             for pair in self._pairs[1:] if self._has_control else ():
                 if pair.is_attached != self._receives(pair.index):
-                    self._apply(pair)
+                    self.apply(pair)
             return
         if self.is_served(receive_queue(group.index)):
             self._begin_receiving(group)
@@ -387,12 +406,14 @@ class VirtioNet(VhostUserDevice):
             self._heirs[group.index] = heir_of(state.vrings[receive_queue(group.index)].next_avail, start=start)
 
     def session_ended(self) -> None:
-        """Nobody is there to take anything over: the netdev has one queue, and every frame comes whole."""
+        """What its driver said is of no meaning any more."""
         for pair in self._pairs:
             self._note_asked(pair.index)
-        self._vring_count_asked = self._asked_now()
         self._begin_control()
         self._netdev.mtu_told = 0
+
+    def left_alone(self) -> None:
+        """Nobody is there to take anything over: the netdev has one queue, and every frame comes whole."""
         if not self._netdev.is_open:
             return
         try:
@@ -524,7 +545,7 @@ class VirtioNet(VhostUserDevice):
     def _apply_pairs(self, pairs: Sequence[QueuePairRings]) -> None:
         """Lays queue pairs out for what the driver commanded. The ring that it commanded by runs on."""
         for pair in pairs:
-            self._apply(pair)
+            self.apply(pair)
 
     def _offloads_now(self, state: SessionState) -> Offload:
         """What the netdev leaves to the guest: what it acknowledged, left on, and the options allow."""
@@ -532,6 +553,11 @@ class VirtioNet(VhostUserDevice):
         return tap_offloads(state.features_acked, NetFeature(guests))
 
     # -- small things -------------------------------------------------------------------------------------------
+
+    def _state(self) -> SessionState:
+        state = self.session_state
+        assert state is not None, self.id
+        return state
 
     def find_notes(self) -> Iterator[str]:
         """Besides what may be the matter with any device: a frontend that has more queue pairs."""
@@ -541,10 +567,13 @@ class VirtioNet(VhostUserDevice):
 
     def _asked_now(self) -> int:
         """How many vrings the frontend has, or the last one had, where those are too many; else 0."""
-        state = self.session_state
-        if state is None or not (state.vring_count_asked or state.was_served):
-            return self._vring_count_asked
-        return state.vring_count_asked
+        told = (state.vring_count_asked for state in self.seen_states() if state.vring_count_asked or state.was_served)
+        return next(told, self._vring_count_asked)
+
+    def frontend_left(self, state: SessionState) -> None:
+        """What it had too many of is remembered: it may come again, for ever."""
+        if state.vring_count_asked or state.was_served:
+            self._vring_count_asked = state.vring_count_asked
 
     def _offer(self, *, has_uso: bool) -> Offer:
         return offer(

@@ -1,10 +1,12 @@
 """Commands about what is served: devices, their sessions and rings, netdevs.
 
-Owns:        query-devices and query-netdevs; netdev_add, netdev_del, device_add, device_del, set_link.
+Owns:        query-devices and query-netdevs; netdev_add, netdev_del, device_add, device_del, device_socket_add,
+             device_socket_del, session-close, set_link.
 Never sees:  clients, JSON text, a particular type of objects.
 Read next:   registry.py for the types; the info.py of each type for what is shown of it.
 
-QEMU has no query-devices and query-netdevs. Feature bits have the names that its x-query-virtio-status gives them.
+QEMU has no query-devices, query-netdevs, sockets of devices and sessions. Feature bits have the names that its
+x-query-virtio-status gives them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,19 @@ from localmig.daemon import BuiltObject, Daemon
 from localmig.errors import LocalmigError, blamed
 from localmig.monitor.schema import Command, PerType
 from localmig.options.specs import KINDS, options_of
-from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Union, ValueType, returned, to_qmp
+from localmig.qapi import (
+    Array,
+    Boolean,
+    Enumeration,
+    Member,
+    String,
+    Struct,
+    Uint64,
+    Union,
+    ValueType,
+    returned,
+    to_qmp,
+)
 from localmig.registry import Registry
 
 _NOTES: Final = Member(name="notes", attribute="notes", type=Array(String()))
@@ -65,6 +79,24 @@ def set_link(daemon: Daemon, *, name: str, up: bool) -> dict[str, object]:
     return {}
 
 
+def add_socket(daemon: Daemon, *, id: str, socket: str) -> dict[str, object]:  # noqa: A002 - QMP's word
+    """Has a device connect to a second frontend's address."""
+    daemon.add_socket(id, socket)
+    return {}
+
+
+def delete_socket(daemon: Daemon, *, id: str, socket: str) -> dict[str, object]:  # noqa: A002
+    """Takes one of a device's two addresses back."""
+    daemon.delete_socket(id, socket)
+    return {}
+
+
+def close_session(daemon: Daemon, *, id: str, session: int) -> dict[str, object]:  # noqa: A002
+    """Ends a session of a device."""
+    daemon.close_session(id, session)
+    return {}
+
+
 def _options(registry: Registry, *, kind: str) -> ValueType:
     """What describes an object of a kind: a member for each option of its type."""
     types = {
@@ -92,6 +124,14 @@ _LINK: Final = Struct(
 
 _ID: Final = Struct((Member(name="id", attribute="id", type=String()),))
 
+_SOCKET: Final = Struct(
+    (Member(name="id", attribute="id", type=String()), Member(name="socket", attribute="socket", type=String()))
+)
+
+_SESSION: Final = Struct(
+    (Member(name="id", attribute="id", type=String()), Member(name="session", attribute="session", type=Uint64()))
+)
+
 COMMANDS: Final = (
     Command(name="query-devices", run=query_devices, returns=PerType(partial(_shape, kind="device"))),
     Command(name="query-netdevs", run=query_netdevs, returns=PerType(partial(_shape, kind="netdev"))),
@@ -100,5 +140,8 @@ COMMANDS: Final = (
         for kind in KINDS
     ),
     *(Command(name=f"{kind}_del", run=partial(delete, kind=kind), arguments=_ID) for kind in KINDS),
+    Command(name="device_socket_add", run=add_socket, arguments=_SOCKET),
+    Command(name="device_socket_del", run=delete_socket, arguments=_SOCKET),
+    Command(name="session-close", run=close_session, arguments=_SESSION),
     Command(name="set_link", run=set_link, arguments=_LINK),
 )

@@ -1,0 +1,111 @@
+"""A real guest keeps talking while the QEMU that runs it is replaced by another one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from typing import Any, Final
+
+import pytest
+from tests.guest.lab import Lab
+from tests.guest.service import Service
+from tests.guest.vmm import KINDS, MOVE_SECONDS_MAX, Kind, Vmm, report_in, undisturbed
+
+from localmig.testing.qemu import MEMORY_BYTES
+
+MOVES: Final = int(os.environ.get("LOCALMIG_VMM_MOVES", "1"))
+"""In a row, for each kind of move. `make vmm` wants ten, and every shape of NIC with every kind."""
+
+SHAPES: Final[dict[str, dict[str, Any]]] = {
+    "split": {},
+    "packed": {"packed": True},
+    "two-pairs": {"queue_pairs": 2},
+}
+
+
+def shapes_of(kind: str) -> list[str]:
+    if MOVES > 1:
+        return list(SHAPES)
+    # One shape for each kind, and each shape once.
+    return ["packed"] if kind == "copy-newer" else ["two-pairs"] if kind == "shared-older" else ["split"]
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(120 + 60 * MOVES)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [pytest.param(KINDS[kind], shape, id=f"{kind}-{shape}") for kind in KINDS for shape in shapes_of(kind)],
+)
+def test_moves_lose_no_packet_and_change_no_link(lab: Lab, kind: Kind, shape: str) -> None:
+    service = Service(lab)
+    nic = SHAPES[shape]
+    service.start(
+        *service.objects(
+            device=",packed=on" if nic.get("packed") else "", netdev=f",queues={nic.get('queue_pairs', 1)}"
+        )
+    )
+    lab.set_up("tap0")
+    vmm = Vmm(lab, kind)
+    guest = vmm.boot(service, **nic)
+    guest.wait_ready()
+    with undisturbed(lab, guest) as transfer:
+        for _ in range(MOVES):
+            report = vmm.move()
+            assert report["outcome"] == "committed"
+            assert report["way"] == kind.way
+            transfer.wait_progress(500_000)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("kind", [pytest.param(KINDS[kind], id=kind) for kind in ("copy-older", "shared-newer")])
+@pytest.mark.parametrize(
+    ("at", "number", "reason"),
+    [
+        pytest.param("starts, way", signal.SIGKILL, "the new QEMU", id="killed-at-its-start"),
+        pytest.param("migration: active", signal.SIGKILL, "the migration failed", id="killed-while-memory-moves"),
+        pytest.param("migration: setup", signal.SIGINT, "interrupted", id="interrupted-at-the-setup"),
+        pytest.param("migration: active", signal.SIGINT, "interrupted", id="interrupted-while-memory-moves"),
+    ],
+)
+def test_a_move_that_fails_leaves_the_guest_where_it_is(
+    lab: Lab, kind: Kind, at: str, number: signal.Signals, reason: str
+) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    vmm = Vmm(lab, kind)
+    guest = vmm.boot(service)
+    guest.wait_ready()
+    with undisturbed(lab, guest) as transfer:
+        move = vmm.start_move()
+        started = move.wait_for("starts, way", seconds_max=MOVE_SECONDS_MAX)
+        (new_pid,) = map(int, re.findall(r"QEMU (\d+) starts", started))
+        move.wait_for(at, seconds_max=MOVE_SECONDS_MAX)
+        # Stopped, the new QEMU cannot take the guest before the signal comes.
+        os.kill(new_pid, signal.SIGSTOP)
+        os.kill(new_pid if number == signal.SIGKILL else move.pid, number)
+        assert move.wait(seconds_max=MOVE_SECONDS_MAX) == 1
+        move.stop()
+        report = report_in(move.log.read_text())
+        assert report["outcome"] == "rolled-back"
+        assert reason in report["reason"]
+        transfer.wait_progress(500_000)
+        # Nothing of the attempt is in the way of the next one.
+        assert vmm.move()["outcome"] == "committed"
+
+
+def test_a_copy_into_the_guests_own_memory_is_refused(lab: Lab) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    vmm = Vmm(lab, KINDS["shared-older"])
+    guest = vmm.boot(service)
+    guest.wait_ready()
+    move = vmm.start_move("--way", "copy")
+    assert move.wait(seconds_max=MOVE_SECONDS_MAX) == 1
+    move.stop()
+    assert "would write old pages over the running guest" in move.log.read_text()
+    other = f"memory-backend-file,id=ram0,size={MEMORY_BYTES},mem-path={vmm.memory}2,share=on"
+    assert vmm.move("--way", "copy", "--", "-object", other)["way"] == "copy"
+    assert guest.run("echo alive") == "alive\n"
