@@ -15,6 +15,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from localmig.errors import LocalmigError, PeerError
@@ -117,7 +118,7 @@ def _unwaited(pipe: int, call: Callable[[int], int], older: Callable[[], int]) -
 def _check_pipe(fd: int) -> None:
     """By its name in /proc: whatever else it is, its file system may be a program that does not answer."""
     try:
-        name = os.readlink(f"/proc/self/fd/{fd}")
+        name = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError as error:
         raise PeerError(f"the descriptor for the device's state cannot be looked at: {error.strerror}") from error
     if not name.startswith("pipe:["):

@@ -475,7 +475,7 @@ class StateWanted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateSent(Event):
-    """The guest came with its frontend: this pipe has the device's state, all of it, which belongs into `moved_state`."""
+    """The guest came with its frontend: this pipe has all of the device's state, which belongs into `moved_state`."""
 
     pipe: OwnedFd
     refusable: ClassVar = True

@@ -50,8 +50,8 @@ class VirtioNetSpec(VhostUserSpec):
     )
     device_state: bool = option(
         Switch(),
-        "whether a VMM that migrates the guest takes this device's state along: QEMU from 10.0 on does, and needs it on at "
-        "both ends then",
+        "whether a VMM that migrates the guest takes this device's state along: QEMU does from 10.0 on, and needs "
+        "it at both ends then",
         fit=Fit.OURS,
         default=False,
     )
