@@ -16,7 +16,7 @@ FUZZ_RUNS ?=
 FUZZ_BOUND = $(if $(FUZZ_RUNS),runs=$(FUZZ_RUNS),$(FUZZ_SECONDS))
 SOAK_HANDOVERS ?= 20000
 SOAK_FAILURES ?= 20000
-FUZZ_TARGETS ?= vhost-user stream frames descriptors analysis qmp options config split packed
+FUZZ_TARGETS ?= vhost-user sessions stream frames descriptors analysis qmp options config split packed
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -25,18 +25,20 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup
 
 # What the guest tier runs on, from Debian's packages, and what docs/devices.md has its reader run. The guest's own kernel is
 # downloaded and unpacked, never installed. DPDK's driver is a guest as well; its test program is among the development files.
-GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all passt patch debootstrap
+GUEST_PACKAGES := qemu-system-x86 user-mode-linux busybox-static iproute2 ethtool dpdk-dev librte-meta-all passt patch
 # What the benchmarks measure beside us, and drive us with.
 BENCH_PACKAGES := iproute2 gcc libc6-dev dpdk dpdk-dev librte-meta-all passt iperf3
 # libFuzzer is C++.
 FUZZ_PACKAGES := g++
-# They bring a second QEMU beside the installed one.
-VMM_PACKAGES := mmdebstrap patchelf
+# They unpack what is tested with beside this machine's own: a second QEMU, a root with systemd.
+LAB_PACKAGES := mmdebstrap patchelf
+# Where this machine has Debian's packages from.
+DEBIAN_MIRROR = $(shell apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1)
 # What the demonstration needs and this machine has not.
 DEMO_PACKAGES = $(if $(shell command -v ip),,iproute2) \
-  $(if $(findstring qemu,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
+  $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v qemu-system-x86_64),,qemu-system-x86)) \
   $(if $(findstring uml,$(DEMO_ARGS)),$(if $(shell command -v linux.uml),,user-mode-linux)) \
-  $(if $(findstring --guest,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
+  $(if $(findstring --guest,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),$(if $(shell command -v busybox),,busybox-static))
 # An ordinary user may make TAPs and bring interfaces up only in namespaces of their own; root may anywhere, and each
 # test makes its own.
 IN_NAMESPACES = $(if $(filter 0,$(shell id -u)),,$(shell $(BIN)/python -m localmig.testing.namespace && echo $(BIN)/python -m localmig.testing.namespace))
@@ -53,14 +55,14 @@ export VIRTUAL_ENV := $(VENV)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak vmm kill-matrix docs clean host-root demo-packages guest-packages guest-kernel bench-packages fuzz-packages vmm-packages second-qemu
+.PHONY: help setup demo test quick check bench bench-compare shortage fuzz soak vmm kill-matrix docs clean host-root demo-packages guest-packages guest-kernel bench-packages fuzz-packages lab-packages second-qemu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(VENV)/core.stamp ## make .venv and build localmig into it
 
-demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU
+demo: setup demo-packages $(VENV)/picture.stamp $(if $(findstring qemu,$(DEMO_ARGS))$(findstring --vmm,$(DEMO_ARGS)),guest-kernel) ## ten handovers under traffic, beside ten restarts; with DEMO_ARGS="--guest qemu" under QEMU; with DEMO_ARGS=--vmm QEMU itself is replaced
 	@$(BIN)/python -m localmig.demo $(DEMO_ARGS)
 
 test: setup guest-packages guest-kernel host-root second-qemu $(VENV)/picture.stamp ## run all tests; as root on Debian install what the guest tier needs
@@ -155,8 +157,8 @@ demo-packages: PACKAGES = $(DEMO_PACKAGES)
 guest-packages: PACKAGES := $(GUEST_PACKAGES)
 bench-packages: PACKAGES := $(BENCH_PACKAGES)
 fuzz-packages: PACKAGES := $(FUZZ_PACKAGES)
-vmm-packages: PACKAGES := $(VMM_PACKAGES)
-demo-packages guest-packages bench-packages fuzz-packages vmm-packages:
+lab-packages: PACKAGES := $(LAB_PACKAGES)
+demo-packages guest-packages bench-packages fuzz-packages lab-packages:
 	@missing=; for package in $(PACKAGES); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
@@ -166,10 +168,12 @@ demo-packages guest-packages bench-packages fuzz-packages vmm-packages:
 	else echo "installing:$$missing"; \
 	  $(APT_GET) update -qq && $(APT_GET) install -qq -y --no-install-recommends $$missing >/dev/null; fi
 
-host-root: guest-packages ## unpack a Debian with systemd into .lab, for the tests of service managers
-	@[ -e .lab/systemd/lib/systemd/systemd ] || [ "$$(id -u)" != 0 ] || { echo "unpacking a Debian root with systemd" && rm -rf .lab/systemd.part && mkdir -p .lab && \
-	  debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2 bookworm .lab/systemd.part >.lab/systemd.log 2>&1 && mv .lab/systemd.part .lab/systemd; } || \
-	  { tail -n 5 .lab/systemd.log >&2; echo "no Debian root could be made: nothing is tested under systemd"; }
+host-root: lab-packages ## unpack a Debian with systemd into .lab, for the tests of service managers
+	@[ -e .lab/systemd ] || [ "$$(id -u)" != 0 ] || { rm -rf .lab/unpack-systemd && mkdir -p .lab && \
+	  mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2 bookworm .lab/unpack-systemd \
+	    "deb $(DEBIAN_MIRROR) bookworm main" && mv .lab/unpack-systemd .lab/systemd; } || \
+	  echo "no Debian root could be made: nothing is tested under systemd"
+	@rm -rf .lab/unpack-systemd
 
 guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	@[ -e .lab/kernel ] || { rm -rf .lab/unpack && mkdir -p .lab/unpack && cd .lab/unpack && \
@@ -180,11 +184,9 @@ guest-kernel: ## download the kernel that QEMU guests boot, into .lab
 	@rm -rf .lab/unpack
 
 # It stands beside the installed one: its own loader and libraries are written into it, so it runs like any program here.
-second-qemu: vmm-packages ## unpack a newer QEMU from Debian's backports into .lab: tests replace VMMs with both
-	@[ -e .lab/qemu ] || { rm -rf .lab/unpack-qemu && mkdir -p .lab && \
-	  mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1) && \
-	  [ -n "$$mirror" ] && mmdebstrap --quiet --variant=extract --include=qemu-system-x86 --aptopt='APT::Install-Recommends "false"' \
-	    --aptopt='APT::Default-Release "trixie-backports"' trixie .lab/unpack-qemu "deb $$mirror trixie main" "deb $$mirror trixie-backports main" && \
+second-qemu: lab-packages ## unpack a newer QEMU from Debian's backports into .lab: tests replace VMMs with both
+	@[ -e .lab/qemu ] || { rm -rf .lab/unpack-qemu && mkdir -p .lab && mmdebstrap --quiet --variant=extract --include=qemu-system-x86 --aptopt='APT::Install-Recommends "false"' \
+	    --aptopt='APT::Default-Release "trixie-backports"' trixie .lab/unpack-qemu "deb $(DEBIAN_MIRROR) trixie main" "deb $(DEBIAN_MIRROR) trixie-backports main" && \
 	  libraries=$(CURDIR)/.lab/qemu/usr/lib/x86_64-linux-gnu && \
 	  patchelf --set-interpreter $$libraries/ld-linux-x86-64.so.2 --force-rpath --set-rpath $$libraries .lab/unpack-qemu/usr/bin/qemu-system-x86_64 && \
 	  mv .lab/unpack-qemu .lab/qemu; } || echo "no second QEMU could be unpacked from Debian's packages: VMMs are replaced with the installed one only"

@@ -30,7 +30,7 @@ from localmig.fds import OwnedFd
 from localmig.migration.stream import Section, section_name
 from localmig.netdevs.state import TAP, TapDescriptors, TapState
 from localmig.vhost_user.memory import MemoryRegion
-from localmig.vhost_user.protocol import SessionState, VringState
+from localmig.vhost_user.protocol import LogState, SessionState, VringState
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetConfig, NetFeature
 from localmig.vmstate import Blob
@@ -126,13 +126,13 @@ class Sample:
 _HEIRS: Final = (Heir(kind=HeirKind.RING, position=0xFFF0), Heir(kind=HeirKind.NOBODY))
 """Of a NIC with a session, and without."""
 
-SESSION: Final = Sample(name="nic-session", descriptor_count=14)
+SESSION: Final = Sample(name="nic-session", descriptor_count=15)
 IDLE: Final = Sample(name="nic-idle", descriptor_count=4)
 HOME: Final = Sample(name="nic-home", descriptor_count=0)
-CONNECTED: Final = Sample(name="nic-connected", descriptor_count=13)
-PACKED: Final = Sample(name="nic-packed", descriptor_count=15)
-WIDE: Final = Sample(name="nic-wide", descriptor_count=15)
-TWO: Final = Sample(name="nic-two-sessions", descriptor_count=15)
+CONNECTED: Final = Sample(name="nic-connected", descriptor_count=14)
+PACKED: Final = Sample(name="nic-packed", descriptor_count=16)
+WIDE: Final = Sample(name="nic-wide", descriptor_count=16)
+TWO: Final = Sample(name="nic-two-sessions", descriptor_count=16)
 SAMPLES: Final = (SESSION, IDLE, HOME, CONNECTED, PACKED, WIDE, TWO)
 
 
@@ -225,6 +225,8 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
                 next_avail=0x1200,
                 started=True,
                 enabled=True,
+                is_logged=True,
+                log_address=0x10_2000,
                 kick=next(fds),
                 call=next(fds),
                 error=next(fds),
@@ -247,6 +249,7 @@ def _session_state(fds: Iterator[OwnedFd]) -> SessionState:
         vring_count_asked=8,
         was_served=True,
         backend_request_fd=next(fds),
+        log=LogState(size=0x2_8000, mmap_offset=0x1000, fd=next(fds)),
         unparsed=bytes.fromhex("0d000000 09000000 08000000 0000"),
         unparsed_fds=[next(fds)],
         unsent=bytes.fromhex("01000000 05000000"),

@@ -525,6 +525,31 @@ LIES: Final = [
             "session has 2 vrings, the device has 5",
         ),
         ("a vring of no size", state_of(NIC, f"{SESSION}.vrings[0].size", 40000), "40000"),
+        (
+            "an owner that is not there",
+            state_of(NIC, "socket.owner", 7),
+            r"device 'nic0': session 7 is said to own, and the sessions that came are \[1\]",
+        ),
+        (
+            "no number for a session",
+            state_of(NIC, "socket.connections[0].number", 0),
+            r"device 'nic0': sessions came with the numbers \[0\], must be from 1 to 1",
+        ),
+        (
+            "more sessions than were opened",
+            state_of(NIC, "socket.opened_count", 0),
+            r"sessions came with the numbers \[1\], must be from 1 to 0",
+        ),
+        (
+            "a session twice",
+            state_of(NIC, "socket.connections", lambda each, _: (*each, *each)),
+            "are one and the same socket",
+        ),
+        (
+            "a short announced address",
+            state_of(NIC, f"{SESSION}.announced_mac", b"\1\2"),
+            "announced address has 2 bytes, must be 6",
+        ),
         ("a ring without ledger", state_of(NIC, "socket.connections[0].ledger", None), "no ledger came"),
         ("a queue less", state_of(NET, "descriptors.queues", lambda q, _: q[:1]), "has queues=2 here and 1 there"),
         (

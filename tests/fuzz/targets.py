@@ -54,6 +54,7 @@ from localmig.options.specs import Fit, options_of
 from localmig.registry import Registry
 from localmig.vhost_user.description import SESSION
 from localmig.vhost_user.message import HEADER_SIZE, VRING_INDEX_MAX, Header, ProtocolFeature, decode_reply
+from localmig.vhost_user.ownership import Ownership, Standing
 from localmig.vhost_user.protocol import Backend, Offer, SessionState, check_state
 from localmig.virtio import Feature
 from localmig.vmstate import Blob, Description, Reader, check_descriptors, close_descriptors, load, save
@@ -164,6 +165,69 @@ def vhost_user(data: bytes) -> None:
         served.backend.close()
 
 
+LEAVE: Final = 0x80
+"""Bit of the byte before the control byte of each message of `sessions`: the session ends instead. The lowest two bits
+are its number."""
+
+
+def sessions(data: bytes) -> None:
+    """Several sessions of a device: at most one owns, and nobody takes rings from one that runs."""
+    served: dict[int, _Served] = {}
+    ownership = Ownership()
+    try:
+        while data:
+            number = data[0] & 3
+            before = None if ownership.owner is None else _standing(served[ownership.owner])
+            former, left = ownership.owner, None
+            size = 1
+            if data[0] & LEAVE:
+                if (gone := served.pop(number, None)) is not None:
+                    left = _standing(gone) if number == former else None
+                    gone.backend.close()
+            elif len(data) > 1:
+                size = _message_size(data[1:]) + 1
+                there = served.setdefault(number, _Served(backend=Backend(OFFER)))
+                try:
+                    _receive(there, data[2:size], data[1] & ~MOVE)
+                except PeerError:
+                    left = _standing(there) if number == former else None
+                    served.pop(number).backend.close()
+            data = data[size:]
+            standings = {each: _standing(there) for each, there in served.items()}
+            ownership.settle(standings, left=left)
+            wanting = {each for each, standing in standings.items() if standing.wants}
+            assert set(ownership.held) == wanting - {ownership.owner}
+            assert ownership.owner is None or ownership.owner in served
+            if before is not None and before.wants and former != ownership.owner:
+                assert number == former, "rings that ran were taken away"
+            assert not wanting or ownership.owner is not None, "rings wait for nobody"
+    finally:
+        for there in served.values():
+            there.backend.close()
+
+
+def _standing(served: _Served) -> Standing:
+    return Standing.of(served.backend.state, OFFER)
+
+
+def _message_size(data: bytes) -> int:
+    """Of a control byte and the message after it."""
+    size = 1 + HEADER_SIZE
+    return size + struct.unpack_from("=I", data, 9)[0] if len(data) >= size else size
+
+
+def _session_seeds() -> Iterator[bytes]:
+    """What was captured of one frontend, said by two in turns; then the first one leaves."""
+    for name in ("split", "packed"):
+        captured = (SEEDS / "vhost-user" / name).read_bytes()
+        said = b""
+        while captured:
+            size = _message_size(captured)
+            said += b"".join(bytes([number]) + captured[:size] for number in (0, 1))
+            captured = captured[size:]
+        yield said + bytes([LEAVE])
+
+
 def _change_config(backend: Backend) -> None:
     """A frontend is told of it if it can hear, and once."""
     config = bytes(byte ^ 1 for byte in backend.config)
@@ -214,6 +278,7 @@ def _plain(state: SessionState) -> tuple[object, ...]:
         state.vring_count_asked,
         state.was_served,
         state.backend_request_fd,
+        state.log,
         state.unsent,
     )
 
@@ -619,6 +684,7 @@ _VECTORS: Final = tuple(sample.path for sample in SAMPLES)
 
 TARGETS: Final[Mapping[str, Target]] = {
     "vhost-user": Target(run=vhost_user, seeds=(*_files("vhost-user"), MOVED_AND_REFUSED)),
+    "sessions": Target(run=sessions, seeds=tuple(_session_seeds())),
     "stream": Target(
         run=stream,
         seeds=(

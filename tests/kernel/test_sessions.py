@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from tests.kernel.test_virtio_net import MAC, Guest, Site, beside, frame, run
 
+from localmig.contact import ListenAt
+from localmig.device_api import CallbackDevice, Chain, Queues
 from localmig.errors import NotFoundError
-from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, NetGuest
-from localmig.trace import GuestAnnounced, OwnerChanged, SessionClosed
+from localmig.fds import OwnedFd
+from localmig.testing.driver import Driver
+from localmig.testing.frontend import DRIVER_FEATURES, RX, TX, Frontend, NetGuest
+from localmig.trace import GuestAnnounced, OwnerChanged, SessionClosed, Tracer
+from localmig.vhost_user.message import PROTOCOL_FEATURES_BIT, VringAddress
+from localmig.vhost_user.ownership import SESSION_COUNT_MAX
 from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature
 
@@ -206,6 +215,93 @@ def test_the_second_pair_stays_attached_while_a_guest_moves(tmp_path: Path) -> N
         assert site.tap.info().attached_count == 2
 
     run(tmp_path, scenario, queues=2)
+
+
+def test_eight_silent_programs_keep_no_guest_out(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        with ExitStack() as programs:
+            for _ in range(SESSION_COUNT_MAX):
+                await beside(lambda: programs.enter_context(Frontend.connect(site.path)).get_features())
+            guest = site.guest()
+            await beside(guest.vmm.attach)
+            await guest.talks()
+            # Nor do those that come later cost the guest anything.
+            for _ in range(SESSION_COUNT_MAX):
+                await beside(lambda: programs.enter_context(Frontend.connect(site.path)).get_features())
+            await guest.talks()
+            assert roles(site)[0] == (SESSION_COUNT_MAX + 1, "owns")
+            assert len(roles(site)) == SESSION_COUNT_MAX
+
+    run(tmp_path, scenario)
+
+
+def test_a_set_up_without_memory_or_without_enabled_rings_keeps_nobody_out(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        half = site.guest()
+        await beside(half.vmm.connect)
+        frontend = half.vmm.frontend
+        await beside(frontend.set_features, half.vmm.features | 1 << PROTOCOL_FEATURES_BIT)
+        with OwnedFd(os.eventfd(0)) as kick:
+            await beside(frontend.set_vring_num, RX, 16)
+            await beside(
+                frontend.set_vring_addr,
+                VringAddress(index=RX, descriptor_area=4096, device_area=8192, driver_area=12288),
+            )
+            await beside(frontend.set_vring_kick, RX, kick.fileno())
+            await beside(frontend.enable_vring, RX)
+        assert roles(site) == [(1, "idle")]
+        guest = site.guest()
+        await beside(guest.vmm.attach)
+        await guest.talks()
+        assert roles(site) == [(1, "idle"), (2, "owns")]
+
+    run(tmp_path, scenario)
+
+
+# -- a device of Python's -------------------------------------------------------------------------------------
+
+
+class Echo(CallbackDevice):
+    """Returns what was written, and remembers which rings it was told to forget."""
+
+    device_id = 42
+    ring_names = ("echo",)
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.returned = 0
+
+    def on_chain(self, chain: Chain) -> None:
+        chain.complete(chain.readable[: chain.writable])
+
+    def on_returned(self, ring: str) -> None:
+        self.returned += 1
+
+
+def test_a_device_of_pythons_serves_the_session_that_owns(tmp_path: Path) -> None:
+    path = str(tmp_path / "echo.sock")
+    tracer = Tracer()
+
+    async def play() -> None:
+        queues = Queues(tracer)
+        echo = Echo(id="echo0", socket=ListenAt(path=path), local_migration=True, queues=queues, tracer=tracer)
+        echo.open()
+        try:
+            queues.resume()
+            echo.thaw()
+            with Driver(path, ring_count=1) as first, Driver(path, ring_count=1) as second:
+                await beside(first.attach)
+                assert await beside(lambda: first.request(0, b"first", room=5)) == b"first"
+                await beside(second.attach)
+                head = second.add(0, b"second", room=6)
+                assert await beside(lambda: first.request(0, b"again", room=5)) == b"again"
+                first.disconnect()
+                assert await beside(second.take_used, 0) == (head, b"second")
+                assert echo.returned
+        finally:
+            echo.close()
+
+    asyncio.run(play())
 
 
 def test_a_session_is_ended_by_its_number(tmp_path: Path) -> None:

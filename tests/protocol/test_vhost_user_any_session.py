@@ -19,6 +19,7 @@ from localmig.vhost_user.message import (
     U64,
     ConfigSpace,
     Header,
+    LogFile,
     MemoryTable,
     Payload,
     RegionDescription,
@@ -30,14 +31,19 @@ from localmig.vhost_user.message import (
     decode_reply,
     encode_request,
 )
-from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Backend, Offer, check_state
+from localmig.vhost_user.protocol import LOG_ALL, PROTOCOL_FEATURES_SERVED, Backend, Offer, check_state
 
 OFFER = Offer(features=1, vring_count=2, vring_size_max=256, region_count_max=3, drained_vrings={1: 0})
 
 # Few values, most of them right, so that messages build on each other.
 INDEXES = st.sampled_from([0, 0, 1, 1, 2])
 ADDRESSES = st.sampled_from([0x1000, 0x2000, 0x3000, 0x1001, 0, (1 << 64) - 16])
-NUMBERS = st.sampled_from([0, 1, 1, 2, 256, 300, 0xFFFF, 0x10000, PROTOCOL_FEATURES_SERVED, 1 << PROTOCOL_FEATURES_BIT])
+NUMBERS = st.sampled_from(
+    [
+        *(0, 1, 1, 2, 256, 300, 0xFFFF, 0x10000, PROTOCOL_FEATURES_SERVED),
+        *(1 << PROTOCOL_FEATURES_BIT, 1 << PROTOCOL_FEATURES_BIT | LOG_ALL),
+    ]
+)
 REGIONS = st.builds(
     RegionDescription,
     guest_address=ADDRESSES,
@@ -50,8 +56,15 @@ PAYLOADS: dict[type[Payload] | None, st.SearchStrategy[Payload | None]] = {
     U64: st.builds(U64, value=NUMBERS),
     VringNumber: st.builds(VringNumber, index=INDEXES, number=st.sampled_from([0, 1, 1, 2, 256, 0x10000])),
     VringAddress: st.builds(
-        VringAddress, index=INDEXES, descriptor_area=ADDRESSES, device_area=ADDRESSES, driver_area=ADDRESSES
+        VringAddress,
+        index=INDEXES,
+        flags=st.sampled_from([0, 0, 1]),
+        descriptor_area=ADDRESSES,
+        device_area=ADDRESSES,
+        driver_area=ADDRESSES,
+        log=ADDRESSES,
     ),
+    LogFile: st.builds(LogFile, size=NUMBERS, mmap_offset=ADDRESSES),
     VringFile: st.builds(VringFile, index=INDEXES, has_fd=st.sampled_from([True, True, False])),
     MemoryTable: st.builds(MemoryTable, regions=st.lists(REGIONS, max_size=3).map(tuple)),
     SingleRegion: st.builds(SingleRegion, region=REGIONS),
@@ -71,7 +84,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, int]:
         case VringFile(has_fd=has_fd):
             fd_count = int(has_fd)
         case _:
-            fd_count = int(request in (Request.ADD_MEM_REG, Request.SET_BACKEND_REQ_FD))
+            fd_count = int(request in (Request.ADD_MEM_REG, Request.SET_BACKEND_REQ_FD, Request.SET_LOG_BASE))
     if draw(st.integers(0, 30)) == 0:
         fd_count = draw(st.integers(0, 9))
     return encode_request(request, payload, needs_reply=draw(st.booleans())), fd_count

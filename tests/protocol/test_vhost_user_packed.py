@@ -140,6 +140,7 @@ def test_the_other_format_knows_no_size_and_no_address_of_this_one(served: Backe
 
 def test_features_that_say_the_same_of_rings_leave_positions_alone(served: Backend) -> None:
     served.state.vrings[0].next_avail = 0x0042
+    converse(served, Request.SET_VRING_ENABLE, VringNumber(index=0, number=0))
     converse(served, Request.SET_FEATURES, U64(value=PACKED | 4))
     assert served.state.vrings[0].next_avail == 0x0042
 

@@ -21,6 +21,7 @@ from localmig.vhost_user.message import (
     U64,
     ConfigSpace,
     Header,
+    LogFile,
     MemoryTable,
     Payload,
     ProtocolFeature,
@@ -34,6 +35,7 @@ from localmig.vhost_user.message import (
     encode_request,
 )
 from localmig.vhost_user.protocol import (
+    LOG_ALL,
     PROTOCOL_FEATURES_SERVED,
     Backend,
     DeviceReset,
@@ -208,7 +210,7 @@ def test_a_set_up_session_has_all_that_was_said(served: Backend) -> None:
 @each_case(
     ("request_", "answer"),
     [
-        (Request.GET_FEATURES, U64(value=BIT | 0b101)),
+        (Request.GET_FEATURES, U64(value=BIT | LOG_ALL | 0b101)),
         (Request.GET_PROTOCOL_FEATURES, U64(value=OFFER.protocol_features)),
         (Request.GET_QUEUE_NUM, U64(value=2)),
         (Request.GET_MAX_MEM_SLOTS, U64(value=4)),
@@ -712,7 +714,7 @@ def test_a_session_keeps_what_it_was_offered_where_less_is_offered_now(backend: 
     )
     elsewhere = Backend.from_state(backend.state, less)
     for request, offered in (
-        (Request.GET_FEATURES, BIT | 0b101),
+        (Request.GET_FEATURES, BIT | LOG_ALL | 0b101),
         (Request.GET_PROTOCOL_FEATURES, int(OFFER.protocol_features)),
         (Request.GET_QUEUE_NUM, len(backend.state.vrings)),
     ):
@@ -723,12 +725,12 @@ def test_a_session_keeps_what_it_was_offered_where_less_is_offered_now(backend: 
     converse(elsewhere, Request.SET_FEATURES, U64(value=BIT | 0b101))
     assert elsewhere.state.features_acked == BIT | 0b101
     data, fds = encode((Request.SET_FEATURES, U64(value=BIT | 0b1000), 0))
-    with pytest.raises(PeerError, match="0x8 are not among the offered 0x40000005"):
+    with pytest.raises(PeerError, match="0x8 are not among the offered 0x44000005"):
         deliver(elsewhere, data, fds)
     elsewhere.close()
     fresh = Backend(less)
     converse(fresh, Request.GET_FEATURES)
-    assert take_reply(fresh) == U64(value=BIT | 0b1000)
+    assert take_reply(fresh) == U64(value=BIT | LOG_ALL | 0b1000)
 
 
 def test_what_only_another_program_can_serve_is_offered_no_longer(backend: Backend) -> None:
@@ -736,7 +738,7 @@ def test_what_only_another_program_can_serve_is_offered_no_longer(backend: Backe
     state.features_offered |= 1 << 40
     state.protocol_features_offered |= 1 << 40
     elsewhere = Backend.from_state(state, OFFER)
-    assert elsewhere.state.features_offered == BIT | 0b101
+    assert elsewhere.state.features_offered == BIT | LOG_ALL | 0b101
     assert elsewhere.state.protocol_features_offered == OFFER.protocol_features
 
 
@@ -766,7 +768,14 @@ WRONG: tuple[tuple[Message, str], ...] = (
     ((Request.SET_VRING_ENABLE, VringNumber(index=0xFFFFFFFF, number=1), 0), "names vring 4294967295"),
     ((Request.GET_VRING_BASE, VringNumber(index=2), 0), "names vring 2"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, index=9), 0), "names vring 9"),
-    ((Request.SET_VRING_ADDR, replace(ADDRESS, flags=1), 0), "logging was not offered"),
+    ((Request.SET_VRING_ADDR, replace(ADDRESS, flags=3), 0), "flags 0x3, only 0x1 have a meaning here"),
+    (
+        (Request.SET_FEATURES, U64(value=BIT | 0b101), 0),
+        "0x40000005 while rings run with 0x40000001: only VHOST_F_LOG_ALL",
+    ),
+    ((Request.SET_FEATURES, U64(value=1 | LOG_ALL), 0), "0x4000001 while rings run with 0x40000001"),
+    ((Request.SET_LOG_BASE, LogFile(size=8, mmap_offset=0), 0), "0 descriptors, expected 1"),
+    ((Request.SET_LOG_FD, None, 2), "2 descriptors, expected 0"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, descriptor_area=8), 0), "at 0x8, must be aligned to 16"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, driver_area=1), 0), "avail ring of vring 0 is at 0x1"),
     ((Request.SET_VRING_ADDR, replace(ADDRESS, device_area=2), 0), "used ring of vring 0 is at 0x2"),
@@ -812,6 +821,7 @@ def test_a_wrong_message_is_refused_and_changes_nothing(served: Backend, message
 @each_case(
     ("request_", "payload", "fd_count"),
     [
+        (Request.SET_LOG_BASE, LogFile(size=8, mmap_offset=0), 1),
         (Request.SEND_RARP, U64(value=0), 0),
         (Request.NET_SET_MTU, U64(value=1500), 0),
         (Request.SET_BACKEND_REQ_FD, None, 1),
@@ -877,7 +887,7 @@ def spoil_region(**values: int) -> Spoil:
     ("change", "text"),
     [
         (spoil(features_acked=BIT | 2), "features 0x40000002"),
-        (spoil(protocol_features_acked=1 << 1), "protocol features 0x2"),
+        (spoil(protocol_features_acked=1 << 6), "protocol features 0x40"),
         (spoil(features_offered=BIT), "features 0x40000001, of which 0x1 are not among the offered 0x40000000"),
         (spoil(protocol_features_offered=0), "protocol features .* are not among the offered 0x0"),
         (
@@ -885,8 +895,8 @@ def spoil_region(**values: int) -> Spoil:
             "features 0x10000000000, of which 0x10000000000 cannot be served here",
         ),
         (
-            spoil(protocol_features_offered=1 << 1, protocol_features_acked=1 << 1),
-            "protocol features 0x2, of which 0x2 cannot be served here",
+            spoil(protocol_features_offered=1 << 6, protocol_features_acked=1 << 6),
+            "protocol features 0x40, of which 0x40 cannot be served here",
         ),
         (spoil(device_status=256), "device status is 256"),
         (spoil(mtu=65536), "mtu is 65536"),

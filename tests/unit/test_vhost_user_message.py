@@ -20,6 +20,7 @@ from localmig.vhost_user.message import (
     VERSION,
     ConfigSpace,
     Header,
+    LogFile,
     MemoryTable,
     Payload,
     RegionDescription,
@@ -45,6 +46,8 @@ GOLDEN = {
     Request.SET_OWNER: (None, ""),
     Request.RESET_OWNER: (None, ""),
     Request.SET_MEM_TABLE: (MemoryTable(regions=(REGION,)), "01000000 00000000" + REGION_HEX),
+    Request.SET_LOG_BASE: (LogFile(size=0x1000, mmap_offset=0x2000), "0010000000000000 0020000000000000"),
+    Request.SET_LOG_FD: (None, ""),
     Request.SET_VRING_NUM: (VringNumber(index=1, number=256), "01000000 00010000"),
     Request.SET_VRING_ADDR: (
         VringAddress(index=1, descriptor_area=0x10, device_area=0x20, driver_area=0x30, log=0x40),
@@ -73,6 +76,8 @@ GOLDEN = {
 }
 
 FD_COUNTS = {
+    Request.SET_LOG_BASE: (1,),
+    Request.SET_LOG_FD: (0, 1),
     Request.SET_MEM_TABLE: (1,),
     Request.SET_VRING_KICK: (1,),
     Request.SET_VRING_CALL: (0,),
@@ -130,7 +135,7 @@ def test_a_reply_is_no_request(request_: Request, payload: Payload | None, data:
     [
         (0, 1, 0, "request 0 is unknown"),
         (46, 1, 0, "request 46 is unknown, the highest known is 45"),
-        (Request.SET_LOG_BASE, 1, 0, "SET_LOG_BASE is not supported"),
+        (Request.IOTLB_MSG, 1, 0, "IOTLB_MSG is not supported"),
         (Request.POSTCOPY_ADVISE, 1, 0, "POSTCOPY_ADVISE is not supported"),
         (Request.GET_FEATURES, 0, 0, "version 0, expected 1"),
         (Request.GET_FEATURES, 2, 0, "version 2, expected 1"),

@@ -163,7 +163,7 @@ def test_what_the_running_qemu_tells_may_be_in_the_way(facts: dict[str, Any], sa
 
 
 def test_a_guest_that_qemu_does_not_migrate_may_be_moved_by_its_memorys_descriptor() -> None:
-    blocked = {"blocked_reasons": ["the backend lacks LOG_SHMFD"]}
+    blocked: dict[str, Any] = {"blocked_reasons": ["the backend lacks LOG_SHMFD"]}
     assert plan(f"{MEMFD} {QMP}", **blocked).way is Way.CPR
     assert "QEMU refuses to migrate this guest: the backend lacks LOG_SHMFD" in refusal(f"{NAMED} {QMP}", **blocked)
 

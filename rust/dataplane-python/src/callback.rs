@@ -10,6 +10,7 @@ use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use crate::log::{ring_log, LogOf};
 use crate::memory::GuestMemory;
 use crate::queue_pair::Ring;
 
@@ -172,6 +173,11 @@ impl CallbackQueues {
         error_fd: Option<RawFd>,
     ) -> PyResult<()> {
         py.detach(|| self.inner.set_notifiers(ring, call_fd, error_fd)).map_err(refused)
+    }
+
+    fn set_log(&self, py: Python<'_>, ring: usize, log: LogOf<'_>) {
+        let log = ring_log(log);
+        py.detach(|| self.inner.set_log(ring, log));
     }
 
     fn swap_memory(&self, py: Python<'_>, memory: &GuestMemory) -> bool {

@@ -10,6 +10,7 @@ mod callback;
 mod driver;
 mod engines;
 mod ledger;
+mod log;
 mod memory;
 mod queue_pair;
 mod sandbox;
@@ -26,6 +27,7 @@ fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<callback::CallbackQueues>()?;
     module.add_class::<callback::Chain>()?;
     module.add_class::<driver::DriverPair>()?;
+    module.add_class::<log::DirtyLog>()?;
     module.add_class::<ledger::InFlight>()?;
     module.add_class::<ledger::Ledger>()?;
     module.add_class::<memory::GuestMemory>()?;

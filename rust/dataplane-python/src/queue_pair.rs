@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::ledger::{InFlight, Ledger};
+use crate::log::{ring_log, LogOf};
 use crate::memory::GuestMemory;
 use crate::stream::FrameStream;
 
@@ -24,7 +25,7 @@ pub struct Ring {
 impl Ring {
     #[new]
     #[pyo3(signature = (*, size, descriptor_area, driver_area, device_area, kick_fd, call_fd, error_fd, next_avail,
-                        ledger=None, in_flight=None))]
+                        ledger=None, in_flight=None, log=None))]
     #[allow(clippy::too_many_arguments)] // keyword-only in Python
     fn new(
         size: u32,
@@ -37,11 +38,13 @@ impl Ring {
         next_avail: Option<u16>,
         ledger: Option<(PyRef<'_, Ledger>, usize)>,
         in_flight: Option<(PyRef<'_, InFlight>, usize)>,
+        log: LogOf<'_>,
     ) -> PyResult<Self> {
         let layout = Layout { size, descriptor_area, driver_area, device_area };
         let ledger = ledger.map(|(ledger, ring)| ledger.slot(ring)).transpose()?;
         let in_flight = in_flight.map(|(in_flight, ring)| in_flight.slot(ring)).transpose()?;
-        Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger, in_flight } })
+        let log = ring_log(log);
+        Ok(Self { spec: RingSpec { layout, kick_fd, call_fd, error_fd, next_avail, ledger, in_flight, log } })
     }
 }
 
@@ -189,12 +192,14 @@ impl QueuePair {
         call_fd: Option<RawFd>,
         error_fd: Option<RawFd>,
     ) -> PyResult<()> {
-        let side = match direction {
-            "rx" => Side::Rx,
-            "tx" => Side::Tx,
-            _ => return Err(PyValueError::new_err(format!("a ring is rx or tx, not {direction}"))),
-        };
+        let side = side(direction)?;
         py.detach(|| self.inner.set_notifiers(side, call_fd, error_fd)).map_err(refused)
+    }
+
+    fn set_log(&self, py: Python<'_>, direction: &str, log: LogOf<'_>) -> PyResult<()> {
+        let (side, log) = (side(direction)?, ring_log(log));
+        py.detach(|| self.inner.set_log(side, log));
+        Ok(())
     }
 
     fn release(&self, py: Python<'_>) {
@@ -203,6 +208,14 @@ impl QueuePair {
 
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.inner.close());
+    }
+}
+
+fn side(direction: &str) -> PyResult<Side> {
+    match direction {
+        "rx" => Ok(Side::Rx),
+        "tx" => Ok(Side::Tx),
+        _ => Err(PyValueError::new_err(format!("a ring is rx or tx, not {direction}"))),
     }
 }
 

@@ -142,6 +142,7 @@ fn stop_under_load() {
         next_avail: None,
         ledger: None,
         in_flight: None,
+        log: None,
     };
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {
@@ -206,6 +207,7 @@ fn receiving(frame_length: usize, frame_length_max: usize, rounds: u32) {
         next_avail: None,
         ledger: None,
         in_flight: None,
+        log: None,
     };
     let pair = QueuePair::new("bench", event.as_raw_fd()).expect("a thread");
     let config = Config {

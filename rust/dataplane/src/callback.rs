@@ -29,11 +29,13 @@ use crate::bell::{self, check_kick};
 use crate::chain::{Chain, Direction, Features, Layout, RingError};
 use crate::counters::{CallbackCounters, LiveCallbackCounters};
 use crate::in_flight::{Parked, Slot, RING_COUNT_MAX};
+use crate::log::RingLog;
 use crate::memory::{copy, GuestMemory};
 use crate::pump::{explain, Notifiers, RingSpec};
 use crate::queue_pair::lock;
 use crate::ring::{Format, Ring};
 use crate::sys;
+use crate::writer::Writer;
 
 /// Bytes of one chain that a device reads, and bytes that it writes. The longest that such devices move at once are 64 KiB
 /// and a header (I2C, sockets, a console that is spliced to). It takes some tens of microseconds to copy them, which is
@@ -240,9 +242,9 @@ impl End {
     fn new(number: usize, spec: &RingSpec, config: &CallbackConfig) -> Result<Self, String> {
         let name = format_args!("ring {number}");
         let named = |reason| format!("{name}: {reason}");
-        let ledger = spec.ledger.clone();
-        let ring =
-            Ring::new(config.format, &spec.layout, config.features, &config.memory, ledger).map_err(named)?;
+        let (ledger, log) = (spec.ledger.clone(), spec.log.clone());
+        let ring = Ring::new(config.format, &spec.layout, config.features, &config.memory, ledger, log);
+        let ring = ring.map_err(named)?;
         let slot = match config.format {
             Format::Packed => None,
             Format::Split => {
@@ -309,6 +311,7 @@ impl End {
     /// stream or this process says.
     fn begin(&mut self, bench: &mut Bench<'_>) -> Result<Option<CallbackCorrection>, RingError> {
         let told = self.start;
+        self.ring.check_log()?;
         if let (Ring::Split(ring), Some(slot)) = (&self.ring, &self.slot) {
             let used = ring.used_index();
             let parked = slot.recover(ring.size(), used)?;
@@ -426,7 +429,7 @@ impl End {
                 chain.ok_or(RingError::ChainChanged { head, length: 0, needed: data.len() })?
             }
         };
-        if let Err(error) = fill(&chain, head, data, bench) {
+        if let Err(error) = fill(self.ring.writer(), &chain, head, data, bench) {
             if let Ring::Packed(ring) = &mut self.ring {
                 ring.untake(chain.slots);
             }
@@ -498,13 +501,20 @@ fn length(buffers: &[libc::iovec]) -> u64 {
 }
 
 /// Writes `data` into a chain that was just found again, if it is still the one that was taken at `head`.
-fn fill(chain: &Chain, head: u16, data: &[u8], bench: &Bench<'_>) -> Result<(), RingError> {
+fn fill(
+    writer: &mut Writer,
+    chain: &Chain,
+    head: u16,
+    data: &[u8],
+    bench: &Bench<'_>,
+) -> Result<(), RingError> {
     let writable = &bench.buffers[chain.readable_buffers..];
     let (length, needed) = (length(writable), data.len());
     if chain.id != head || length < needed as u64 {
         return Err(RingError::ChainChanged { head, length, needed });
     }
-    copy_in(data, writable);
+    // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+    unsafe { writer.fill(writable, 0, data) };
     bench.memory.lost().map_or(Ok(()), |lost| Err(RingError::MemoryLost(lost)))
 }
 
@@ -522,16 +532,6 @@ fn copy_out(buffers: &[libc::iovec]) -> Result<Vec<u8>, RingError> {
         rest = after;
     }
     Ok(data)
-}
-
-/// Writes into buffers that were just found and have room.
-fn copy_in(mut data: &[u8], buffers: &[libc::iovec]) {
-    for buffer in buffers {
-        let (part, after) = data.split_at(data.len().min(buffer.iov_len));
-        // SAFETY: the buffer lies in guest memory, which the ring keeps mapped, and is no shorter than `part`.
-        unsafe { copy(part.as_ptr(), buffer.iov_base.cast(), part.len()) };
-        data = after;
-    }
 }
 
 /// What the lock guards.
@@ -579,7 +579,10 @@ impl State {
             next_order: &mut self.next_orders[number],
             counters: &self.counters[number],
         };
-        let reason = match act(end, bench) {
+        let done = act(end, bench);
+        // Nobody may look at this ring again for hours.
+        end.ring.writer().flush();
+        let reason = match done {
             Ok(result) => return Some(result),
             Err(error) => explain(error, memory).to_string(),
         };
@@ -610,8 +613,11 @@ impl State {
         0..self.ends.len()
     }
 
-    /// Stops every ring where guest memory is lost, whoever met it.
+    /// Stops every ring where guest memory is lost, whoever met it, and each ring whose log is.
     fn give_up_if_lost(&mut self) {
+        for number in self.numbers() {
+            self.with(number, |end, _| end.ring.writer().check_log_lost());
+        }
         let Some(lost) = self.memory.as_ref().and_then(|memory| memory.lost()) else { return };
         for number in self.numbers() {
             self.fail(number, lost.to_string());
@@ -704,7 +710,11 @@ impl State {
             return Ok(Completed::AtStart);
         }
         let was_full = end.is_full();
-        let done = self.with(number, |end, bench| end.complete(head, data, bench));
+        let done = self.with(number, |end, bench| {
+            end.complete(head, data, bench)?;
+            end.ring.writer().flush();
+            end.ring.writer().check_log_lost()
+        });
         if done.is_none() {
             return Ok(Completed::TooLate);
         }
@@ -901,7 +911,7 @@ impl CallbackQueues {
             state.with(number, |end, _| {
                 // Whoever knows the position stopped the ring in order, and called where that was due.
                 end.call_at_start = position.is_none();
-                let position = match (position, &end.ring) {
+                let position = match (position, &mut end.ring) {
                     (None, Ring::Packed(ring)) => Some(ring.recover()?.bits()),
                     _ => position,
                 };
@@ -1061,6 +1071,20 @@ impl CallbackQueues {
         Ok(())
     }
 
+    /// A ring marks what it writes in another log from now on, or in none: when this returns, the former log is written no
+    /// more, and has the marks of all that was written before. The rings go on; one that cannot mark all that it may write
+    /// fails. Nothing for a ring that is not configured.
+    pub fn set_log(&self, number: usize, log: Option<RingLog>) {
+        let mut state = lock(&self.state);
+        if number >= state.ends.len() {
+            return;
+        }
+        state.with(number, |end, _| {
+            end.ring.writer().set_log(log);
+            end.ring.check_log()
+        });
+    }
+
     /// Goes on with other memory, if the rings are in the same place there; false if they are not, or there are none. Chains
     /// in flight disturb nothing: their buffers are looked for when they are completed.
     pub fn swap_memory(&self, memory: &Arc<GuestMemory>) -> bool {
@@ -1072,6 +1096,9 @@ impl CallbackQueues {
         }
         state.ends.iter_mut().flatten().for_each(|end| end.ring.set_memory(memory));
         let former = state.memory.replace(Arc::clone(memory));
+        for number in state.numbers() {
+            state.with(number, |end, _| end.ring.check_log());
+        }
         drop(state);
         drop(former); // this may unmap memory, which takes a while
         true

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::ptr;
 
+use crate::log::LogProblem;
 use crate::memory::{GuestMemory, Lost};
 
 /// Entries a virtqueue may have: virtio 1.2, sections 2.7 and 2.8.
@@ -61,6 +62,7 @@ pub enum RingError {
     InFlightOrder { head: u16, other: u16 },
     InFlightUsed { head: u16, told: u16, used: u16 },
     MemoryLost(Lost),
+    Log(LogProblem),
 }
 
 impl fmt::Display for RingError {
@@ -145,6 +147,7 @@ impl fmt::Display for RingError {
                 )
             }
             Self::MemoryLost(lost) => lost.fmt(f),
+            Self::Log(problem) => problem.fmt(f),
             Self::ChainTooShort { length, header_length } => {
                 write!(
                     f,

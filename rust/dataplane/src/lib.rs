@@ -4,11 +4,11 @@
 //! moves packets between a TAP or a stream and the guest's rings; or it hands out the chains of other devices' rings, which somebody
 //! else answers. `stop` gives the positions back.
 //!
-//! Owns:        guest memory as mapped here, rings, the queue pair's thread.
+//! Owns:        guest memory as mapped here, rings, the queue pair's thread; which pages were written.
 //! Never sees:  vhost-user, migration, Python.
-//! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `pump` (packets through two rings),
-//!              `queue_pair` (the thread); `in_flight`, `callback` (chains that are handed out). The guest's
-//!              side is another crate, `localmig-driver`.
+//! Read next:   `memory`, `chain`, `split` and `packed` (one ring), `ledger`, `writer` and `log` (what is written to a
+//!              guest), `pump` (packets through two rings), `queue_pair` (the thread); `in_flight`, `callback` (chains
+//!              that are handed out). The guest's side is another crate, `localmig-driver`.
 
 mod backing;
 mod backlog;
@@ -19,6 +19,7 @@ mod counters;
 mod fault;
 pub mod in_flight;
 pub mod ledger;
+pub mod log;
 pub mod memory;
 pub mod packed;
 mod pump;
@@ -30,6 +31,7 @@ pub mod sys;
 mod tap;
 mod window;
 pub mod word_file;
+mod writer;
 
 #[cfg(test)]
 extern crate self as dataplane; // as `tests/common` calls it

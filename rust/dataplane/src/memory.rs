@@ -82,7 +82,7 @@ impl fmt::Display for Lost {
 
 /// One mapped region. Unmapped when dropped.
 #[derive(Debug)]
-struct Mapping {
+pub(crate) struct Mapping {
     /// What it was asked for by; the descriptor is the caller's and may be closed.
     spec: RegionSpec,
     file: Identity,
@@ -106,20 +106,20 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps a region that a frontend announces.
-    fn new(spec: &RegionSpec) -> Result<Self, MemoryError> {
+    pub(crate) fn new(spec: &RegionSpec) -> Result<Self, MemoryError> {
         let end = check(spec)?;
         let file = Backing::of(spec.fd).map_err(MemoryError::System)?;
         if let Some(reason) = file.refusal() {
-            return Err(invalid(spec, &reason));
+            return Err(MemoryError::Invalid(reason));
         }
         if let Some(size) = file.size().map_err(MemoryError::System)?.filter(|size| *size < end) {
-            return Err(invalid(spec, &format!("needs a file of {end:#x} bytes, it has {size:#x}")));
+            return Err(invalid(format!("needs a file of {end:#x} bytes, it has {size:#x}")));
         }
         Self::of(spec, &file, spec.fd)
     }
 
     /// Maps a region that another process had mapped; what its frontend has spoilt since is lost, and no error.
-    fn adopt(spec: &RegionSpec) -> Result<Self, MemoryError> {
+    pub(crate) fn adopt(spec: &RegionSpec) -> Result<Self, MemoryError> {
         check(spec)?;
         let file = Backing::of(spec.fd).map_err(MemoryError::System)?;
         match Self::of(spec, &file, spec.fd) {
@@ -160,9 +160,16 @@ impl Mapping {
             && Backing::of(spec.fd).is_ok_and(|file| file.identity == self.file)
     }
 
-    fn lost(&self) -> Option<Lost> {
+    #[inline]
+    pub(crate) fn lost(&self) -> Option<Lost> {
         let is_lost = self.watch.as_ref().is_some_and(Watch::is_lost);
         is_lost.then_some(Lost { guest_address: self.spec.guest_address, size: self.spec.size })
+    }
+
+    /// Where its first byte is; the mapping has whole pages.
+    #[inline]
+    pub(crate) fn host(&self) -> *mut u8 {
+        self.host
     }
 
     fn lose(&self) {
@@ -227,37 +234,44 @@ impl Drop for Mapping {
     }
 }
 
-fn invalid(spec: &RegionSpec, reason: &str) -> MemoryError {
+fn invalid(reason: impl Into<String>) -> MemoryError {
+    MemoryError::Invalid(reason.into())
+}
+
+/// Says of which region an error is.
+fn named(spec: &RegionSpec, error: MemoryError) -> MemoryError {
     let RegionSpec { guest_address, size, .. } = spec;
-    MemoryError::Invalid(format!("memory region at {guest_address:#x}, {size:#x} bytes: {reason}"))
+    match error {
+        MemoryError::Invalid(reason) => {
+            invalid(format!("memory region at {guest_address:#x}, {size:#x} bytes: {reason}"))
+        }
+        error @ MemoryError::System(_) => error,
+    }
 }
 
 /// Whether the numbers can be; gives where the region ends in its file.
 fn check(spec: &RegionSpec) -> Result<u64, MemoryError> {
     let RegionSpec { guest_address, size, user_address, mmap_offset, .. } = *spec;
     if size == 0 {
-        return Err(invalid(spec, "is empty"));
+        return Err(invalid("is empty"));
     }
     for (space, start) in [("guest address", guest_address), ("user address", user_address)] {
         if start.checked_add(size).is_none() {
-            return Err(invalid(spec, &format!("{space} {start:#x} wraps around")));
+            return Err(invalid(format!("{space} {start:#x} wraps around")));
         }
     }
     // mmap(2) takes no others, whatever pages the file itself has.
     if mmap_offset % PAGE_SIZE as u64 != 0 {
-        return Err(invalid(
-            spec,
-            &format!("mmap offset {mmap_offset:#x} is not a multiple of {PAGE_SIZE:#x}"),
-        ));
+        return Err(invalid(format!("mmap offset {mmap_offset:#x} is not a multiple of {PAGE_SIZE:#x}")));
     }
-    mmap_offset.checked_add(size).ok_or_else(|| invalid(spec, "mmap offset wraps around"))
+    mmap_offset.checked_add(size).ok_or_else(|| invalid("mmap offset wraps around"))
 }
 
 /// In the place of a descriptor: empty pages.
 const NO_FILE: RawFd = -1;
 
 fn length_of(spec: &RegionSpec) -> Result<usize, MemoryError> {
-    usize::try_from(spec.size).map_err(|_| invalid(spec, "is larger than this process can map"))
+    usize::try_from(spec.size).map_err(|_| invalid("is larger than this process can map"))
 }
 
 /// Maps the whole pages that hold a region; gives where, how much, and where in it the region begins.
@@ -267,7 +281,7 @@ fn map(spec: &RegionSpec, page_size: usize, fd: RawFd) -> Result<(*mut u8, usize
     let length = length_of(spec)?.checked_add(offset);
     let length = length.and_then(|length| length.checked_next_multiple_of(page_size));
     let (Some(length), Ok(from)) = (length, libc::off_t::try_from(spec.mmap_offset - offset as u64)) else {
-        return Err(invalid(spec, "is larger than this process can map"));
+        return Err(invalid("is larger than this process can map"));
     };
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let (kind, from) = match fd {
@@ -299,6 +313,8 @@ struct Span {
 pub struct GuestMemory {
     /// Sorted by guest address.
     spans: Box<[Span]>,
+    /// The same, sorted by host address.
+    spans_by_host: Box<[Span]>,
     /// The mapping of each span.
     mappings: Box<[Arc<Mapping>]>,
     /// What `fault::losses` said when none of the mappings was lost.
@@ -351,6 +367,7 @@ impl GuestMemory {
         former: Option<&Self>,
         make: fn(&RegionSpec) -> Result<Mapping, MemoryError>,
     ) -> Result<Self, MemoryError> {
+        let make = |spec: &RegionSpec| make(spec).map_err(|error| named(spec, error));
         let mapping = |spec: &RegionSpec| {
             let known = former.and_then(|former| former.mapping_at(spec.guest_address));
             match known.filter(|mapping| mapping.is_of(spec)) {
@@ -378,8 +395,10 @@ impl GuestMemory {
             size: mapping.size,
             host: mapping.host,
         };
-        let spans = mappings.iter().map(span).collect();
-        Ok(Self { spans, mappings: mappings.into(), intact_at: AtomicU64::new(fault::NEVER) })
+        let spans: Box<[Span]> = mappings.iter().map(span).collect();
+        let mut spans_by_host = spans.clone();
+        spans_by_host.sort_by_key(|span| span.host.addr());
+        Ok(Self { spans, spans_by_host, mappings: mappings.into(), intact_at: AtomicU64::new(fault::NEVER) })
     }
 
     /// The mapping of the region that begins there.
@@ -493,6 +512,19 @@ impl GuestMemory {
         let left = span.size.checked_sub(offset).filter(|left| *left > 0)?;
         // SAFETY: `offset` is below the span's size.
         Some((unsafe { span.host.add(offset) }, left.min(length)))
+    }
+
+    /// The guest address of host memory that `host` gave.
+    pub(crate) fn guest_address(&self, host: *const u8) -> Option<u64> {
+        let index = self.spans_by_host.partition_point(|span| span.host.addr() <= host.addr());
+        let span = &self.spans_by_host[index.checked_sub(1)?];
+        let offset = host.addr() - span.host.addr();
+        (offset < span.size).then(|| span.guest_address + offset as u64)
+    }
+
+    /// Where the last region ends, by guest addresses; 0 without one.
+    pub(crate) fn end(&self) -> u64 {
+        self.spans.last().map_or(0, |span| span.guest_address + span.size as u64)
     }
 
     /// As `host`, for all of `length` bytes or nothing: what a ring needs, which may not lie across regions.

@@ -8,7 +8,7 @@
 //! with every lap, tell whose it is. Chains are completed in the order they are taken and none is held at a stop, so
 //! one position says where the ring stands.
 
-use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{fence, AtomicU16, Ordering};
 use std::sync::Arc;
 
 use crate::chain::{
@@ -17,7 +17,9 @@ use crate::chain::{
     RING_SIZE_MAX,
 };
 use crate::ledger::Slot;
+use crate::log::{Area, RingLog};
 use crate::memory::GuestMemory;
+use crate::writer::Writer;
 
 const DESCRIPTOR_AVAIL: u16 = 1 << 7;
 const DESCRIPTOR_USED: u16 = 1 << 15;
@@ -26,6 +28,9 @@ const DESCRIPTOR_USED: u16 = 1 << 15;
 const EVENT_ENABLE: u16 = 0;
 const EVENT_DISABLE: u16 = 1;
 const EVENT_DESCRIPTOR: u16 = 2;
+
+/// Bytes of an event suppression.
+const EVENT_LENGTH: usize = 4;
 
 /// Where a device's turn is: an entry, and the lap as one bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +94,7 @@ pub(crate) struct Completion {
 /// It keeps the memory mapped that it lies in, and that the buffers it finds point into.
 #[derive(Debug)]
 pub struct PackedRing {
-    memory: Arc<GuestMemory>,
+    writer: Writer,
     size: u16,
     features: Features,
     descriptors: *mut u8,
@@ -132,10 +137,12 @@ impl PackedRing {
         })?;
         let length = DESCRIPTOR_SIZE * usize::from(size);
         let descriptors = find_part(memory, "descriptor ring", layout.descriptor_area, length, 16)?;
-        let driver_event = find_part(memory, "driver event suppression", layout.driver_area, 4, 4)?;
-        let device_event = find_part(memory, "device event suppression", layout.device_area, 4, 4)?;
+        let driver_event =
+            find_part(memory, "driver event suppression", layout.driver_area, EVENT_LENGTH, 4)?;
+        let device_event =
+            find_part(memory, "device event suppression", layout.device_area, EVENT_LENGTH, 4)?;
         Ok(Self {
-            memory: Arc::clone(memory),
+            writer: Writer::new(memory, (layout.descriptor_area, length), EVENT_LENGTH),
             size,
             features,
             descriptors,
@@ -155,7 +162,31 @@ impl PackedRing {
 
     /// Goes on in other memory, which it `is_in`.
     pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
-        self.memory = Arc::clone(memory);
+        self.writer.set_memory(memory);
+    }
+
+    /// Marks what is written in another log from now on, or in none. `check_log` comes next.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.writer.set_log(log);
+    }
+
+    /// Whether whatever the ring writes can be marked, where it has to be.
+    ///
+    /// # Errors
+    /// It cannot: the ring may not run.
+    pub fn check_log(&self) -> Result<(), RingError> {
+        self.writer.check_log()
+    }
+
+    /// Sets in the log what was written until now.
+    #[inline]
+    pub fn flush_log(&mut self) {
+        self.writer.flush();
+    }
+
+    #[inline]
+    pub(crate) fn writer(&mut self) -> &mut Writer {
+        &mut self.writer
     }
 
     /// Whether the ring, which was made from this layout, is in the same place of another memory.
@@ -190,11 +221,12 @@ impl PackedRing {
         unsafe { AtomicU16::from_ptr(self.driver_event.add(offset)) }
     }
 
-    /// A word of the device's event suppression: position, flags.
-    fn device_word(&self, offset: usize) -> &AtomicU16 {
+    /// Writes a word of the device's event suppression: position, flags.
+    #[inline]
+    fn store_event(&mut self, offset: usize, value: u16, order: Ordering) {
         debug_assert!(offset < 2);
         // SAFETY: `new` found two such words in guest memory, aligned.
-        unsafe { AtomicU16::from_ptr(self.device_event.add(offset)) }
+        unsafe { self.writer.store(self.device_event.add(offset), 2 * offset, value, order) };
     }
 
     /// Starts at `position`, or where the ledger says that whoever ran the ring before was interrupted. `call`: the next
@@ -216,6 +248,9 @@ impl PackedRing {
         self.uncalled = 0;
         self.call_forced = call;
         self.armed = false;
+        // Whoever ran the ring before may have died between a store and its mark.
+        self.writer.mark_area(Area::Device);
+        self.writer.mark_area(Area::Descriptors);
         Ok(())
     }
 
@@ -247,7 +282,7 @@ impl PackedRing {
     ///
     /// # Errors
     /// The ledger says nothing, or nothing that can be.
-    pub fn recover(&self) -> Result<Position, RingError> {
+    pub fn recover(&mut self) -> Result<Position, RingError> {
         let to = self.position_in_ledger()?;
         let (ledger, intent) = self
             .ledger
@@ -268,6 +303,7 @@ impl PackedRing {
                 return Err(RingError::LedgerMixed { from: from.bits() });
             }
             self.store_used(&completions);
+            self.writer.flush();
         }
         Ok(to)
     }
@@ -315,7 +351,7 @@ impl PackedRing {
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Chain, RingError> {
-        let mut gathering = Gathering::new(&self.memory, direction, buffers);
+        let mut gathering = Gathering::new(self.writer.memory(), direction, buffers);
         let mut position = self.next_avail;
         let mut slots = 1;
         loop {
@@ -329,7 +365,8 @@ impl PackedRing {
                 if slots > 1 {
                     return Err(RingError::IndirectInChain { index });
                 }
-                let table = Table::indirect(index, &descriptor, has_next, self.features, &self.memory)?;
+                let table =
+                    Table::indirect(index, &descriptor, has_next, self.features, self.writer.memory())?;
                 walk_indirect(&table, &mut gathering)?;
                 return gathering.chain(id, slots, header_length);
             }
@@ -365,26 +402,25 @@ impl PackedRing {
         if let Some(ledger) = &self.ledger {
             ledger.intend(first.position, self.next_used, &self.completed);
         }
-        self.store_used(&self.completed);
-        self.completed.clear();
+        self.writer.flush();
+        let mut completed = std::mem::take(&mut self.completed);
+        self.store_used(&completed);
+        completed.clear();
+        self.completed = completed; // with its room
     }
 
     /// Marks chains used, the first of them last: the guest looks at none behind it before.
     #[inline]
-    fn store_used(&self, completions: &[Completion]) {
+    fn store_used(&mut self, completions: &[Completion]) {
         let Some((first, others)) = completions.split_first() else { return };
         for Completion { position, id, written } in others.iter().chain([first]) {
             let place = self.place(position.index);
-            // SAFETY: both words lie inside a descriptor in guest memory, aligned as it is.
-            let (length, identity) = unsafe {
-                (AtomicU32::from_ptr(place.add(8).cast()), AtomicU16::from_ptr(place.add(12).cast()))
-            };
-            length.store(written.to_le(), Ordering::Relaxed);
-            identity.store(id.to_le(), Ordering::Relaxed);
+            let offset = DESCRIPTOR_SIZE * usize::from(position.index);
             let lap = if position.wrap { DESCRIPTOR_AVAIL | DESCRIPTOR_USED } else { 0 };
             // The length means something only with this flag (section 2.8.5).
             let write = if *written > 0 { DESCRIPTOR_WRITE } else { 0 };
-            self.flags(position.index).store((lap | write).to_le(), Ordering::Release);
+            // SAFETY: `place` leads to a descriptor in guest memory, and descriptors are aligned to 16.
+            unsafe { self.writer.store_descriptor(place, offset, *written, *id, lap | write) };
         }
     }
 
@@ -418,10 +454,10 @@ impl PackedRing {
     #[must_use]
     pub fn arm(&mut self) -> bool {
         if self.features.event_index {
-            self.device_word(0).store(self.next_avail.bits().to_le(), Ordering::Relaxed);
-            self.device_word(1).store(EVENT_DESCRIPTOR.to_le(), Ordering::Release);
+            self.store_event(0, self.next_avail.bits(), Ordering::Relaxed);
+            self.store_event(1, EVENT_DESCRIPTOR, Ordering::Release);
         } else if !self.armed {
-            self.device_word(1).store(EVENT_ENABLE.to_le(), Ordering::Relaxed);
+            self.store_event(1, EVENT_ENABLE, Ordering::Relaxed);
         }
         self.armed = true;
         // As in `call_due`, with the roles swapped.
@@ -433,7 +469,7 @@ impl PackedRing {
     /// Tells the guest that kicks are not needed now. An event left behind would count again two laps later.
     pub fn disarm(&mut self) {
         if self.armed {
-            self.device_word(1).store(EVENT_DISABLE.to_le(), Ordering::Relaxed);
+            self.store_event(1, EVENT_DISABLE, Ordering::Relaxed);
             self.armed = false;
         }
     }

@@ -21,6 +21,7 @@ use crate::chain::{Direction, Features, Layout, RingError};
 use crate::counters::{Counter, LiveCounters};
 use crate::in_flight;
 use crate::ledger::Slot;
+use crate::log::RingLog;
 use crate::memory::GuestMemory;
 use crate::ring::{Format, Ring};
 use crate::stream::{self, Stream};
@@ -87,6 +88,8 @@ pub struct RingSpec {
     pub ledger: Option<Slot>,
     /// Where a split ring whose chains are handed out keeps those in flight for a successor.
     pub in_flight: Option<in_flight::Slot>,
+    /// Where it marks what it writes; None where nobody wants to know.
+    pub log: Option<RingLog>,
 }
 
 /// Where the frames come from that a guest receives, and where those go that it sends.
@@ -164,8 +167,8 @@ struct RingEnd {
 
 impl RingEnd {
     fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, String> {
-        let (layout, ledger) = (&spec.layout, spec.ledger.clone());
-        let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger);
+        let (layout, ledger, log) = (&spec.layout, spec.ledger.clone(), spec.log.clone());
+        let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger, log);
         let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
         let notifiers = Notifiers::of(&format_args!("{side} ring"), spec.call_fd, spec.error_fd)?;
         check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
@@ -225,6 +228,13 @@ impl RingEnd {
                 self.side.calls(counters).add(1);
             }
         }
+    }
+
+    /// As the ring's own; what it wrote is marked, because a sleep may come next.
+    fn arm(&mut self) -> Result<bool, RingError> {
+        let more = self.ring.arm();
+        self.ring.writer().flush();
+        more
     }
 
     /// Stops this ring for good: only another configuration makes it run again. Gives what is to be told of it.
@@ -464,6 +474,7 @@ impl Pump {
         for end in self.rx.iter_mut().chain(&mut self.tx) {
             end.call_if_due(counters);
             end.start = Some(end.position_before(0, 0));
+            end.ring.writer().flush();
         }
     }
 
@@ -478,7 +489,26 @@ impl Pump {
         }
         self.empty_window();
         self.rx.iter_mut().chain(&mut self.tx).for_each(|end| end.ring.set_memory(&memory));
-        Ok(std::mem::replace(&mut self.memory, memory))
+        let former = std::mem::replace(&mut self.memory, memory);
+        self.give_up_without_log(|end| end.ring.check_log());
+        Ok(former)
+    }
+
+    /// A configured ring marks what it writes in another log from now on, or in none; what it wrote until now is marked in
+    /// the former one, which is used no more. One that cannot mark all that it may write fails.
+    pub(crate) fn set_log(&mut self, side: Side, log: Option<RingLog>) {
+        let Some(end) = self.end_mut(side) else { return };
+        end.ring.writer().set_log(log);
+        self.give_up_without_log(|end| end.ring.check_log());
+    }
+
+    /// Stops each ring that cannot mark what it writes.
+    fn give_up_without_log(&mut self, check: impl Fn(&mut RingEnd) -> Result<(), RingError>) {
+        for end in self.rx.iter_mut().chain(&mut self.tx).filter(|end| !end.failed) {
+            if let Err(problem) = check(end) {
+                self.failures.push(end.fail(&problem));
+            }
+        }
     }
 
     /// Calls a configured ring's driver by other descriptors from now on. A call that went to the former one may not have
@@ -578,6 +608,7 @@ impl Pump {
         self.give_up_if_lost();
         self.transmit(budget, stop, counters);
         self.receive(budget, backlog, stop, counters);
+        self.rx.iter_mut().chain(&mut self.tx).for_each(|end| end.ring.writer().flush());
         self.give_up_if_lost();
         self.rx.iter().chain(&self.tx).any(|end| end.wait == Wait::Nothing)
     }
@@ -594,8 +625,9 @@ impl Pump {
         }
     }
 
-    /// Stops both rings where guest memory is lost, whichever ring or pair met it.
+    /// Stops both rings where guest memory is lost, whichever ring or pair met it, and each ring whose log is.
     fn give_up_if_lost(&mut self) {
+        self.give_up_without_log(|end| end.ring.writer().check_log_lost());
         let Some(lost) = self.memory.lost() else { return };
         for end in self.rx.iter_mut().chain(&mut self.tx).filter(|end| !end.failed) {
             self.failures.push(end.fail(&lost));
@@ -706,7 +738,7 @@ impl Pump {
                 Wait::Nothing => idle = false,
                 Wait::Host => host_events |= host_event,
                 Wait::Forever => {}
-                Wait::Guest => match end.ring.arm() {
+                Wait::Guest => match end.arm() {
                     Ok(more) => {
                         idle &= !more;
                         fds[kick].fd = end.kick_fd;
@@ -795,7 +827,7 @@ fn receive_one(
     if window.is_empty() {
         return Err(Halt::Wait(Wait::Guest));
     }
-    let Read { length, is_cut } = match tap.read(|fd| window.read(fd, backlog)) {
+    let Read { length, is_cut } = match tap.read(|fd| window.read(ring.writer(), fd, backlog)) {
         Ok(read) => read,
         Err(reason) => return no_frame(reason, counters),
     };
@@ -858,8 +890,8 @@ fn receive_from_stream(
         counter.add(1);
     } else {
         // All zero is a header that asks for nothing.
-        window.fill(0, &[0; HEADER_LENGTH_WITH_BUFFERS][..header_length]);
-        window.fill(header_length, hand.bytes(frame.clone()));
+        window.fill(ring.writer(), 0, &[0; HEADER_LENGTH_WITH_BUFFERS][..header_length]);
+        window.fill(ring.writer(), header_length, hand.bytes(frame.clone()));
         deliver(ring, window, length, counters);
     }
     hand.pass(&frame);
@@ -893,7 +925,7 @@ fn overrun(
     match window.gather(ring, length).inspect_err(|_| counters.rx_dropped_length.add(1))? {
         Room::Enough => {
             // SAFETY: the frame was not cut, so all of it behind the window's end was read to there.
-            window.fill(placed, unsafe { backlog.rest(placed, end) });
+            window.fill(ring.writer(), placed, unsafe { backlog.rest(placed, end) });
             deliver(ring, window, length, counters);
         }
         Room::NotYet if window.framing().mergeable => {
@@ -920,7 +952,7 @@ fn receive_waiting(
     let fits = window.framing().header_length == HEADER_LENGTH_WITH_BUFFERS;
     match window.gather(ring, length)? {
         Room::Enough if fits => {
-            window.fill(0, backlog.frame().unwrap_or_default());
+            window.fill(ring.writer(), 0, backlog.frame().unwrap_or_default());
             deliver(ring, window, length, counters);
         }
         Room::NotYet if backlog.patience() > Some(Duration::ZERO) => return Err(Halt::Wait(Wait::Guest)),
@@ -933,7 +965,7 @@ fn receive_waiting(
 /// Gives the guest the frame that stands in the window, if the driver takes what it asks for.
 #[inline]
 fn deliver(ring: &mut Ring, window: &mut Window, length: u64, counters: &LiveCounters) {
-    if window.admit() {
+    if window.admit(ring.writer()) {
         window.deliver(ring, length);
         counters.rx_packets.add(1);
         counters.rx_bytes.add(length - window.framing().header_length as u64);

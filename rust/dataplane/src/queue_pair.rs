@@ -27,6 +27,7 @@ use crate::backlog::Backlog;
 use crate::bell;
 pub use crate::counters::Counters;
 use crate::counters::LiveCounters;
+use crate::log::RingLog;
 use crate::memory::GuestMemory;
 use crate::pump::{Budget, Config, Correction, Notifiers, Positions, Pump, Side, Sleep, BATCH, WATCHED};
 use crate::sys;
@@ -269,6 +270,9 @@ impl QueuePair {
         shared.stop_requested.store(false, Ordering::Relaxed);
         let is_running = state.running;
         let result = state.pump.as_mut().map(|pump| act(pump, is_running));
+        if let Some(pump) = &mut state.pump {
+            shared.report_failures(pump);
+        }
         let is_held_up = is_running && state.parked;
         drop(state);
         if is_held_up {
@@ -296,6 +300,13 @@ impl QueuePair {
             pump.set_notifiers(side, notifiers, is_running, &self.shared.counters);
         });
         Ok(())
+    }
+
+    /// A ring marks what it writes in another log from now on, or in none: when this returns, the former log is written no
+    /// more, and has the marks of all that was written before. The rings go on; one that cannot mark all that it may write
+    /// fails. Nothing for a ring that is not configured.
+    pub fn set_log(&self, side: Side, log: Option<RingLog>) {
+        self.between_packets(|pump, _| pump.set_log(side, log));
     }
 
     /// Stops between two packets; gives where the rings would go on.
@@ -675,6 +686,7 @@ mod tests {
                     next_avail: None,
                     ledger: None,
                     in_flight: None,
+                    log: None,
                 })
             };
             let config = Config {

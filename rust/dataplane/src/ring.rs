@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use crate::chain::{Chain, Direction, Features, Layout, RingError};
 use crate::ledger::Slot;
+use crate::log::RingLog;
 use crate::memory::GuestMemory;
 use crate::packed::{PackedRing, Position};
 use crate::split::SplitRing;
+use crate::writer::Writer;
 
 #[derive(Debug)]
 pub(crate) enum Ring {
@@ -32,11 +34,30 @@ impl Ring {
         features: Features,
         memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
+        log: Option<RingLog>,
     ) -> Result<Self, String> {
-        Ok(match format {
+        let mut ring = match format {
             Format::Split => Self::Split(SplitRing::new(layout, features, memory)?),
             Format::Packed => Self::Packed(PackedRing::new(layout, features, memory, ledger)?),
-        })
+        };
+        ring.writer().set_log(log);
+        Ok(ring)
+    }
+
+    #[inline]
+    pub(crate) fn writer(&mut self) -> &mut Writer {
+        match self {
+            Self::Split(ring) => ring.writer(),
+            Self::Packed(ring) => ring.writer(),
+        }
+    }
+
+    /// As the formats' own.
+    pub(crate) fn check_log(&self) -> Result<(), RingError> {
+        match self {
+            Self::Split(ring) => ring.check_log(),
+            Self::Packed(ring) => ring.check_log(),
+        }
     }
 
     /// Goes on in other memory, which it `is_in`.
@@ -64,6 +85,7 @@ impl Ring {
 
     /// Starts at `position`; None is where guest memory, or the ledger, says that the ring stands.
     pub(crate) fn begin(&mut self, position: Option<u16>, call: bool) -> Result<(), RingError> {
+        self.check_log()?;
         match self {
             Self::Split(ring) => {
                 ring.begin(position, call);
@@ -83,7 +105,8 @@ impl Ring {
     }
 
     /// Where the ring goes on behind a process that died; what that was telling the guest is told to the end.
-    pub(crate) fn recover(&self) -> Result<u16, RingError> {
+    pub(crate) fn recover(&mut self) -> Result<u16, RingError> {
+        self.check_log()?;
         match self {
             Self::Split(ring) => Ok(ring.used_index()),
             Self::Packed(ring) => ring.recover().map(Position::bits),

@@ -2,19 +2,21 @@
 //!
 //! Owns:        the ring's indices, the strict reading of descriptor chains, notification suppression both ways.
 //! Never sees:  descriptors of the process, packets, threads.
-//! Read next:   `queue_pair`, which moves packets through two of these.
+//! Read next:   `queue_pair`, which moves packets through two of these; `writer`, which writes what these say.
 //!
 //! Everything the guest writes is read once, checked, and never trusted to stay. A chain that cannot be is an
 //! error, never a short chain: the ring stops there.
 
-use std::sync::atomic::{fence, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{fence, AtomicU16, Ordering};
 use std::sync::Arc;
 
 use crate::chain::{
     find_part, Chain, Direction, Features, Gathering, Layout, RingError, Table, DESCRIPTOR_INDIRECT,
     DESCRIPTOR_NEXT, DESCRIPTOR_SIZE, RING_SIZE_MAX,
 };
+use crate::log::{Area, RingLog};
 use crate::memory::GuestMemory;
+use crate::writer::Writer;
 
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
@@ -24,7 +26,7 @@ const USED_NO_NOTIFY: u16 = 1;
 /// It keeps the memory mapped that it lies in, and that the buffers it finds point into.
 #[derive(Debug)]
 pub struct SplitRing {
-    memory: Arc<GuestMemory>,
+    writer: Writer,
     size: u16,
     features: Features,
     descriptors: *const u8,
@@ -60,9 +62,10 @@ impl SplitRing {
         let descriptors =
             find_part(memory, "descriptor table", layout.descriptor_area, DESCRIPTOR_SIZE * entries, 16)?;
         let avail = find_part(memory, "available ring", layout.driver_area, 6 + 2 * entries, 2)?;
-        let used = find_part(memory, "used ring", layout.device_area, 6 + 8 * entries, 4)?;
+        let used_length = 6 + 8 * entries;
+        let used = find_part(memory, "used ring", layout.device_area, used_length, 4)?;
         Ok(Self {
-            memory: Arc::clone(memory),
+            writer: Writer::new(memory, (layout.descriptor_area, DESCRIPTOR_SIZE * entries), used_length),
             size,
             features,
             descriptors,
@@ -84,7 +87,31 @@ impl SplitRing {
 
     /// Goes on in other memory, which it `is_in`.
     pub(crate) fn set_memory(&mut self, memory: &Arc<GuestMemory>) {
-        self.memory = Arc::clone(memory);
+        self.writer.set_memory(memory);
+    }
+
+    /// Marks what is written in another log from now on, or in none. `check_log` comes next.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.writer.set_log(log);
+    }
+
+    /// Whether whatever the ring writes can be marked, where it has to be.
+    ///
+    /// # Errors
+    /// It cannot: the ring may not run.
+    pub fn check_log(&self) -> Result<(), RingError> {
+        self.writer.check_log()
+    }
+
+    /// Sets in the log what was written until now.
+    #[inline]
+    pub fn flush_log(&mut self) {
+        self.writer.flush();
+    }
+
+    #[inline]
+    pub(crate) fn writer(&mut self) -> &mut Writer {
+        &mut self.writer
     }
 
     /// Whether the ring, which was made from this layout, is in the same place of another memory.
@@ -109,6 +136,14 @@ impl SplitRing {
         unsafe { AtomicU16::from_ptr(self.used.add(offset)) }
     }
 
+    /// Writes a field of the used ring, `offset` in units of 16 bits.
+    #[inline]
+    fn store(&mut self, offset: usize, value: u16, order: Ordering) {
+        debug_assert!(offset < 3 + 4 * usize::from(self.size));
+        // SAFETY: `new` found the used ring of 3 + 4 * size such fields inside guest memory, aligned.
+        unsafe { self.writer.store(self.used.add(offset), 2 * offset, value, order) };
+    }
+
     /// The used index that stands in guest memory.
     #[must_use]
     pub fn used_index(&self) -> u16 {
@@ -124,6 +159,8 @@ impl SplitRing {
         self.called_used = self.next_used;
         self.call_forced = call;
         self.armed = false;
+        // Whoever ran the ring before may have died between a store and its mark.
+        self.writer.mark_area(Area::Device);
     }
 
     /// The position of the next chain to complete.
@@ -193,7 +230,7 @@ impl SplitRing {
         header_length: usize,
         buffers: &mut Vec<libc::iovec>,
     ) -> Result<Chain, RingError> {
-        let mut gathering = Gathering::new(&self.memory, direction, buffers);
+        let mut gathering = Gathering::new(self.writer.memory(), direction, buffers);
         let mut table = Table { start: self.descriptors, size: self.size.into() };
         let mut slots = 0;
         let mut indirect = false;
@@ -214,7 +251,7 @@ impl SplitRing {
                 if indirect {
                     return Err(RingError::IndirectNested { index });
                 }
-                table = Table::indirect(index, &descriptor, has_next, self.features, &self.memory)?;
+                table = Table::indirect(index, &descriptor, has_next, self.features, self.writer.memory())?;
                 (indirect, visited, index) = (true, 0, 0);
                 continue;
             }
@@ -236,19 +273,16 @@ impl SplitRing {
     #[inline]
     pub(crate) fn complete_head(&mut self, head: u16, written: u32) {
         let slot = 2 + 4 * usize::from(self.next_used & (self.size - 1));
-        // Nobody reads the element before the index is published.
-        for (offset, word) in [(slot, u32::from(head)), (slot + 2, written)] {
-            // SAFETY: the element's two words lie before the last field of the used ring, aligned to 4 as the ring.
-            let field = unsafe { AtomicU32::from_ptr(self.used.add(offset).cast()) };
-            field.store(word.to_le(), Ordering::Relaxed);
-        }
+        // SAFETY: the element's two words lie before the last field of the used ring, aligned to 4 as the ring.
+        unsafe { self.writer.store_element(self.used.add(slot).cast(), 2 * slot, [head.into(), written]) };
         self.next_used = self.next_used.wrapping_add(1);
     }
 
     /// Shows the guest every completed chain.
     #[inline]
-    pub fn publish(&self) {
-        self.used_field(1).store(self.next_used.to_le(), Ordering::Release);
+    pub fn publish(&mut self) {
+        self.writer.flush();
+        self.store(1, self.next_used, Ordering::Release);
     }
 
     /// Whether the guest wants a call for what was published since this was last asked.
@@ -281,9 +315,9 @@ impl SplitRing {
     pub fn arm(&mut self) -> Result<bool, RingError> {
         if self.features.event_index {
             let avail_event = 2 + 4 * usize::from(self.size);
-            self.used_field(avail_event).store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.store(avail_event, self.next_avail, Ordering::Relaxed);
         } else if !self.armed {
-            self.used_field(0).store(0, Ordering::Relaxed);
+            self.store(0, 0, Ordering::Relaxed);
             self.armed = true;
         }
         // As in `call_due`, with the roles swapped.
@@ -294,7 +328,7 @@ impl SplitRing {
     /// Tells the guest that kicks are not needed now. With the event index, an index left behind says that.
     pub fn disarm(&mut self) {
         if self.armed && !self.features.event_index {
-            self.used_field(0).store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.store(0, USED_NO_NOTIFY, Ordering::Relaxed);
             self.armed = false;
         }
     }

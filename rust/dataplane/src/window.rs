@@ -15,8 +15,8 @@ use std::os::fd::RawFd;
 use crate::backlog::{Backlog, FRAME_SIZE_MAX};
 use crate::chain::{Chain, Direction, RingError, CHAIN_BUFFERS_MAX};
 use crate::ring::Ring;
-use crate::sys;
 use crate::tap::Read;
+use crate::writer::Writer;
 
 /// The length of a virtio-net header with `num_buffers`, its last field.
 pub(crate) const HEADER_LENGTH_WITH_BUFFERS: usize = 12;
@@ -186,7 +186,12 @@ impl Window {
     }
 
     /// Reads one frame into the window, and what does not fit there into the backlog.
-    pub(crate) fn read(&mut self, tap_fd: RawFd, backlog: &mut Backlog) -> io::Result<Read> {
+    pub(crate) fn read(
+        &mut self,
+        writer: &mut Writer,
+        tap_fd: RawFd,
+        backlog: &mut Backlog,
+    ) -> io::Result<Read> {
         // To read into one buffer takes a tenth less time than into two.
         let has_rest = self.length <= self.framing.room;
         let mut space = self.length;
@@ -197,7 +202,7 @@ impl Window {
         }
         // SAFETY: the buffers lie in guest memory, which the ring keeps mapped, but for the last one, which is the
         // backlog's.
-        let length = unsafe { sys::readv(tap_fd, &self.buffers[self.used..]) };
+        let length = unsafe { writer.read(tap_fd, &self.buffers[self.used..], usize::from(has_rest)) };
         if has_rest {
             self.buffers.pop();
         }
@@ -230,12 +235,13 @@ impl Window {
     }
 
     /// Writes a frame, but for its first `offset` bytes, which stand here already.
-    pub(crate) fn fill(&self, offset: usize, rest: &[u8]) {
-        write_at(self.buffers(), offset, rest);
+    pub(crate) fn fill(&self, writer: &mut Writer, offset: usize, rest: &[u8]) {
+        // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+        unsafe { writer.fill(self.buffers(), offset, rest) };
     }
 
     /// Whether the driver took what the header of the frame here asks of it. One that took no checksums is told of none.
-    pub(crate) fn admit(&self) -> bool {
+    pub(crate) fn admit(&self, writer: &mut Writer) -> bool {
         let offloads = self.framing.offloads;
         let [flags, gso_type] = read_start(self.buffers());
         if !offloads.has(Offloads::CSUM) && flags != 0 {
@@ -243,7 +249,7 @@ impl Window {
                 return false;
             }
             // That the checksum was looked at already is no loss (virtio 1.2, section 5.1.6.4.1).
-            write_at(self.buffers(), 0, &[0]);
+            self.fill(writer, 0, &[0]);
         }
         offloads.takes_segmentation(gso_type)
     }
@@ -262,7 +268,9 @@ impl Window {
         }
         if self.framing.header_length == HEADER_LENGTH_WITH_BUFFERS {
             // The kernel leaves this field alone, and it must be 1 also where buffers are not merged.
-            write_at(&self.buffers[first..self.used], NUM_BUFFERS_OFFSET, &count.to_le_bytes());
+            let buffers = &self.buffers[first..self.used];
+            // SAFETY: the buffers lie in guest memory, which the ring keeps mapped.
+            unsafe { ring.writer().fill(buffers, NUM_BUFFERS_OFFSET, &count.to_le_bytes()) };
         }
         self.tidy();
         ring.publish();
@@ -291,27 +299,6 @@ fn read_start(buffers: &[libc::iovec]) -> [u8; 2] {
         (0..buffer.iov_len).map(|offset| unsafe { buffer.iov_base.cast::<u8>().add(offset).read_volatile() })
     });
     [(); 2].map(|()| bytes.next().expect("a chain has room for a header"))
-}
-
-/// Writes `data` behind the first `offset` bytes of `buffers`.
-fn write_at(buffers: &[libc::iovec], mut offset: usize, mut data: &[u8]) {
-    for buffer in buffers {
-        let length = buffer.iov_len.saturating_sub(offset).min(data.len());
-        if length > 0 {
-            let (here, rest) = data.split_at(length);
-            // SAFETY: as many bytes behind `offset` are inside the buffer, which is mapped guest memory.
-            unsafe {
-                let place = buffer.iov_base.cast::<u8>().add(offset);
-                place.copy_from_nonoverlapping(here.as_ptr(), length);
-            }
-            data = rest;
-        }
-        if data.is_empty() {
-            return;
-        }
-        offset = offset.saturating_sub(buffer.iov_len);
-    }
-    assert!(data.is_empty(), "the buffers have room for it");
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@
 #[path = "common/arbitrary.rs"]
 mod arbitrary;
 mod common;
+#[path = "common/dirty.rs"]
+mod dirty;
 #[path = "common/walk.rs"]
 mod walk;
 
@@ -21,11 +23,12 @@ use dataplane::ledger::{Ledger, Slot};
 use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::queue_pair::{Error, QueuePair};
-use dataplane::{Config, Format, HostSide, Positions};
+use dataplane::{Config, Format, HostSide, Positions, RingSpec};
+use dirty::Dirty;
 use proptest::prelude::*;
 use walk::{
-    direction, memory, walk_packed, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
-    TX_RING,
+    direction, guests_pages, memory, walk_packed, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER,
+    REGIONS, RX_RING, TX_RING,
 };
 
 /// A descriptor of the ring: what its flags say beside whose turn it is, and whether that is the driver's word or
@@ -160,10 +163,15 @@ proptest! {
         guest.write_to(address, &memory);
         let (_file, slot) = slot();
         let new = || PackedRing::new(&guest.layout(address), features, &memory, Some(slot.clone())).unwrap();
+        let dirty = Dirty::new(&REGIONS);
+        let before = dirty.look(&memory);
         let mut ring = new();
+        ring.set_log(Some(dirty.of(&guest.layout(address))));
+        prop_assert_eq!(ring.check_log(), Ok(()));
         ring.begin(Some(guest.start.bits()), true).unwrap();
         // A successor goes on there, whatever the guest wrote meanwhile.
         let position = walk_packed(&mut ring, &memory, direction(address), &steps);
+        dirty.check(&before, &memory, &guests_pages(&steps));
         prop_assert_eq!(new().recover(), Ok(Position::from_bits(position)));
     }
 
@@ -231,8 +239,11 @@ proptest! {
         scene.rx.write_to(RX_RING, &memory);
         scene.tx.write_to(TX_RING, &memory);
         scene.send_frames(&ends);
-        let spec = |ring: usize, layout, start: Position| {
-            ends.spec(ring, layout, Some(start.bits()), ledger.slot(ring))
+        let dirty = Dirty::new(&REGIONS);
+        let before = dirty.look(&memory);
+        let spec = |ring: usize, layout: Layout, start: Position| RingSpec {
+            log: Some(dirty.of(&layout)),
+            ..ends.spec(ring, layout, Some(start.bits()), ledger.slot(ring))
         };
         let config = Config {
             memory: Arc::clone(&memory),
@@ -255,6 +266,7 @@ proptest! {
         scene.go_on(&ends, &memory);
         let positions = pair.stop();
         prop_assert_eq!(pair.stop(), positions);
+        dirty.check(&before, &memory, &scene.guests_pages());
         // A ring that failed was told of.
         told_failures(&pair, &ends)?;
         // Who was told nothing finds the same.

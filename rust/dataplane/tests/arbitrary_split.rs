@@ -7,6 +7,8 @@
 #[path = "common/arbitrary.rs"]
 mod arbitrary;
 mod common;
+#[path = "common/dirty.rs"]
+mod dirty;
 #[path = "common/walk.rs"]
 mod walk;
 
@@ -21,11 +23,12 @@ use dataplane::chain::Layout;
 use dataplane::memory::GuestMemory;
 use dataplane::queue_pair::{Error, QueuePair};
 use dataplane::split::SplitRing;
-use dataplane::{Config, Format, HostSide, Positions};
+use dataplane::{Config, Format, HostSide, Positions, RingSpec};
+use dirty::Dirty;
 use proptest::prelude::*;
 use walk::{
-    direction, memory, walk_split, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER, REGIONS, RX_RING,
-    TX_RING,
+    direction, guests_pages, memory, walk_split, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, HEADER,
+    REGIONS, RX_RING, TX_RING,
 };
 
 /// Indirect tables, one behind the other in the last region.
@@ -146,9 +149,14 @@ proptest! {
     ) {
         let memory = memory();
         guest.write_to(address, &memory);
+        let dirty = Dirty::new(&REGIONS);
+        let before = dirty.look(&memory);
         let mut ring = SplitRing::new(&guest.layout(address), features, &memory).unwrap();
+        ring.set_log(Some(dirty.of(&guest.layout(address))));
+        prop_assert_eq!(ring.check_log(), Ok(()));
         ring.begin(guest.start, true);
         walk_split(&mut ring, &memory, direction(address), &steps);
+        dirty.check(&before, &memory, &guests_pages(&steps));
     }
 }
 
@@ -168,6 +176,12 @@ proptest! {
             scene.rx.write_to(RX_RING, &memory);
             scene.tx.write_to(TX_RING, &memory);
             scene.send_frames(&ends);
+            let dirty = Dirty::new(&REGIONS);
+            let looked = dirty.look(&memory);
+            let spec = |ring: usize, layout: Layout, start| RingSpec {
+                log: Some(dirty.of(&layout)),
+                ..ends.spec(ring, layout, start, None)
+            };
             let config = Config {
                 memory: Arc::clone(&memory),
                 host: HostSide::Tap(ends.tap.as_raw_fd()),
@@ -177,8 +191,8 @@ proptest! {
                 format: Format::Split,
                 features: scene.features,
                 mergeable: scene.mergeable,
-                rx: Some(ends.spec(0, scene.rx.layout(RX_RING), scene.rx.start, None)),
-                tx: Some(ends.spec(1, scene.tx.layout(TX_RING), scene.tx.start, None)),
+                rx: Some(spec(0, scene.rx.layout(RX_RING), scene.rx.start)),
+                tx: Some(spec(1, scene.tx.layout(TX_RING), scene.tx.start)),
             };
             pair.configure(&config).unwrap();
             let before = pair.counters();
@@ -186,6 +200,7 @@ proptest! {
             scene.go_on(&ends, &memory);
             let positions = pair.stop();
             prop_assert_eq!(pair.stop(), positions);
+            dirty.check(&looked, &memory, &scene.guests_pages());
             // A ring that failed was told of, and stays where it is.
             let failed = told_failures(&pair, &ends)?;
             let frames = pair.counters().rx_packets - before.rx_packets;

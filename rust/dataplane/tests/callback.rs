@@ -63,6 +63,7 @@ impl Guest {
             next_avail: None,
             ledger: None,
             in_flight: in_flight.slot(ring),
+            log: None,
         }
     }
 
@@ -728,6 +729,7 @@ fn a_packed_ring_hands_out_one_chain_at_a_time_and_a_successor_gets_the_same() {
             next_avail: position.map(Position::bits),
             ledger: slot(),
             in_flight: None,
+            log: None,
         };
         let config = CallbackConfig {
             memory: Arc::clone(&memory),

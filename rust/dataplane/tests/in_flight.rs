@@ -64,6 +64,7 @@ impl Place {
             next_avail: None,
             ledger: None,
             in_flight: InFlight::map(self.file.as_raw_fd(), 1).unwrap().slot(0),
+            log: None,
         };
         let config = CallbackConfig {
             memory: Arc::clone(&self.memory),

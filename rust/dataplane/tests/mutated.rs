@@ -4,6 +4,8 @@
 #[path = "common/bytes.rs"]
 mod bytes;
 mod common;
+#[path = "common/dirty.rs"]
+mod dirty;
 #[path = "common/walk.rs"]
 mod walk;
 

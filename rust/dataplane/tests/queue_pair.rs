@@ -48,6 +48,7 @@ impl End {
             next_avail: None,
             ledger: None,
             in_flight: None,
+            log: None,
         }
     }
 

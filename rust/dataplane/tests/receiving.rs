@@ -103,6 +103,7 @@ impl Guest {
                 next_avail: start,
                 ledger: self.ledger.slot(0),
                 in_flight: None,
+                log: None,
             }),
             tx: None,
         }
@@ -276,6 +277,7 @@ fn a_frame_that_waits_blocks_no_packet_of_the_guest() {
         next_avail: None,
         ledger: None,
         in_flight: None,
+        log: None,
     };
     guest.start_with(|config| config.tx = Some(spec));
     assert!(send(&guest.wire, &packet(450, 1)));

@@ -62,6 +62,7 @@ impl Guest {
                 next_avail: None,
                 ledger: None,
                 in_flight: None,
+                log: None,
             })
         };
         let config = Config {

@@ -17,6 +17,7 @@ __all__ = [
     "STREAM_IN_HAND_MAX",
     "CallbackQueues",
     "Chain",
+    "DirtyLog",
     "DriverPair",
     "FrameStream",
     "GuestMemory",
@@ -167,6 +168,31 @@ class InFlight:
         """
 
 @final
+class DirtyLog:
+    """Which pages of guest memory were written: a bit for each 4096 bytes, in a file that a frontend reads.
+
+    A log that cannot be mapped, or whose file became too small since, is one that no ring runs with: it stops with the
+    reason.
+
+    Args:
+        size: bytes of the log.
+        mmap_offset: where in the file it begins, a multiple of the page size.
+        fd: only used during the call.
+    """
+
+    def __new__(cls, size: int, mmap_offset: int, fd: int) -> DirtyLog: ...
+    @staticmethod
+    def adopt(size: int, mmap_offset: int, fd: int) -> DirtyLog:
+        """Maps the log of a frontend that another process served; what the frontend has spoilt since is lost.
+
+        Raises:
+            OSError: this process has no room.
+        """
+
+    def reason(self) -> str | None:
+        """Why no ring can run with it, None where one can."""
+
+@final
 class Ring:
     """Where one virtqueue is, plain numbers: `size` entries, three guest addresses, borrowed eventfds.
 
@@ -178,6 +204,10 @@ class Ring:
     memory in any case; see `QueuePair.take_corrections`.
 
     `in_flight` is a file and the ring's number in it. A split ring of `CallbackQueues` needs one.
+
+    `log` is where it marks each page that it writes, and the guest address at which its writes to the third area are
+    logged (a packed ring logs those to its descriptors then, too). None in the place of that address: they are not
+    logged. A ring fails at its start if its log is too small for guest memory or that address, or cannot be written.
     """
 
     def __new__(
@@ -193,6 +223,7 @@ class Ring:
         next_avail: int | None,
         ledger: tuple[Ledger, int] | None = None,
         in_flight: tuple[InFlight, int] | None = None,
+        log: tuple[DirtyLog, int | None] | None = None,
     ) -> Ring: ...
 
 @final
@@ -352,6 +383,13 @@ class QueuePair:
             ValueError: a descriptor is neither eventfd nor pipe nor UNIX socket. Nothing changed.
         """
 
+    def set_log(self, direction: str, log: tuple[DirtyLog, int | None] | None) -> None:
+        """Lets the "rx" or "tx" ring mark what it writes in another log from now on, or in none; see `Ring`.
+
+        Rings that run go on. When this returns, the former log has the marks of all that was written before, and is
+        written no more. A ring that cannot mark all that it may write fails. Nothing for one that is not configured.
+        """
+
     def release(self) -> None:
         """Stops and forgets rings, memory and descriptors; the thread is parked. `configure` makes it usable again."""
 
@@ -503,6 +541,9 @@ class CallbackQueues:
         Raises:
             ValueError: a descriptor is neither eventfd nor pipe nor UNIX socket. Nothing changed.
         """
+
+    def set_log(self, ring: int, log: tuple[DirtyLog, int | None] | None) -> None:
+        """As `QueuePair.set_log`."""
 
     def swap_memory(self, memory: GuestMemory) -> bool:
         """Goes on with `memory` if all rings are in the same place there; False if they are not, and nothing changed.

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from localmig.demo import picture
+from localmig.demo import picture, vmm
 from localmig.demo.guests import GUESTS, choose_guest
-from localmig.demo.report import Round, counted, legend, table, verdict
+from localmig.demo.report import DAEMONS, VMMS, Round, counted, legend, table, verdict, vmm_legend
 from localmig.demo.rounds import progress, run
 from localmig.errors import LocalmigError
 
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         default="builtin",
         help="builtin: a network namespace behind a virtio-net driver; qemu: Linux under QEMU; uml: User-Mode Linux "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vmm",
+        action="store_true",
+        help="replace the guest's QEMU in place of its daemon, with the NIC on localmig, then on QEMU's own TAPs",
     )
     parser.add_argument("--handovers", type=int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -77,20 +82,32 @@ def _demonstrate(options: argparse.Namespace) -> Round:
         if (reason := picture.unavailable_reason()) is not None:
             progress(f"No picture will be drawn: {reason}")
             drawn = None
-    boot = choose_guest(options.guest, options.guest_kernel)
-    progress(
-        f"A guest is pinged every millisecond while the daemon that serves its NIC is replaced: "
-        f"{counted(options.handovers, 'time')} by a handover, then as often by a restart."
-    )
-    handovers, restarts, guest = run(boot, times=options.handovers)
-    if options.json:
-        sys.stdout.write(json.dumps({"handover": handovers.facts(), "restart": restarts.facts()}) + "\n")
+    times = counted(options.handovers, "time")
+    naming = VMMS if options.vmm else DAEMONS
+    if options.vmm:
+        vmm.check_available(options.guest_kernel)
+        progress(
+            f"A guest is pinged every millisecond while the QEMU that runs it is replaced: {times} with its NIC on "
+            "localmig, then as often with its NIC on QEMU's own TAPs."
+        )
+        handovers, restarts, guest = vmm.run(options.guest_kernel, times=options.handovers)
+        how = vmm_legend()
     else:
-        told = (table(handovers, restarts), legend(reconnects=guest.reconnects), verdict(handovers))
+        boot = choose_guest(options.guest, options.guest_kernel)
+        progress(
+            f"A guest is pinged every millisecond while the daemon that serves its NIC is replaced: {times} by a "
+            "handover, then as often by a restart."
+        )
+        handovers, restarts, guest = run(boot, times=options.handovers)
+        how = legend(reconnects=guest.reconnects)
+    if options.json:
+        sys.stdout.write(json.dumps({naming.first: handovers.facts(), naming.second: restarts.facts()}) + "\n")
+    else:
+        told = (table(handovers, restarts, naming), how, verdict(handovers, naming))
         sys.stdout.write("\n" + "\n\n".join(told) + "\n")
     sys.stdout.flush()
     if drawn is not None:
-        picture.draw(drawn, handovers, restarts, guest=guest.name)
+        picture.draw(drawn, handovers, restarts, guest=guest.name, naming=naming)
         progress(f"\nThe picture of it: {drawn.absolute()}")
     return handovers
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from localmig.demo.report import Round, milliseconds
+from localmig.demo.report import DAEMONS, Naming, Round, milliseconds
 from localmig.errors import ConfigError, KernelError
 from localmig.testing.traffic import UNANSWERED, percentile
 
@@ -58,7 +58,7 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def draw(path: Path, handovers: Round, restarts: Round, *, guest: str) -> None:
+def draw(path: Path, handovers: Round, restarts: Round, *, guest: str, naming: Naming = DAEMONS) -> None:
     """Writes the picture.
 
     Args:
@@ -66,37 +66,38 @@ def draw(path: Path, handovers: Round, restarts: Round, *, guest: str) -> None:
         handovers: the upper half.
         restarts: the lower half.
         guest: what played the guest.
+        naming: what the rounds are called.
 
     Raises:
         KernelError: the file cannot be written.
     """
     try:
-        figure_of(handovers, restarts, guest=guest).savefig(path)
+        figure_of(handovers, restarts, guest=guest, naming=naming).savefig(path)
     except OSError as error:
         raise KernelError(f"cannot write the picture '{path}': {error.strerror}", errno=error.errno or 0) from error
 
 
-def figure_of(handovers: Round, restarts: Round, *, guest: str) -> Figure:
+def figure_of(handovers: Round, restarts: Round, *, guest: str, naming: Naming = DAEMONS) -> Figure:
     """The picture, before it is a file. Arguments as of `draw`."""
     from matplotlib.figure import Figure  # half a second, and it may be missing
 
     figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    figure.suptitle(f"{guest[0].upper()}{guest[1:]}, pinged every millisecond while its NIC's daemon is replaced")
+    figure.suptitle(f"{guest[0].upper()}{guest[1:]}, pinged every millisecond while {naming.subject} is replaced")
     upper, lower = figure.subplots(2, 1, sharex=True, sharey=True)
     seconds = max(_seconds(handovers), _seconds(restarts))
     top = _HEADROOM * max(_longest_ms(handovers), _longest_ms(restarts))
-    for axes, name, result in ((upper, "Handover", handovers), (lower, "Restart", restarts)):
+    for axes, name, result in ((upper, naming.first, handovers), (lower, naming.second, restarts)):
         _draw_round(axes, result, top=top)
         if _seconds(result) < _NOTE_ROOM * seconds:
             axes.text(_seconds(result), top / 2, f"  done after {_seconds(result):.1f} s", color=_NOTE, va="center")
-        axes.set_title(f"{name}: {_summary(result)}", loc="left", fontweight="bold")
+        axes.set_title(f"{name[0].upper()}{name[1:]}: {_summary(result)}", loc="left", fontweight="bold")
         axes.set_ylabel("round trip in milliseconds")
     lower.set_xlabel("seconds since the first ping")
     lower.set_yscale("log")
     lower.yaxis.set_major_formatter("{x:g}")
     lower.set_ylim(_LOWEST_MS, top)
     lower.set_xlim(0, seconds)
-    figure.legend(*_legend(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*_legend(naming.gap), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -140,14 +141,14 @@ _LOST_STYLE: Final[dict[str, Any]] = {
 }
 
 
-def _legend() -> tuple[list[Any], list[str]]:
+def _legend(gap: str) -> tuple[list[Any], list[str]]:
     """Marks larger than those drawn, which are too small for a legend."""
     from matplotlib.lines import Line2D
 
     answered = Line2D([], [], linestyle="none", marker=".", markersize=8, color=_ANSWERED)
     lost = Line2D([], [], linestyle="none", marker="|", markersize=12, markeredgewidth=2, color=_LOST)
     replaced = Line2D([], [], color=_REPLACED, linewidth=5, alpha=0.8)
-    return [answered, lost, replaced], ["a ping's round trip", "a lost ping", "no daemon serves"]
+    return [answered, lost, replaced], ["a ping's round trip", "a lost ping", gap]
 
 
 def _summary(result: Round) -> str:

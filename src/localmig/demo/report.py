@@ -136,10 +136,35 @@ class Round:
         }
 
 
-def table(handovers: Round, restarts: Round) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Naming:
+    """What two rounds are called.
+
+    Attributes:
+        first: the first round, at the head of its column.
+        second: the other one.
+        noun: what was done in the first one, again and again.
+        subject: what was replaced.
+        gap: what is so in the meantime.
+    """
+
+    first: str
+    second: str
+    noun: str
+    subject: str
+    gap: str
+
+
+DAEMONS: Final = Naming(
+    first="handover", second="restart", noun="handover", subject="its NIC's daemon", gap="no daemon serves"
+)
+VMMS: Final = Naming(first="localmig", second="own TAP", noun="move", subject="its QEMU", gap="the guest is stopped")
+
+
+def table(first_round: Round, second_round: Round, naming: Naming = DAEMONS) -> str:
     """Both rounds side by side."""
-    left, right = _cells(handovers), _cells(restarts)
-    rows = [("", "handover", "restart"), *((name, left[name], right[name]) for name in left)]
+    left, right = _cells(first_round), _cells(second_round)
+    rows = [("", naming.first, naming.second), *((name, left[name], right[name]) for name in left)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         f"{name:<{widths[0]}}   {first:>{widths[1]}}   {second:>{widths[2]}}".rstrip() for name, first, second in rows
@@ -197,15 +222,28 @@ late       the longest time between two pings, which should be 1 ms. Nobody aske
            silence, but what kept the pinger waiting may have kept guest and daemon waiting, too."""
 
 
-def verdict(handovers: Round) -> str:
-    """The handovers in a sentence."""
+def vmm_legend() -> str:
+    """How the table of replaced VMMs is to be read."""
+    return """\
+localmig   'localmig vm-upgrade' under the running guest, whose NIC a daemon serves on one TAP all the time.
+own TAP    the same with the NIC on TAPs of QEMU's own: the old QEMU and the new one each have theirs, on a bridge.
+discarded  replies that the guest's own network stack dropped (ICMP OutErrors); it has room for some 170.
+downtime   from the guest's stop in the old QEMU to its start in the new one, as both QEMUs stamped it.
+           Of fewer than 100, p99 is the longest.
+silence    pings were waiting and none was answered. What lies between replacements is this machine's own doing.
+late       the longest time between two pings, which should be 1 ms. Nobody asked then: that is neither loss nor
+           silence, but what kept the pinger waiting may have kept guest and daemon waiting, too."""
+
+
+def verdict(handovers: Round, naming: Naming = DAEMONS) -> str:
+    """The first round in a sentence."""
     lost, by_guest = handovers.pings.lost, handovers.lost_by_guest
-    count = counted(len(handovers.downtimes_us), "handover")
+    count = counted(len(handovers.downtimes_us), naming.noun)
     if handovers.is_unharmed:
         told = (
             "no ping lost"
             if lost == 0
-            else f"{lost} pings lost, all discarded by the guest itself and none by a handover"
+            else f"{lost} pings lost, all discarded by the guest itself and none by a {naming.noun}"
         )
         return f"{count}: {told}, no link change, every byte of the stream intact."
     wrong = []

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from localmig.demo.guests import GUEST_ADDRESS, Boot, DemoGuest
 from localmig.demo.report import Replacement, Round, milliseconds
@@ -46,9 +46,19 @@ def progress(line: str) -> None:
     sys.stderr.flush()
 
 
+class Replaceable(Protocol):
+    """What a round replaces."""
+
+    def forget(self) -> None:
+        """Lets `moved_ns` begin here."""
+
+    def moved_ns(self) -> tuple[int, int | None]:
+        """When, since `forget`, the guest's network stopped and ran again, by CLOCK_MONOTONIC; None if it did not."""
+
+
 def hand_over(service: Service, guest: DemoGuest, *, times: int) -> Round:
     """Traffic, and `times` handovers in it."""
-    return _round("handover", guest, service, service.hand_over, times=times)
+    return play("handover", guest, service, service.hand_over, times=times)
 
 
 def restart(service: Service, guest: DemoGuest, *, times: int) -> Round:
@@ -58,21 +68,21 @@ def restart(service: Service, guest: DemoGuest, *, times: int) -> Round:
         service.restart()
         guest.wait_reconnected()
 
-    return _round("restart", guest, service, replace, times=times)
+    return play("restart", guest, service, replace, times=times)
 
 
-def _round(name: str, guest: DemoGuest, service: Service, replace: Callable[[], None], *, times: int) -> Round:
-    """Replaces the daemon under traffic until it was done `times` times or the guest did not recover."""
+def play(name: str, guest: DemoGuest, subject: Replaceable, replace: Callable[[], None], *, times: int) -> Round:
+    """Replaces `subject` under traffic until it was done `times` times or the guest did not recover."""
     replacements: list[Replacement] = []
     before = guest.counters()
     with Traffic(guest.port) as traffic:
         traffic.recover()
         for number in range(1, times + 1):
-            service.forget()
+            subject.forget()
             replace()
             recovered = traffic.recover()
             recovered_ns = time.monotonic_ns()
-            stopped_ns, started_ns = service.rings_moved_ns()
+            stopped_ns, started_ns = subject.moved_ns()
             if not recovered:
                 # Rings may have run again: the guest has lost its network all the same.
                 replacements.append(Replacement(stopped_ns=stopped_ns, started_ns=None, recovered_ns=None))

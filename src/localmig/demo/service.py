@@ -81,7 +81,7 @@ class Service:
             if not select.select([daemon], [], [], STEP_SECONDS_MAX)[0]:
                 signal.pidfd_send_signal(daemon.fileno(), signal.SIGKILL)
 
-    def rings_moved_ns(self) -> tuple[int, int | None]:
+    def moved_ns(self) -> tuple[int, int | None]:
         """When, since `forget`, the first ring stopped and the last one started, as traced; None if none did."""
         with self._trace.open() as trace:
             trace.seek(self._seen)
@@ -93,7 +93,7 @@ class Service:
         return min(stopped), max(started, default=None)
 
     def forget(self) -> None:
-        """Lets `rings_moved_ns` begin here."""
+        """Lets `moved_ns` begin here."""
         self._seen = self._trace.stat().st_size
 
     def _log_tail(self) -> str:

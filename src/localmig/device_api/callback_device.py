@@ -210,7 +210,7 @@ class CallbackDevice(VhostUserDevice):
         if self._thread is not None:
             self._thread.post(partial(self.on_returned, self.ring_names[vring]))
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether its code ran since it was saved last."""
         return self._thread is not None and self._thread.change_count != self._changes_saved
 

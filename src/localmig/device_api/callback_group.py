@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from localmig.dataplane import CallbackCounters, CallbackQueues, GuestMemory
+from localmig.dataplane import CallbackCounters, CallbackQueues, DirtyLog, GuestMemory
 from localmig.dataplane import Chain as TakenChain
 from localmig.device_api.ring_group import Layout, RingGroup
 from localmig.virtio import Feature
@@ -112,6 +112,10 @@ class CallbackGroup(RingGroup):
     def set_notifiers(self, vring: int, *, call_fd: int | None, error_fd: int | None) -> None:
         """Lets a ring call its driver by other descriptors."""
         self.engine.set_notifiers(self.vrings.index(vring), call_fd=call_fd, error_fd=error_fd)
+
+    def set_log(self, vring: int, log: tuple[DirtyLog, int | None] | None) -> None:
+        """Lets a ring mark what it writes elsewhere."""
+        self.engine.set_log(self.vrings.index(vring), log)
 
     def swap_memory(self, memory: GuestMemory) -> bool:
         """Goes on with other memory, where its rings are in the same place."""

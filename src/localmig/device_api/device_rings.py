@@ -198,6 +198,8 @@ class DeviceRings:
     def lay_out(self, group: RingGroup) -> None:
         """Tells the stopped group where its rings are, or that it has none. PeerError: they cannot be there."""
         session = self.session
+        if session is not None:
+            session.forget_former_log()
         rings: tuple[Ring | None, ...] = ()
         if session is not None and session.memory is not None and self._device.can_serve:
             rings = tuple(session.ring(vring, self._device.offer_made) for vring in group.vrings)
@@ -282,6 +284,30 @@ class DeviceRings:
                 undisturbed_queue_pairs=undisturbed,
             )
         )
+
+    def set_log(self) -> None:
+        """Marks go to the session's new log. PeerError where none can: the rings that need it have stopped."""
+        assert self.session is not None
+        try:
+            self.session.renew_log()
+        finally:
+            self.change_logging()
+
+    def change_logging(self) -> None:
+        """Marks go where the session says now. A group stops only if its rings have to wait for a log, or had to."""
+        session = self.session
+        assert session is not None
+        vrings, offer = session.state.vrings, self._device.offer_made
+        for group in self.groups:
+            laid_out = [position is not None for position in group.positions()]
+            can_run = [session.ring(vring, offer) is not None for vring in group.vrings]
+            rings = zip(group.vrings, laid_out, can_run, strict=True)
+            if any(is_there != may for vring, is_there, may in rings if not vrings[vring].failed):
+                self.apply(group)
+                continue
+            for vring, is_there in zip(group.vrings, laid_out, strict=True):
+                if is_there:
+                    group.set_log(vring, session.log.of(session.state, vring))
 
     def _awaits_memory(self, session: DeviceSession, group: RingGroup) -> bool:
         """Whether a ring of the group was not in the former memory, and is in the present one."""

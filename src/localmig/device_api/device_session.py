@@ -1,6 +1,7 @@
 """What a device has of one session: the guest memory that it shares, and the memory files beside its rings.
 
-Owns:        DeviceSession: the mapping, the ledger, the in-flight file, why its rings failed, what it is to the device.
+Owns:        DeviceSession: the mapping, the ledger, the in-flight file, the dirty log, why its rings failed, what it is
+             to the device.
 Never sees:  an engine, another session.
 Read next:   vhost_user_device.py, which lays the rings of one of these out; device_state.py for how one travels.
 """
@@ -14,6 +15,7 @@ from typing import Final
 
 from localmig.dataplane import GuestMemory, InFlight, Ledger, Ring
 from localmig.device_api.device_state import ConnectionState
+from localmig.device_api.session_log import SessionLog
 from localmig.errors import KernelError, PeerError
 from localmig.fds import OwnedFd, close_all
 from localmig.vhost_user.info import SessionInfo
@@ -43,6 +45,7 @@ class DeviceSession:
     Attributes:
         session: the connection.
         memory: what the frontend shares, None where that is nothing.
+        log: where its rings mark what they write.
         failures: why a ring failed last, by its number.
         kicks_before: of the first group's rings: the kick descriptor, and how many kicks are not its driver's.
         role: what it is to the device.
@@ -56,6 +59,7 @@ class DeviceSession:
         self.kicks_before: dict[int, tuple[OwnedFd, int]] = {}
         self.role = Role.IDLE
         self.since_ns = time.monotonic_ns()
+        self.log = SessionLog()
         self._device = device
         self._ledger: Ledger | None = None
         self._ledger_file: OwnedFd | None = None
@@ -156,6 +160,7 @@ class DeviceSession:
         """Takes the files over that came by a handover. Raises PeerError or KernelError where they cannot be mapped."""
         self._ledger_file, self._in_flight_file = connection.ledger, connection.in_flight
         self._map_records()
+        self.log.adopt(self.state)
 
     def _map_records(self) -> None:
         count = len(self.state.vrings)
@@ -168,6 +173,17 @@ class DeviceSession:
             raise PeerError(str(error)) from error
         except OSError as error:
             raise KernelError(f"cannot map a memory file: {error.strerror}", errno=error.errno or 0) from error
+
+    def renew_log(self) -> None:
+        """Maps the log that the frontend announced. PeerError: no ring can run with it."""
+        reason = self.log.renew(self.state)
+        if reason is not None:
+            raise PeerError(reason)
+
+    def forget_former_log(self) -> None:
+        """A log that the frontend took away, by stopping its rings, is not held any more."""
+        if self.state.log is None:
+            self.log.forget()
 
     def write_positions(self, vrings: Iterable[int]) -> None:
         """Writes into the ledger where rings go on that may not run for a while, and may run elsewhere next."""
@@ -193,7 +209,7 @@ class DeviceSession:
         """A ring as an engine is told of it, None where it is not to run."""
         state = self.state
         vring = state.vrings[index]
-        if not offer.serves(index, state.vrings) or vring.failed:
+        if not offer.serves(index, state.vrings) or vring.failed or state.awaits_log:
             return None
         assert vring.kick is not None, index
         sizes = (packed_ring if state.is_packed else split_ring).part_sizes(vring.size)
@@ -219,6 +235,7 @@ class DeviceSession:
             next_avail=vring.next_avail,
             ledger=None if self._ledger is None else (self._ledger, index),
             in_flight=None if self._in_flight is None else (self._in_flight, index),
+            log=self.log.of(state, index),
         )
 
     def is_untouched(self, index: int, position: int) -> bool:
@@ -252,6 +269,7 @@ class DeviceSession:
     def drop(self) -> None:
         """Lets go of memory and files; the session has its own descriptors. Idempotent."""
         self.memory = None
+        self.log.forget()
         self._ledger = self._in_flight = None
         close_all((self._ledger_file, self._in_flight_file))
         self._ledger_file = self._in_flight_file = None

@@ -32,6 +32,11 @@ _NO_MEMORY: Final = (
     "rings are started and the frontend shared no memory; let the VMM share it (QEMU: a memory backend with share=on)"
 )
 
+_NO_LOG: Final = (
+    "the frontend wants to know which memory is written (VHOST_F_LOG_ALL) and gave no log for it (SET_LOG_BASE): its"
+    " rings wait for that; look into its log file"
+)
+
 _STEPS: Final[tuple[tuple[str, Callable[[VringState], bool]], ...]] = (
     ("SET_VRING_NUM", lambda vring: bool(vring.size)),
     ("SET_VRING_ADDR", lambda vring: bool(vring.descriptor_area)),
@@ -53,6 +58,8 @@ def set_up_notes(state: SessionState, vrings: Sequence[int], *, has_spoken: bool
     started = sum(state.vrings[index].started for index in vrings)
     if started and not state.regions:
         yield _NO_MEMORY
+    elif started and state.awaits_log:
+        yield _NO_LOG
     elif (0 < started < len(vrings) or not state.was_served) and (started or state.features_acked):
         for name, came in _STEPS:
             missing = " and ".join(str(index) for index in vrings if not came(state.vrings[index]))

@@ -21,7 +21,7 @@ class HasOwnState(Protocol):
     def local_migration_blocker(self) -> str | None:
         """Why its descriptors stay home, None where they move."""
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether the state is another one than was saved last."""
 
     def note_saved(self) -> None:
@@ -78,7 +78,7 @@ class OwnState(Part):
 
     def is_outdated(self) -> bool:
         """What the device says."""
-        return self._device.is_outdated()
+        return self._device.is_own_state_outdated()
 
     def release(self) -> None:
         """Nothing."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localmig.dataplane import CallbackQueues, GuestMemory, QueuePair, Ring
+from localmig.dataplane import CallbackQueues, DirtyLog, GuestMemory, QueuePair, Ring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,10 @@ class RingGroup(ABC):
     @abstractmethod
     def set_notifiers(self, vring: int, *, call_fd: int | None, error_fd: int | None) -> None:
         """Lets a ring call its driver by other descriptors, while it goes on. ValueError: they cannot be used."""
+
+    @abstractmethod
+    def set_log(self, vring: int, log: tuple[DirtyLog, int | None] | None) -> None:
+        """Lets a ring mark what it writes elsewhere, or nowhere. It goes on; the former log is written no more."""
 
     @abstractmethod
     def swap_memory(self, memory: GuestMemory) -> bool:

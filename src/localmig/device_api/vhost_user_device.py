@@ -36,9 +36,12 @@ from localmig.trace import DeviceNoted, MemoryMapped, OwnerChanged, SessionClose
 from localmig.vhost_user.info import SessionInfo, VringInfo
 from localmig.vhost_user.ownership import Ownership, Role, Standing
 from localmig.vhost_user.protocol import (
+    LOG_ALL,
     DeviceReset,
     Event,
     FeaturesSet,
+    LoggingChanged,
+    LogSet,
     MemoryChanged,
     NotifiersChanged,
     Offer,
@@ -172,7 +175,7 @@ class VhostUserDevice(Part):
         """The driver of a stopped group is reset, or its session owns no longer."""
 
     def ring_left(self, vring: int) -> None:
-        """A ring that was laid out is the driver's again; what was in flight of it has been returned."""
+        """A ring is the driver's again; what was in flight of it has been returned, or is of no meaning any more."""
 
     def session_ended(self) -> None:
         """The session owns no longer, and every ring is stopped. Another one may own at once."""
@@ -189,7 +192,7 @@ class VhostUserDevice(Part):
     def thawing(self) -> None:
         """This process serves the session from now on."""
 
-    def is_outdated(self) -> bool:
+    def is_own_state_outdated(self) -> bool:
         """Whether `save` would give something else than last time, without a message of the frontend's."""
         return False
 
@@ -457,7 +460,8 @@ class VhostUserDevice(Part):
             )
         # All of them were told the same.
         told = next((each.session.backend.config for each in self._sessions.values()), self._endpoint.config)
-        return DeviceState(features_acked=0 if state is None else state.features_acked, config=told, socket=socket)
+        features_acked = 0 if state is None else state.features_acked & ~LOG_ALL
+        return DeviceState(features_acked=features_acked, config=told, socket=socket)
 
     def release(self) -> None:
         """Drops socket, connections, memory and rings: another process serves them."""
@@ -523,7 +527,7 @@ class VhostUserDevice(Part):
             here.adopt_records(connection)
             here.since_ns = connection.since_ns
         endpoint.opened_count = socket.opened_count
-        wants = [each for each in self._sessions.values() if each.standing().wants and each.number != socket.owner]
+        wants = [each for each in self._sessions.values() if each.number != socket.owner and each.standing().wants]
         self._ownership = Ownership(
             owner=socket.owner or None,
             succeeded={connection.number for connection in socket.connections if connection.was_succeeded},
@@ -605,6 +609,10 @@ class VhostUserDevice(Part):
                 owner.make_records(keeps_chains=self.keeps_chains(owner.state))
                 self.features_changed()
                 self.apply_all()
+            case LogSet():
+                self._rings.set_log()
+            case LoggingChanged():
+                self._rings.change_logging()
             case MemoryChanged():
                 self._rings.change_memory()
             case DeviceReset():
@@ -626,7 +634,10 @@ class VhostUserDevice(Part):
                 if anew:
                     here.forget(vring)
                 here.write_positions((vring,))
-            case NotifiersChanged():
+                here.forget_former_log()
+            case LogSet():
+                here.renew_log()
+            case NotifiersChanged() | LoggingChanged():
                 pass  # it stands in the session's state
             case RequestRefused(reason=reason):
                 self._note_refusal(reason)
@@ -645,6 +656,7 @@ class VhostUserDevice(Part):
             case DeviceReset():
                 for vring in range(len(here.state.vrings)):
                     here.forget(vring)
+                here.forget_former_log()
                 here.rewind()
             case _:
                 self.check_event(event)
@@ -720,6 +732,8 @@ class VhostUserDevice(Part):
             self._rings.stop(group)
             # A ring that its frontend disabled may be other memory of the guest's by now.
             self._rings.give_back(group, [vring for vring in group.vrings if self.is_served(vring)])
+            for vring in group.vrings:
+                self.ring_left(vring)
             self.driver_left(group)
             group.release()
         self.session_ended()

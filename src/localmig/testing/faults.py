@@ -74,7 +74,18 @@ class Action(StrEnum):
 
 
 PART_STEPS: Final = (
-    *("watch_setup", "save_setup", "freeze", "stop", "save_switchover", "release", "resume", "thaw", "recover"),
+    *(
+        "watch_setup",
+        "save_setup",
+        "quiesce",
+        "freeze",
+        "stop",
+        "save_switchover",
+        "release",
+        "resume",
+        "thaw",
+        "recover",
+    ),
     *("check_setup", "adopt_setup", "check_switchover", "adopt_switchover", "source_released", "discard"),
 )
 REHEARSED_STEPS: Final = ("save_switchover", "check_switchover", "adopt_switchover")

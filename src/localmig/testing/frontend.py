@@ -26,11 +26,13 @@ from localmig.errors import PeerError, PeerLostError, StateError
 from localmig.fds import OwnedFd
 from localmig.vhost_user.message import (
     HEADER_SIZE,
+    LOG_ALL_BIT,
     PROTOCOL_FEATURES_BIT,
     RULES,
     U64,
     ConfigSpace,
     Header,
+    LogFile,
     MemoryTable,
     Payload,
     ProtocolFeature,
@@ -51,6 +53,7 @@ ANSWER_SECONDS_MAX: Final = 10.0
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.RARP
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
@@ -309,6 +312,18 @@ class Frontend:
         """Takes one region back."""
         self.call(Request.REM_MEM_REG, SingleRegion(region=region))
 
+    # -- the dirty log --
+
+    def set_log_base(self, log: LogFile, fd: int) -> None:
+        """Lends the log in which the backend marks pages it writes; the former one is this side's again."""
+        answer = self.call(Request.SET_LOG_BASE, log, [fd])
+        if answer != U64(value=0):
+            raise PeerError(f"backend cannot use the dirty log of {log.size:#x} bytes: it answered {answer}")
+
+    def set_log_fd(self, fd: int) -> None:
+        """Lends an eventfd by which the backend may tell that it logged something."""
+        self.call(Request.SET_LOG_FD, None, [fd])
+
     # -- vrings --
 
     def set_vring_num(self, index: int, size: int) -> None:
@@ -395,6 +410,38 @@ class SharedMemory:
 
     def close(self) -> None:
         """Drops the file; the mapping goes with the object. Idempotent."""
+        self.fd.close()
+
+
+class DirtyBitmap:
+    """A dirty log as the frontend has it: a bit for each page of guest memory.
+
+    Args:
+        end: where guest memory ends.
+        mmap_offset: where in its file the log begins.
+    """
+
+    PAGE_SIZE: Final = 4096
+
+    def __init__(self, end: int, *, mmap_offset: int = 0) -> None:
+        # As QEMU counts: whole words, one of them behind the last page.
+        size = (end // self.PAGE_SIZE // 64 + 1) * 8
+        self.file = LogFile(size=size, mmap_offset=mmap_offset)
+        self.fd = OwnedFd(os.memfd_create("vhost-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(self.fd.fileno(), mmap_offset + size)
+
+    def pages(self) -> set[int]:
+        """The numbers of the marked pages."""
+        bits = os.pread(self.fd.fileno(), self.file.size, self.file.mmap_offset)
+        marked = (at for at, byte in enumerate(bits) if byte)
+        return {8 * at + bit for at in marked for bit in range(8) if bits[at] >> bit & 1}
+
+    def clear(self) -> None:
+        """Unmarks all. What is marked meanwhile may be lost, so no ring may run."""
+        os.pwrite(self.fd.fileno(), bytes(self.file.size), self.file.mmap_offset)
+
+    def close(self) -> None:
+        """Drops the file. Idempotent."""
         self.fd.close()
 
 
@@ -523,6 +570,7 @@ class NetGuest:
         self._features = 0
         self._bases: list[int | None] = [None] * (2 * queue_pairs)
         self._frontend: Frontend | None = None
+        self._log: DirtyBitmap | None = None
         self._drivers: list[DriverPair] = []
         self._is_lent = moved_from is not None
         self.memory: SharedMemory
@@ -591,6 +639,22 @@ class NetGuest:
             if self._is_packed and base != packed_ring.base_of(packed_ring.position_of(base)):
                 raise PeerError(f"backend stopped packed ring {index} at {base:#x}: its halves differ")
             self._bases[index] = base
+
+    def start_logging(self, log: DirtyBitmap) -> None:
+        """Lets the backend mark what it writes from now on, as QEMU does when a migration begins. `log` is lent."""
+        self.frontend.set_log_base(log.file, log.fd.fileno())
+        self._log = log
+        self._switch_logging()
+
+    def stop_logging(self) -> None:
+        """Lets it mark nothing any more, as QEMU does when a migration failed."""
+        self._log = None
+        self._switch_logging()
+
+    def _switch_logging(self) -> None:
+        self.frontend.set_features(self._features_to_say(self.frontend))
+        for index in range(2 * self._queue_pairs):
+            self._set_up_vring(self.frontend, index, Request.SET_VRING_ADDR)
 
     def set_queue_pairs(self, count: int) -> None:
         """Lets the first `count` pairs carry packets and the others none: what QEMU makes of `ethtool -L`.
@@ -762,8 +826,7 @@ class NetGuest:
 
     def _set_up(self, frontend: Frontend) -> None:
         protocol = frontend.protocol_features
-        extra = 1 << PROTOCOL_FEATURES_BIT if protocol else 0
-        frontend.set_features(self._features | extra)
+        frontend.set_features(self._features_to_say(frontend))
         frontend.set_mem_table([(self.memory.region, self.memory.fd.fileno())])
         for requests in self._habits.set_up:
             for index in range(2 * self._queue_pairs):
@@ -774,6 +837,14 @@ class NetGuest:
                 frontend.enable_vring(index)
         if ProtocolFeature.STATUS in protocol:
             frontend.set_status(_DRIVER_OK)
+        if self._log is not None:
+            # As QEMU does, which starts rings before it says where they are to log.
+            frontend.set_log_base(self._log.file, self._log.fd.fileno())
+
+    def _features_to_say(self, frontend: Frontend) -> int:
+        """What the driver acknowledged, and what is the frontend's own."""
+        protocol = 1 << PROTOCOL_FEATURES_BIT if frontend.protocol_features else 0
+        return self._features | protocol | (0 if self._log is None else 1 << LOG_ALL_BIT)
 
     def _set_up_vring(self, frontend: Frontend, index: int, request: Request) -> None:
         vring = self._vrings[index]
@@ -787,9 +858,11 @@ class NetGuest:
                 frontend.set_vring_addr(
                     VringAddress(
                         index=index,
+                        flags=0 if self._log is None else VringAddress.LOGGED,
                         descriptor_area=descriptor_area,
                         device_area=device_area,
                         driver_area=driver_area,
+                        log=0 if self._log is None else self._ring_addresses(index)[2],
                     )
                 )
             case Request.SET_VRING_ERR:

@@ -67,7 +67,7 @@ class Program:
 
     @classmethod
     def unpacked(cls, root: Path) -> Self:
-        """A QEMU whose Debian packages were unpacked at `root`, where `make vmm-packages` leaves one."""
+        """A QEMU whose Debian packages were unpacked at `root`, where `make second-qemu` leaves one."""
         share = root / "usr/share"
         return cls(path=str(root / "usr/bin" / PROGRAM), firmware=(str(share / "qemu"), str(share / "seabios")))
 

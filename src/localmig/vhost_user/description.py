@@ -11,9 +11,9 @@ from typing import Final
 
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
 from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
-from localmig.vhost_user.protocol import SessionState, VringState
+from localmig.vhost_user.protocol import LogState, SessionState, VringState
 from localmig.virtio.net import MAC_LENGTH
-from localmig.vmstate import Description, array, blob, boolean, fd, optional, u8, u16, u32, u64
+from localmig.vmstate import Description, array, blob, boolean, fd, optional, struct, u8, u16, u32, u64
 
 MEMORY_REGION: Final = Description(
     name="vhost-user-memory-region",
@@ -21,6 +21,14 @@ MEMORY_REGION: Final = Description(
     oldest_version=1,
     state=MemoryRegion,
     fields=(u64("guest_address"), u64("size"), u64("user_address"), u64("mmap_offset"), fd("fd", kind="memory")),
+)
+
+LOG: Final = Description(
+    name="vhost-user-log",
+    version=1,
+    oldest_version=1,
+    state=LogState,
+    fields=(u64("size"), u64("mmap_offset"), fd("fd", kind="memory")),
 )
 
 VRING: Final = Description(
@@ -38,6 +46,8 @@ VRING: Final = Description(
         boolean("enabled"),
         boolean("failed"),
         boolean("base_told"),
+        boolean("is_logged"),
+        u64("log_address"),
         optional(fd("kick", kind="eventfd")),
         optional(fd("call", kind="eventfd")),
         optional(fd("error", kind="eventfd")),
@@ -62,6 +72,7 @@ SESSION: Final = Description(
         u16("vring_count_asked"),
         boolean("was_served"),
         optional(fd("backend_request_fd", kind="socket")),
+        optional(struct("log", LOG)),
         blob("unparsed", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
         array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),
         blob("unsent", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),

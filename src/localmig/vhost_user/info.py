@@ -13,7 +13,7 @@ from typing import Final
 
 from localmig.qapi import Array, Boolean, Enumeration, Member, String, Struct, Uint64
 from localmig.qapi.bits import named, names_of
-from localmig.vhost_user.message import PROTOCOL_FEATURES_BIT, ProtocolFeature
+from localmig.vhost_user.message import LOG_ALL_BIT, PROTOCOL_FEATURES_BIT, ProtocolFeature
 from localmig.vhost_user.ownership import Role
 from localmig.vhost_user.protocol import SessionState
 from localmig.virtio import DeviceStatus, Feature
@@ -106,6 +106,7 @@ _FEATURES: Final[Mapping[int, str]] = {
     **named("VIRTIO_F_", Feature),
     Feature.RING_INDIRECT_DESC.value: "VIRTIO_RING_F_INDIRECT_DESC",
     Feature.RING_EVENT_IDX.value: "VIRTIO_RING_F_EVENT_IDX",
+    1 << LOG_ALL_BIT: "VHOST_F_LOG_ALL",
     1 << PROTOCOL_FEATURES_BIT: "VHOST_USER_F_PROTOCOL_FEATURES",
 }
 _PROTOCOL_FEATURES: Final = named("VHOST_USER_PROTOCOL_F_", ProtocolFeature)

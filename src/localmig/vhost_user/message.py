@@ -27,6 +27,9 @@ HEADER_SIZE: Final = 12
 PROTOCOL_FEATURES_BIT: Final = 30
 """VHOST_USER_F_PROTOCOL_FEATURES: a virtio feature bit no device uses; vhost-user negotiates itself by it."""
 
+LOG_ALL_BIT: Final = 26
+"""VHOST_F_LOG_ALL: another such bit. A frontend that acknowledges it wants each page logged that the backend writes."""
+
 TABLE_REGION_COUNT_MAX: Final = 32
 """Regions one SET_MEM_TABLE may carry, and so descriptors one message may. The specification's layout ends at region7;
 rust-vmm takes and sends up to 32 descriptors with a message (MAX_ATTACHED_FD_ENTRIES). QEMU sends more than 8 regions
@@ -185,8 +188,23 @@ class VringNumber(Numbers):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogFile(Numbers):
+    """The dirty log ("log description"): `size` bytes of the file that comes along, from `mmap_offset` on."""
+
+    size: int
+    mmap_offset: int
+
+    LAYOUT: ClassVar = struct.Struct("=QQ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VringAddress(Numbers):
-    """Where a vring is, in the frontend's user addresses ("vring address description")."""
+    """Where a vring is, in the frontend's user addresses ("vring address description").
+
+    With the flag `LOGGED`, what is written to the device area is logged as if that was at guest address `log`.
+    """
+
+    LOGGED: ClassVar = 1
 
     index: int
     flags: int = 0
@@ -323,7 +341,7 @@ class Descriptors(Enum):
     ONE = "one"
     ONE_UNLESS_FLAGGED = "one, or none where the payload says so"
     ONE_PER_REGION = "one per region"
-    # REM_MEM_REG needs none, yet some frontends send one; it is closed unused.
+    # Some frontends send one that nobody needs; it is closed unused.
     AT_MOST_ONE = "none, or one that means nothing"
 
 
@@ -350,6 +368,12 @@ RULES: Final = {
     Request.SET_OWNER: Rule(),
     Request.RESET_OWNER: Rule(),
     Request.SET_MEM_TABLE: Rule(payload=MemoryTable, descriptors=Descriptors.ONE_PER_REGION),
+    # The reply does not wait for REPLY_ACK: the former log is the frontend's again once it comes.
+    Request.SET_LOG_BASE: Rule(
+        payload=LogFile, reply=U64, descriptors=Descriptors.ONE, feature=ProtocolFeature.LOG_SHMFD
+    ),
+    # An eventfd for a backend to tell that it logged something. Nobody reads it; it is closed.
+    Request.SET_LOG_FD: Rule(descriptors=Descriptors.AT_MOST_ONE),
     Request.SET_VRING_NUM: Rule(payload=VringNumber),
     Request.SET_VRING_ADDR: Rule(payload=VringAddress),
     Request.SET_VRING_BASE: Rule(payload=VringNumber),

@@ -28,6 +28,7 @@ from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion, check_reg
 from localmig.vhost_user.message import (
     CONFIG_SIZE_MAX,
     HEADER_SIZE,
+    LOG_ALL_BIT,
     PAYLOAD_SIZE_MAX,
     PROTOCOL_FEATURES_BIT,
     RULES,
@@ -37,6 +38,7 @@ from localmig.vhost_user.message import (
     BackendRequest,
     ConfigSpace,
     Header,
+    LogFile,
     MemoryTable,
     Payload,
     ProtocolFeature,
@@ -58,6 +60,7 @@ VRING_SIZE_MAX: Final = 32768
 
 PROTOCOL_FEATURES_SERVED: Final = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.RARP
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.MTU
@@ -67,7 +70,11 @@ PROTOCOL_FEATURES_SERVED: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-"""What this module serves. Not logging and not postcopy: guests are not moved between machines through us."""
+"""What this module serves. Not postcopy: a guest's memory comes from elsewhere then, and a page that is not there yet
+would stop a queue pair's thread for as long as the network takes. QEMU refuses to begin with it."""
+
+LOG_ALL: Final = 1 << LOG_ALL_BIT
+"""As a feature: a frontend's and a backend's own affair, of which the guest knows nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +116,13 @@ class Offer:
     @property
     def all_features(self) -> int:
         """The feature bits GET_FEATURES answers."""
-        return self.features | 1 << PROTOCOL_FEATURES_BIT
+        logs = LOG_ALL if ProtocolFeature.LOG_SHMFD in self.protocol_features else 0
+        return self.features | logs | 1 << PROTOCOL_FEATURES_BIT
 
     @property
     def all_servable_features(self) -> int:
         """The feature bits that any session may have."""
-        return self.all_features | self.servable_features
+        return self.all_features | self.servable_features | LOG_ALL
 
 
 # -- state ------------------------------------------------------------------------------------------------
@@ -135,6 +143,8 @@ class VringState:
             until the frontend stops the ring or sets it up again.
         base_told: GET_VRING_BASE told the frontend where the ring stands, so that it can go on there. The device clears
             it once a receive ring runs.
+        is_logged: whether writes to the ring itself are logged, while the session logs: as if its device area was at
+            guest address `log_address`. A packed ring's descriptors are logged where they are.
         kick, call, error: eventfds, or pipes; User-Mode Linux is called through a UNIX socket. No call descriptor:
             the guest polls.
     """
@@ -148,6 +158,8 @@ class VringState:
     enabled: bool = False
     failed: bool = False
     base_told: bool = False
+    is_logged: bool = False
+    log_address: int = 0
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     error: OwnedFd | None = None
@@ -156,6 +168,15 @@ class VringState:
     def is_configured(self) -> bool:
         """Whether size and addresses are known."""
         return bool(self.size and self.descriptor_area and self.driver_area and self.device_area)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogState:
+    """The dirty log as the frontend announced it: `size` bytes of the file `fd`, from `mmap_offset` on."""
+
+    size: int
+    mmap_offset: int
+    fd: OwnedFd
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,6 +197,8 @@ class SessionState:
         vring_count_asked: how many the frontend has, where it has more than the device; else 0.
         was_served: whether one was ever started and enabled.
         backend_request_fd: where the backend may send requests of its own.
+        log: where written pages are marked while the frontend wants that. It is gone once all rings are stopped: QEMU
+            frees it then, and starts rings again before it announces another.
         unparsed, unparsed_fds: the beginning of a message and the descriptors that came with it.
         unsent: the rest of a reply the socket had no room for.
     """
@@ -192,6 +215,7 @@ class SessionState:
     vring_count_asked: int = 0
     was_served: bool = False
     backend_request_fd: OwnedFd | None = None
+    log: LogState | None = None
     unparsed: bytes = b""
     unparsed_fds: list[OwnedFd] = field(default_factory=list)
     unsent: bytes = b""
@@ -201,11 +225,22 @@ class SessionState:
         """Whether rings are packed virtqueues; split ones otherwise."""
         return bool(self.features_acked & Feature.RING_PACKED)
 
+    @property
+    def logs(self) -> bool:
+        """Whether the frontend wants to know which pages are written."""
+        return bool(self.features_acked & LOG_ALL)
+
+    @property
+    def awaits_log(self) -> bool:
+        """Whether it wants that and gave no log yet: no ring may run before it does, or wants it no longer."""
+        return self.logs and self.log is None
+
     def close(self) -> None:
         """Closes every descriptor. Bears being called twice."""
         vring_fds = (fd for vring in self.vrings for fd in (vring.kick, vring.call, vring.error))
         region_fds = (region.fd for region in self.regions)
-        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, *self.unparsed_fds))
+        log_fd = None if self.log is None else self.log.fd
+        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, log_fd, *self.unparsed_fds))
 
 
 def check_state(state: SessionState, offer: Offer) -> None:
@@ -329,6 +364,18 @@ class Event:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturesSet(Event):
     """`features_acked` is new, and with it perhaps `enabled` of every ring."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingChanged(Event):
+    """Whether written pages are marked is new, or where: `logs`, or what a ring says of it. Rings that run go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogSet(LoggingChanged):
+    """`log` is new; the former one is not written any more afterwards. Refused: no ring can run with it."""
+
+    refusable: ClassVar = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -555,7 +602,7 @@ class Backend:
         assert self._header is not None
         request = self._header.request
         if RULES[request].reply is not None:
-            self.state.unsent += encode_reply(request, self._reply(request, self._payload))
+            self.state.unsent += encode_reply(request, self._reply(request, self._payload, ack))
         # Looked up after the message was applied: frontends that acknowledge REPLY_ACK itself with NEED_REPLY set
         # wait for the answer.
         elif self._is_acknowledged:
@@ -587,6 +634,10 @@ class Backend:
             case Request.SET_BACKEND_REQ_FD, None:
                 self._retired.append(self.state.backend_request_fd)
                 self.state.backend_request_fd = self.state.unparsed_fds.pop()
+            case Request.SET_LOG_BASE, LogFile(size=size, mmap_offset=mmap_offset):
+                self._drop_log()
+                self.state.log = LogState(size=size, mmap_offset=mmap_offset, fd=self.state.unparsed_fds.pop())
+                return LogSet()
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
                 self._set_regions(self._regions_of(descriptions))
                 return MemoryChanged()
@@ -645,10 +696,14 @@ class Backend:
                 vring.started = vring.failed = False
                 vring.base_told = True
                 vring.kick = self._replace(vring.kick)
+                if not any(each.started for each in self.state.vrings):
+                    self._drop_log()
             case Request.SET_VRING_ADDR, VringAddress():
+                was_logged = vring.is_logged, vring.log_address
                 if not self._set_addresses(vring, payload):
                     # QEMU sends the same addresses again to switch logging, to rings that run.
-                    return None
+                    is_same = was_logged == (vring.is_logged, vring.log_address)
+                    return None if is_same or not was_served else LoggingChanged()
                 anew = not vring.enabled
                 vring.failed &= vring.enabled
             case Request.SET_VRING_KICK, VringFile(has_fd=True):
@@ -688,10 +743,20 @@ class Backend:
     def _is_served(self, index: int) -> bool:
         return self.offer.serves(index, self.state.vrings)
 
-    def _set_features(self, features: int) -> Event:
+    def _set_features(self, features: int) -> Event | None:
         _check_acked(features, self.state.features_offered, "features")
-        if (features ^ self.state.features_acked) & Feature.RING_PACKED:
+        changed = features ^ self.state.features_acked
+        if changed & Feature.RING_PACKED:
             self._change_format(features)
+        if any(map(self._is_served, range(len(self.state.vrings)))):
+            # QEMU says them once more for each queue pair, and switches logging.
+            if changed & ~LOG_ALL:
+                raise PeerError(
+                    f"SET_FEATURES has {features:#x} while rings run with {self.state.features_acked:#x}: only"
+                    f" VHOST_F_LOG_ALL ({LOG_ALL:#x}) may change; let the frontend stop its rings first"
+                )
+            self.state.features_acked = features
+            return LoggingChanged() if changed else None
         self.state.features_acked = features
         # vhost-user, "Ring states": without the bit there is no SET_VRING_ENABLE, so all rings are enabled at once.
         if not features & 1 << PROTOCOL_FEATURES_BIT:
@@ -720,15 +785,18 @@ class Backend:
         return position
 
     def _set_addresses(self, vring: VringState, address: VringAddress) -> bool:
-        """Writes down where a ring is; whether that is new."""
-        if address.flags:
-            raise PeerError(f"vring {address.index} has flags {address.flags:#x}: logging was not offered")
+        """Writes down where a ring is and how it is logged; whether it is in a new place."""
+        known = VringAddress.LOGGED if self.state.features_offered & LOG_ALL else 0
+        if address.flags & ~known:
+            raise PeerError(f"vring {address.index} has flags {address.flags:#x}, only {known:#x} have a meaning here")
         areas = address.descriptor_area, address.driver_area, address.device_area
         _check_vring_addresses(address.index, areas, is_packed=self.state.is_packed)
         if vring.started and not all(areas):
             # 0 is what none was told; no successor would believe in a started ring without them.
             told = ", ".join(f"{area:#x}" for area in areas)
             raise PeerError(f"SET_VRING_ADDR for vring {address.index}, which is started, has addresses {told}")
+        vring.is_logged = bool(address.flags & VringAddress.LOGGED)
+        vring.log_address = address.log if vring.is_logged else 0
         if areas == (vring.descriptor_area, vring.driver_area, vring.device_area):
             return False
         vring.descriptor_area, vring.driver_area, vring.device_area = areas
@@ -772,7 +840,13 @@ class Backend:
             f" address {description.user_address:#x}: there is no such region"
         )
 
+    def _drop_log(self) -> None:
+        if self.state.log is not None:
+            self._retired.append(self.state.log.fd)
+            self.state.log = None
+
     def _reset_device(self) -> Event:
+        self._drop_log()
         # Memory, call and error descriptors stay: QEMU sends them only when they change.
         self.state.features_acked = 0
         self.state.device_status = 0
@@ -785,9 +859,11 @@ class Backend:
         self._retired.append(old)
         return self.state.unparsed_fds.pop() if self.state.unparsed_fds else None
 
-    def _reply(self, request: Request, payload: Payload | None) -> Payload:
-        """What the frontend asked for."""
+    def _reply(self, request: Request, payload: Payload | None, ack: int) -> Payload:
+        """What the frontend asked for, or what became of its request."""
         match request, payload:
+            case Request.SET_LOG_BASE, _:
+                return U64(value=ack)
             case Request.GET_FEATURES, None:
                 return U64(value=self.state.features_offered)
             case Request.GET_PROTOCOL_FEATURES, None:

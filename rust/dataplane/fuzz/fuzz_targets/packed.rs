@@ -5,6 +5,8 @@
 mod bytes;
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/dirty.rs"]
+mod dirty;
 #[path = "../../tests/common/walk.rs"]
 mod walk;
 

@@ -1,5 +1,6 @@
 //! What the tests of rings in arbitrary memory draw from, whatever the rings' format.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, RngSeed};
 
 use crate::common::{eventfd, readable, receive, send, wire, WRITE};
+use crate::dirty::pages_of;
 use crate::walk::{Step, Write, REGIONS, RX_RING};
 
 /// Always the same draws, so that a test that fails fails again.
@@ -87,6 +89,7 @@ impl Ends {
             next_avail,
             ledger,
             in_flight: None,
+            log: None,
         }
     }
 }
@@ -140,6 +143,11 @@ impl<Guest> Scene<Guest> {
         for length in &self.frames {
             send(&ends.wire, &vec![0x5a; *length]);
         }
+    }
+
+    /// The pages that the guest writes itself meanwhile.
+    pub fn guests_pages(&self) -> BTreeSet<u64> {
+        self.meanwhile.iter().flat_map(|write| pages_of(write.address, write.data.len())).collect()
     }
 
     /// What the guest writes while the pair runs, each time with a kick.

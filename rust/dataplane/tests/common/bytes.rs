@@ -12,13 +12,15 @@ use std::sync::LazyLock;
 
 use dataplane::chain::{Features, Layout};
 use dataplane::ledger::{Ledger, Slot};
+use dataplane::log::{RingLog, LOG_PAGE_SIZE};
 use dataplane::memory::GuestMemory;
 use dataplane::packed::{PackedRing, Position};
 use dataplane::split::SplitRing;
 
+use crate::dirty::{Dirty, Snapshot};
 use crate::walk::{
-    direction, memory, walk_packed, walk_split, Step, Write, DEVICE_AREA, DRIVER_AREA, ENTRIES_MAX, REGIONS,
-    RX_RING, TX_RING,
+    direction, guests_pages, memory, walk_packed, walk_split, Step, Write, DEVICE_AREA, DRIVER_AREA,
+    ENTRIES_MAX, REGIONS, RX_RING, TX_RING,
 };
 
 /// Bits of the first byte.
@@ -27,6 +29,11 @@ const INDIRECT: u8 = 2;
 const FROM_GUEST: u8 = 4;
 /// The ring begins where memory or the ledger says, not where the input does.
 const RECOVERS: u8 = 8;
+/// What the ring writes is logged, and its own writes as if it was elsewhere.
+const LOGS_ELSEWHERE: u8 = 16;
+
+/// An address behind the last region, which the log has a bit for.
+const ELSEWHERE: u64 = REGIONS[2].0 + REGIONS[2].1;
 
 /// Words of the ledger an input may set: the intent, and as many completions as a small batch has.
 const LEDGER_WORDS_MAX: usize = 9;
@@ -57,6 +64,7 @@ struct Guest {
     size: u8,
     start: u16,
     recovers: bool,
+    logs_elsewhere: bool,
     ledger: Vec<u64>,
     steps: Vec<Step>,
 }
@@ -134,9 +142,28 @@ impl Guest {
             size,
             start,
             recovers: flags & RECOVERS != 0,
+            logs_elsewhere: flags & LOGS_ELSEWHERE != 0,
             ledger,
             steps: std::iter::from_fn(|| bytes.step(ring)).collect(),
         })
+    }
+
+    /// Where its ring marks what it writes.
+    fn ring_log(&self, dirty: &Dirty, layout: &Layout) -> RingLog {
+        let here = dirty.of(layout);
+        RingLog { device_area: if self.logs_elsewhere { Some(ELSEWHERE) } else { here.device_area }, ..here }
+    }
+
+    /// All that changed is marked, and the device area where it is said to be.
+    fn check(&self, dirty: &Dirty, before: &Snapshot, memory: &GuestMemory, layout: &Layout) {
+        let mut others = guests_pages(&self.steps);
+        let page = layout.device_area / LOG_PAGE_SIZE;
+        if self.logs_elsewhere {
+            let is_changed = dirty.changed(before, memory).contains(&page) && !others.contains(&page);
+            assert!(!is_changed || dirty.pages().contains(&(ELSEWHERE / LOG_PAGE_SIZE)));
+            others.insert(page);
+        }
+        dirty.check(before, memory, &others);
     }
 
     /// Where a ring of `size` entries is.
@@ -157,8 +184,14 @@ pub fn split(data: &[u8]) {
     let memory = memory();
     let size = 1 << (u32::from(guest.size) % (ENTRIES_MAX.ilog2() + 1));
     let mut ring = SplitRing::new(&guest.layout(size), guest.features, &memory).expect("the layout is right");
+    let dirty = Dirty::new(&REGIONS);
+    let before = dirty.look(&memory);
+    let layout = guest.layout(size);
+    ring.set_log(Some(guest.ring_log(&dirty, &layout)));
+    assert_eq!(ring.check_log(), Ok(()));
     ring.begin((!guest.recovers).then_some(guest.start), true);
     walk_split(&mut ring, &memory, direction(guest.ring), &guest.steps);
+    guest.check(&dirty, &before, &memory, &layout);
 }
 
 /// A packed ring whose guest writes what it likes, and whose ledger says what it likes.
@@ -167,9 +200,14 @@ pub fn packed(data: &[u8]) {
     let memory = memory();
     let size = 1 + u16::from(guest.size) % ENTRIES_MAX;
     let ledger = ledger_of(&guest.ledger);
+    let dirty = Dirty::new(&REGIONS);
+    let layout = guest.layout(size);
     let new = || {
-        PackedRing::new(&guest.layout(size), guest.features, &memory, Some(ledger.clone()))
-            .expect("the layout is right")
+        let mut ring = PackedRing::new(&layout, guest.features, &memory, Some(ledger.clone()))
+            .expect("the layout is right");
+        ring.set_log(Some(guest.ring_log(&dirty, &layout)));
+        assert_eq!(ring.check_log(), Ok(()));
+        ring
     };
     let mut ring = new();
     // A guest has written before anybody recovers.
@@ -179,6 +217,7 @@ pub fn packed(data: &[u8]) {
             write.make(&memory);
         }
     }
+    let looked = dirty.look(&memory);
     let was = guest.recovers.then(|| all_but_ring(&memory, guest.ring, size));
     let start = Position::from_bits(guest.start);
     let start = Position { index: start.index % size, wrap: start.wrap };
@@ -198,6 +237,7 @@ pub fn packed(data: &[u8]) {
     let position = walk_packed(&mut ring, &memory, direction(guest.ring), after);
     // A successor goes on there, whatever the guest wrote meanwhile.
     assert_eq!(new().recover(), Ok(Position::from_bits(position)));
+    guest.check(&dirty, &looked, &memory, &layout);
 }
 
 /// The ledger of this process, which says what the input wants it to.

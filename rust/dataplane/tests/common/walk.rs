@@ -1,6 +1,7 @@
 //! A ring's walk, step by step: what must hold at each, whatever its guest writes. Whoever draws the steps includes this.
 #![allow(dead_code)] // each user needs a part
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use dataplane::chain::{Chain, Direction, CHAIN_BUFFERS_MAX};
@@ -9,6 +10,7 @@ use dataplane::packed::PackedRing;
 use dataplane::split::SplitRing;
 
 use crate::common::{memfd, region};
+use crate::dirty::pages_of;
 
 /// Three regions: two that touch, and one behind a gap.
 pub const REGIONS: [(u64, u64); 3] = [(0x1_0000, 0x4000), (0x1_4000, 0x4000), (0x2_0000, 0x8000)];
@@ -59,6 +61,15 @@ impl Write {
     pub fn make(&self, memory: &GuestMemory) {
         let _ = memory.write(self.address, &self.data);
     }
+}
+
+/// The pages that a guest writes itself in these steps.
+pub fn guests_pages(steps: &[Step]) -> BTreeSet<u64> {
+    let pages = |step: &Step| match step {
+        Step::Write(write) => Some(pages_of(write.address, write.data.len())),
+        _ => None,
+    };
+    steps.iter().filter_map(pages).flatten().collect()
 }
 
 /// What happens to a ring next.
@@ -135,6 +146,7 @@ pub fn walk_split(ring: &mut SplitRing, memory: &GuestMemory, direction: Directi
             Step::Write(write) => write.make(memory),
         }
     }
+    ring.flush_log();
 }
 
 /// Walks a packed ring that has begun; gives the position where a successor has to go on.
@@ -174,5 +186,6 @@ pub fn walk_packed(ring: &mut PackedRing, memory: &GuestMemory, direction: Direc
         }
     }
     ring.publish();
+    ring.flush_log();
     ring.position_before(held(&taken))
 }

@@ -197,6 +197,7 @@ def _facts(report: Report) -> dict[str, object]:
         "old-pid": report.old_pid,
         "new-pid": report.new_pid,
         "reason": report.reason,
+        "stopped-at-us": report.stopped_us,
         "silence-us": report.silence_us,
         "phases": [{"name": name, "duration-us": duration} for name, duration in report.phases.items()],
         "notes": report.notes,

@@ -69,7 +69,8 @@ class Report:
         old_pid: the QEMU that ran it before.
         new_pid: the one that was to take it.
         reason: why it is not the usual outcome.
-        silence_us: from the guest's stop in the old one to its start in the new one.
+        stopped_us: when the guest stopped in the old one, in microseconds of Unix time.
+        silence_us: from then to its start in the new one.
         phases: how long each step took, in microseconds.
         migration: what the old QEMU tells of the migration.
         notes: what an operator should know besides.
@@ -80,6 +81,7 @@ class Report:
     old_pid: int
     new_pid: int
     reason: str | None = None
+    stopped_us: int | None = None
     silence_us: int | None = None
     phases: dict[str, int] = field(default_factory=dict)
     migration: Mapping[str, Any] = field(default_factory=dict)
@@ -263,6 +265,7 @@ class Move:
         while (event := await new.next_event(timeout_s=SETTLE_TIMEOUT_S)) is not None:
             if event["event"] == "RESUME":
                 if self._stopped_us is not None:
+                    report.stopped_us = self._stopped_us
                     report.silence_us = _stamp_us(event) - self._stopped_us
                 return
 

@@ -226,7 +226,7 @@ def _refusals(option: Option, *, is_changed: bool) -> Iterator[str]:
     match option.name:
         case "device" if properties.get("driver", "").startswith("vfio-"):
             yield f"'{option}' gives it a device of the machine's, which cannot be in two processes: unplug it first"
-        case "netdev" | "nic" | "net" if kind in _OWN_NETDEVS:
+        case "netdev" | "nic" | "net" if kind in _OWN_NETDEVS and not is_changed:
             yield f"'{option}' {_OWN_NETDEVS[kind]}: let localmig serve it"
         case "netdev" | "nic" if kind == "user" and ("hostfwd" in (option.value or "")):
             yield f"'{option}' forwards a port, which is taken while both run: give it again behind '--' without"

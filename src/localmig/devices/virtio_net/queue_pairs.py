@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from localmig import dataplane
-from localmig.dataplane import Counters, GuestMemory, QueuePair
+from localmig.dataplane import Counters, DirtyLog, GuestMemory, QueuePair
 from localmig.device_api import Layout, Netdev, RingGroup
 from localmig.devices.virtio_net.features import tap_offloads
 from localmig.errors import KernelError
@@ -114,6 +114,10 @@ class QueuePairRings(RingGroup):
         """Lets a ring call its driver by other descriptors."""
         direction = _DIRECTIONS[self.vrings.index(vring)]
         self.engine.set_notifiers(direction, call_fd=call_fd, error_fd=error_fd)
+
+    def set_log(self, vring: int, log: tuple[DirtyLog, int | None] | None) -> None:
+        """Lets a ring mark what it writes elsewhere, between two packets."""
+        self.engine.set_log(_DIRECTIONS[self.vrings.index(vring)], log)
 
     def swap_memory(self, memory: GuestMemory) -> bool:
         """Goes on with other memory, where its rings are in the same place."""
