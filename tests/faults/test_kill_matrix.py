@@ -662,7 +662,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     reason = unavailable_reason()
     if reason is not None:
         pytest.skip(f"needs network namespaces: {reason}")
-    chain = Chain(tmp_path_factory.mktemp("k"))
+    chain = Chain(tmp_path_factory.mktemp("k"), is_waited_for=True)
     yield chain
     chain.close()
 

@@ -55,7 +55,8 @@ class World(NamedTuple):
         shot: SIGKILL is on its way to the destination.
         revoked: the source said, in a way that outlives it, that it took its offer back.
         went_on: the source's control planes go on after they were frozen: what the destination holds of them is old.
-        changes: how often a frontend changed something in the source since that began to count.
+        changes: how often a frontend changed something in the source since that began to count: what it says, which
+            sessions there are, which of them owns.
         saved: how many of them are in the setup that was sent last.
         adopted: how many are in the setup that the destination has.
         rounds: how often the setup was sent again.
