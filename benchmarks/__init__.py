@@ -14,6 +14,7 @@ Read next:   __main__.py for the sections in order, report.py for a table, hando
     bare.py    bare_handover.c  .py    section bare
     replacements.py                    section replacements (pinging.py, qemu_migration.py)
     packet_rates.py                    section rates (testpmd.py, iperf.py)
+    logged_rates.py                    section logged
     microbenchmarks.py                 section rust
     compare.py                         this tree beside another commit (trees.py, comparison.py): `make bench-compare`
 

@@ -16,7 +16,17 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Final
 
-from benchmarks import bare, compare, handovers, machine, microbenchmarks, packet_rates, replacements, report
+from benchmarks import (
+    bare,
+    compare,
+    handovers,
+    logged_rates,
+    machine,
+    microbenchmarks,
+    packet_rates,
+    replacements,
+    report,
+)
 from benchmarks.options import new_parser
 from benchmarks.report import RESULTS, Findings
 from benchmarks.sizes import SIZES, Sizes
@@ -32,6 +42,7 @@ TITLES: Final = {
     "bare": "The bare cost of handing descriptors over",
     "replacements": "What a guest's peer notices",
     "rates": "Packet rates",
+    "logged": "Packet rates while pages are logged",
     "rust": "The packet path's own benchmarks",
 }
 
@@ -50,6 +61,7 @@ class Run:
             "bare": self._bare,
             "replacements": lambda findings: replacements.run(findings, self.sizes),
             "rates": lambda findings: packet_rates.run(findings, self.sizes),
+            "logged": lambda findings: logged_rates.run(findings, self.sizes),
             "rust": microbenchmarks.run,
         }
 

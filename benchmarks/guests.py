@@ -23,13 +23,18 @@ from typing import Any, Final, Self
 
 from benchmarks.lines import next_line
 from localmig.errors import LocalmigError, PeerError
-from localmig.testing.frontend import NetGuest
+from localmig.testing.frontend import DRIVER_FEATURES, DirtyBitmap, NetGuest
+from localmig.virtio import Feature
 
 START_SECONDS_MAX: Final = 120.0
 """Five hundred guests ask five hundred times thirty questions; a loaded machine answers each in a millisecond."""
 
 END_SECONDS_MAX: Final = 30.0
 """Five hundred threads are joined and as many mappings given back."""
+
+LOG: Final = "log"
+FORGET: Final = "forget"
+"""Lines that they obey."""
 
 _LOOK_SECONDS: Final = 0.2
 """How often the drivers are asked whether they still run."""
@@ -41,12 +46,12 @@ _SOCKET_BUFFER_BYTES: Final = 1 << 20
 # -- the process ------------------------------------------------------------------------------------------------
 
 
-def _run(socket_paths: Sequence[str], ends: Sequence[int], queue_size: int) -> str | None:
-    """Lives as these guests until the end of stdin; gives what went wrong."""
+def _run(socket_paths: Sequence[str], ends: Sequence[int], queue_size: int, features: int) -> str | None:
+    """Lives as these guests until the end of stdin, and obeys its lines; gives what went wrong."""
     with contextlib.ExitStack() as resources:
         guests = []
         for path, end in zip(socket_paths, ends, strict=True):
-            guest = resources.enter_context(NetGuest(path, tap_fds=[end], queue_size=queue_size))
+            guest = resources.enter_context(NetGuest(path, tap_fds=[end], queue_size=queue_size, features=features))
             guest.attach()
             guests.append(guest)
         _say({"event": "ready"})
@@ -58,12 +63,26 @@ def _run(socket_paths: Sequence[str], ends: Sequence[int], queue_size: int) -> s
             readable = {fd for fd, _ in poll.poll(_LOOK_SECONDS * 1000)}
             counters = [guest.counters() for guest in guests]
             if sys.stdin.fileno() in readable:
-                break
-            if readable:
+                line = sys.stdin.readline()
+                if not line:
+                    break
+                _switch_logging(guests, resources, on=line.strip() == LOG)
+                _say({"event": "switched"})
+            elif readable:
                 return "the backend closed a connection"
         totals = {name: sum(getattr(each, name) for each in counters) for name in ("rx_packets", "tx_packets")}
         _say({"event": "counted", **totals})
     return None
+
+
+def _switch_logging(guests: Sequence[NetGuest], resources: contextlib.ExitStack, *, on: bool) -> None:
+    for guest in guests:
+        if on:
+            region = guest.memory.region
+            log = resources.enter_context(contextlib.closing(DirtyBitmap(region.guest_address + region.size)))
+            guest.start_logging(log)
+        else:
+            guest.stop_logging()
 
 
 def _say(facts: Mapping[str, object]) -> None:
@@ -91,12 +110,13 @@ class Guests:
     Args:
         nics: the vhost-user socket of each NIC, by the name of its TAP.
         queue_size: entries of each ring.
+        packed: whether they ask for packed rings.
 
     Raises:
         PeerError: they could not attach; the text is theirs.
     """
 
-    def __init__(self, nics: Mapping[str, Path], *, queue_size: int) -> None:
+    def __init__(self, nics: Mapping[str, Path], *, queue_size: int, packed: bool = False) -> None:
         self._outer: dict[str, socket.socket] = {}
         inner: list[socket.socket] = []
         self._process: subprocess.Popen[str] | None = None
@@ -112,7 +132,12 @@ class Guests:
                 pass_fds=numbers,
                 text=True,
             )
-            settings = {"socket_paths": [*map(str, nics.values())], "ends": numbers, "queue_size": queue_size}
+            settings = {
+                "socket_paths": [*map(str, nics.values())],
+                "ends": numbers,
+                "queue_size": queue_size,
+                "features": int(DRIVER_FEATURES | (Feature.RING_PACKED if packed else 0)),
+            }
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(settings) + "\n")
             self._process.stdin.flush()
@@ -134,6 +159,14 @@ class Guests:
         """Their process."""
         assert self._process is not None
         return self._process.pid
+
+    def switch_logging(self, *, on: bool) -> None:
+        """Lets the daemon mark each page that it writes, or no longer. PeerError if they went wrong."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{LOG if on else FORGET}\n")
+        self._process.stdin.flush()
+        self._wait_for("switched", END_SECONDS_MAX)
 
     def stop(self) -> dict[str, Any]:
         """Ends them; what they counted. PeerError if they went wrong before."""

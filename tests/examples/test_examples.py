@@ -301,6 +301,25 @@ def test_a_state_that_begins_to_matter_during_a_handover_travels_or_ends_it(
         assert driver.request(0, room=32) == b"2"
 
 
+def test_a_source_that_dies_before_it_has_sent_a_newer_state_is_outlived_with_the_older_one(
+    site: Site, gained: tuple[Path, Path]
+) -> None:
+    _, new = gained
+    with found(new):
+        daemon = site.source(*site.objects(), *rng_at(site), fault="after-send:DESCRIPTION#2=kill")
+    daemon.execute("migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}])
+    with Driver(f"{site.folder}/rng0.sock", ring_count=1) as driver:
+        driver.attach()
+        assert driver.request(0, room=32) == b"1"
+        destination = hand_over(site, daemon, folders=(new,))
+        daemon.wait_migration_status("pre-switchover")
+        assert driver.request(0, room=32) == b"2"
+        daemon.execute("migrate-continue", state="pre-switchover")
+        daemon.wait()
+        serves_again(destination)
+        assert driver.request(0, room=32) == b"2"
+
+
 def test_a_destination_without_the_package_refuses_and_names_it(site: Site, examples: Path, tmp_path: Path) -> None:
     with found(examples):
         daemon = site.source(*site.objects(), *rng_at(site))

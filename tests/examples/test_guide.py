@@ -10,7 +10,6 @@ from __future__ import annotations
 import doctest
 import os
 import re
-import select
 import shutil
 import subprocess
 import sys
@@ -25,8 +24,8 @@ import pytest
 from tests.conftest import ROOT
 
 from localmig.fds import OwnedFd
-from localmig.testing.daemon import START_SECONDS_MAX
 from localmig.testing.driver import Driver
+from localmig.testing.process import is_ready
 
 COMMAND_SECONDS_MAX: Final = 120
 """For an installation by pip, which downloads what it builds with."""
@@ -118,9 +117,7 @@ class Reader:
                     stderr=log,
                 )
             self._ends.callback(_kill, process)
-            os.set_blocking(reader.fileno(), True)
-            assert _readable(reader), f"not ready in time: {command}"
-            assert os.read(reader.fileno(), 1), f"{command}\n{(self.folder / 'daemon.log').read_text()}"
+            assert is_ready(reader), f"{command}\n{(self.folder / 'daemon.log').read_text()}"
 
     def _converse(self, text: str, name: str) -> None:
         said: list[str] = []
@@ -169,12 +166,6 @@ def _commands(text: str) -> Iterator[tuple[str, str]]:
 def _plain(code: str) -> str:
     """Without indentation and blank lines, which the formatter sets anew in a page."""
     return "\n".join(line.strip() for line in code.splitlines() if line.strip())
-
-
-def _readable(fd: OwnedFd) -> bool:
-    poll = select.poll()
-    poll.register(fd.fileno(), select.POLLIN)
-    return bool(poll.poll(START_SECONDS_MAX * 1000))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

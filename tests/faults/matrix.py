@@ -71,15 +71,24 @@ class Chain:
     Attributes:
         serving: who serves.
         guest: the frontend of the session that owns.
-        waiting: another guest's, whose rings are held.
+        waiting: another guest's, whose rings are held; None where nobody waits for the NIC.
         frames: what flows.
     """
 
-    def __init__(self, folder: Path, *, options: str = "", interval_s: float = 0.001, habits: Habits = QEMU) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        options: str = "",
+        interval_s: float = 0.001,
+        habits: Habits = QEMU,
+        is_waited_for: bool = False,
+    ) -> None:
         self.folder = folder
         self._habits = habits
         self._options = options
         self._interval_s = interval_s
+        self._is_waited_for = is_waited_for
         self._ends = ExitStack()
         self._count = 0
         self._processes: list[DaemonProcess] = []
@@ -105,8 +114,10 @@ class Chain:
         tap.setblocking(False)
         self.guest = self._life.enter_context(NetGuest(f"{self.folder}/n", tap_fds=[tap.fileno()], habits=self._habits))
         self.guest.attach()
-        self.waiting = self._life.enter_context(NetGuest(f"{self.folder}/n", queue_size=16))
-        self.waiting.attach()
+        self.waiting: NetGuest | None = None
+        if self._is_waited_for:
+            self.waiting = self._life.enter_context(NetGuest(f"{self.folder}/n", queue_size=16))
+            self.waiting.attach()
         self._near = near
         self._attach_others()
         self._stream()
@@ -178,7 +189,8 @@ class Chain:
         self.frames.stop()
         self.serving = self._start(*self._objects)
         self.guest.reconnect()
-        self.waiting.reconnect()
+        if self.waiting is not None:
+            self.waiting.reconnect()
         self._attach_others()
         self._stream()
         assert self.frames.wait_flow(seconds=FLOW_SECONDS_MAX), "the frontend reconnected and is not served"

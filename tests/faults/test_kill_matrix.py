@@ -359,7 +359,7 @@ CHANGED_ZONES: Final = (
         name="a change arrives",
         is_changed=True,
         side=Side.DESTINATION,
-        points=f"""after-receive:DESCRIPTION#2 leave:prepared enter:setting-up#2 after-receive:SETUP#2
+        points=f"""after-receive:DESCRIPTION#2 after-receive:SETUP#2 leave:prepared enter:setting-up#2
             {_again("check_setup adopt_setup")} leave:setting-up#2 enter:prepared#2 before-send:SETUP_ACK#2""",
         kill=Outcome.STAYED,
         stop=(Meanwhile.FLOWS, Outcome.MOVED),
@@ -662,7 +662,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     reason = unavailable_reason()
     if reason is not None:
         pytest.skip(f"needs network namespaces: {reason}")
-    chain = Chain(tmp_path_factory.mktemp("k"))
+    chain = Chain(tmp_path_factory.mktemp("k"), is_waited_for=True)
     yield chain
     chain.close()
 

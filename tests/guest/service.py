@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
-import subprocess
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -19,17 +17,15 @@ from typing import Any, Final, TypeVar
 
 from qemu.qmp import QMPClient
 from tests.guest.lab import Lab, Process
+from tests.kit.processes import localmig
+
+from localmig.fds import OwnedFd
+from localmig.testing.process import is_ready
 
 LOCALMIG: Final = (sys.executable, "-m", "localmig.cli")
 
-START_SECONDS_MAX: Final = 30
-"""For a Python process that opens a TAP and a few sockets; a busy machine takes seconds for it."""
-
 HANDOVER_SECONDS_MAX: Final = 60
 """For `localmig upgrade` whole: a process started, a handover of milliseconds, a process ended."""
-
-ANSWER_SECONDS_MAX: Final = 30
-"""For a question to a daemon, by a Python process that is started for it; a busy machine takes seconds for it."""
 
 Result = TypeVar("Result")
 
@@ -56,20 +52,16 @@ class Service:
     def start(self, *options: str, qmp: Path | None = None) -> Process:
         """Start a daemon and wait until it is ready."""
         self._daemon_count += 1
-        ready, announce = os.pipe()
-        try:
-            monitor = ["--qmp", f"unix:{qmp or self.qmp}", "--ready-fd", str(announce)]
-            daemon = self._lab.start(
-                [*LOCALMIG, "run", *monitor, *options],
-                name=f"daemon{self._daemon_count}",
-                pass_fds=(announce,),
-            )
-            os.close(announce)
-            readable, _, _ = select.select([ready], [], [], START_SECONDS_MAX)
-            # The end of the file without that byte: it ended, and its log says why.
-            assert readable and os.read(ready, 1), f"daemon did not start: {daemon.log.read_text()}"  # noqa: PT018
-        finally:
-            os.close(ready)
+        reader, writer = (OwnedFd(fd) for fd in os.pipe())
+        with reader:
+            with writer:
+                monitor = ["--qmp", f"unix:{qmp or self.qmp}", "--ready-fd", str(writer.fileno())]
+                daemon = self._lab.start(
+                    [*LOCALMIG, "run", *monitor, *options],
+                    name=f"daemon{self._daemon_count}",
+                    pass_fds=(writer.fileno(),),
+                )
+            assert is_ready(reader), f"daemon did not start: {daemon.log.read_text()}"
         return daemon
 
     def upgrade(self, *options: str) -> dict[str, Any]:
@@ -91,8 +83,7 @@ class Service:
 
     def device(self, id: str) -> dict[str, Any]:  # noqa: A002 - the user's word
         """What query-devices tells of a device."""
-        argv = [*LOCALMIG, "qmp", str(self.qmp), "query-devices"]
-        told = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=ANSWER_SECONDS_MAX).stdout
+        told = localmig("qmp", str(self.qmp), "query-devices").stdout
         devices: list[dict[str, Any]] = json.loads(told)
         (device,) = (each for each in devices if each["id"] == id)
         return device

@@ -1,8 +1,9 @@
 """A guest whose memory is watched: each page that somebody else changed is known, and so is which may be.
 
-Owns:        WatchedMemory; drivers of split and packed rings with chains of any shape.
-Never sees:  the dirty log.
-Read next:   test_dirty_log.py, which compares the two.
+Owns:        WatchedMemory; drivers of split and packed rings with chains of any shape; LoggedGuest, a NIC's driver and
+             its VMM, which compares the pages that changed with those that are marked.
+Never sees:  the device.
+Read next:   test_dirty_log.py; tests/faults/test_dirty_log.py, where the device moves and dies meanwhile.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import os
 import random
 import select
+import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from localmig.testing.frontend import SharedMemory
-from localmig.virtio import packed_ring
+from localmig.testing.frontend import PROTOCOL_FEATURES, RX, TX, DirtyBitmap, Frontend, SharedMemory
+from localmig.vhost_user.message import LOG_ALL_BIT, PROTOCOL_FEATURES_BIT, VringAddress
+from localmig.virtio import Feature, packed_ring
+from localmig.virtio.net import NetFeature
 
 PAGE: Final = 4096
 PATIENCE_MS: Final = 10_000
@@ -34,6 +39,18 @@ _TABLE_LENGTH: Final = _TABLE_BYTES // 16
 
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _AVAIL, _USED = 1 << 7, 1 << 15
+
+SIZE: Final = 64
+"""Entries of each ring of a NIC."""
+
+HEADER: Final = 12
+FRAME_MIN, FRAME_MAX = 60, 1514
+SLOT: Final = 0x2000
+"""For the buffers of one chain."""
+
+MEMORY: Final = 0x20_0000
+LOG_ALL: Final = 1 << LOG_ALL_BIT
+MAC: Final = bytes.fromhex("525400123456")
 
 Buffers = Sequence[tuple[int, int]]
 """(guest address, length) of each."""
@@ -63,6 +80,11 @@ class WatchedMemory:
         """The numbers of the pages that somebody else changed so far."""
         self._look(self.start, len(self._expected))
         return set(self._changed)
+
+    def forget(self) -> None:
+        """What was changed until now does not count."""
+        self.changed()
+        self._changed.clear()
 
     def _look(self, address: int, size: int) -> None:
         offset = address - self.start
@@ -259,3 +281,169 @@ class PackedRing(WatchedRing):
     def _advanced(self, position: tuple[int, bool], slots: int) -> tuple[int, bool]:
         laps, index = divmod(position[0] + slots, self.size)
         return index, position[1] ^ (laps % 2 == 1)
+
+
+class LoggedGuest:
+    """A VMM and a driver whose memory is watched, on one NIC that is not set up yet."""
+
+    def __init__(self, path: str, features: int, ends: ExitStack, *, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.memory = WatchedMemory(MEMORY)
+        ends.callback(self.memory.close)
+        self.log = DirtyBitmap(self.memory.start + MEMORY)
+        ends.callback(self.log.close)
+        self.frontend = ends.enter_context(Frontend.connect(path))
+        self.features = features | 1 << PROTOCOL_FEATURES_BIT
+        kind = PackedRing if features & Feature.RING_PACKED else SplitRing
+        self.rings: list[WatchedRing] = [
+            kind(
+                self.memory,
+                self.memory.start + RING_BYTES * index,
+                size=SIZE,
+                writable=index == RX,
+                indirect=bool(features & Feature.RING_INDIRECT_DESC),
+                event_index=bool(features & Feature.RING_EVENT_IDX),
+            )
+            for index in (RX, TX)
+        ]
+        for ring in self.rings:
+            ends.callback(ring.close)
+        slots = range(self.memory.start + 2 * RING_BYTES, self.memory.start + MEMORY, SLOT)
+        self._slots = list(slots)
+        self.chance.shuffle(self._slots)
+        self._lent: dict[int, int] = {}
+        self.sent = self.received = 0
+
+    def attach(self, *, is_logged: bool) -> None:
+        """Sets all up, as QEMU does: where pages are logged it says last."""
+        frontend = self.frontend
+        assert not self.features & ~frontend.get_features()
+        frontend.set_protocol_features(frontend.get_protocol_features() & PROTOCOL_FEATURES)
+        frontend.set_owner()
+        self.say_features(is_logged=is_logged)
+        frontend.set_mem_table([(self.memory.shared.region, self.memory.shared.fd.fileno())])
+        for index, ring in enumerate(self.rings):
+            frontend.set_vring_num(index, ring.size)
+            frontend.set_vring_base(index, ring.base)
+            self.say_address(index, is_logged=is_logged)
+            frontend.set_vring_err(index, ring.error)
+            frontend.set_vring_kick(index, ring.kick)
+            frontend.set_vring_call(index, ring.call)
+            frontend.enable_vring(index)
+        if is_logged:
+            frontend.set_log_base(self.log.file, self.log.fd.fileno())
+
+    def say_features(self, *, is_logged: bool) -> None:
+        """As they are, with or without the bit for logging."""
+        self.frontend.set_features(self.features | (LOG_ALL if is_logged else 0))
+
+    def say_address(self, index: int, *, is_logged: bool) -> None:
+        """Where a ring is, and whether it is logged."""
+        descriptors, driver, device = self.rings[index].areas
+        user = self.memory.shared.user_address
+        address = VringAddress(
+            index=index,
+            flags=VringAddress.LOGGED if is_logged else 0,
+            descriptor_area=user(descriptors),
+            driver_area=user(driver),
+            device_area=user(device),
+            log=device if is_logged else 0,
+        )
+        self.frontend.set_vring_addr(address)
+
+    def switch(self, *, is_logged: bool) -> None:
+        """Begins or ends logging while rings run."""
+        if is_logged:
+            self.frontend.set_log_base(self.log.file, self.log.fd.fileno())
+        self.say_features(is_logged=is_logged)
+        for index in range(len(self.rings)):
+            self.say_address(index, is_logged=is_logged)
+
+    def stop(self) -> None:
+        """Stops both rings: nothing is written afterwards."""
+        for index in range(len(self.rings)):
+            self.frontend.get_vring_base(index)
+
+    def fill(self) -> None:
+        """Posts receive buffers of any shape while there is room."""
+        while self.rings[RX].room() >= 6 and len(self._slots) > SIZE:
+            mergeable = self.features & NetFeature.MRG_RXBUF
+            least = 100 if mergeable else HEADER + FRAME_MAX
+            self.rings[RX].post(self._buffers(self.chance.randint(least, 3000)), self.chance)
+
+    def drain(self) -> None:
+        """Takes what was received so far."""
+        while (used := self.rings[RX].take_used()) is not None:
+            self._take(used)
+
+    def await_one(self) -> None:
+        """Takes one chain that was received into."""
+        self._take(self.rings[RX].await_used())
+
+    def say(self, frame: bytes) -> None:
+        """Sends a frame in buffers of any shape, and waits until they are back."""
+        packet = bytes(HEADER) + frame
+        buffers, at = self._buffers(len(packet)), 0
+        for address, length in buffers:
+            self.memory.write(address, packet[at : at + length])
+            at += length
+        self.rings[TX].post(buffers, self.chance)
+        used, written = self.rings[TX].await_used()
+        assert written == 0
+        self._give(used)
+        self.sent += 1
+
+    def check(self) -> None:
+        """Each page that the device changed is marked, and none where it had nothing to write."""
+        changed, marked = self.memory.changed(), self.log.pages()
+        assert changed <= marked, f"pages {sorted(map(hex, changed - marked))} changed and are not marked"
+        buffers = range(self.memory.start + 2 * RING_BYTES, self.memory.start + MEMORY, PAGE)
+        rings = {area // PAGE for ring in self.rings for area in (ring.areas[0], ring.areas[2])}
+        assert marked <= {address // PAGE for address in buffers} | rings, sorted(map(hex, marked))
+
+    def _buffers(self, length: int) -> Buffers:
+        """Some bytes in pieces, anywhere in a slot that is free."""
+        slot = self._slots.pop(0)
+        address = slot + self.chance.randrange(SLOT - length)
+        self._lent[address] = slot
+        count = self.chance.randint(1, 5)
+        cuts = sorted(self.chance.sample(range(1, length), count - 1))
+        ends = zip([0, *cuts], [*cuts, length], strict=True)
+        return [(address + start, end - start) for start, end in ends]
+
+    def _take(self, used: tuple[Buffers, int]) -> None:
+        buffers, written = used
+        assert written
+        self._give(buffers)
+        self.received += 1
+
+    def _give(self, buffers: Buffers) -> None:
+        self._slots.append(self._lent.pop(buffers[0][0]))
+
+
+def any_frame(chance: random.Random) -> bytes:
+    """To everybody, of a type nobody knows, of any length and content."""
+    length = chance.randint(FRAME_MIN, FRAME_MAX)
+    return b"\xff" * 6 + MAC + b"\x88\xb5" + chance.randbytes(length - 14)
+
+
+def move_frames(machine: socket.socket, guest: LoggedGuest, rounds: int) -> None:
+    """Frames both ways, in random order."""
+    for _ in range(rounds):
+        guest.fill()
+        if guest.chance.random() < 0.5:
+            machine.send(any_frame(guest.chance))
+            guest.await_one()
+        else:
+            guest.say(any_frame(guest.chance))
+            assert machine.recv(4096)
+        guest.drain()
+
+
+def churn(machine: socket.socket, guest: LoggedGuest, ended: threading.Event) -> None:
+    """Frames both ways until that is set, whichever of them arrive: who moves them may die at any instant."""
+    while not ended.is_set():
+        guest.fill()
+        machine.send(any_frame(guest.chance))
+        guest.say(any_frame(guest.chance))
+        guest.drain()

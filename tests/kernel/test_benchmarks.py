@@ -27,7 +27,7 @@ def test_the_benchmarks_run_and_their_handovers_lose_nothing(tmp_path: Path) -> 
         "benchmarks",
         "--smoke",
         "--only",
-        "handovers,bare,replacements",
+        "handovers,bare,replacements,logged",
         "--results",
         str(tmp_path),
     ]
@@ -35,7 +35,7 @@ def test_the_benchmarks_run_and_their_handovers_lose_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
 
     sections = json.loads((tmp_path / "samples.json").read_text())["sections"]
-    assert [found["failure"] for found in sections.values()] == [None, None, None]
+    assert [found["failure"] for found in sections.values()] == [None] * 4
     flooded = sections["handovers"]["samples"]["1 NIC, flooded"]
     assert len(flooded["handovers"]) == 2
     for way in ("up", "down"):
@@ -44,6 +44,7 @@ def test_the_benchmarks_run_and_their_handovers_lose_nothing(tmp_path: Path) -> 
     ways = sections["replacements"]["samples"]
     assert [(name, way["gave_up"]) for name, way in ways.items() if way["gave_up"] is not None or not way["lost"]] == []
     assert ways["localmig: handover"]["lost"] == [0]
+    assert len(sections["logged"]["samples"]) == 8
 
 
 def test_a_comparison_with_an_unknown_commit_says_so(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ from localmig.testing.namespace import CommandError, NetworkNamespace, ip, link
 from localmig.testing.process import start_program
 from localmig.vmstate import Blob, Reader, load, save
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_descriptor_is_lost", "lower")]
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.usefixtures("no_descriptor_is_lost", "lower"),
+    pytest.mark.xdist_group("macvtap"),  # two network namespaces may mean the same /dev/tapN
+]
 
 PATIENCE_S: Final = 10.0
 ETH_P_ALL: Final = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from contextlib import ExitStack
 from itertools import pairwise
@@ -17,6 +18,9 @@ from localmig.virtio.net import header_length
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("namespace")]
 
 PATIENCE_S: Final = 20.0
+
+END_SECONDS_MAX: Final = 60.0
+"""A loaded machine takes many seconds to unmap the memory of five hundred guests."""
 """For a frame to come, or a migration to end: milliseconds each, a machine under load gets much more."""
 
 QUEUE_SIZE: Final = 16
@@ -97,7 +101,8 @@ def serve(count: int, folder: Path, *, handovers: int) -> Takes:
                 nic.send()
             info = daemon.wait_migration(seconds=PATIENCE_S)
             assert info["status"] == "completed", info
-            assert daemon.quit() == 0
+            daemon.send_signal(signal.SIGTERM)
+            assert daemon.wait(seconds=END_SECONDS_MAX) == 0
             daemon = successor
             for nic in nics:
                 nic.send()

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.fork_server import fork_server
-from tests.kit.processes import localmig
+from tests.kit.processes import localmig, start_ready
 
 from localmig.cli.signals import UNRELATED
 from localmig.testing.process import Process, start_program
@@ -40,13 +39,9 @@ class Daemon:
             launcher: a command that does something first and then becomes the one that follows it.
             stdio: its stdin, stdout and stderr.
         """
-        ready, ready_there = os.pipe()
-        start = partial(start_program, launcher=launcher) if launcher else fork_server().start
-        words = ["run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}", *options, "--ready-fd", str(ready_there)]
-        self.process = start("localmig.cli", words, stdin=stdio, stdout=stdio, stderr=stdio, inherited=[ready_there])
-        os.close(ready_there)
-        assert os.read(ready, 1), "it did not start"
-        os.close(ready)
+        start = partial(start_program, launcher=launcher) if launcher else None
+        arguments = ["--incoming", "defer", "--qmp", f"unix:{self.qmp}", *options]
+        self.process = start_ready(arguments, start=start, stdin=stdio, stdout=stdio, stderr=stdio)
 
     def send(self, number: int) -> None:
         assert self.process is not None

@@ -14,13 +14,12 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.fork_server import fork_server
-from tests.kit.processes import localmig
+from tests.kit.processes import localmig, start_ready
 
 from localmig.testing.namespace import NetworkNamespace, ip, unavailable_reason
 from localmig.testing.process import Process, Program
@@ -72,24 +71,17 @@ class Machine:
         return self._start(options, program)
 
     def _start(self, options: list[str], program: Path | None = None) -> Process:
-        ready, ready_there = os.pipe()
-        words = ["run", *options, "--ready-fd", str(ready_there)]
+        def start(module: str, arguments: Sequence[str], **descriptors: Any) -> Process:
+            descriptors["pass_fds"] = descriptors.pop("inherited")
+            return Program([str(program), *arguments], **descriptors)
+
         with (
             open(self.directory / "first.log", "wb") as log,
             NetworkNamespace.create() as namespace,
             namespace.entered(),
         ):
-            daemon: Process
-            if program is None:
-                daemon = fork_server().start("localmig.cli", words, stderr=log.fileno(), inherited=[ready_there])
-            else:
-                daemon = Program([program, *words], stderr=log, pass_fds=[ready_there])
-        self.started.append(daemon)
-        os.close(ready_there)
-        said = os.read(ready, 1)
-        os.close(ready)
-        assert said, (self.directory / "first.log").read_text()
-        return daemon
+            self.started.append(start_ready(options, start=start if program else None, stderr=log.fileno()))
+        return self.started[-1]
 
     def wait_at(self, address: str) -> Process:
         """A daemon that waits for another one, ready."""

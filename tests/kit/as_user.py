@@ -1,7 +1,8 @@
-"""Runs a program as another user: `python as_user.py UID COMMAND…`, as root; UID 0 stays root.
+"""Runs a program as another user: `python as_user.py UID MODE COMMAND…`, as root; UID 0 stays root.
 
 Where the interpreter or this tree is in a folder that others may not enter (a home of root's), the program gets a view
-of its own in which they may: a mount namespace, of which nothing is left when it ends.
+of its own in which they may: a mount namespace, of which nothing is left when it ends. In it /dev/net/tun has the mode
+that is asked for, in octal, because machines differ in who may open it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Final
 
 CLONE_NEWNS: Final = 0x00020000
 ROOT: Final = Path(__file__).resolve().parents[2]
+TUN: Final = Path("/dev/net/tun")
 
 
 def closed_folder(path: Path) -> Path | None:
@@ -32,13 +34,10 @@ def mount(*arguments: str | Path) -> None:
 
 
 def open_the_way() -> None:
-    """Lets others enter what the program needs, in a mount namespace of this process's own."""
+    """Lets others enter what the program needs."""
     needed = [path for path in {Path(sys.base_prefix).resolve(), ROOT} if closed_folder(path)]
     if not needed:
         return
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    mount("--make-rprivate", "/")
     with tempfile.TemporaryDirectory() as aside:
         places = []
         for number, path in enumerate(needed):
@@ -55,6 +54,19 @@ def open_the_way() -> None:
             subprocess.run(["umount", str(place)], check=True)
 
 
+def give_tun(mode: int) -> None:
+    """Gives /dev/net/tun that mode."""
+    if stat.S_IMODE(TUN.stat().st_mode) == mode:
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", aside)
+        node = Path(aside, "tun")
+        os.mknod(node, stat.S_IFCHR, TUN.stat().st_rdev)
+        node.chmod(mode)
+        mount("--bind", node, TUN)
+        subprocess.run(["umount", "--lazy", aside], check=True)  # what is bound keeps it
+
+
 def become(user: int) -> None:
     # A pipe that is opened again by its name must be the user's.
     for pipe in [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_fifo()]:
@@ -65,7 +77,11 @@ def become(user: int) -> None:
 
 
 if __name__ == "__main__":
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    mount("--make-rprivate", "/")
     open_the_way()
+    give_tun(int(sys.argv[2], 8))
     if user := int(sys.argv[1]):
         become(user)
-    os.execvp(sys.argv[2], sys.argv[2:])
+    os.execvp(sys.argv[3], sys.argv[3:])

@@ -55,7 +55,8 @@ class World(NamedTuple):
         shot: SIGKILL is on its way to the destination.
         revoked: the source said, in a way that outlives it, that it took its offer back.
         went_on: the source's control planes go on after they were frozen: what the destination holds of them is old.
-        changes: how often a frontend changed something in the source since that began to count.
+        changes: how often a frontend changed something in the source since that began to count: what it says, which
+            sessions there are, which of them owns.
         saved: how many of them are in the setup that was sent last.
         adopted: how many are in the setup that the destination has.
         rounds: how often the setup was sent again.
@@ -64,6 +65,9 @@ class World(NamedTuple):
         done_said: the destination serves, and has said so.
         gave_up: the destination discarded everything in a state that has no step for that; its process ends.
         served_there: the destination has served at some time.
+        quiesced: code of devices' own has stopped in the source, so it changes nothing any more.
+        code_ran: it ran since the setup was saved that was sent last.
+        has_setup: the destination has received a setup that it has not adopted.
         heir: the source died when the destination had everything, and nothing has happened to that one since.
     """
 
@@ -88,6 +92,9 @@ class World(NamedTuple):
     gave_up: bool = False
     served_there: bool = False
     heir: bool = False
+    quiesced: bool = False
+    code_ran: bool = False
+    has_setup: bool = False
 
     @property
     def source_serves(self) -> bool:
@@ -112,6 +119,8 @@ class Rules:
         looks_at_revocation: a destination looks for it before it takes over. It does; this is how to see why.
         looks_at_changes: a destination looks whether its setup is as new as the source, before it takes over. Likewise.
         changes_max: how often a frontend changes something.
+        quiesces: a source stops devices' code before it saves what that has done for the last time. Likewise.
+        code_runs: whether there are devices with such code.
         waits_for_source: a destination hands over in its turn only once its source said that it let go. Likewise.
         source_table, destination_table: the steps; the handover's own, but where a test sees what a wrong one would do.
     """
@@ -122,6 +131,8 @@ class Rules:
     looks_at_revocation: bool = True
     looks_at_changes: bool = True
     changes_max: int = 2
+    quiesces: bool = True
+    code_runs: bool = True
     waits_for_source: bool = True
     source_table: SourceTable = field(default_factory=lambda: SOURCE, hash=False)
     destination_table: DestinationTable = field(default_factory=lambda: DESTINATION, hash=False)
@@ -200,8 +211,7 @@ SOURCE_HEARS: Final = {
 DESTINATION_SAYS: Final = {D.SETTING_UP: "HELLO", D.PREPARED: "SETUP_ACK", D.READY: "READY"}
 DESTINATION_HEARS: Final = {
     (D.GREETING, "HELLO"): F.HELLO_ACCEPTED,
-    (D.SETTING_UP, "SETUP"): F.SETUP_ADOPTED,
-    (D.PREPARED, "DESCRIPTION"): F.SETUP_OUTDATED,
+    (D.PREPARED, "SETUP"): F.SETUP_OUTDATED,
     (D.PREPARED, "SWITCHOVER"): F.SWITCHOVER_ADOPTED,
     (D.READY, "COMMIT"): F.COMMIT_RECEIVED,
 }
@@ -216,10 +226,13 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
 
 
 def fates(world: World, rules: Rules) -> Iterator[Step]:
-    """What may happen besides, or never: frontends change something, processes die, channels break."""
+    """What may happen besides, or never: frontends or devices' code change something, processes die, channels break."""
     is_read = world.source in (S.SETTING_UP, S.PREPARED) and not world.frozen
     if world.source_lives and is_read and world.changes < rules.changes_max:
         yield Step("world", None, "a frontend changes something", None, world._replace(changes=world.changes + 1))
+    is_asked = world.source in (S.SETTING_UP, S.PREPARED) and not world.quiesced
+    if world.source_lives and is_asked and rules.code_runs and not world.code_ran:
+        yield Step("world", None, "a device's code runs", None, world._replace(code_ran=True))
     if world.source_lives:
         yield Step("world", None, "source dies", None, without_source(world))
     if world.destination_lives:
@@ -280,7 +293,7 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
         # A process's sockets end a little before it is seen as dead.
         yield from fire(Input.END, E.CHANNEL_LOST)
     if state is S.PREPARED:
-        yield from _catch_up_steps(world, fire)
+        yield from _catch_up_steps(world, rules, fire)
     if state in BEFORE_COMMIT:
         yield from fire(Input.HERE, E.FAILED_HERE, must=False)
         yield from fire(Input.HERE, E.REFUSED, must=False)
@@ -295,15 +308,20 @@ def source_steps(world: World, rules: Rules) -> Iterator[Step]:
         yield from _waiting_steps(world, rules, fire)
 
 
-def _catch_up_steps(world: World, fire: _Fire) -> Iterator[Step]:
-    """Outgoing._catch_up: what changed is sent again; frozen at the latest when that was done all but once."""
-    is_behind = world.changes != world.saved
-    if world.frozen and not is_behind:
-        yield from fire(Input.HERE, E.CONTINUED)
-    elif is_behind and (world.frozen or world.rounds < CATCH_UP_ROUNDS_MAX - 1):
-        yield from fire(Input.HERE, E.SETUP_OUTDATED, world._replace(rounds=world.rounds + 1))
-    if not world.frozen:
-        yield Step("source", world.source, Input.HERE, None, world._replace(frozen=True))
+def _catch_up_steps(world: World, rules: Rules, fire: _Fire) -> Iterator[Step]:
+    """Outgoing._catch_up: what changed is sent again, also when devices' code has stopped, and when all is frozen."""
+    state, is_behind = world.source, world.changes != world.saved
+    again = world._replace(rounds=world.rounds + 1)
+    if world.frozen:
+        yield from fire(Input.HERE, E.SETUP_OUTDATED if is_behind else E.CONTINUED, again if is_behind else world)
+        return
+    before_quiesced = 0 if world.quiesced else 1
+    if (is_behind or (world.quiesced and world.code_ran)) and world.rounds < CATCH_UP_ROUNDS_MAX - 1 - before_quiesced:
+        yield from fire(Input.HERE, E.SETUP_OUTDATED, again)
+    if not world.quiesced:
+        yield Step("source", state, Input.HERE, None, world._replace(quiesced=True))
+    if (world.quiesced and not world.code_ran) or not rules.quiesces:
+        yield Step("source", state, Input.HERE, None, world._replace(frozen=True))
 
 
 def _commit_steps(world: World, fire: _Fire) -> Iterator[Step]:
@@ -334,7 +352,7 @@ def _waiting_steps(world: World, rules: Rules, fire: _Fire) -> Iterator[Step]:
 def _source_fired(world: World, state: SourceState) -> World:
     world = world._replace(source=state, unsaid=SOURCE_SAYS.get(state, ()))
     if state is S.SETTING_UP:
-        world = world._replace(saved=world.changes)
+        world = world._replace(saved=world.changes, code_ran=False)
     if state is S.FENCING:
         world = world._replace(shot=True)
     if state in (S.TAKEN_BACK, S.IN_DOUBT):
@@ -364,15 +382,22 @@ def destination_steps(world: World, rules: Rules) -> Iterator[Step]:
     if state is D.OWNER:
         yield from _owner_steps(world, fire)
         return
+    if world.has_setup:
+        # One is on its way at a time, so it is the one that was saved last.
+        heard = Input.HERE if world.rounds else "SETUP"  # one that comes again has outdated the other first
+        yield from fire(heard, F.SETUP_ADOPTED, world._replace(has_setup=False, adopted=world.saved))
+        yield from fire(Input.HERE, F.FAILED_HERE, must=False)
+        return
     if world.to_destination:
         said, rest = world.to_destination[0], world._replace(to_destination=world.to_destination[1:])
-        if (state, said) == (D.SETTING_UP, "DESCRIPTION"):
+        if (state, said) in ((D.SETTING_UP, "DESCRIPTION"), (D.PREPARED, "DESCRIPTION")):
             yield Step("destination", state, said, None, rest)
         elif said == "CANCEL":
             yield from fire(said, F.CANCELLED, rest)
         elif (state, said) == (D.SETTING_UP, "SETUP"):
-            # One is on its way at a time, so it is the one that was saved last.
-            yield from fire(said, F.SETUP_ADOPTED, rest._replace(adopted=world.saved))
+            yield Step("destination", state, said, None, rest._replace(has_setup=True))
+        elif (state, said) == (D.PREPARED, "SETUP"):
+            yield from fire(said, F.SETUP_OUTDATED, rest._replace(has_setup=True))
         else:
             yield from fire(said, DESTINATION_HEARS.get((state, said), F.FAILED_HERE), rest)
     elif not world.whole:
@@ -435,6 +460,7 @@ class Broken(StrEnum):
 
     TWO_OWNERS = "two owners"
     OLD_STATE = "taken over from a source that had gone on"
+    OLD_DEVICE = "handed over without what a device's code did last"
     NOBODY = "nobody serves, although somebody lives who could"
     WAITS_FOREVER = "a side waits for what never comes"
 
@@ -445,6 +471,8 @@ def broken_always(world: World) -> Iterator[Broken]:
         yield Broken.TWO_OWNERS
     if world.destination_serves and (world.went_on or world.changes != world.adopted):
         yield Broken.OLD_STATE
+    if world.destination is D.OWNER and world.code_ran:
+        yield Broken.OLD_DEVICE
 
 
 def broken_in_the_end(world: World) -> Iterator[Broken]:
@@ -628,7 +656,7 @@ def explore_two(rules: Rules, again: Again) -> ExploredTwo:
 def sizes() -> str:
     """How much is walked, as docs/handover.md tells it."""
     one = explore(ALL_RULES[0])
-    two = [explore_two(replace(ALL_RULES[0], changes_max=0), again) for again in Again]
+    two = [explore_two(replace(ALL_RULES[0], changes_max=0, code_runs=False), again) for again in Again]
     return (
         f"{len(one.worlds)} worlds with {one.step_count} steps between them, none more than {max(one.worlds.values())} "
         f"steps away; {two[0].world_count} with {two[0].step_count} steps where the source tries a second destination, "
@@ -644,7 +672,7 @@ def main() -> None:
             f"{rules}: {len(explored.worlds)} worlds, {explored.step_count} steps, broken: {list(explored.broken)}\n"
         )
         for again in Again:
-            found = explore_two(replace(rules, changes_max=0), again)
+            found = explore_two(replace(rules, changes_max=0, code_runs=False), again)
             sys.stdout.write(f"  {again}: {found.world_count} worlds, {found.step_count} steps, {found.two_owners}\n")
     sys.stdout.write(sizes() + "\n")
 

@@ -705,6 +705,15 @@ def test_a_frontend_that_changes_something_in_every_round_is_frozen_for_the_last
     assert world.source.statuses == ["setup", "active", "device", "completed"]
 
 
+def test_changes_in_every_round_leave_one_for_what_the_code_of_a_device_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePart, "save_setup", save_and_change)
+    monkeypatch.setattr(FakePart, "is_outdated", lambda part: True)
+    world = hand_over(monkeypatch)
+    assert world.wrong is None
+    assert world.states == {"source": SourceState.COMPLETED, "destination": DestinationState.COMPLETED}
+    assert world.source.passed.count("before send SETUP") == 1 + CATCH_UP_ROUNDS_MAX
+
+
 def save_and_change(part: FakePart, *, with_descriptors: bool) -> FakeSetup:
     state = FakeSetup(generation=part.generation, file=part.file if with_descriptors else None)
     part.change()

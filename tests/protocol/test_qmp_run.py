@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.kit.fork_server import fork_server
-from tests.kit.processes import localmig
+from tests.kit.processes import localmig, start_ready
 
 from localmig.cli.client import connected
 from localmig.migration.parameters import Parameters
@@ -31,19 +29,10 @@ class Launcher:
 
     def start(self, *options: str, start: Start | None = None) -> Process:
         """A daemon, ready."""
-        ready, ready_there = os.pipe()
-        words = ["run", "--incoming", "defer", "--qmp", f"unix:{self.qmp}", "--ready-fd", str(ready_there), *options]
-        start = start or fork_server().start
+        arguments = ["--incoming", "defer", "--qmp", f"unix:{self.qmp}", *options]
         with open(self._log, "ab") as log:
-            process = start("localmig.cli", words, stderr=log.fileno(), inherited=[ready_there])
-        self.processes.append(process)
-        os.close(ready_there)
-        try:
-            assert os.read(ready, 2) == b"\n"
-            assert os.read(ready, 1) == b"", "the daemon keeps the descriptor"
-        finally:
-            os.close(ready)
-        return process
+            self.processes.append(start_ready(arguments, start=start, stderr=log.fileno()))
+        return self.processes[-1]
 
     def end_of(self, process: Process) -> tuple[int, str]:
         """Waits for its end: the exit status, and what it wrote to stderr."""

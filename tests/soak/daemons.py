@@ -11,7 +11,6 @@ is started as a program, see `chain.Soak`.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,13 +18,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from tests.kit.fork_server import fork_server
+from tests.kit.processes import wait_ready
 
-from localmig.errors import PeerError
 from localmig.fds import OwnedFd
 from localmig.testing.process import Process, Start
-
-START_SECONDS_MAX: Final = 30.0
-"""A forked daemon takes milliseconds, one that imports on a loaded machine seconds."""
 
 END_SECONDS_MAX: Final = 20.0
 """An orderly end closes descriptors and joins threads."""
@@ -35,7 +31,6 @@ class Daemon:
     """`localmig run` with these arguments, from now on."""
 
     def __init__(self, arguments: Sequence[str], start: Start) -> None:
-        self._arguments = arguments
         self._ready, theirs = (OwnedFd(fd) for fd in os.pipe())
         with theirs:
             words = ["run", *arguments, "--ready-fd", str(theirs.fileno())]
@@ -48,8 +43,8 @@ class Daemon:
 
     def wait_ready(self) -> None:
         """Waits until guests, sources and QMP clients can come."""
-        if not _read_byte(self._ready):
-            raise PeerError(f"the daemon did not start: {' '.join(self._arguments)}")
+        with self._ready:
+            wait_ready(self._ready, self._process)
 
     def wait(self) -> int:
         """Waits for its end; the exit status."""
@@ -69,15 +64,8 @@ def listen(sock: socket.socket) -> Process:
         with theirs:
             numbers = [sock.fileno(), theirs.fileno()]
             process = fork_server().start("tests.soak.daemons", list(map(str, numbers)), inherited=numbers)
-        if not _read_byte(ready):
-            raise PeerError("the process that is to listen did not start")
+        wait_ready(ready, process)
     return process
-
-
-def _read_byte(fd: OwnedFd) -> bool:
-    """Reads the byte that says that a process is ready, and closes the pipe."""
-    with fd:
-        return bool(select.select([fd], [], [], START_SECONDS_MAX)[0]) and bool(os.read(fd.fileno(), 1))
 
 
 def _listen(sock: socket.socket, ready: OwnedFd) -> None:

@@ -1,4 +1,4 @@
-"""A thousand handovers in a row, and thousands that fail: nothing is lost, nothing grows."""
+"""Hundreds of handovers in a row, and thousands that fail: nothing is lost, nothing grows. `make soak` does 20000."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from tests.soak.verdict import SAMPLE, WARM_UP, judge_failures, judge_generation
 from benchmarks.site import Footprint, namespace
 from localmig.testing.namespace import unavailable_reason
 
-HANDOVERS = 1000
+HANDOVERS = 250
+
+DRIFT_BYTES_MAX = 24 * 1024
+"""What later generations may have more than early ones: medians of forked ones differ by a page, and a hundred bytes
+kept from each of so many predecessors would be more than this."""
+
 FAILED = 2000
 
 SERVER_DRIFT_BYTES_MAX = 512 * 1024
-"""How much a fork server's heap may differ after a thousand forks. It breathes by a quarter of a MiB."""
+"""How much a fork server's heap may differ after hundreds of forks. It breathes by a quarter of a MiB."""
 
 PACE_SECONDS_MAX = 600
 """Handovers take a minute or two; a machine that needs ten cannot be waited for."""
@@ -38,12 +43,12 @@ def soak() -> Iterator[Soak]:
 
 
 @pytest.mark.timeout(PACE_SECONDS_MAX)
-def test_a_thousand_handovers_lose_no_frame_and_nothing_grows(soak: Soak) -> None:
+def test_hundreds_of_handovers_lose_no_frame_and_nothing_grows(soak: Soak) -> None:
     soak.hand_over(1)
     server = Footprint.of(fork_server().pid)
     generations = soak.hand_over(HANDOVERS)
     soak.traffic.pause()
-    assert judge_generations(generations).findings == []
+    assert judge_generations(generations, drift_bytes_max=DRIFT_BYTES_MAX).findings == []
     assert (soak.resets, soak.reconnects) == (HANDOVERS // RESET_EVERY, HANDOVERS // RECONNECT_EVERY)
     assert sum(each.is_program for each in generations) == HANDOVERS // PROGRAM_EVERY
     assert soak.traffic.received > HANDOVERS

@@ -21,8 +21,8 @@ SAMPLE: Final = 50
 
 DRIFT_BYTES_MAX: Final = 128 * 1024
 """What later generations may have more than early ones. Each is a new process, so only what travels, or what a frontend
-does differently in time, can add up. Medians differ by a few pages; a hundred bytes kept from each of a thousand
-predecessors would be as much as this."""
+does differently in time, can add up. Medians differ by a few pages; seven bytes kept from each of twenty
+thousand predecessors would be as much as this."""
 
 WARM_UP: Final = 3000
 """Failed handovers until one process has its size: Python's collector looks at old objects ever more rarely, and an
@@ -46,7 +46,7 @@ class Verdict:
     findings: list[str]
 
 
-def judge_generations(generations: Sequence[Generation]) -> Verdict:
+def judge_generations(generations: Sequence[Generation], *, drift_bytes_max: int = DRIFT_BYTES_MAX) -> Verdict:
     """Whether daemons grew from one to the next."""
     findings = []
     streams = [each.stream_bytes for each in generations if each.stream_bytes is not None]
@@ -62,7 +62,7 @@ def judge_generations(generations: Sequence[Generation]) -> Verdict:
     # A process that was forked and one that was started begin with different heaps.
     forked = [each.footprint.own_bytes for each in generations if not each.is_program]
     early, late = (statistics.median(forked[part]) for part in (slice(SAMPLE), slice(-SAMPLE, None)))
-    if late - early > DRIFT_BYTES_MAX:
+    if late - early > drift_bytes_max:
         findings.append(f"memory grew from {early / 1024:.0f} to {late / 1024:.0f} KiB from generation to generation")
     downtimes = sorted(each.downtime_us for each in generations)
     last = generations[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -123,6 +124,28 @@ def test_each_device_has_a_line() -> None:
         "nic0    net0 (tap0)  connected  2 run  1.23 k packets, 1.60 MB  7 packets, 420 B  3",
         "nic1    net1 (tap1)  none       none   0 packets, 0 B           0 packets, 0 B    0",
     ]
+
+
+def test_several_frontends_are_told_apart() -> None:
+    one = device(0)
+    since = int(time.time())
+    one["sessions"] = [
+        {"number": 4, "role": "owns", "since": since - 7300, "socket": "/run/vm1/nic0.sock", "pid": 66, "user-id": 7},
+        {"number": 9, "role": "held", "since": since - 130, "socket": "/run/vm1/nic0.sock", "user-id": 7},
+        {"number": 10, "role": "held", "since": since + 9, "socket": "/run/vm1/nic0.sock"},
+    ]
+    assert "1 owns, 2 held" in show(facts(one))
+    lines = show_device(facts(one), "nic0").splitlines()
+    begin = next(place for place, line in enumerate(lines) if line.startswith("session"))
+    assert lines[begin : begin + 4] == [
+        "session  role  for    process  user  socket",
+        "4        owns  2 h    66       7     /run/vm1/nic0.sock",
+        "9        held  2 min           7     /run/vm1/nic0.sock",
+        "10       held  0 s                   /run/vm1/nic0.sock",
+    ]
+    one["second-socket"] = "/run/vm2/nic0.sock"
+    one["server"] = False
+    assert "socket     /run/vm1/nic0.sock, connects, and to /run/vm2/nic0.sock" in show_device(facts(one), "nic0")
 
 
 def test_a_device_that_is_no_nic_moves_bytes_and_no_packets() -> None:

@@ -32,6 +32,28 @@ def test_a_device_that_is_deleted_is_told_with_its_path_and_no_other_object() ->
     assert told(RunState.RUNNING, *facts) == [Event(name="DEVICE_DELETED", data=data, at_s=1.0)]
 
 
+def test_sessions_are_told_of_with_what_is_known_of_their_processes() -> None:
+    facts = [
+        trace.SessionOpened(device="nic0", session=2, pid=77),
+        trace.SessionOpened(device="nic0", session=3, pid=0),
+        trace.OwnerChanged(device="nic0", session=2, pid=77, former_session=1, former_pid=66),
+        trace.OwnerChanged(device="nic0", session=2, pid=0, former_session=None, former_pid=0),
+        trace.SessionClosed(device="nic0", session=2, reason="ended by the operator"),
+        trace.SessionClosed(device="nic0", session=3, reason=None),
+    ]
+    assert [(event.name, event.data) for event in told(RunState.RUNNING, *facts)] == [
+        ("SESSION_OPENED", {"device": "nic0", "session": 2, "pid": 77}),
+        ("SESSION_OPENED", {"device": "nic0", "session": 3}),
+        (
+            "SESSION_OWNER_CHANGED",
+            {"device": "nic0", "session": 2, "pid": 77, "former-session": 1, "former-pid": 66},
+        ),
+        ("SESSION_OWNER_CHANGED", {"device": "nic0", "session": 2}),
+        ("SESSION_CLOSED", {"device": "nic0", "session": 2, "reason": "ended by the operator"}),
+        ("SESSION_CLOSED", {"device": "nic0", "session": 3}),
+    ]
+
+
 def test_what_qemu_has_no_event_for_is_not_told() -> None:
     facts = [
         trace.RingsStopped(device="nic0", queue_pair=0),

@@ -216,6 +216,9 @@ DEVICE_ERRORS = {
     "listen mode",
     "virtio-net,id=a,netdev=b,socket=/x,server=off,reconnect-ms=60001": "Parameter 'reconnect-ms' expects a value "
     "between 0 and 60000, not 60001: a VMM that came back waits a minute at most",
+    "virtio-net,id=a,netdev=b,socket=/x,second-socket=/y": "second-socket= is invalid with server=on: "
+    "any number of VMMs connects to socket=",
+    "virtio-net,id=a,netdev=b,socket=/x,server=off,second-socket=/x": "second-socket= and socket= are both '/x'",
     "virtio-net,id=a,netdev=b,socket=/x,server=off,socket-mode=0660": "socket-mode= and socket-group= are invalid with "
     "server=off: the VMM makes the socket",
     "virtio-net,id=a,netdev=b,socket=/x,server=off,socket-group=kvm": "socket-mode= and socket-group= are invalid with "

@@ -527,7 +527,7 @@ class VhostUserDevice(Part):
             here.adopt_records(connection)
             here.since_ns = connection.since_ns
         endpoint.opened_count = socket.opened_count
-        wants = [each for each in self._sessions.values() if each.standing().wants and each.number != socket.owner]
+        wants = [each for each in self._sessions.values() if each.number != socket.owner and each.standing().wants]
         self._ownership = Ownership(
             owner=socket.owner or None,
             succeeded={connection.number for connection in socket.connections if connection.was_succeeded},

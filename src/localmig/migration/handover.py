@@ -170,8 +170,8 @@ DESTINATION: Final[Mapping[tuple[DestinationState, DestinationEvent], Destinatio
         for event in (F.CANCELLED, F.CHANNEL_LOST, F.TIMED_OUT, F.FAILED_HERE)
     },
     (D.GREETING, F.SOURCE_DIED): D.FAILED,
-    # Half of the setup is of no use: descriptors that never arrived died with the source. A whole one that is being
-    # renewed is none either: the source answered its frontend something that is not in it.
+    # Half of the setup is of no use: descriptors that never arrived died with the source. A whole one is renewed only
+    # once all of what is newer is here.
     (D.SETTING_UP, F.SOURCE_DIED): D.FAILED,
     (D.PREPARED, F.SOURCE_DIED): D.RECOVERING,
     # Not OWNER: the source may have resumed before it died, so the positions it sent may be old.

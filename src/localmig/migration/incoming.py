@@ -231,7 +231,6 @@ class Incoming:
                         is_told = await self._switch_over(channel, frame)
                     break
             # Not urgent, because what is built may have threads.
-            self._fire(DestinationEvent.SETUP_OUTDATED)
             self._stream.description_again(frame.data)
             await self._take_setup(channel, self._stream.setup_again)
         else:
@@ -346,6 +345,9 @@ class Incoming:
     ) -> None:
         """Receives sections of the setup, all or those that changed, and adopts them."""
         frame = await self._expect(channel, FrameKind.SETUP, timeout_s=SETUP_TIMEOUT_S)
+        if self.state is DestinationState.PREPARED:
+            # Only now: what is here is good for a source that dies, until all of what is newer has come.
+            self._fire(DestinationEvent.SETUP_OUTDATED)
         with self._progress.phase("setup"):
             self._changes_known, data, fds = read_setup(frame)
             self._adopt_setup(read(data, fds))

@@ -324,12 +324,13 @@ class Outgoing:
 
     async def _catch_up(self) -> None:
         """Sends what frontends changed since the setup was saved. At its end they are frozen, and all is sent."""
-        for _ in range(CATCH_UP_ROUNDS_MAX - 1):
+        # The last two of all rounds come behind this: with devices' code at rest, and with frontends frozen.
+        for _ in range(CATCH_UP_ROUNDS_MAX - 2):
             if self._changed:
                 await self._send_setup_again(SETUP_TIMEOUT_S)
         await self._quiesce()
         self._outdated = {self._name(part) for part in self._parts if part.is_outdated()}
-        if self._outdated:
+        if self._outdated or self._changed:
             await self._send_setup_again(SETUP_TIMEOUT_S)
             self._outdated.clear()
         self._frozen_at = time.monotonic()

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import signal
 import threading
 import time
@@ -24,10 +23,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from localmig.errors import PeerError, PeerLostError
 from localmig.fds import OwnedFd
 from localmig.testing.faults import Fault
-from localmig.testing.process import Start, start_program
-
-START_SECONDS_MAX: Final = 30.0
-"""A Python process that opens a TAP and two sockets; a loaded machine takes seconds for it."""
+from localmig.testing.process import Start, is_ready, start_program
 
 ANSWER_SECONDS_MAX: Final = 20.0
 """No command waits for anything; a daemon under test may be starved by its neighbours."""
@@ -91,7 +87,7 @@ class DaemonProcess:
             ready_writer.close()
             self._watcher = threading.Thread(target=self._watch, args=(trace_reader,), name="trace", daemon=True)
             self._watcher.start()
-            if not _read_byte(ready_reader, START_SECONDS_MAX):
+            if not is_ready(ready_reader):
                 self.kill()
                 raise PeerError(f"the daemon did not start: {' '.join(arguments)}")
 
@@ -224,13 +220,6 @@ async def _execute(path: Path, command: str, arguments: Mapping[str, object]) ->
             raise PeerError(str(error)) from error
         finally:
             await client.disconnect()
-
-
-def _read_byte(fd: OwnedFd, seconds: float) -> bool:
-    """Whether a byte came, and not the end of the pipe, nor nothing in time."""
-    poll = select.poll()
-    poll.register(fd.fileno(), select.POLLIN)
-    return bool(poll.poll(seconds * 1000)) and bool(os.read(fd.fileno(), 1))
 
 
 def _nothing() -> contextlib.nullcontext[None]:

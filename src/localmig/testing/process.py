@@ -8,12 +8,18 @@ Read next:   daemon.py and guest.py, which start them.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Final, Protocol
+
+from localmig.fds import OwnedFd
+
+START_SECONDS_MAX: Final = 30.0
+"""A Python process that opens a TAP and two sockets; a loaded machine takes seconds for it."""
 
 _LOOK_SECONDS: Final = 0.005
 """How often it is looked whether a process has stopped, of which no descriptor tells."""
@@ -94,3 +100,16 @@ def start_program(
         stdout=stdout,
         stderr=stderr,
     )
+
+
+def is_ready(reader: OwnedFd) -> bool:
+    """Waits until a process writes one byte to the other end of a pipe and closes it; False if it does not in time."""
+    poll = select.poll()
+    poll.register(reader.fileno(), select.POLLIN)
+    said = b""
+    deadline = time.monotonic() + START_SECONDS_MAX
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if not (data := os.read(reader.fileno(), 2)):
+            return len(said) == 1
+        said += data
+    return False
