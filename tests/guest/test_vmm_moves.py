@@ -49,7 +49,7 @@ def test_moves_lose_no_packet_and_change_no_link(lab: Lab, kind: Kind, shape: st
     vmm = Vmm(lab, kind)
     guest = vmm.boot(service, **nic)
     guest.wait_ready()
-    with undisturbed(lab, guest) as transfer:
+    with undisturbed(lab, service, guest) as transfer:
         for _ in range(MOVES):
             report = vmm.move()
             assert report["outcome"] == "committed"
@@ -77,7 +77,7 @@ def test_a_move_that_fails_leaves_the_guest_where_it_is(
     vmm = Vmm(lab, kind)
     guest = vmm.boot(service)
     guest.wait_ready()
-    with undisturbed(lab, guest) as transfer:
+    with undisturbed(lab, service, guest) as transfer:
         move = vmm.start_move()
         started = move.wait_for("starts, way", seconds_max=MOVE_SECONDS_MAX)
         (new_pid,) = map(int, re.findall(r"QEMU (\d+) starts", started))
