@@ -19,7 +19,7 @@ from typing import Any, Final
 import pytest
 from qemu.qmp import QMPClient
 from tests.guest.lab import UNPACKED_KERNEL, EchoTransfer, Guest, Lab, Process, finish_pings
-from tests.guest.service import ANSWER_SECONDS_MAX, LOCALMIG, Service
+from tests.guest.service import HANDOVER_SECONDS_MAX, LOCALMIG, Service
 
 from localmig.testing import qemu
 from localmig.testing.namespace import ip, link
@@ -125,7 +125,7 @@ class Vmm:
     def _allow_downtime(self) -> None:
         """Let QEMU stop the guest soon; see `DOWNTIME_MS_MAX`."""
         argv = [*LOCALMIG, "qmp", str(self.qmp), "migrate-set-parameters", f"downtime-limit={DOWNTIME_MS_MAX}"]
-        subprocess.run(argv, check=True, capture_output=True, timeout=ANSWER_SECONDS_MAX)
+        subprocess.run(argv, check=True, capture_output=True, timeout=HANDOVER_SECONDS_MAX)
 
 
 def report_in(text: str) -> dict[str, Any]:
