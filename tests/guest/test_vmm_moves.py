@@ -31,7 +31,7 @@ OPTIONS: Final = {"packed": ",packed=on", "with-state": ",device-state=on"}
 def shapes_of(kind: str) -> list[str]:
     if MOVES > 1:
         return list(SHAPES)
-    # One shape for each kind, and each shape once.
+    # One shape for each kind, and each shape with one.
     return {"copy-newer": ["packed", "with-state"], "shared-older": ["two-pairs"]}.get(kind, ["split"])
 
 
@@ -57,15 +57,27 @@ def test_moves_lose_no_packet_and_change_no_link(lab: Lab, kind: Kind, shape: st
             transfer.wait_progress(500_000)
 
 
+FAILURES: Final = {
+    "killed-at-its-start": ("starts, way", signal.SIGKILL, "the new QEMU"),
+    "killed-while-memory-moves": ("migration: active", signal.SIGKILL, "the migration failed"),
+    "interrupted-at-the-setup": ("migration: setup", signal.SIGINT, "interrupted"),
+    "interrupted-while-memory-moves": ("migration: active", signal.SIGINT, "interrupted"),
+}
+
+
+def failures_of(kind: str) -> list[str]:
+    if MOVES > 1:
+        return list(FAILURES)
+    return {"copy-older": ["killed-while-memory-moves"], "shared-newer": ["interrupted-while-memory-moves"]}[kind]
+
+
 @pytest.mark.alone
-@pytest.mark.parametrize("kind", [pytest.param(KINDS[kind], id=kind) for kind in ("copy-older", "shared-newer")])
 @pytest.mark.parametrize(
-    ("at", "number", "reason"),
+    ("kind", "at", "number", "reason"),
     [
-        pytest.param("starts, way", signal.SIGKILL, "the new QEMU", id="killed-at-its-start"),
-        pytest.param("migration: active", signal.SIGKILL, "the migration failed", id="killed-while-memory-moves"),
-        pytest.param("migration: setup", signal.SIGINT, "interrupted", id="interrupted-at-the-setup"),
-        pytest.param("migration: active", signal.SIGINT, "interrupted", id="interrupted-while-memory-moves"),
+        pytest.param(KINDS[kind], *FAILURES[failure], id=f"{failure}-{kind}")
+        for kind in ("copy-older", "shared-newer")
+        for failure in failures_of(kind)
     ],
 )
 def test_a_move_that_fails_leaves_the_guest_where_it_is(

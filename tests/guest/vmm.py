@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any, Final
 import pytest
 from qemu.qmp import QMPClient
 from tests.guest.lab import UNPACKED_KERNEL, EchoTransfer, Guest, Lab, Process, finish_pings
-from tests.guest.service import HANDOVER_SECONDS_MAX, LOCALMIG, Service
+from tests.guest.service import LOCALMIG, Service
+from tests.kit.processes import localmig
 
 from localmig.testing import qemu
 from localmig.testing.namespace import ip, link
@@ -124,8 +124,7 @@ class Vmm:
 
     def _allow_downtime(self) -> None:
         """Let QEMU stop the guest soon; see `DOWNTIME_MS_MAX`."""
-        argv = [*LOCALMIG, "qmp", str(self.qmp), "migrate-set-parameters", f"downtime-limit={DOWNTIME_MS_MAX}"]
-        subprocess.run(argv, check=True, capture_output=True, timeout=HANDOVER_SECONDS_MAX)
+        localmig("qmp", str(self.qmp), "migrate-set-parameters", f"downtime-limit={DOWNTIME_MS_MAX}")
 
 
 def report_in(text: str) -> dict[str, Any]:
