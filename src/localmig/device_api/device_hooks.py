@@ -142,6 +142,13 @@ class DeviceHooks(ABC):
         """
         raise NotImplementedError
 
+    def load_moved(self, state: Any) -> None:
+        """As `load`, while the device is open and no ring runs: its guest came with another VMM's help.
+
+        Only frontends that were offered DEVICE_STATE bring one (vhost-user, "Migrating back-end state").
+        """
+        self.load(state)
+
     def keeps_chains(self, state: SessionState) -> bool:
         """Whether Python code serves rings of a session with this state, and may keep what it takes of them."""
         del state
