@@ -21,14 +21,18 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
     "split": {},
     "packed": {"packed": True},
     "two-pairs": {"queue_pairs": 2},
+    "with-state": {},
 }
+
+OPTIONS: Final = {"packed": ",packed=on", "with-state": ",device-state=on"}
+"""Of the device, for some shapes. QEMU from 10.0 on takes the NIC's state along where that is on."""
 
 
 def shapes_of(kind: str) -> list[str]:
     if MOVES > 1:
         return list(SHAPES)
-    # One shape for each kind, and each shape once.
-    return ["packed"] if kind == "copy-newer" else ["two-pairs"] if kind == "shared-older" else ["split"]
+    # One shape for each kind, and each shape with one.
+    return {"copy-newer": ["packed", "with-state"], "shared-older": ["two-pairs"]}.get(kind, ["split"])
 
 
 @pytest.mark.alone
@@ -40,16 +44,12 @@ def shapes_of(kind: str) -> list[str]:
 def test_moves_lose_no_packet_and_change_no_link(lab: Lab, kind: Kind, shape: str) -> None:
     service = Service(lab)
     nic = SHAPES[shape]
-    service.start(
-        *service.objects(
-            device=",packed=on" if nic.get("packed") else "", netdev=f",queues={nic.get('queue_pairs', 1)}"
-        )
-    )
+    service.start(*service.objects(device=OPTIONS.get(shape, ""), netdev=f",queues={nic.get('queue_pairs', 1)}"))
     lab.set_up("tap0")
     vmm = Vmm(lab, kind)
     guest = vmm.boot(service, **nic)
     guest.wait_ready()
-    with undisturbed(lab, guest) as transfer:
+    with undisturbed(lab, service, guest) as transfer:
         for _ in range(MOVES):
             report = vmm.move()
             assert report["outcome"] == "committed"
@@ -57,15 +57,27 @@ def test_moves_lose_no_packet_and_change_no_link(lab: Lab, kind: Kind, shape: st
             transfer.wait_progress(500_000)
 
 
+FAILURES: Final = {
+    "killed-at-its-start": ("starts, way", signal.SIGKILL, "the new QEMU"),
+    "killed-while-memory-moves": ("migration: active", signal.SIGKILL, "the migration failed"),
+    "interrupted-at-the-setup": ("migration: setup", signal.SIGINT, "interrupted"),
+    "interrupted-while-memory-moves": ("migration: active", signal.SIGINT, "interrupted"),
+}
+
+
+def failures_of(kind: str) -> list[str]:
+    if MOVES > 1:
+        return list(FAILURES)
+    return {"copy-older": ["killed-while-memory-moves"], "shared-newer": ["interrupted-while-memory-moves"]}[kind]
+
+
 @pytest.mark.alone
-@pytest.mark.parametrize("kind", [pytest.param(KINDS[kind], id=kind) for kind in ("copy-older", "shared-newer")])
 @pytest.mark.parametrize(
-    ("at", "number", "reason"),
+    ("kind", "at", "number", "reason"),
     [
-        pytest.param("starts, way", signal.SIGKILL, "the new QEMU", id="killed-at-its-start"),
-        pytest.param("migration: active", signal.SIGKILL, "the migration failed", id="killed-while-memory-moves"),
-        pytest.param("migration: setup", signal.SIGINT, "interrupted", id="interrupted-at-the-setup"),
-        pytest.param("migration: active", signal.SIGINT, "interrupted", id="interrupted-while-memory-moves"),
+        pytest.param(KINDS[kind], *FAILURES[failure], id=f"{failure}-{kind}")
+        for kind in ("copy-older", "shared-newer")
+        for failure in failures_of(kind)
     ],
 )
 def test_a_move_that_fails_leaves_the_guest_where_it_is(
@@ -77,7 +89,7 @@ def test_a_move_that_fails_leaves_the_guest_where_it_is(
     vmm = Vmm(lab, kind)
     guest = vmm.boot(service)
     guest.wait_ready()
-    with undisturbed(lab, guest) as transfer:
+    with undisturbed(lab, service, guest) as transfer:
         move = vmm.start_move()
         started = move.wait_for("starts, way", seconds_max=MOVE_SECONDS_MAX)
         (new_pid,) = map(int, re.findall(r"QEMU (\d+) starts", started))

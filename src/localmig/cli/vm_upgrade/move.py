@@ -145,8 +145,6 @@ class Move:
         except LocalmigError as error:
             report.reason = str(error)
         ignore_signals()
-        with contextlib.suppress(PeerError):
-            report.migration = await self._old.execute("query-migrate")
         if arrived is None or not await self._commit(arrived, successor, report):
             await self._go_back(successor, report)
         elif report.outcome is Outcome.COMMITTED:
@@ -271,9 +269,11 @@ class Move:
 
     async def _go_back(self, successor: Successor, report: Report) -> None:
         """Ends the new QEMU, and sees the guest go on in the old one."""
-        with contextlib.suppress(PeerError):
-            await self._old.execute("migrate_cancel")
+        # Before the old one is asked anything: it may be waiting for the new one, and answer nobody meanwhile.
         await successor.end()
+        with contextlib.suppress(PeerError):
+            report.migration = await self._old.execute("query-migrate")
+            await self._old.execute("migrate_cancel")
         try:
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 await self._continue_old()
@@ -302,6 +302,7 @@ class Move:
         """Ends the old QEMU and gives its paths to the new one."""
         self._lap("resume")
         with contextlib.suppress(PeerError):
+            report.migration = await self._old.execute("query-migrate")
             await self._old.execute("quit")
         if not await self._old_process.wait_dead(timeout_s=END_TIMEOUT_S):
             self._old_process.kill()
