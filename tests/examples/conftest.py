@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.faults.conftest import Site, new_site
 from tests.kit.processes import DaemonProcess
+from tests.kit.site import Site, new_site
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 

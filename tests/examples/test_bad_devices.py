@@ -7,8 +7,8 @@ from typing import Final
 
 import pytest
 from tests.examples.conftest import found, hand_over, moved, write_package
-from tests.faults.conftest import Site
 from tests.kit.processes import localmig
+from tests.kit.site import Site
 
 from localmig.testing.driver import Driver
 

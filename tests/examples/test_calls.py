@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from tests.examples.conftest import found, hand_over, write_package
-from tests.faults.conftest import Site
 from tests.kit.processes import DaemonProcess
+from tests.kit.site import Site
 
 from localmig.testing.driver import Driver
 

@@ -12,8 +12,8 @@ from typing import Final
 
 import pytest
 from tests.examples.conftest import EXAMPLES, found, hand_over, moved, write_package
-from tests.faults.conftest import Site
 from tests.kit.processes import DaemonProcess, localmig
+from tests.kit.site import Site
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd

@@ -322,7 +322,7 @@ class MixedChain(Chain):
         os.environ["PYTHONPATH"] = str(packages)
         self._others = ExitStack()
         self._number = 0
-        super().__init__(folder)
+        super().__init__(folder, is_waited_for=True)
         self._ends.callback(self._others.close)
         self._ends.callback(_set_python_path, before)
 

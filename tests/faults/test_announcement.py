@@ -14,8 +14,8 @@ from localmig.errors import PeerError
 from localmig.testing.namespace import configure, create_tap
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 ETH_P_RARP = 0x8035
 PATIENCE_SECONDS = 20.0

@@ -20,8 +20,8 @@ from localmig.testing.traffic import PING_COUNT_MAX, Pinger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 KINDS: tuple[dict[str, Any], ...] = (
     {},

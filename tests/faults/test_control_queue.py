@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import pytest
-from tests.faults.conftest import Site
 from tests.kit.processes import DaemonProcess
+from tests.kit.site import Site
 
 from localmig.testing.driver import Driver
 from localmig.virtio.net import LinkStatus, NetConfig, NetFeature

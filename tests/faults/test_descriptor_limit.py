@@ -14,7 +14,7 @@ from localmig.testing.frontend import NetGuest
 from localmig.testing.process import start_program
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 LIMIT: Final = 64
 LOWER: Final = f"""

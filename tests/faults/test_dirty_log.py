@@ -17,8 +17,8 @@ from localmig.testing.frontend import DRIVER_FEATURES
 from localmig.virtio import Feature
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23

@@ -13,8 +13,8 @@ from tests.faults.test_handover_processes import assert_handovers_lose_nothing, 
 from localmig.testing.traffic import Flood
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess, GuestProcess
+    from tests.kit.site import Site
 
 
 def source_of(site: Site, *, fault: str | None = None) -> DaemonProcess:

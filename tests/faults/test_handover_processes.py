@@ -16,8 +16,8 @@ from localmig.testing.daemon import ANSWER_SECONDS_MAX
 from localmig.testing.traffic import Flood
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 PINGS_MAX = 10
 """One of them gets through once a flood has ended: each is waited for."""

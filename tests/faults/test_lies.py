@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from tests.faults.conftest import new_site
 from tests.faults.liar import (
     Hangup,
     Liar,
@@ -39,6 +38,7 @@ from tests.faults.liar import (
     vmdesc_of,
 )
 from tests.faults.test_handover_processes import give
+from tests.kit.site import new_site
 
 from localmig.fds import OwnedFd
 from localmig.migration.channel import LENGTH_MAX, FrameKind
@@ -47,8 +47,8 @@ from localmig.testing.frontend import NetGuest
 pytestmark = pytest.mark.xdist_group("lies")  # they share an honest source, and its descriptors are counted behind all
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 SOURCE: Final = "source"
 DESTINATION: Final = "destination"

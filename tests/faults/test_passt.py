@@ -15,7 +15,7 @@ import pytest
 from localmig.testing.namespace import ip
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 GATEWAY: Final = "10.9.0.1"
 """Where the guest reaches what listens at 127.0.0.1 of passt's namespace."""

@@ -14,8 +14,8 @@ from tests.kit.proxy import StrippingProxy
 from localmig.cli import main
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 PATIENT_MS = 10_000
 """For what does not hang."""

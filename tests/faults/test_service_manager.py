@@ -13,7 +13,7 @@ import pytest
 from localmig import fds
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 SECONDS_MAX = 20.0
 """For a daemon to tell something; a loaded machine lets it wait."""

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from tests.faults.conftest import new_site
 from tests.kit.shortage import CALLS, Shortage, calls_here
+from tests.kit.site import new_site
 from tests.soak.monitor import Monitor
 
 pytestmark = pytest.mark.xdist_group("shortage")  # they share a chain of daemons
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 EVERY: Final = os.environ.get("LOCALMIG_EVERY_CALL") == "1"
 
@@ -68,8 +68,8 @@ ABORTED: Final = (127, -6)
 """How libc ends a process that has no memory for a thread it began."""
 
 
-class Chain:
-    """Daemons that hand one guest on, each of which can be made to run short."""
+class ShortDaemons:
+    """Daemons of a site that hand one guest on, each of which can be made to run short."""
 
     def __init__(self, site: Site, ends: ExitStack) -> None:
         self.site = site
@@ -83,7 +83,7 @@ class Chain:
 
     def _daemon(self, *arguments: str) -> tuple[DaemonProcess, Shortage]:
         shortage = self._ends.enter_context(Shortage())
-        return self.site.daemon(*arguments, "--migration-parameter", "local=on", shortage=shortage), shortage
+        return self.site.daemon(*arguments, "--migration-parameter", "local=on", start=shortage.start), shortage
 
     def held(self) -> Counter[str]:
         """Threads and descriptors of the daemon that serves, by kind, without its conversations and its files."""
@@ -145,18 +145,18 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShortDaemons]:
     if not calls_here():
         pytest.skip(f"system calls of {os.uname().machine} are not listed")
     with new_site(tmp_path_factory) as site, ExitStack() as ends:
-        yield Chain(site, ends)
+        yield ShortDaemons(site, ends)
 
 
 CASES: Final = [(side, call) for side, calls in MADE.items() for call in calls]
 
 
 @pytest.mark.parametrize(("side", "call"), CASES)
-def test_a_call_that_fails_once_costs_a_handover_at_most(chain: Chain, side: str, call: str) -> None:
+def test_a_call_that_fails_once_costs_a_handover_at_most(chain: ShortDaemons, side: str, call: str) -> None:
     nth, seen, rounds = 1, 1, 0
     while nth <= seen:
         for error in CALLS[call] if EVERY else (CALLS[call][rounds % len(CALLS[call])],):
@@ -168,7 +168,7 @@ def test_a_call_that_fails_once_costs_a_handover_at_most(chain: Chain, side: str
 
 
 @pytest.mark.parametrize(("side", "call"), CASES if EVERY else [case for case in CASES if case not in WAITS])
-def test_a_call_that_fails_for_good_costs_no_more(chain: Chain, side: str, call: str) -> None:
+def test_a_call_that_fails_for_good_costs_no_more(chain: ShortDaemons, side: str, call: str) -> None:
     for error in CALLS[call] if EVERY else CALLS[call][:1]:
         # A socket that can be written to by poll(2) and never by send(2) there is not.
         if (call, error) != ("sendto", errno.EAGAIN):
@@ -176,7 +176,7 @@ def test_a_call_that_fails_for_good_costs_no_more(chain: Chain, side: str, call:
     chain.check()
 
 
-def test_a_source_that_had_no_memory_to_serve_its_frontend_serves_it_later(chain: Chain) -> None:
+def test_a_source_that_had_no_memory_to_serve_its_frontend_serves_it_later(chain: ShortDaemons) -> None:
     # The second one is for the destination's answer; what follows is for the frontend's connection.
     chain.hand_over(SOURCE, "epoll_ctl", errno.ENOMEM, nth=2, for_good=True)
     assert chain.site.guest is not None

@@ -14,7 +14,7 @@ from localmig.vhost_user.message import HEADER_SIZE, Request, VringFile, encode_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 
 def test_it_moves_in_the_middle_of_a_message_and_holds_nobody_up(site: Site, tmp_path: Path) -> None:

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.kit.daemons import Daemons
 from tests.kit.processes import DaemonProcess
 
-from localmig.testing.faults import Fault
 from localmig.testing.frontend import NetGuest
 
 PATIENCE_S: Final = 20.0
 HEADER: Final = 12
 """Bytes of the virtio-net header in front of each frame of the guest's own TAP."""
+
+LOCAL: Final = ("--migration-parameter", "local=on")
 
 WINDOW: Final = 32
 """Frames on their way at once: the socket that stands for the guest's own TAP takes no more."""
@@ -92,7 +94,7 @@ class Peer:
         await_that(lambda: bytes_in(self.sock, termios.TIOCOUTQ) == 0)
 
 
-class Site:
+class Site(Daemons):
     """Where daemons, a peer and a guest meet.
 
     Attributes:
@@ -101,11 +103,10 @@ class Site:
     """
 
     def __init__(self, folder: Path, ends: ExitStack, *, server: bool) -> None:
-        self.folder = folder
+        super().__init__(folder, ends)
         self.path = str(folder / "p")
         self.ends = ends
         self.server = server
-        self._count = 0
         self.listener = ends.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self.listener.settimeout(PATIENCE_S)
         if not server:
@@ -119,29 +120,7 @@ class Site:
 
     def source(self, *, fault: str | None = None, netdev: str = "") -> DaemonProcess:
         device = f"virtio-net,id=nic0,netdev=net0,socket={self.folder}/n"
-        return self._daemon("--netdev", self.netdev() + netdev, "--device", device, fault=fault)
-
-    def destination(self, *, fault: str | None = None) -> DaemonProcess:
-        self.address = f"unix:{self.folder}/m{self._count}"
-        return self._daemon("--incoming", self.address, fault=fault)
-
-    def _daemon(self, *arguments: str, fault: str | None) -> DaemonProcess:
-        self._count += 1
-        return self.ends.enter_context(
-            DaemonProcess(
-                ["--migration-parameter", "local=on", *arguments],
-                qmp=self.folder / f"q{self._count}",
-                fault=Fault.parse(fault) if fault else None,
-                log=self.folder / "log",
-            )
-        )
-
-    def hand_over(self, source: DaemonProcess) -> DaemonProcess:
-        destination = self.destination()
-        source.execute("migrate", uri=self.address)
-        assert source.wait_migration()["status"] == "completed"
-        assert source.quit() == 0
-        return destination
+        return self.daemon(*LOCAL, "--netdev", self.netdev() + netdev, "--device", device, fault=fault)
 
     def peer(self) -> Peer:
         """A peer that is there from now on."""
@@ -172,9 +151,6 @@ class Site:
     def send(self, data: bytes) -> None:
         """The guest sends."""
         self.near.send(bytes(HEADER) + data)
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
 
 
 def netdev_of(daemon: DaemonProcess) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from tests.faults.test_handover_processes import assert_undisturbed, hand_over
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 
 @pytest.mark.parametrize(("local", "device"), [(True, ""), (True, ",local-migration=off"), (False, "")])

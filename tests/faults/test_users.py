@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.faults.conftest import Site
-from tests.kit.processes import DaemonProcess, as_user
+from tests.kit.processes import DaemonProcess, as_user, start_as
+from tests.kit.site import Site
 
 from localmig.errors import PeerError
 from localmig.fds import OwnedFd
@@ -92,7 +92,7 @@ def hand_over(site: Site, source: DaemonProcess, destination: DaemonProcess) -> 
 
 
 def test_a_tap_that_root_opened_goes_from_user_to_user_and_through_an_upgrade(site: Site) -> None:
-    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", start=start_as(0))
     for thread in status(first):
         assert thread["Uid"].split() == thread["Gid"].split() == [str(USER)] * 4
         assert thread["Groups"].split() == []
@@ -102,9 +102,9 @@ def test_a_tap_that_root_opened_goes_from_user_to_user_and_through_an_upgrade(si
     assert {path.stat().st_uid for path in site.folder.iterdir() if path.is_socket()} == {USER}
     site.attach()
     pinger = site.pinger()
-    second = site.destination(user=USER)
+    second = site.destination(start=start_as(USER))
     hand_over(site, first, second)
-    third = site.destination("--runas", f"{USER}:{USER}", user=0)
+    third = site.destination("--runas", f"{USER}:{USER}", start=start_as(0))
     hand_over(site, second, third)
     assert {thread["Uid"] for thread in status(third)} == {"\t".join(["", *[str(USER)] * 4])}
     assert third.qmp is not None
@@ -119,7 +119,7 @@ def test_a_tap_that_root_opened_goes_from_user_to_user_and_through_an_upgrade(si
 
 
 def test_a_daemon_that_changed_its_user_upgrades_as_that_user(site: Site) -> None:
-    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    first = site.source(*site.objects(), "--runas", f"{USER}:{USER}", start=start_as(0))
     site.attach()
     assert first.qmp is not None
     done = localmig(USER, "upgrade", str(first.qmp))
@@ -131,7 +131,7 @@ def test_a_daemon_that_changed_its_user_upgrades_as_that_user(site: Site) -> Non
 
 
 def test_a_daemon_without_privileges_is_given_interfaces_that_were_made_for_its_user(site: Site) -> None:
-    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", user=0)
+    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", start=start_as(0))
     (served,) = daemon.execute("query-netdevs")
     with pytest.raises(PeerError, match=f"do it with CAP_NET_ADMIN: ip link set {served['ifname']} down"):
         daemon.execute("set_link", name=served["id"], up=False)
@@ -155,7 +155,7 @@ def test_a_log_that_root_opened_goes_on_where_the_user_may_not_open_it_again(sit
     folder = site.folder / "log"
     folder.mkdir()
     log = folder / "vm.log"
-    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--log", str(log), user=0)
+    daemon = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--log", str(log), start=start_as(0))
     log.rename(f"{log}.1")
     daemon.send_signal(signal.SIGHUP)
     daemon.execute("query-status")
@@ -263,15 +263,15 @@ def test_a_stranger_is_turned_away_at_both_sockets_and_the_daemon_waits_on(site:
 
 
 def test_users_who_list_each_other_hand_over_and_others_do_not(site: Site) -> None:
-    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), user=0)
+    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), start=start_as(0))
     site.attach()
     site.folder.chmod(0o777)
-    stranger = site.destination("--socket-mode", "0666", user=OTHER)
+    stranger = site.destination("--socket-mode", "0666", start=start_as(OTHER))
     source.execute("migrate", uri=site.address)
     # It lets nobody in but root and its own user, so the channel ends before it says anything.
     assert source.wait_migration()["status"] == "failed"
     assert stranger.is_alive
-    listed = site.destination("--socket-mode", "0666", "--allow-user", str(USER), user=OTHER)
+    listed = site.destination("--socket-mode", "0666", "--allow-user", str(USER), start=start_as(OTHER))
     hand_over(site, source, listed)
     assert site.ping().lost == 0
 
@@ -280,7 +280,7 @@ def test_a_source_hands_over_to_no_listener_of_a_user_it_does_not_list(site: Sit
     source = site.source(*site.objects())
     site.attach()
     site.folder.chmod(0o777)
-    destination = site.destination("--socket-mode", "0666", user=OTHER)
+    destination = site.destination("--socket-mode", "0666", start=start_as(OTHER))
     source.execute("migrate", uri=site.address)
     info = source.wait_migration()
     assert info["status"] == "failed"
@@ -354,12 +354,12 @@ def capabilities(thread: dict[str, str]) -> int:
 
 
 def test_a_destination_that_its_source_may_not_kill_keeps_the_guest_when_it_wakes_up(site: Site) -> None:
-    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), user=0)
+    source = site.source(*site.objects(), "--runas", f"{USER}:{USER}", "--allow-user", str(OTHER), start=start_as(0))
     site.attach()
     site.folder.chmod(0o777)
     source.execute("migrate-set-parameters", commit_timeout=100)
     destination = site.destination(
-        "--socket-mode", "0666", "--allow-user", str(USER), user=OTHER, fault="after-receive:COMMIT=stop"
+        "--socket-mode", "0666", "--allow-user", str(USER), start=start_as(OTHER), fault="after-receive:COMMIT=stop"
     )
     source.execute("migrate", uri=site.address)
     info = source.wait_migration()

@@ -22,8 +22,8 @@ from localmig.virtio import Feature
 from localmig.virtio.net import NetFeature
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
 PATIENCE_S: Final = 20.0
 ETH_P_ALL: Final = 3

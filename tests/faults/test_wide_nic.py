@@ -20,8 +20,8 @@ from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetFeature
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
     from tests.kit.processes import DaemonProcess
+    from tests.kit.site import Site
 
     from localmig.testing.namespace import NetworkNamespace
 

@@ -89,3 +89,35 @@ def test_a_move_that_is_cancelled_or_whose_destination_dies_leaves_the_guest_whe
     assert roles(host) == ["owns"]
     report = pinger.stop()
     assert (report.lost, report.duplicates) == (0, 0), report
+
+
+def test_localmig_is_replaced_before_while_and_after_a_guest_moves(bridged: Lab) -> None:
+    host = Host(bridged, 0, "")
+    vm = host.boot()
+    vm.guest.wait_ready()
+    with bridged.namespace.entered():
+        pinger = Pinger(GUEST_ADDRESS, interval_ns=INTERVAL_NS).start()
+    uri = f"unix:{bridged.folder / 'vm.sock'}"
+    waiting_vmm(bridged, host, uri)
+    host.service.upgrade()
+    assert sorted(roles(host)) == ["idle", "owns"]
+
+    async def conversation() -> None:
+        here = await vm.client()
+        await begin(here, uri, bytes_a_second=CRAWL_BYTES)
+        await reached(here, "active")
+        # The log is on, and the other VMM waits.
+        await asyncio.to_thread(host.service.upgrade)
+        await here.execute("migrate-set-parameters", {"max-bandwidth": STEADY_BYTES})
+        assert await reached(here, "completed", "failed") == "completed"
+        await asyncio.to_thread(host.service.upgrade)
+        await here.execute("quit")
+        with contextlib.suppress(EOFError):
+            await here.disconnect()
+
+    asyncio.run(conversation())
+    vm.guest.process.wait(seconds_max=30)
+    assert roles(host) == ["owns"]
+    host.service.upgrade()
+    report = pinger.stop()
+    assert (report.lost, report.duplicates) == (0, 0), report

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.kit.processes import DaemonProcess, localmig
+from tests.kit.daemons import Daemons
+from tests.kit.processes import localmig
 
 from localmig.testing.frontend import NetGuest
 from localmig.virtio.net import header_length
@@ -30,16 +31,11 @@ class Site:
 
     def __init__(self, folder: Path, ends: ExitStack) -> None:
         self.folder = folder
-        self._ends = ends
-        self.daemon = ends.enter_context(
-            DaemonProcess(
-                [
-                    *LOCAL,
-                    *("--netdev", "tap,id=net0,ifname=tap0,mtu=1400"),
-                    *("--device", f"virtio-net,id=nic0,netdev=net0,mac=52:54:00:12:34:56,socket={folder}/nic0.sock"),
-                ],
-                qmp=folder / "q0",
-            )
+        self._daemons = Daemons(folder, ends)
+        self.daemon = self._daemons.daemon(
+            *LOCAL,
+            *("--netdev", "tap,id=net0,ifname=tap0,mtu=1400"),
+            *("--device", f"virtio-net,id=nic0,netdev=net0,mac=52:54:00:12:34:56,socket={folder}/nic0.sock"),
         )
         self.near, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ends.enter_context(self.near)
@@ -82,9 +78,8 @@ class Site:
         return done.stdout
 
     def hand_over(self) -> None:
-        address = f"unix:{self.folder}/migrate"
-        successor = self._ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=self.folder / "q1"))
-        self.daemon.execute("migrate", uri=address)
+        successor = self._daemons.destination()
+        self.daemon.execute("migrate", uri=self._daemons.address)
         assert self.daemon.wait_migration(seconds=PATIENCE_S)["status"] == "completed"
         assert (self.daemon.execute("query-devices"), self.daemon.execute("query-netdevs")) == ([], [])
         assert self.daemon.quit() == 0
@@ -92,12 +87,11 @@ class Site:
 
     def outlive(self) -> None:
         """The daemon dies once its successor has all, and before that one serves."""
-        address = f"unix:{self.folder}/migrate"
-        successor = self._ends.enter_context(DaemonProcess([*LOCAL, "--incoming", address], qmp=self.folder / "q1"))
+        successor = self._daemons.destination()
         self.daemon.execute(
             "migrate-set-capabilities", capabilities=[{"capability": "pause-before-switchover", "state": True}]
         )
-        self.daemon.execute("migrate", uri=address)
+        self.daemon.execute("migrate", uri=self._daemons.address)
         self.daemon.wait_fact(lambda fact: fact.get("status") == "pre-switchover", seconds=PATIENCE_S)
         self.daemon.kill()
         successor.wait_fact(lambda fact: fact.get("status") == "completed", seconds=PATIENCE_S)

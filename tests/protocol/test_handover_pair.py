@@ -556,8 +556,8 @@ class World:
 @pytest.fixture(autouse=True)
 def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for a process in this process; each side is known by a child of its own."""
-    monkeypatch.setattr(incoming_module, "RELEASE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(incoming_module, "RELEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.2)
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
     monkeypatch.setattr(incoming_module, "RELEASE_RETRY_S", 0.05)
 

@@ -26,6 +26,8 @@ from localmig.vhost_user.message import (
     RegionDescription,
     Request,
     SingleRegion,
+    StateDirection,
+    StateTransfer,
     VringAddress,
     VringFile,
     VringNumber,
@@ -73,6 +75,8 @@ GOLDEN = {
     Request.REM_MEM_REG: (SingleRegion(region=REGION), "0000000000000000" + REGION_HEX),
     Request.SET_STATUS: (U64(value=15), "0f00000000000000"),
     Request.GET_STATUS: (None, ""),
+    Request.SET_DEVICE_STATE_FD: (StateTransfer(direction=StateDirection.LOAD), "01000000 00000000"),
+    Request.CHECK_DEVICE_STATE: (None, ""),
 }
 
 FD_COUNTS = {
@@ -83,6 +87,7 @@ FD_COUNTS = {
     Request.SET_VRING_CALL: (0,),
     Request.SET_VRING_ERR: (1,),
     Request.SET_BACKEND_REQ_FD: (1,),
+    Request.SET_DEVICE_STATE_FD: (1,),
     Request.ADD_MEM_REG: (1,),
     Request.REM_MEM_REG: (0, 1),
 }

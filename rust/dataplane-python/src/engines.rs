@@ -116,12 +116,12 @@ impl Lent<'_> {
         match self {
             Self::Pair(pair) => match pair.check_positions(positions[0], positions[1]) {
                 Ok(()) => Ok(None),
-                Err(queue_pair::Error::Invalid(reason)) => Ok(Some(reason)),
+                Err(queue_pair::Error::Invalid(refusal)) => Ok(Some(refusal.to_string())),
                 Err(error) => Err(crate::queue_pair::refused(error)),
             },
             Self::Callback(queues) => match queues.check_positions(positions) {
                 Ok(()) => Ok(None),
-                Err(callback::Error::Invalid(reason)) => Ok(Some(reason)),
+                Err(callback::Error::Invalid(refusal)) => Ok(Some(refusal.to_string())),
                 Err(error) => Err(crate::callback::refused(error)),
             },
         }

@@ -79,15 +79,6 @@ impl GuestMemory {
         Ok(py.detach(|| self.inner.populate(time)))
     }
 
-    /// The guest address of `size` bytes at a frontend's user address.
-    fn translate(&self, user_address: u64, size: u64) -> PyResult<u64> {
-        self.inner.translate(user_address, size).ok_or_else(|| {
-            PyValueError::new_err(format!(
-                "no memory region holds {size:#x} bytes at user address {user_address:#x}"
-            ))
-        })
-    }
-
     /// Copies `size` bytes out.
     fn read<'py>(&self, py: Python<'py>, guest_address: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
         PyBytes::new_with(py, size, |data| {

@@ -72,7 +72,7 @@ pub struct QueuePair {
 
 pub(crate) fn refused(error: Error) -> PyErr {
     match error {
-        Error::Invalid(reason) => PyValueError::new_err(reason),
+        Error::Invalid(refusal) => PyValueError::new_err(refusal.to_string()),
         error => PyRuntimeError::new_err(error.to_string()),
     }
 }

@@ -8,6 +8,7 @@
 //! buffers goes here, and stays here until the driver has posted enough. It outlives a stop, other addresses of the rings
 //! and the session, as the frames in the TAP behind it do, and travels to a successor.
 
+use crate::refusal::{Refusal, RefusalKind};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
@@ -91,9 +92,10 @@ impl Backlog {
     ///
     /// # Errors
     /// It is longer than any frame.
-    pub(crate) fn put(&mut self, frame: &[u8]) -> Result<(), String> {
+    pub(crate) fn put(&mut self, frame: &[u8]) -> Result<(), Refusal> {
         if frame.len() > FRAME_SIZE_MAX {
-            return Err(format!("a frame that waits has {} bytes, limit is {FRAME_SIZE_MAX}", frame.len()));
+            let text = format!("a frame that waits has {} bytes, limit is {FRAME_SIZE_MAX}", frame.len());
+            return Err(Refusal::new(RefusalKind::Length, text));
         }
         let place = self.behind(0).iov_base.cast::<u8>();
         // SAFETY: the place has room for the longest frame, and is nobody else's.

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::backing::file_type;
+use crate::refusal::{Refusal, RefusalKind};
 use crate::sys;
 
 /// A descriptor of a peer that says: look at the ring.
@@ -40,8 +41,9 @@ impl Bell {
     ///
     /// # Errors
     /// It is neither eventfd nor pipe nor UNIX socket.
-    pub(crate) fn of(fd: RawFd) -> Result<Self, String> {
-        let kind = file_type(fd).map_err(|error| format!("{fd} cannot be looked at: {error}"))?;
+    pub(crate) fn of(fd: RawFd) -> Result<Self, Refusal> {
+        let refused = |text| Refusal::new(RefusalKind::Descriptor, text);
+        let kind = file_type(fd).map_err(|error| refused(format!("{fd} cannot be looked at: {error}")))?;
         match kind {
             libc::S_IFIFO => return Ok(Self::Pipe(fd)),
             libc::S_IFSOCK if domain(fd) == libc::AF_UNIX => return Ok(Self::Socket(fd)),
@@ -49,8 +51,12 @@ impl Bell {
         }
         match std::fs::read_link(format!("/proc/self/fd/{fd}")) {
             Ok(name) if name.as_os_str() == "anon_inode:[eventfd]" => Ok(Self::Eventfd(fd)),
-            Ok(name) => Err(format!("is {}, must be an eventfd, a pipe or a UNIX socket", name.display())),
-            Err(error) => Err(format!("cannot be told from other descriptors without /proc: {error}")),
+            Ok(name) => {
+                Err(refused(format!("is {}, must be an eventfd, a pipe or a UNIX socket", name.display())))
+            }
+            Err(error) => {
+                Err(refused(format!("cannot be told from other descriptors without /proc: {error}")))
+            }
         }
     }
 }
@@ -59,10 +65,12 @@ impl Bell {
 ///
 /// # Errors
 /// It is neither eventfd nor pipe.
-pub(crate) fn check_kick(fd: RawFd) -> Result<(), String> {
+pub(crate) fn check_kick(fd: RawFd) -> Result<(), Refusal> {
     match Bell::of(fd)? {
         Bell::Eventfd(_) | Bell::Pipe(_) => Ok(()),
-        Bell::Socket(_) => Err("is a socket, must be an eventfd or a pipe".to_string()),
+        Bell::Socket(_) => {
+            Err(Refusal::new(RefusalKind::Descriptor, "is a socket, must be an eventfd or a pipe"))
+        }
     }
 }
 
@@ -313,11 +321,14 @@ mod tests {
     fn what_is_none_of_these_is_refused_by_its_name() {
         let file = std::fs::File::open("/dev/null").unwrap();
         let reason = "is /dev/null, must be an eventfd, a pipe or a UNIX socket";
-        assert_eq!(Bell::of(file.as_raw_fd()).unwrap_err(), reason);
+        assert_eq!(Bell::of(file.as_raw_fd()).unwrap_err().to_string(), reason);
         let far = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert!(Bell::of(far.as_raw_fd()).unwrap_err().starts_with("is socket:["));
+        assert!(Bell::of(far.as_raw_fd()).unwrap_err().to_string().starts_with("is socket:["));
         let (mine, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert_eq!(check_kick(mine.as_raw_fd()).unwrap_err(), "is a socket, must be an eventfd or a pipe");
-        assert!(Bell::of(-1).unwrap_err().starts_with("-1 cannot be looked at: "));
+        assert_eq!(
+            check_kick(mine.as_raw_fd()).unwrap_err().to_string(),
+            "is a socket, must be an eventfd or a pipe"
+        );
+        assert!(Bell::of(-1).unwrap_err().to_string().starts_with("-1 cannot be looked at: "));
     }
 }

@@ -33,6 +33,7 @@ use crate::log::RingLog;
 use crate::memory::{copy, GuestMemory};
 use crate::pump::{explain, Notifiers, RingSpec};
 use crate::queue_pair::lock;
+use crate::refusal::{Refusal, RefusalKind};
 use crate::ring::{Format, Ring};
 use crate::sys;
 use crate::writer::Writer;
@@ -65,7 +66,7 @@ pub enum Error {
     NotConfigured,
     Closed,
     CompletedTwice { ring: usize, head: u16 },
-    Invalid(String),
+    Invalid(Refusal),
 }
 
 impl fmt::Display for Error {
@@ -77,7 +78,7 @@ impl fmt::Display for Error {
             Self::CompletedTwice { ring, head } => {
                 write!(f, "the chain at descriptor {head} of ring {ring} is completed already")
             }
-            Self::Invalid(reason) => f.write_str(reason),
+            Self::Invalid(refusal) => refusal.fmt(f),
         }
     }
 }
@@ -239,21 +240,22 @@ struct Bench<'a> {
 }
 
 impl End {
-    fn new(number: usize, spec: &RingSpec, config: &CallbackConfig) -> Result<Self, String> {
+    fn new(number: usize, spec: &RingSpec, config: &CallbackConfig) -> Result<Self, Refusal> {
         let name = format_args!("ring {number}");
-        let named = |reason| format!("{name}: {reason}");
         let (ledger, log) = (spec.ledger.clone(), spec.log.clone());
         let ring = Ring::new(config.format, &spec.layout, config.features, &config.memory, ledger, log);
-        let ring = ring.map_err(named)?;
+        let ring = ring.map_err(|refusal| refusal.of(&name))?;
         let slot = match config.format {
             Format::Packed => None,
             Format::Split => {
                 let slot = spec.in_flight.clone();
-                Some(slot.ok_or_else(|| format!("{name}: there is no in-flight file for it"))?)
+                Some(slot.ok_or_else(|| {
+                    Refusal::new(RefusalKind::Descriptor, "there is no in-flight file for it").of(&name)
+                })?)
             }
         };
         let notifiers = Notifiers::of(&name, spec.call_fd, spec.error_fd)?;
-        check_kick(spec.kick_fd).map_err(|reason| format!("{name}: kick descriptor {reason}"))?;
+        check_kick(spec.kick_fd).map_err(|refusal| refusal.named("kick descriptor").of(&name))?;
         Ok(Self {
             number,
             layout: spec.layout,
@@ -693,9 +695,10 @@ impl State {
         }
         if data.len() > chain.writable {
             let (given, room) = (data.len(), chain.writable);
-            return Err(Error::Invalid(format!(
+            let text = format!(
                 "{given} bytes for the chain at descriptor {head} of ring {number}, which has room for {room}"
-            )));
+            );
+            return Err(Error::Invalid(Refusal::new(RefusalKind::Length, text)));
         }
         chain.completed.store(true, Ordering::Relaxed);
         let running = self.running;
@@ -855,7 +858,8 @@ impl CallbackQueues {
         let mut state = self.idle()?;
         if config.rings.len() != state.ends.len() {
             let (given, expected) = (config.rings.len(), state.ends.len());
-            return Err(Error::Invalid(format!("{given} rings are configured, there are {expected}")));
+            let text = format!("{given} rings are configured, there are {expected}");
+            return Err(Error::Invalid(Refusal::new(RefusalKind::Setting, text)));
         }
         let end = |(number, spec): (usize, &Option<RingSpec>)| {
             spec.as_ref().map(|spec| End::new(number, spec, config)).transpose()
@@ -870,7 +874,9 @@ impl CallbackQueues {
             }
         }
         if ends.iter().any(Option::is_some) {
-            state.poll().map_err(|error| Error::Invalid(format!("no descriptor to sleep on: {error}")))?;
+            let refused =
+                |error| Refusal::new(RefusalKind::Descriptor, format!("no descriptor to sleep on: {error}"));
+            state.poll().map_err(|error| Error::Invalid(refused(error)))?;
         }
         let former =
             (std::mem::replace(&mut state.ends, ends), state.memory.replace(Arc::clone(&config.memory)));
@@ -893,8 +899,9 @@ impl CallbackQueues {
         let state = self.idle()?;
         for (end, position) in state.ends.iter().zip(positions) {
             let Some(end) = end else { continue };
-            let refused = |error| Error::Invalid(format!("ring {}: {error}", end.number));
-            end.ring.check_position(*position).map_err(refused)?;
+            let refused = |error: RingError| Refusal::new(RefusalKind::Position, error.to_string());
+            let checked = end.ring.check_position(*position).map_err(refused);
+            checked.map_err(|refusal| Error::Invalid(refusal.of(&format_args!("ring {}", end.number))))?;
         }
         Ok(())
     }
@@ -995,7 +1002,8 @@ impl CallbackQueues {
     pub fn fail(&self, number: usize, reason: &str) -> Result<(), Error> {
         let mut state = lock(&self.state);
         if number >= state.ends.len() {
-            return Err(Error::Invalid(format!("there is no ring {number}")));
+            let text = format!("there is no ring {number}");
+            return Err(Error::Invalid(Refusal::new(RefusalKind::Setting, text)));
         }
         state.fail(number, reason.to_string());
         Ok(())

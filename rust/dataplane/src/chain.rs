@@ -11,6 +11,7 @@ use std::ptr;
 
 use crate::log::LogProblem;
 use crate::memory::{GuestMemory, Lost};
+use crate::refusal::{Refusal, RefusalKind};
 
 /// Entries a virtqueue may have: virtio 1.2, sections 2.7 and 2.8.
 pub const RING_SIZE_MAX: u16 = 32768;
@@ -199,16 +200,19 @@ pub(crate) fn find_part(
     address: u64,
     length: usize,
     alignment: u64,
-) -> Result<*mut u8, String> {
+) -> Result<*mut u8, Refusal> {
+    let refused = |text| Refusal::new(RefusalKind::Layout, text);
     if address % alignment != 0 {
-        return Err(format!("{what} at {address:#x} is not aligned to {alignment}"));
+        return Err(refused(format!("{what} at {address:#x} is not aligned to {alignment}")));
     }
     let host = memory.host_exact(address, length).ok_or_else(|| {
-        format!("{what} at {address:#x}, {length:#x} bytes, is not inside one guest memory region")
+        refused(format!("{what} at {address:#x}, {length:#x} bytes, is not inside one guest memory region"))
     })?;
     if host.addr() as u64 % alignment != 0 {
         // Guest and host addresses agree below the page size only where the region starts on a page.
-        return Err(format!("{what} at {address:#x} lies in a memory region that starts off a page"));
+        return Err(refused(format!(
+            "{what} at {address:#x} lies in a memory region that starts off a page"
+        )));
     }
     Ok(host)
 }

@@ -417,15 +417,6 @@ impl GuestMemory {
         self.mappings.iter().map(|mapping| mapping.populate(deadline).unwrap_or(0)).sum()
     }
 
-    /// The guest address of `size` bytes at a frontend's user address, if one region holds all of them.
-    #[must_use]
-    pub fn translate(&self, user_address: u64, size: u64) -> Option<u64> {
-        self.mappings.iter().find_map(|mapping| {
-            let offset = user_address.checked_sub(mapping.spec.user_address)?;
-            (offset.checked_add(size)? <= mapping.spec.size).then_some(mapping.spec.guest_address + offset)
-        })
-    }
-
     /// A region that cannot be accessed any more, if there is one. Looks at no memory of the guest's.
     #[inline]
     #[must_use]

@@ -19,6 +19,7 @@ use crate::chain::{
 use crate::ledger::Slot;
 use crate::log::{Area, RingLog};
 use crate::memory::GuestMemory;
+use crate::refusal::{Refusal, RefusalKind};
 use crate::writer::Writer;
 
 const DESCRIPTOR_AVAIL: u16 = 1 << 7;
@@ -123,17 +124,19 @@ impl PackedRing {
     /// Finds the ring in guest memory and touches none of it.
     ///
     /// # Errors
-    /// A text that says what is wrong with the layout.
+    /// What is wrong with the layout.
     pub fn new(
         layout: &Layout,
         features: Features,
         memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Refusal> {
         // Unlike a split ring's, its size need not be a power of two.
         let size = u16::try_from(layout.size).ok().filter(|size| (1..=RING_SIZE_MAX).contains(size));
         let size = size.ok_or_else(|| {
-            format!("a packed ring has {} entries, it must have 1 to {RING_SIZE_MAX}", layout.size)
+            let text =
+                format!("a packed ring has {} entries, it must have 1 to {RING_SIZE_MAX}", layout.size);
+            Refusal::new(RefusalKind::Layout, text)
         })?;
         let length = DESCRIPTOR_SIZE * usize::from(size);
         let descriptors = find_part(memory, "descriptor ring", layout.descriptor_area, length, 16)?;

@@ -23,6 +23,7 @@ use crate::in_flight;
 use crate::ledger::Slot;
 use crate::log::RingLog;
 use crate::memory::GuestMemory;
+use crate::refusal::{Refusal, RefusalKind};
 use crate::ring::{Format, Ring};
 use crate::stream::{self, Stream};
 use crate::sys;
@@ -166,12 +167,13 @@ struct RingEnd {
 }
 
 impl RingEnd {
-    fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, String> {
+    fn new(side: Side, spec: &RingSpec, config: &Config) -> Result<Self, Refusal> {
         let (layout, ledger, log) = (&spec.layout, spec.ledger.clone(), spec.log.clone());
         let ring = Ring::new(config.format, layout, config.features, &config.memory, ledger, log);
-        let ring = ring.map_err(|reason| format!("{side} ring: {reason}"))?;
-        let notifiers = Notifiers::of(&format_args!("{side} ring"), spec.call_fd, spec.error_fd)?;
-        check_kick(spec.kick_fd).map_err(|reason| format!("{side} ring: kick descriptor {reason}"))?;
+        let name = format_args!("{side} ring");
+        let ring = ring.map_err(|refusal| refusal.of(&name))?;
+        let notifiers = Notifiers::of(&name, spec.call_fd, spec.error_fd)?;
+        check_kick(spec.kick_fd).map_err(|refusal| refusal.named("kick descriptor").of(&name))?;
         Ok(Self {
             side,
             layout: *layout,
@@ -264,12 +266,12 @@ impl Notifiers {
         ring: &impl fmt::Display,
         call_fd: Option<RawFd>,
         error_fd: Option<RawFd>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Refusal> {
         let bell = |what, fd: Option<RawFd>| {
-            let reason = |reason| format!("{ring}: {what} descriptor {reason}");
-            fd.map(|fd| Bell::of(fd).map_err(reason)).transpose()
+            let refused = |refusal: Refusal| refusal.named(what).of(ring);
+            fd.map(|fd| Bell::of(fd).map_err(refused)).transpose()
         };
-        Ok(Self { call: bell("call", call_fd)?, error: bell("error", error_fd)? })
+        Ok(Self { call: bell("call descriptor", call_fd)?, error: bell("error descriptor", error_fd)? })
     }
 }
 
@@ -415,13 +417,17 @@ impl Pump {
     /// Checks the configuration and touches neither the host's side nor guest memory.
     ///
     /// # Errors
-    /// A text that says what is wrong.
-    pub(crate) fn new(config: &Config) -> Result<Self, String> {
+    /// What is wrong with it.
+    pub(crate) fn new(config: &Config) -> Result<Self, Refusal> {
+        let refused = |text| Err(Refusal::new(RefusalKind::Setting, text));
         if ![NUM_BUFFERS_OFFSET, HEADER_LENGTH_WITH_BUFFERS].contains(&config.header_length) {
-            return Err(format!("a virtio-net header has 10 or 12 bytes, not {}", config.header_length));
+            return refused(format!("a virtio-net header has 10 or 12 bytes, not {}", config.header_length));
         }
         if config.mergeable && config.header_length != HEADER_LENGTH_WITH_BUFFERS {
-            return Err(format!("mergeable buffers need a header of 12 bytes, not {}", config.header_length));
+            return refused(format!(
+                "mergeable buffers need a header of 12 bytes, not {}",
+                config.header_length
+            ));
         }
         let end = |side, spec: &Option<RingSpec>| {
             spec.as_ref().map(|spec| RingEnd::new(side, spec, config)).transpose()
@@ -554,10 +560,12 @@ impl Pump {
     }
 
     /// Whether configured rings can begin there.
-    pub(crate) fn check_positions(&self, rx: u16, tx: u16) -> Result<(), String> {
+    pub(crate) fn check_positions(&self, rx: u16, tx: u16) -> Result<(), Refusal> {
         for (end, position) in [(&self.rx, rx), (&self.tx, tx)] {
             let Some(end) = end else { continue };
-            end.ring.check_position(position).map_err(|error| format!("{} ring: {error}", end.side))?;
+            let refused = |error: RingError| Refusal::new(RefusalKind::Position, error.to_string());
+            let checked = end.ring.check_position(position).map_err(refused);
+            checked.map_err(|refusal| refusal.of(&format_args!("{} ring", end.side)))?;
         }
         Ok(())
     }

@@ -30,6 +30,7 @@ use crate::counters::LiveCounters;
 use crate::log::RingLog;
 use crate::memory::GuestMemory;
 use crate::pump::{Budget, Config, Correction, Notifiers, Positions, Pump, Side, Sleep, BATCH, WATCHED};
+use crate::refusal::Refusal;
 use crate::sys;
 
 /// Ring errors kept for `take_ring_errors`. Each ring fails once a configuration, the TAP once a start, so more can
@@ -56,7 +57,7 @@ pub enum Error {
     Running,
     NotConfigured,
     Closed,
-    Invalid(String),
+    Invalid(Refusal),
 }
 
 impl fmt::Display for Error {
@@ -65,7 +66,7 @@ impl fmt::Display for Error {
             Self::Running => f.write_str("the queue pair runs"),
             Self::NotConfigured => f.write_str("the queue pair is not configured"),
             Self::Closed => f.write_str("the queue pair is closed"),
-            Self::Invalid(reason) => f.write_str(reason),
+            Self::Invalid(refusal) => refusal.fmt(f),
         }
     }
 }

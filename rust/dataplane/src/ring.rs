@@ -10,6 +10,7 @@ use crate::ledger::Slot;
 use crate::log::RingLog;
 use crate::memory::GuestMemory;
 use crate::packed::{PackedRing, Position};
+use crate::refusal::Refusal;
 use crate::split::SplitRing;
 use crate::writer::Writer;
 
@@ -35,7 +36,7 @@ impl Ring {
         memory: &Arc<GuestMemory>,
         ledger: Option<Slot>,
         log: Option<RingLog>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Refusal> {
         let mut ring = match format {
             Format::Split => Self::Split(SplitRing::new(layout, features, memory)?),
             Format::Packed => Self::Packed(PackedRing::new(layout, features, memory, ledger)?),

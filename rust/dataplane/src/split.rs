@@ -16,6 +16,7 @@ use crate::chain::{
 };
 use crate::log::{Area, RingLog};
 use crate::memory::GuestMemory;
+use crate::refusal::{Refusal, RefusalKind};
 use crate::writer::Writer;
 
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -50,12 +51,16 @@ impl SplitRing {
     /// Finds the ring in guest memory and touches none of it.
     ///
     /// # Errors
-    /// A text that says what is wrong with the layout.
-    pub fn new(layout: &Layout, features: Features, memory: &Arc<GuestMemory>) -> Result<Self, String> {
+    /// What is wrong with the layout.
+    pub fn new(layout: &Layout, features: Features, memory: &Arc<GuestMemory>) -> Result<Self, Refusal> {
         let size =
             u16::try_from(layout.size).ok().filter(|size| size.is_power_of_two() && *size <= RING_SIZE_MAX);
         let size = size.ok_or_else(|| {
-            format!("a ring has {} entries, it must be a power of two up to {RING_SIZE_MAX}", layout.size)
+            let text = format!(
+                "a ring has {} entries, it must be a power of two up to {RING_SIZE_MAX}",
+                layout.size
+            );
+            Refusal::new(RefusalKind::Layout, text)
         })?;
         let entries = usize::from(size);
         // Six bytes of flags, index and event index around the entries, whether the last is used or not.

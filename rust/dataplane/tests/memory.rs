@@ -30,10 +30,6 @@ fn regions_are_found_at_their_offsets_by_guest_and_by_user_address() {
     let mut found = [0; 6];
     whole.read(0x2fff, &mut found).unwrap();
     assert_eq!(&found, b"across");
-    assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffb), Some(START + 5));
-    assert_eq!(memory.translate(specs[1].user_address + 5, 0x1ffc), None);
-    assert_eq!(memory.translate(u64::MAX, 1), None);
-    assert_eq!(memory.translate(specs[1].user_address, u64::MAX), None);
 }
 
 #[test]

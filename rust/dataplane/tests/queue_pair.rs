@@ -585,7 +585,9 @@ fn descriptors_that_nobody_can_ring_by_leave_the_former_ones() {
     let file = std::fs::File::open("/dev/null").unwrap();
     for (call, error) in [(Some(file.as_raw_fd()), None), (None, Some(file.as_raw_fd()))] {
         let refused = bench.pair.set_notifiers(Side::Tx, call, error);
-        assert!(matches!(refused, Err(Error::Invalid(reason)) if reason.contains("descriptor is /dev/null")));
+        assert!(
+            matches!(refused, Err(Error::Invalid(refusal)) if refusal.to_string().contains("descriptor is /dev/null"))
+        );
     }
     bench.offer_tx(0, b"frame");
     bench.tx.kick();
@@ -761,7 +763,7 @@ fn descriptors_that_nobody_can_ring_by_are_refused() {
             _ => tx.error_fd = Some(fd),
         }
         let reason = format!("tx ring: {name} descriptor {problem}");
-        assert_eq!(bench.pair.configure(&config), Err(Error::Invalid(reason)));
+        assert_eq!(bench.pair.configure(&config).unwrap_err().to_string(), reason);
     }
 }
 
@@ -821,7 +823,7 @@ fn calls_out_of_order_are_refused_and_change_nothing() {
     assert!(!bench.pair.is_running());
     let bad = Config { header_length: 11, ..bench.config() };
     let reason = "a virtio-net header has 10 or 12 bytes, not 11".to_string();
-    assert_eq!(bench.pair.configure(&bad), Err(Error::Invalid(reason)));
+    assert_eq!(bench.pair.configure(&bad).unwrap_err().to_string(), reason);
     bench.pair.start().unwrap();
     bench.pair.close();
     bench.pair.close();

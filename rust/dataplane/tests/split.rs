@@ -341,6 +341,6 @@ fn a_layout_that_cannot_be_is_refused() {
         ),
     ];
     for (layout, reason) in cases {
-        assert_eq!(SplitRing::new(&layout, ALL, &memory).unwrap_err(), reason);
+        assert_eq!(SplitRing::new(&layout, ALL, &memory).unwrap_err().to_string(), reason);
     }
 }

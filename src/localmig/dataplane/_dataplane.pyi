@@ -95,13 +95,6 @@ class GuestMemory:
         every 256 MiB. Mappings that were populated before, in a previous memory too, take none. Releases the GIL.
         """
 
-    def translate(self, user_address: int, size: int) -> int:
-        """The guest address of `size` bytes at a frontend's user address.
-
-        Raises:
-            ValueError: no single region holds all of them.
-        """
-
     def read(self, guest_address: int, size: int) -> bytes:
         """Copies `size` bytes out.
 

@@ -25,13 +25,13 @@ from localmig.device_api.vhost_user_device import VhostUserDevice
 from localmig.qapi import Array, Member, String, Struct, Uint64
 from localmig.trace import Tracer
 from localmig.vhost_user.message import ProtocolFeature
-from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
+from localmig.vhost_user.protocol import PROTOCOL_FEATURES_OFFERED, Offer
 from localmig.virtio import Feature
 
 FEATURES: Final = Feature.VERSION_1 | Feature.ANY_LAYOUT | Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC
 """What the engine serves, whatever the device. Not IN_ORDER, for a device may keep chains; not packed rings."""
 
-PROTOCOL_FEATURES: Final = PROTOCOL_FEATURES_SERVED & ~(ProtocolFeature.RARP | ProtocolFeature.MTU)
+PROTOCOL_FEATURES: Final = PROTOCOL_FEATURES_OFFERED & ~(ProtocolFeature.RARP | ProtocolFeature.MTU)
 """All but what is a NIC's."""
 
 VRING_SIZE_MAX: Final = 1024

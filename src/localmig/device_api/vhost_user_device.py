@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from localmig import trace
 from localmig.contact import ConnectTo, Contact, ListenAt
+from localmig.device_api import moved_state
 from localmig.device_api.callback_group import CallbackGroup
 from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_rings import DeviceRings
@@ -47,6 +48,8 @@ from localmig.vhost_user.protocol import (
     Offer,
     RequestRefused,
     SessionState,
+    StateSent,
+    StateWanted,
     VringChanged,
 )
 from localmig.vhost_user.session import Endpoint, Session
@@ -216,6 +219,13 @@ class VhostUserDevice(Part):
         Called again with a newer state if it changed in the source, so what it took before is dropped first.
         """
         raise NotImplementedError
+
+    def load_moved(self, state: Any) -> None:
+        """As `load`, while the device is open and no ring runs: its guest came with another VMM's help.
+
+        Only frontends that were offered DEVICE_STATE bring one (vhost-user, "Migrating back-end state").
+        """
+        self.load(state)
 
     def keeps_chains(self, state: SessionState) -> bool:
         """Whether Python code serves rings of a session with this state, and may keep what it takes of them."""
@@ -583,7 +593,9 @@ class VhostUserDevice(Part):
         self._notes.expect()
         here = self._sessions[session.number]
         try:
-            if here is self._rings.session:
+            if isinstance(event, StateWanted | StateSent):
+                self._move_state(here, event)
+            elif here is self._rings.session:
                 self._follow(here, event)
             else:
                 self._keep(here, event)
@@ -592,6 +604,38 @@ class VhostUserDevice(Part):
             if event.refusable:
                 self._note_refusal(str(error))
             raise
+
+    def _move_state(self, here: DeviceSession, event: StateWanted | StateSent) -> None:
+        """The frontend moves the guest away, and takes the device's state along; or the guest came with that.
+
+        Raises:
+            PeerError: the pipe does not serve, or what came through it is no state for this device. Nothing changed.
+        """
+        pipe, name = event.pipe.fileno(), self._state_name
+        if isinstance(event, StateWanted):
+            state = None if self.own_state is None else self.save(with_descriptors=False)
+            moved_state.write(pipe, moved_state.encode(name, self.own_state, state))
+            return
+        data = moved_state.read_all(pipe)
+        if (state := moved_state.decode(name, self.own_state, data)) is not None:
+            self.check(state)
+            here.state.moved_state = data
+            if here is self._rings.session:
+                self._take_moved(here)
+                self.features_changed()
+                self.apply_all()
+
+    def _take_moved(self, owner: DeviceSession) -> None:
+        """What came with the guest of the session that owns is the device's from now on."""
+        if data := owner.state.moved_state:
+            state = moved_state.decode(self._state_name, self.own_state, data)
+            self.check(state)
+            owner.state.moved_state = b""
+            self.load_moved(state)
+
+    @property
+    def _state_name(self) -> str:
+        return "device" if self.own_state is None else self.own_state.name
 
     def _follow(self, owner: DeviceSession, event: Event) -> None:
         """Does what the session that owns says."""
@@ -714,6 +758,7 @@ class VhostUserDevice(Part):
         self._rings.session = heir
         try:
             self.session_began()
+            self._take_moved(heir)
             self.features_changed()
             self.apply_all()
         except LocalmigError as error:

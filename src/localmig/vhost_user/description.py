@@ -10,7 +10,13 @@ from __future__ import annotations
 from typing import Final
 
 from localmig.vhost_user.memory import REGION_COUNT_MAX, MemoryRegion
-from localmig.vhost_user.message import HEADER_SIZE, PAYLOAD_SIZE_MAX, TABLE_REGION_COUNT_MAX, VRING_INDEX_MAX
+from localmig.vhost_user.message import (
+    HEADER_SIZE,
+    MOVED_STATE_SIZE_MAX,
+    PAYLOAD_SIZE_MAX,
+    TABLE_REGION_COUNT_MAX,
+    VRING_INDEX_MAX,
+)
 from localmig.vhost_user.protocol import LogState, SessionState, VringState
 from localmig.virtio.net import MAC_LENGTH
 from localmig.vmstate import Description, array, blob, boolean, fd, optional, struct, u8, u16, u32, u64
@@ -72,6 +78,8 @@ SESSION: Final = Description(
         u16("vring_count_asked"),
         boolean("was_served"),
         optional(fd("backend_request_fd", kind="socket")),
+        optional(fd("state_pipe", kind="pipe")),
+        blob("moved_state", size_max=MOVED_STATE_SIZE_MAX),
         optional(struct("log", LOG)),
         blob("unparsed", size_max=HEADER_SIZE + PAYLOAD_SIZE_MAX),
         array("unparsed_fds", fd, count_max=TABLE_REGION_COUNT_MAX),

@@ -38,6 +38,10 @@ only one by one."""
 CONFIG_SIZE_MAX: Final = 256
 """Bytes of configuration space one message may carry, and a space may have: QEMU's VHOST_USER_MAX_CONFIG_SIZE."""
 
+MOVED_STATE_SIZE_MAX: Final = 4096
+"""Bytes of a device's state in the hands of a frontend. A pipe takes so many at once (PIPE_BUF, pipe(7)), so nobody
+waits for a frontend that does not read."""
+
 VRING_INDEX_MAX: Final = 0xFF
 """The highest vring index: SET_VRING_KICK, _CALL and _ERR have eight bits for it."""
 
@@ -175,6 +179,23 @@ class U64(Numbers):
     value: int
 
     LAYOUT: ClassVar = struct.Struct("=Q")
+
+
+class StateDirection(IntEnum):
+    """Which way a device's state goes (vhost-user, "Device state transfer parameters")."""
+
+    SAVE = 0
+    LOAD = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateTransfer(Numbers):
+    """The device's state is to go through the descriptor that comes along; in phase 0 its rings are stopped."""
+
+    direction: int
+    phase: int = 0
+
+    LAYOUT: ClassVar = struct.Struct("=II")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -401,6 +422,10 @@ RULES: Final = {
     ),
     Request.SET_STATUS: Rule(payload=U64, feature=ProtocolFeature.STATUS),
     Request.GET_STATUS: Rule(reply=U64, feature=ProtocolFeature.STATUS),
+    Request.SET_DEVICE_STATE_FD: Rule(
+        payload=StateTransfer, reply=U64, descriptors=Descriptors.ONE, feature=ProtocolFeature.DEVICE_STATE
+    ),
+    Request.CHECK_DEVICE_STATE: Rule(reply=U64, feature=ProtocolFeature.DEVICE_STATE),
 }
 """Every request this package speaks. The others belong to protocol features it does not know."""
 

@@ -45,6 +45,8 @@ from localmig.vhost_user.message import (
     RegionDescription,
     Request,
     SingleRegion,
+    StateDirection,
+    StateTransfer,
     VringAddress,
     VringFile,
     VringNumber,
@@ -69,9 +71,17 @@ PROTOCOL_FEATURES_SERVED: Final = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
 )
 """What this module serves. Not postcopy: a guest's memory comes from elsewhere then, and a page that is not there yet
 would stop a queue pair's thread for as long as the network takes. QEMU refuses to begin with it."""
+
+PROTOCOL_FEATURES_OFFERED: Final = PROTOCOL_FEATURES_SERVED & ~ProtocolFeature.DEVICE_STATE
+"""What is offered unless somebody asks for more. A QEMU whose backend offers DEVICE_STATE puts that state into its
+stream, and a destination whose backend does not offer it fails to load the stream."""
+
+STATE_WITHOUT_DESCRIPTOR: Final = 1 << 8
+"""In the reply to SET_DEVICE_STATE_FD: the frontend's descriptor is used, none comes back."""
 
 LOG_ALL: Final = 1 << LOG_ALL_BIT
 """As a feature: a frontend's and a backend's own affair, of which the guest knows nothing."""
@@ -98,7 +108,7 @@ class Offer:
     features: int
     vring_count: int
     servable_features: int = 0
-    protocol_features: ProtocolFeature = PROTOCOL_FEATURES_SERVED
+    protocol_features: ProtocolFeature = PROTOCOL_FEATURES_OFFERED
     vring_size_max: int = VRING_SIZE_MAX
     region_count_max: int = REGION_COUNT_MAX
     drained_vrings: Mapping[int, int] = field(default_factory=dict)
@@ -197,6 +207,9 @@ class SessionState:
         vring_count_asked: how many the frontend has, where it has more than the device; else 0.
         was_served: whether one was ever started and enabled.
         backend_request_fd: where the backend may send requests of its own.
+        state_pipe: where the frontend sends the device's state, until it asks what became of that; None where it sends
+            none.
+        moved_state: what it sent, for the device to take over once this session owns; empty where nothing came.
         log: where written pages are marked while the frontend wants that. It is gone once all rings are stopped: QEMU
             frees it then, and starts rings again before it announces another.
         unparsed, unparsed_fds: the beginning of a message and the descriptors that came with it.
@@ -215,6 +228,8 @@ class SessionState:
     vring_count_asked: int = 0
     was_served: bool = False
     backend_request_fd: OwnedFd | None = None
+    state_pipe: OwnedFd | None = None
+    moved_state: bytes = b""
     log: LogState | None = None
     unparsed: bytes = b""
     unparsed_fds: list[OwnedFd] = field(default_factory=list)
@@ -240,7 +255,8 @@ class SessionState:
         vring_fds = (fd for vring in self.vrings for fd in (vring.kick, vring.call, vring.error))
         region_fds = (region.fd for region in self.regions)
         log_fd = None if self.log is None else self.log.fd
-        close_foreign((*region_fds, *vring_fds, self.backend_request_fd, log_fd, *self.unparsed_fds))
+        others = (self.backend_request_fd, self.state_pipe, log_fd)
+        close_foreign((*region_fds, *vring_fds, *others, *self.unparsed_fds))
 
 
 def check_state(state: SessionState, offer: Offer) -> None:
@@ -449,6 +465,22 @@ class RarpRequested(Event):
     refusable: ClassVar = True
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateWanted(Event):
+    """The frontend moves the guest: the device's state goes into this pipe, which is open until `complete`."""
+
+    pipe: OwnedFd
+    refusable: ClassVar = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateSent(Event):
+    """The guest came with its frontend: this pipe has all of the device's state, which belongs into `moved_state`."""
+
+    pipe: OwnedFd
+    refusable: ClassVar = True
+
+
 # -- the session ------------------------------------------------------------------------------------------
 
 
@@ -607,6 +639,8 @@ class Backend:
         # wait for the answer.
         elif self._is_acknowledged:
             self.state.unsent += encode_reply(request, U64(value=ack))
+        if request is Request.CHECK_DEVICE_STATE:
+            self.state.state_pipe = self._replace(self.state.state_pipe)
         close_foreign((*self._retired, *self.state.unparsed_fds))
         self._retired.clear()
         self.state.unparsed_fds.clear()
@@ -638,6 +672,10 @@ class Backend:
                 self._drop_log()
                 self.state.log = LogState(size=size, mmap_offset=mmap_offset, fd=self.state.unparsed_fds.pop())
                 return LogSet()
+            case Request.SET_DEVICE_STATE_FD, StateTransfer():
+                return self._transfer_state(payload)
+            case Request.CHECK_DEVICE_STATE, None if self.state.state_pipe is not None:
+                return StateSent(pipe=self.state.state_pipe)
             case Request.SET_MEM_TABLE, MemoryTable(regions=descriptions):
                 self._set_regions(self._regions_of(descriptions))
                 return MemoryChanged()
@@ -653,6 +691,19 @@ class Backend:
                 return self._reset_device()
             case _, VringNumber() | VringAddress() | VringFile():
                 return self._apply_to_vring(request, payload)
+        return None
+
+    def _transfer_state(self, transfer: StateTransfer) -> Event | None:
+        """Begins to save the device's state, or keeps the pipe that it comes through."""
+        if transfer.phase != 0 or transfer.direction not in set(StateDirection):
+            said = f"direction {transfer.direction} and phase {transfer.phase}"
+            return RequestRefused(reason=f"SET_DEVICE_STATE_FD has {said}, expected direction 0 or 1 and phase 0")
+        started = [index for index, vring in enumerate(self.state.vrings) if vring.started]
+        if started:
+            return RequestRefused(reason=f"SET_DEVICE_STATE_FD while vring {started[0]} is started")
+        if transfer.direction == StateDirection.SAVE:
+            return StateWanted(pipe=self.state.unparsed_fds[0])
+        self.state.state_pipe = self._replace(self.state.state_pipe)
         return None
 
     def _apply_to_vring(self, request: Request, payload: VringNumber | VringAddress | VringFile) -> Event | None:
@@ -862,8 +913,10 @@ class Backend:
     def _reply(self, request: Request, payload: Payload | None, ack: int) -> Payload:
         """What the frontend asked for, or what became of its request."""
         match request, payload:
-            case Request.SET_LOG_BASE, _:
+            case ((Request.SET_LOG_BASE | Request.CHECK_DEVICE_STATE), _):
                 return U64(value=ack)
+            case Request.SET_DEVICE_STATE_FD, _:
+                return U64(value=STATE_WITHOUT_DESCRIPTOR | ack)
             case Request.GET_FEATURES, None:
                 return U64(value=self.state.features_offered)
             case Request.GET_PROTOCOL_FEATURES, None:

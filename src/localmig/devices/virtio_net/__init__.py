@@ -25,6 +25,7 @@ def _build(spec: VirtioNetSpec, context: BuildContext) -> VirtioNet:
         offloads=spec.offloads,
         mac=mac_bytes(spec.mac) if spec.mac is not None else None,
         packed=spec.packed,
+        device_state=spec.device_state,
     )
 
 

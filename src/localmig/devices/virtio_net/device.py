@@ -71,6 +71,7 @@ class VirtioNet(VhostUserDevice):
         offloads: which of `virtio.net.OFFLOADS` may be offered.
         mac: the guest's Ethernet address, for frontends and drivers that take it from the device.
         packed: whether packed rings are offered.
+        device_state: whether frontends that move the guest are offered this device's state (DEVICE_STATE).
         queues: what starts and stops its queue pairs together with all others.
         tracer: where facts go.
     """
@@ -89,6 +90,7 @@ class VirtioNet(VhostUserDevice):
         offloads: NetFeature = OFFLOADS,
         mac: bytes | None = None,
         packed: bool = False,
+        device_state: bool = False,
     ) -> None:
         super().__init__(id=id, socket=socket, local_migration=local_migration, queues=queues, tracer=tracer)
         self._netdev = netdev
@@ -100,6 +102,7 @@ class VirtioNet(VhostUserDevice):
         self._is_to_announce = False
         self._offloads = offloads
         self._packed = packed
+        self._device_state = device_state
         self._own_mac = mac
         self._known_mac: bytes | None = None
         """The guest's address as far as anybody said it, for the network."""
@@ -255,6 +258,12 @@ class VirtioNet(VhostUserDevice):
         self._receiving.clear()
         self._pairs_used, self._guest_offloads = state.pairs_used, state.guest_offloads
         self._is_to_announce = state.is_to_announce
+
+    def load_moved(self, state: VirtioNetState) -> None:
+        """Takes them over, but for the heirs: what waits here is not what waited there."""
+        heirs = self._heirs
+        self.load(state)
+        self._heirs = heirs
 
     def adopt_setup(self, state: Any) -> None:
         """As every device; besides, the netdev may still be the source's."""
@@ -583,6 +592,7 @@ class VirtioNet(VhostUserDevice):
             has_uso=has_uso,
             has_mac=self._own_mac is not None,
             packed=self._packed,
+            device_state=self._device_state,
         )
 
     def _tell_network(self) -> None:

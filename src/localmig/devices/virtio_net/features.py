@@ -11,7 +11,7 @@ from typing import Final
 
 from localmig.device_api import Offload
 from localmig.vhost_user.message import VRING_INDEX_MAX, ProtocolFeature
-from localmig.vhost_user.protocol import PROTOCOL_FEATURES_SERVED, Offer
+from localmig.vhost_user.protocol import PROTOCOL_FEATURES_OFFERED, Offer
 from localmig.virtio import Feature
 from localmig.virtio.net import OFFLOADS, NetFeature, control_queue, transmit_queue, without_orphans
 
@@ -46,7 +46,14 @@ _USO: Final = NetFeature.HOST_USO | NetFeature.GUEST_USO4 | NetFeature.GUEST_USO
 
 
 def offer(
-    *, queue_pair_count: int, offloads: NetFeature, has_offloads: bool, has_uso: bool, has_mac: bool, packed: bool
+    *,
+    queue_pair_count: int,
+    offloads: NetFeature,
+    has_offloads: bool,
+    has_uso: bool,
+    has_mac: bool,
+    packed: bool,
+    device_state: bool = False,
 ) -> Offer:
     """What a frontend is offered, and what can be served of one that was offered more by another process.
 
@@ -60,6 +67,7 @@ def offer(
         has_uso: whether it has UDP segmentation.
         has_mac: whether the options say the guest's address.
         packed: whether they let guests have packed rings.
+        device_state: whether a frontend that moves the guest may take the device's state along.
     """
     possible = NetFeature(0)
     if has_offloads:
@@ -75,7 +83,9 @@ def offer(
         features |= NetFeature.MAC
     if packed:
         features |= Feature.RING_PACKED
-    protocol_features = PROTOCOL_FEATURES_SERVED
+    protocol_features = PROTOCOL_FEATURES_OFFERED
+    if device_state:
+        protocol_features |= ProtocolFeature.DEVICE_STATE
     if queue_pair_count == 1:
         # The specification would have it, because a NIC may have any number of pairs. But QEMU takes the answer to
         # GET_QUEUE_NUM, 3 here, for a number of pairs; without MQ it knows that there is one.

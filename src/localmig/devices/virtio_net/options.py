@@ -48,6 +48,13 @@ class VirtioNetSpec(VhostUserSpec):
         fit=Fit.OURS,
         default=False,
     )
+    device_state: bool = option(
+        Switch(),
+        "whether a VMM that migrates the guest takes this device's state along: QEMU does from 10.0 on, and needs "
+        "it at both ends then",
+        fit=Fit.OURS,
+        default=False,
+    )
     csum: bool = _offload("csum", "let the guest leave checksums to the host")
     guest_csum: bool = _offload("guest_csum", "let the host leave checksums to the guest")
     host_tso4: bool = _offload("host_tso4", "let the guest leave segmentation to the host: TCP over IPv4")
