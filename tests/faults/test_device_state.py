@@ -22,7 +22,7 @@ from localmig.vhost_user.message import (
 )
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Site
+    from tests.kit.site import Site
 
 MAC: Final = bytes.fromhex("525400123457")
 WITHOUT_DESCRIPTOR: Final = 1 << 8

@@ -9,6 +9,7 @@ Read next:   targets.py; rust/dataplane/tests/common/bytes.rs for the targets th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -31,6 +32,7 @@ from localmig.testing.frontend import (
     PROTOCOL_FEATURES,
     QEMU,
     USER_MODE_LINUX,
+    DirtyBitmap,
     Habits,
     NetGuest,
 )
@@ -69,7 +71,7 @@ def serve(listener: socket.socket, captured: bytearray) -> None:
 
 
 def capture(features: int, habits: Habits) -> bytes:
-    """A guest's life: it comes, pauses, goes on, its driver begins anew; at last it asks for a pair too many."""
+    """A guest's life: it comes, logs, pauses, goes on, its driver begins anew; at last it asks for a pair too many."""
     captured = bytearray()
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = f"{folder}/nic.sock"
@@ -78,13 +80,19 @@ def capture(features: int, habits: Habits) -> bytes:
         server = threading.Thread(target=serve, args=(listener, captured))
         server.start()
         protocol_features = PROTOCOL_FEATURES | ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
-        with NetGuest(
-            path, queue_pairs=2, features=features, protocol_features=protocol_features, habits=habits
-        ) as guest:
+        with (
+            contextlib.closing(DirtyBitmap(1 << 30)) as log,
+            NetGuest(
+                path, queue_pairs=2, features=features, protocol_features=protocol_features, habits=habits
+            ) as guest,
+        ):
             guest.attach()
             guest.frontend.set_backend_request_fd(guest.memory.fd.fileno())
+            guest.start_logging(log)
             guest.detach()
             guest.attach()
+            guest.stop_logging()
+            guest.frontend.set_log_fd(log.fd.fileno())
             guest.set_queue_pairs(1)
             guest.reset_driver()
             guest.frontend.get_config(0, 60)

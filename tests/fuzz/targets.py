@@ -194,7 +194,7 @@ def sessions(data: bytes) -> None:
                     served.pop(number).backend.close()
             data = data[size:]
             standings = {each: _standing(there) for each, there in served.items()}
-            ownership.settle(standings, left=left)
+            ownership.decide(standings, left=left)
             wanting = {each for each, standing in standings.items() if standing.wants}
             assert set(ownership.held) == wanting - {ownership.owner}
             assert ownership.owner is None or ownership.owner in served

@@ -203,7 +203,8 @@ def test_a_device_that_is_deleted_ends_its_session_and_is_told_of(empty: DaemonP
         with Client(empty) as client:
             client.execute("device_del", id="nic0")
             assert [(event["event"], event["data"]) for event in client.events] == [
-                ("DEVICE_DELETED", {"device": "nic0", "path": "/machine/peripheral/nic0"})
+                ("SESSION_CLOSED", {"device": "nic0", "session": 1, "reason": "the device was closed"}),
+                ("DEVICE_DELETED", {"device": "nic0", "path": "/machine/peripheral/nic0"}),
             ]
         assert nic.guest.frontend.is_lost(PATIENCE_S)
         assert not nic.socket.exists()

@@ -91,6 +91,26 @@ def test_a_guest_moves_to_another_vmm_and_loses_nothing(
     assert "owns the device now, because session 1 (process" in caplog.text
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_idle_guests_first_frame_waits_until_its_new_vmm_has_the_rings(tmp_path: Path, packed: bool) -> None:
+    async def scenario(site: Site) -> None:
+        guest = site.guest(features=PACKED_FEATURES if packed else DRIVER_FEATURES)
+        await beside(guest.vmm.attach)
+        other = second_vmm(site, guest)
+        await beside(other.connect)
+        await beside(guest.vmm.detach)
+        site.machine.send(frame(1))
+        # No ring has moved, so that it continues is not to be seen: it waits for the former VMM's end.
+        await beside(other.arrive, guest.vmm.bases)
+        assert roles(site) == [(1, "owns"), (2, "held")]
+        guest.vmm.disconnect()
+        await hears(guest, [1])
+        await guest.talks()
+        await beside(other.detach)
+
+    run(tmp_path, scenario, packed=packed)
+
+
 def test_who_stopped_goes_on_if_nobody_has_run_since(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         guest = site.guest()

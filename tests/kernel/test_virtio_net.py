@@ -718,8 +718,14 @@ def test_a_guest_goes_on_with_an_interface_that_was_deleted_and_made_again(tmp_p
         guest = site.guest(features=PACKED_FEATURES if packed else DRIVER_FEATURES)
         await beside(guest.vmm.attach)
         await guest.talks()
+
+        def lost() -> int:
+            (pair,) = site.device.info().queue_pairs
+            return pair.counters.tx_dropped_interface
+
         for _ in range(2):
             site.facts.clear()
+            before = lost()
             ip("link", "del", "tap0")
             await site.changed(link_is_up=False)
             info = site.device.info()
@@ -728,7 +734,9 @@ def test_a_guest_goes_on_with_an_interface_that_was_deleted_and_made_again(tmp_p
             # What it sends meanwhile is lost, and its ring goes on.
             for number in range(2 * QUEUE_SIZE):
                 guest.near.send(bytes(guest.header) + frame(number))
-            assert await beside(guest.vmm.frontend.get_features)
+            async with asyncio.timeout(PATIENCE_S):
+                while lost() < before + 2 * QUEUE_SIZE:
+                    assert await beside(guest.vmm.frontend.get_features)
             ip("tuntap", "add", "dev", "tap0", "mode", "tap", "vnet_hdr")
             await site.changed(link_is_up=True)
             assert [vring.running for vring in site.device.info().vrings] == [True, True]

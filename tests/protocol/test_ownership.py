@@ -56,7 +56,7 @@ class World:
         ownership = Ownership(owner=self.owner, succeeded=set(self.succeeded), held=list(self.held))
         is_left = frontend is None and number == self.owner and former is not None
         left = former.standing() if is_left and former is not None else None
-        ownership.settle({each: there.standing() for each, there in sessions.items()}, left=left)
+        ownership.decide({each: there.standing() for each, there in sessions.items()}, left=left)
         return World(
             sessions=tuple(sessions.items()),
             owner=ownership.owner,
@@ -235,7 +235,7 @@ def test_a_ring_counts_if_it_is_served_and_memory_is_shared() -> None:
 
 def test_a_role_is_what_the_rule_says() -> None:
     ownership = Ownership()
-    ownership.settle({1: standing(0, 0), 2: standing(0, 0), 3: standing(0, 0, started=())})
+    ownership.decide({1: standing(0, 0), 2: standing(0, 0), 3: standing(0, 0, started=())})
     assert [ownership.role(number) for number in (1, 2, 3)] == [Role.OWNS, Role.HELD, Role.IDLE]
 
 

@@ -36,7 +36,7 @@ from localmig.vhost_user.message import (
 )
 from localmig.vhost_user.protocol import (
     LOG_ALL,
-    PROTOCOL_FEATURES_SERVED,
+    PROTOCOL_FEATURES_OFFERED,
     Backend,
     DeviceReset,
     Event,
@@ -57,7 +57,7 @@ from localmig.vhost_user.protocol import (
 OFFER = Offer(
     features=0b101,
     vring_count=2,
-    protocol_features=PROTOCOL_FEATURES_SERVED & ~ProtocolFeature.MQ,
+    protocol_features=PROTOCOL_FEATURES_OFFERED & ~ProtocolFeature.MQ,
     vring_size_max=1024,
     region_count_max=4,
 )
@@ -627,8 +627,8 @@ def test_the_configuration_space_is_not_written(served: Backend) -> None:
     assert served.config == CONFIG
 
 
-WIDE = replace(OFFER, vring_count=4, protocol_features=PROTOCOL_FEATURES_SERVED)
-ALL = U64(value=PROTOCOL_FEATURES_SERVED)
+WIDE = replace(OFFER, vring_count=4, protocol_features=PROTOCOL_FEATURES_OFFERED)
+ALL = U64(value=PROTOCOL_FEATURES_OFFERED)
 
 
 def test_more_queue_pairs_than_there_are_are_counted_and_passed_over() -> None:

@@ -33,8 +33,8 @@ SECTIONS: Final = {
     "What is shown": "Member Struct Array String Boolean Uint64 Enumeration",
     "State": "Description Subsection u8 u16 u32 u64 boolean numbers blob text array struct optional fd OwnedFd",
     "Errors": "ConfigError PeerError KernelError",
-    "Any device": "VhostUserDevice Offer Event MtuSet RarpRequested DeviceInfo device_members RingGroup CallbackGroup "
-    "Layout Queues",
+    "Any device": "VhostUserDevice DeviceHooks Offer Event MtuSet RarpRequested DeviceInfo device_members RingGroup "
+    "CallbackGroup Layout Queues",
     "Parts and netdevs": "Part Announces RunsPrograms HasSessions Netdev NetdevObserver NetdevSpec Offload",
 }
 """In the order in which a reader needs them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from localmig.device_api.callback_device import CallbackDevice, callback_members
 from localmig.device_api.callback_group import CallbackGroup, Chain
+from localmig.device_api.device_hooks import DeviceHooks
 from localmig.device_api.device_info import DeviceInfo, device_members
 from localmig.device_api.netdev import Netdev, NetdevObserver, Offload
 from localmig.device_api.objects import BuildContext, ObjectType
@@ -52,6 +53,7 @@ __all__ = [
     "Choice",
     "ConfigError",
     "Description",
+    "DeviceHooks",
     "DeviceInfo",
     "DeviceSpec",
     "Enumeration",

@@ -16,9 +16,9 @@ import logging
 import os
 import select
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from localmig.dataplane import Ring
+from localmig.device_api.device_hooks import DeviceHooks
 from localmig.device_api.device_session import DeviceSession
 from localmig.device_api.queues import Queues
 from localmig.device_api.ring_group import Layout, RingGroup
@@ -27,50 +27,8 @@ from localmig.fds import OwnedFd
 from localmig.trace import MemoryMapped, RingCorrected, RingFailed, RingsStarted, RingsStopped, Tracer
 from localmig.vhost_user.info import VringInfo
 from localmig.vhost_user.message import VRING_INDEX_MAX
-from localmig.vhost_user.protocol import Offer
 
 _logger = logging.getLogger(__name__)
-
-
-class RingHooks(Protocol):
-    """What a device says of its rings, and does beside them."""
-
-    id: str
-
-    @property
-    def offer_made(self) -> Offer:
-        """What sessions are offered."""
-
-    @property
-    def can_serve(self) -> bool:
-        """Whether what is behind the device is there."""
-
-    def make_groups(self, event_fd: int) -> Iterator[RingGroup]:
-        """Makes its groups of rings."""
-
-    def ring_name(self, vring: int) -> str:
-        """What a ring is called when people are told of it."""
-
-    def moves(self, group: RingGroup) -> bool:
-        """Whether what a guest puts into the group's rings gets anywhere."""
-
-    def before_stop(self, group: RingGroup) -> None:
-        """A group is about to be stopped and laid out again."""
-
-    def after_stop(self, group: RingGroup) -> None:
-        """It is stopped; the session's state has its positions."""
-
-    def before_layout(self, group: RingGroup) -> None:
-        """A stopped group is about to be laid out."""
-
-    def after_layout(self, group: RingGroup) -> None:
-        """It is laid out, and may start next."""
-
-    def ring_left(self, vring: int) -> None:
-        """A ring that was laid out is the driver's again."""
-
-    def rings_reported(self) -> None:
-        """An engine signalled."""
 
 
 class DeviceRings:
@@ -86,7 +44,7 @@ class DeviceRings:
         session: the one that owns, for which they are laid out; None where none does.
     """
 
-    def __init__(self, device: RingHooks, queues: Queues, tracer: Tracer) -> None:
+    def __init__(self, device: DeviceHooks, queues: Queues, tracer: Tracer) -> None:
         self.groups: list[RingGroup] = []
         self.session: DeviceSession | None = None
         self._device = device

@@ -3,7 +3,8 @@
 Owns:        the sessions of a device and which of them owns; their part of a handover.
 Never sees:  vhost-user bytes, what is in a chain, the migration stream.
 Read next:   vhost_user/protocol.py for the events, vhost_user/ownership.py for the rule of who owns, device_session.py
-             for what there is of each session, device_rings.py for the rings, devices/virtio_net/ for a device.
+             for what there is of each session, device_rings.py for the rings, device_hooks.py for what a device says,
+             devices/virtio_net/ for a device.
 
 A subclass says what it is: which features and rings it offers, which engine serves each group of rings, what its
 configuration space reads. It knows the session that owns and no other one: what another session says is kept in that
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from localmig import trace
 from localmig.contact import ConnectTo, Contact, ListenAt
 from localmig.device_api import moved_state
 from localmig.device_api.callback_group import CallbackGroup
+from localmig.device_api.device_hooks import DeviceHooks
 from localmig.device_api.device_info import DeviceInfo
 from localmig.device_api.device_rings import DeviceRings
 from localmig.device_api.device_session import DeviceSession
@@ -58,7 +59,7 @@ from localmig.vmstate import Description
 _logger = logging.getLogger(__name__)
 
 
-class VhostUserDevice(Part):
+class VhostUserDevice(DeviceHooks, Part):
     """A device with one vhost-user socket.
 
     Args:
@@ -103,140 +104,12 @@ class VhostUserDevice(Part):
         self._closed_because: str | None = None
         queues.join(self)
 
-    # -- what a device says of itself -----------------------------------------------------------------------------
-
-    @abstractmethod
-    def offer(self) -> Offer:
-        """What a session that begins is offered."""
-
-    def possible_offer(self) -> Offer:
-        """What it may offer once all that arrives is here; `offer` itself unless something is still to come."""
-        return self.offer()
-
-    @abstractmethod
-    def make_groups(self, event_fd: int) -> Iterator[RingGroup]:
-        """Makes its groups of rings, one after the other; between them they have every ring of the offer once.
-
-        Args:
-            event_fd: for each to signal where a ring failed.
-
-        Raises:
-            KernelError: one cannot be made. Those that were are closed.
-        """
-
-    def config_space(self) -> bytes:
-        """What its configuration space reads now."""
-        return b""
+    # -- what a device may ask ------------------------------------------------------------------------------------
 
     @property
     def config_there(self) -> bytes:
         """The configuration space as the source had it, empty where there was none."""
         return self._config_there
-
-    def check_config(self, config: bytes) -> None:
-        """Raises PeerError where the source's configuration space cannot be one of this device's."""
-        del config
-
-    @property
-    def can_serve(self) -> bool:
-        """Whether what is behind it is there."""
-        return True
-
-    def check_event(self, event: Event) -> None:
-        """Raises LocalmigError where an event that only this kind of device has cannot be followed. Changes nothing.
-
-        Asked of every session's events, whether it owns or not.
-        """
-        raise AssertionError(event)
-
-    def on_event(self, event: Event) -> None:
-        """Follows such an event of the session that owns. Raises as `SessionHandler.handle`.
-
-        What a session said before it owned stands in its state when `session_began` is called.
-        """
-        raise AssertionError(event)
-
-    def session_began(self) -> None:
-        """A session owns from now on; `features_changed` and the layout of every group follow. Raises as `on_event`."""
-
-    def features_changed(self) -> None:
-        """The driver acknowledged other features. Every group is laid out again next. Raises as `on_event`."""
-
-    def before_layout(self, group: RingGroup) -> None:
-        """A stopped group is about to be laid out."""
-
-    def before_stop(self, group: RingGroup) -> None:
-        """A group is about to be stopped and laid out anew."""
-
-    def after_stop(self, group: RingGroup) -> None:
-        """It is stopped; the session's state has its positions."""
-
-    def after_layout(self, group: RingGroup) -> None:
-        """It is laid out, and may start next."""
-
-    def driver_left(self, group: RingGroup) -> None:
-        """The driver of a stopped group is reset, or its session owns no longer."""
-
-    def ring_left(self, vring: int) -> None:
-        """A ring is the driver's again; what was in flight of it has been returned, or is of no meaning any more."""
-
-    def session_ended(self) -> None:
-        """The session owns no longer, and every ring is stopped. Another one may own at once."""
-
-    def left_alone(self) -> None:
-        """After `session_ended`: no session owns."""
-
-    def frontend_left(self, state: SessionState) -> None:
-        """A session has ended, whether it owned or not; `state` is what its frontend had said."""
-
-    def groups_dropped(self) -> None:
-        """Its groups are closed next."""
-
-    def thawing(self) -> None:
-        """This process serves the session from now on."""
-
-    def is_own_state_outdated(self) -> bool:
-        """Whether `save` would give something else than last time, without a message of the frontend's."""
-        return False
-
-    def note_saved(self) -> None:
-        """`save` is called next."""
-
-    def save(self, *, with_descriptors: bool) -> Any:
-        """The state that `own_state` describes.
-
-        Args:
-            with_descriptors: whether descriptors move. They are lent: they stay this device's until `release`.
-        """
-        raise NotImplementedError
-
-    def check(self, state: Any) -> None:
-        """Raises PeerError if this device cannot go on with a state that arrived, with the reason. Changes nothing."""
-
-    def load(self, state: Any) -> None:
-        """Goes on with a checked state, and takes its descriptors over (`OwnedFd.take`). `open` is not called then.
-
-        Called again with a newer state if it changed in the source, so what it took before is dropped first.
-        """
-        raise NotImplementedError
-
-    def load_moved(self, state: Any) -> None:
-        """As `load`, while the device is open and no ring runs: its guest came with another VMM's help.
-
-        Only frontends that were offered DEVICE_STATE bring one (vhost-user, "Migrating back-end state").
-        """
-        self.load(state)
-
-    def keeps_chains(self, state: SessionState) -> bool:
-        """Whether Python code serves rings of a session with this state, and may keep what it takes of them."""
-        del state
-        return bool(self.callback_groups)
-
-    def ring_name(self, vring: int) -> str:
-        """What a ring is called when people are told of it."""
-        return f"vring {vring}"
-
-    # -- what a device may ask ------------------------------------------------------------------------------------
 
     @property
     def groups(self) -> Sequence[RingGroup]:
@@ -350,7 +223,7 @@ class VhostUserDevice(Part):
         self._endpoint.thaw()
         self._rings.watch()
         self._rings.note_kicks()
-        self._settle()
+        self._decide_owner()
         self._notes.expect()
 
     def close(self) -> None:
@@ -429,10 +302,6 @@ class VhostUserDevice(Part):
         """Each ring of that session; none without one."""
         if self._shown is not None:
             yield from self._rings.infos(self._shown)
-
-    def moves(self, group: RingGroup) -> bool:
-        """Whether what a guest puts into the group's rings gets anywhere."""
-        return group.is_running()
 
     def notes(self) -> tuple[str, ...]:
         """What keeps it from working, each with what to do."""
@@ -549,9 +418,6 @@ class VhostUserDevice(Part):
         if self._rings.session is not None:
             self.session_adopted()
 
-    def session_adopted(self) -> None:
-        """The session that owns came; its rings are laid out next."""
-
     def recover(self) -> None:
         """Sees to it that frontends find it: who died may have claimed the socket's path. Rings: see `Queues`."""
         assert self._endpoint is not None, self.id
@@ -599,7 +465,7 @@ class VhostUserDevice(Part):
                 self._follow(here, event)
             else:
                 self._keep(here, event)
-            self._settle(here)
+            self._decide_owner(here)
         except LocalmigError as error:
             if event.refusable:
                 self._note_refusal(str(error))
@@ -720,13 +586,13 @@ class VhostUserDevice(Part):
             _logger.log(level, "device '%s': %s closed: %s", self.id, here, reason)
         self._closed_because = reason
         self.tracer.emit(SessionClosed(device=self.id, session=session.number, reason=reason))
-        self._settle(former=here if left is not None else None, left=left)
+        self._decide_owner(former=here if left is not None else None, left=left)
         if left is not None and self._rings.session is None:
             self.left_alone()
 
     # -- who owns -----------------------------------------------------------------------------------------------
 
-    def _settle(
+    def _decide_owner(
         self,
         cause: DeviceSession | None = None,
         *,
@@ -746,7 +612,7 @@ class VhostUserDevice(Part):
         owner = self._rings.session
         if owner is not None and len(self._sessions) == 1:
             return  # for most devices this is so with every message
-        self._ownership.settle({each.number: each.standing() for each in self._sessions.values()}, left=left)
+        self._ownership.decide({each.number: each.standing() for each in self._sessions.values()}, left=left)
         for each in self._sessions.values():
             each.become(self._ownership.role(each.number))
         heir = None if self._ownership.owner is None else self._sessions[self._ownership.owner]
@@ -802,9 +668,6 @@ class VhostUserDevice(Part):
         )
 
     # -- what an engine or a frontend is told of ----------------------------------------------------------------
-
-    def rings_reported(self) -> None:
-        """An engine signalled: a ring failed, or what is behind it is another."""
 
     def _note_refusal(self, reason: str) -> None:
         _logger.warning("device '%s': the frontend's request is refused: %s", self.id, reason)

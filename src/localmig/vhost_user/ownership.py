@@ -98,7 +98,7 @@ class Ownership:
             return Role.OWNS
         return Role.HELD if number in self.held else Role.IDLE
 
-    def settle(self, sessions: Mapping[int, Standing], *, left: Standing | None = None) -> None:
+    def decide(self, sessions: Mapping[int, Standing], *, left: Standing | None = None) -> None:
         """Finds who owns now. To be called after each change of a session.
 
         Args:
