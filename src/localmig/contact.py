@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import select
 import socket
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from typing import ClassVar, Final, Protocol, Self
 
 from localmig import fds
 from localmig.access import PRIVATE_MODE
-from localmig.errors import KernelError, PeerError, is_shortage, reason_of
+from localmig.errors import ConfigError, KernelError, PeerError, is_shortage, reason_of
 from localmig.fd_kind import FdKind
 from localmig.fds import OwnedFd
-from localmig.unix_socket import PATH_BYTES_MAX, AcceptPace, ListeningSocket
+from localmig.unix_socket import PATH_BYTES_MAX, AcceptPace, ListeningSocket, SocketKind, socket_kind
 from localmig.vmstate import Description, fd, text, u64
 
 _logger = logging.getLogger(__name__)
@@ -244,6 +245,16 @@ class Connector(Contact):
             ) from error
         return connector
 
+    @classmethod
+    def given(cls, path: str, fd: int, *, reconnect_ms: int, peer: str = FRONTEND) -> Self:
+        """A connector that has an inherited connection. ConfigError where `fd` is none; it is left alone then."""
+        if socket_kind(fd) is not SocketKind.CONNECTED:
+            raise ConfigError(f"descriptor {fd} is no connected UNIX stream socket")
+        os.set_blocking(fd, False)
+        connector = cls(path, reconnect_ms=reconnect_ms, is_due=False, peer=peer)
+        connector._connection = OwnedFd(fd)
+        return connector
+
     def save(self) -> None:
         """Nothing travels: a connection that stands is a session's, and who has none begins anew."""
         return
@@ -324,12 +335,16 @@ def _connect(path: str) -> OwnedFd:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListenAt:
-    """`server=on`: this daemon listens at `path`, which belongs to `group` and has `mode`; peers connect."""
+    """`server=on`: this daemon listens at `path`, which belongs to `group` and has `mode`; peers connect.
+
+    `fd` is a socket that listens there already, given by whoever started this process.
+    """
 
     path: str
     mode: int = PRIVATE_MODE
     group: str | None = None
     peer: str = FRONTEND
+    fd: int | None = None
 
     def each(self) -> tuple[ListenAt]:
         """The plan for the one address."""
@@ -337,6 +352,8 @@ class ListenAt:
 
     def open(self) -> Listener:
         """Listens. ConfigError or KernelError where that cannot be."""
+        if self.fd is not None:
+            return Listener(ListeningSocket.inherit(self.fd, self.path), peer=self.peer)
         return Listener(ListeningSocket.bind(self.path, mode=self.mode, group=self.group), peer=self.peer)
 
     def open_beside(self) -> Listener:
@@ -363,7 +380,7 @@ class ListenAt:
         assert isinstance(contact, Listener), self.path
         if not contact.listening.is_displaced:
             return contact
-        fresh = self.open()
+        fresh = replace(self, fd=None).open()
         contact.release()
         return fresh
 
@@ -372,21 +389,25 @@ class ListenAt:
 class ConnectTo:
     """`server=off`: a peer listens at `path`; this daemon connects, and again `reconnect_ms` after it left (0: not).
 
-    At `second_path` another peer listens, for what can have two at once.
+    At `second_path` another peer listens, for what can have two at once. `fd` is a connection that stands already, from
+    whoever started this process.
     """
 
     path: str
     reconnect_ms: int
     peer: str = FRONTEND
     second_path: str | None = None
+    fd: int | None = None
 
     def each(self) -> tuple[ConnectTo, ...]:
         """A plan for each address."""
         alone = replace(self, second_path=None)
-        return (alone,) if self.second_path is None else (alone, replace(alone, path=self.second_path))
+        return (alone,) if self.second_path is None else (alone, replace(alone, path=self.second_path, fd=None))
 
     def open(self) -> Connector:
         """Connects once it is asked for; where nothing is tried again, connects now or raises KernelError."""
+        if self.fd is not None:
+            return Connector.given(self.path, self.fd, reconnect_ms=self.reconnect_ms, peer=self.peer)
         if self.reconnect_ms == 0:
             return Connector.connect(self.path, reconnect_ms=0, peer=self.peer)
         return self.open_beside()

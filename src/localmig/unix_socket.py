@@ -112,6 +112,21 @@ class ListeningSocket:
         return cls._bind(path, path, mode, group)
 
     @classmethod
+    def inherit(cls, fd: int, path: str) -> Self:
+        """Takes over a socket that the parent process let listen at `path`.
+
+        Raises:
+            ConfigError: it is no such socket. It is left alone.
+        """
+        if socket_kind(fd) is not SocketKind.LISTENING:
+            raise ConfigError(f"descriptor {fd} is no listening UNIX stream socket")
+        identity = _identity(path)
+        if identity is None:
+            raise ConfigError(f"descriptor {fd} listens at '{path}', where nothing is: nobody can connect")
+        os.set_blocking(fd, False)
+        return cls(OwnedFd(fd), path=path, identity=identity)
+
+    @classmethod
     def bind_beside(cls, path: str, *, mode: int = PRIVATE_MODE, group: str | None = None) -> Self:
         """Listens at `path` + INCOMING_SUFFIX while another process has `path`; `claim` moves it there.
 
@@ -183,6 +198,32 @@ class ListeningSocket:
             self.release()
             if _identity(self.bound_path) == self.identity:
                 Path(self.bound_path).unlink()
+
+
+class SocketKind(enum.Enum):
+    """What a UNIX stream socket is for."""
+
+    LISTENING = enum.auto()
+    CONNECTED = enum.auto()
+
+
+def socket_kind(fd: int) -> SocketKind | None:
+    """What the UNIX stream socket behind a descriptor is for; None for everything else."""
+    try:
+        borrowed = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    try:
+        if (borrowed.family, borrowed.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            return None
+        if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return SocketKind.LISTENING
+        borrowed.getpeername()
+    except OSError:
+        return None
+    finally:
+        borrowed.detach()
+    return SocketKind.CONNECTED
 
 
 class _Use(enum.Enum):

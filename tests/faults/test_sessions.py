@@ -6,12 +6,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from tests.kit.processes import localmig
 
 from localmig.errors import PeerError
 from localmig.testing.frontend import DRIVER_FEATURES, FrontendListener, NetGuest
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 PATIENCE_S: Final = 20.0
 ETH_P_ALL: Final = 3
 SOL_PACKET, PACKET_IGNORE_OUTGOING = 263, 23
-LOCALMIG: Final = (sys.executable, "-P", "-m", "localmig.cli")
 
 
 def frame(number: int) -> bytes:
@@ -89,16 +88,6 @@ def sessions(daemon: DaemonProcess) -> list[tuple[int, str]]:
     return [(session["number"], session["role"]) for session in device["sessions"]]
 
 
-def hand_over(site: Site, source: DaemonProcess) -> DaemonProcess:
-    destination = site.destination()
-    source.execute("migrate", uri=site.address)
-    assert source.wait_migration()["status"] == "completed"
-    destination.wait_event("MigrationStatusChanged", status="completed")
-    assert source.quit() == 0
-    destination.execute("migrate-set-parameters", local=True)
-    return destination
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_guest_moves_to_another_vmm_between_handovers(site: Site, ends: ExitStack, packed: bool) -> None:
     without_ipv6(site)
@@ -108,25 +97,25 @@ def test_a_guest_moves_to_another_vmm_between_handovers(site: Site, ends: ExitSt
     first.attach()
     nic.exchange(first, near)
     second = nic.second_vmm(first)
-    serving = hand_over(site, serving)
+    serving = site.hand_over(serving)
     assert sessions(serving) == [(1, "owns"), (2, "idle")]
     nic.exchange(first, near)
     first.detach()
     nic.host.send(frame(7))
     # The move goes on while the daemon is replaced: what comes waits.
-    serving = hand_over(site, serving)
+    serving = site.hand_over(serving)
     second.arrive(first.bases)
     assert near.recv(4096).endswith(frame(7))
     nic.exchange(second, near)
     first.attach()
     assert sessions(serving) == [(1, "held"), (2, "owns")]
-    serving = hand_over(site, serving)
+    serving = site.hand_over(serving)
     assert sessions(serving) == [(1, "held"), (2, "owns")]
     nic.exchange(second, near)
     # It had its turn, also by the word of a daemon that is gone.
     second.detach()
     assert sessions(serving) == [(1, "held"), (2, "owns")]
-    serving = hand_over(site, serving)
+    serving = site.hand_over(serving)
     second.disconnect()
     serving.wait_event("OwnerChanged", session=1, former_session=2)
     if not packed:
@@ -231,7 +220,9 @@ def test_qmp_and_the_command_line_tell_of_sessions_and_end_them(site: Site, ends
 
 
 def _localmig(*arguments: str) -> str:
-    return subprocess.run([*LOCALMIG, *arguments], check=True, capture_output=True, text=True).stdout
+    done = localmig(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_device_that_connects_is_given_a_second_address_and_it_is_taken_back(site: Site, ends: ExitStack) -> None:
@@ -255,7 +246,7 @@ def test_a_device_that_connects_is_given_a_second_address_and_it_is_taken_back(s
         daemon.execute("device_socket_add", id="nic0", socket=f"{new}2")
     assert sessions(daemon) == [(1, "owns"), (2, "idle")]
     # It is an option by now, so a successor has it.
-    daemon = hand_over(site, daemon)
+    daemon = site.hand_over(daemon)
     (device,) = daemon.execute("query-devices")
     assert (device["socket"], device["second-socket"]) == (old, new)
     first.detach()
@@ -264,7 +255,7 @@ def test_a_device_that_connects_is_given_a_second_address_and_it_is_taken_back(s
     assert daemon.execute("device_socket_del", id="nic0", socket=old) == {}
     first.disconnect()
     daemon.wait_event("SessionClosed", session=1)
-    daemon = hand_over(site, daemon)
+    daemon = site.hand_over(daemon)
     (device,) = daemon.execute("query-devices")
     assert device["socket"] == new
     assert "second-socket" not in device

@@ -9,10 +9,20 @@ from typing import Any, Final
 
 import pytest
 from tests.guest.lab import Lab
-from tests.guest.service import Service
-from tests.guest.vmm import KINDS, MOVE_SECONDS_MAX, Kind, Vmm, report_in, undisturbed
+from tests.guest.service import Service, converse
+from tests.guest.vmm import (
+    KINDS,
+    MOVE_SECONDS_MAX,
+    Kind,
+    Vmm,
+    begin_migration,
+    migration_ended,
+    monitor,
+    report_in,
+    undisturbed,
+)
 
-from localmig.testing.qemu import MEMORY_BYTES
+from localmig.testing.qemu import MEMORY_BYTES, vhost_user_netdev
 
 MOVES: Final = int(os.environ.get("LOCALMIG_VMM_MOVES", "1"))
 """In a row, for each kind of move. `make vmm` wants ten, and every shape of NIC with every kind."""
@@ -121,3 +131,31 @@ def test_a_copy_into_the_guests_own_memory_is_refused(lab: Lab) -> None:
     other = f"memory-backend-file,id=ram0,size={MEMORY_BYTES},mem-path={vmm.memory}2,share=on"
     assert vmm.move("--way", "copy", "--", "-object", other)["way"] == "copy"
     assert guest.run("echo alive") == "alive\n"
+
+
+@pytest.mark.alone
+def test_a_vmm_that_goes_on_after_its_guest_moved_is_not_served(lab: Lab) -> None:
+    service = Service(lab)
+    service.start(*service.objects())
+    lab.set_up("tap0")
+    vmm = Vmm(lab, KINDS["copy-older"])
+    guest = vmm.boot(service)
+    guest.wait_ready()
+    arrived_qmp = lab.folder / "arrived.sock"
+    netdev = vhost_user_netdev(service.socket)
+    arrived = lab.boot_qemu(netdev, more=["-qmp", f"unix:{arrived_qmp},server=on,wait=off", "-incoming", "defer"])
+
+    async def go_on_twice() -> None:
+        async with monitor(vmm.qmp) as source, monitor(arrived_qmp) as destination:
+            uri = f"unix:{lab.folder / 'migrate.sock'}"
+            await destination.execute("migrate-incoming", {"uri": uri})
+            with source.listener("MIGRATION") as events:
+                await begin_migration(source, uri)
+                assert await migration_ended(events) == "completed"
+            # An operator's mistake: the guest runs in the other one.
+            await source.execute("cont")
+
+    with undisturbed(lab, service, guest):
+        converse(go_on_twice())
+        roles = {session["pid"]: session["role"] for session in service.nic()["sessions"]}
+        assert roles == {guest.process.pid: "held", arrived.process.pid: "owns"}

@@ -25,6 +25,7 @@ from localmig.vhost_user.message import (
     RegionDescription,
     Request,
     SingleRegion,
+    StateTransfer,
     VringAddress,
     VringFile,
     VringNumber,
@@ -33,7 +34,14 @@ from localmig.vhost_user.message import (
 )
 from localmig.vhost_user.protocol import LOG_ALL, PROTOCOL_FEATURES_SERVED, Backend, Offer, check_state
 
-OFFER = Offer(features=1, vring_count=2, vring_size_max=256, region_count_max=3, drained_vrings={1: 0})
+OFFER = Offer(
+    features=1,
+    protocol_features=PROTOCOL_FEATURES_SERVED,
+    vring_count=2,
+    vring_size_max=256,
+    region_count_max=3,
+    drained_vrings={1: 0},
+)
 
 # Few values, most of them right, so that messages build on each other.
 INDEXES = st.sampled_from([0, 0, 1, 1, 2])
@@ -65,6 +73,7 @@ PAYLOADS: dict[type[Payload] | None, st.SearchStrategy[Payload | None]] = {
         log=ADDRESSES,
     ),
     LogFile: st.builds(LogFile, size=NUMBERS, mmap_offset=ADDRESSES),
+    StateTransfer: st.builds(StateTransfer, direction=INDEXES, phase=st.sampled_from([0, 0, 1])),
     VringFile: st.builds(VringFile, index=INDEXES, has_fd=st.sampled_from([True, True, False])),
     MemoryTable: st.builds(MemoryTable, regions=st.lists(REGIONS, max_size=3).map(tuple)),
     SingleRegion: st.builds(SingleRegion, region=REGIONS),

@@ -86,7 +86,7 @@ fn size_for(end: u64) -> u64 {
 #[derive(Debug)]
 pub struct DirtyLog {
     size: u64,
-    words: Result<Mapping, String>,
+    words: Result<Mapping, LogProblem>,
 }
 
 impl DirtyLog {
@@ -96,7 +96,9 @@ impl DirtyLog {
     pub fn new(size: u64, mmap_offset: u64, fd: RawFd) -> Self {
         Self::of(size, mmap_offset, fd, Mapping::new).unwrap_or_else(|error| Self {
             size,
-            words: Err(format!("the dirty log, {size:#x} bytes, cannot be mapped: {error}")),
+            words: Err(LogProblem::Unusable(format!(
+                "the dirty log, {size:#x} bytes, cannot be mapped: {error}"
+            ))),
         })
     }
 
@@ -116,8 +118,11 @@ impl DirtyLog {
         map: fn(&RegionSpec) -> Result<Mapping, MemoryError>,
     ) -> io::Result<Self> {
         let spec = RegionSpec { guest_address: 0, size, user_address: 0, mmap_offset, fd };
-        let unusable =
-            |reason| format!("the dirty log at offset {mmap_offset:#x}, {size:#x} bytes: {reason}");
+        let unusable = |reason| {
+            LogProblem::Unusable(format!(
+                "the dirty log at offset {mmap_offset:#x}, {size:#x} bytes: {reason}"
+            ))
+        };
         let words = if size > LOG_SIZE_MAX {
             Err(unusable(format!("limit is {LOG_SIZE_MAX:#x} bytes")))
         } else {
@@ -139,7 +144,7 @@ impl DirtyLog {
     #[inline]
     fn check(&self) -> Result<(), LogProblem> {
         match &self.words {
-            Err(reason) => Err(LogProblem::Unusable(reason.clone())),
+            Err(problem) => Err(problem.clone()),
             Ok(mapping) if mapping.lost().is_some() => Err(LogProblem::Lost { size: self.size }),
             Ok(_) => Ok(()),
         }

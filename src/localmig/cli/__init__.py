@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from localmig.cli import analyze, migrate, qmp, run, sessions, status, upgrade, vm_upgrade
+from localmig.cli import analyze, backend, migrate, qmp, run, sessions, status, upgrade, vm_upgrade
 from localmig.cli.text import tell
 from localmig.errors import LocalmigError
 from localmig.migration.hello import program_version
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Another program, whose options are its own: it needs what only tests and demonstrations need.
         os.execv(sys.executable, [sys.executable, "-P", "-m", "localmig.demo", *words[1:]])
     run_options: list[str] = []
-    if words[:1] in (["upgrade"], ["vm-upgrade"]) and "--" in words:
+    if words[:1] in (["upgrade"], ["vm-upgrade"], ["backend"]) and "--" in words:
         # Not by argparse, which would read them as options of the command wherever another option stands before.
         end = words.index("--")
         words, run_options = words[:end], words[end + 1 :]
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"localmig {program_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, upgrade, vm_upgrade, migrate, status, sessions, qmp, analyze):
+    for module in (run, backend, upgrade, vm_upgrade, migrate, status, sessions, qmp, analyze):
         module.add_parser(commands)
     commands.add_parser("demo", help="show handovers under traffic; touches nothing of this machine's network")
     return parser

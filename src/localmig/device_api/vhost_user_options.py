@@ -16,7 +16,7 @@ from localmig.device_api.contact_options import check_contact, reconnect_option,
 from localmig.device_api.objects import BuildContext
 from localmig.errors import ConfigError
 from localmig.options.specs import DeviceSpec, Fit, Spec, option
-from localmig.options.values import FileMode, GroupName, SocketPath, Switch
+from localmig.options.values import Descriptor, FileMode, GroupName, SocketPath, Switch, descriptor_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,12 @@ class VhostUserSpec(DeviceSpec):
     socket_group: str | None = option(
         GroupName(), "with server=on, the socket's group, by name or number", fit=Fit.WITH_DESCRIPTORS, default=None
     )
+    fd: str | None = option(
+        Descriptor(),
+        "an inherited socket: one that listens at socket=, or with server=off one that a VMM is connected to",
+        fit=Fit.NEVER,
+        default=None,
+    )
     local_migration: bool | None = option(
         Switch(),
         "whether a local migration moves this device's descriptors; off: its plain state only",
@@ -55,6 +61,9 @@ class VhostUserSpec(DeviceSpec):
             raise ConfigError(f"second-socket= and socket= are both '{self.socket}'")
         if not self.server and (self.socket_group is not None or self.socket_mode != "0600"):
             raise ConfigError("socket-mode= and socket-group= are invalid with server=off: the VMM makes the socket")
+
+        if self.fd is not None and (self.reconnect_ms != 0 or self.second_socket is not None):
+            raise ConfigError("fd= is invalid with reconnect-ms= and second-socket=: a connection that ends is gone")
 
     @property
     def contact(self) -> ListenAt | ConnectTo:
@@ -95,9 +104,10 @@ class VhostUserSpec(DeviceSpec):
 
     def arguments(self, context: BuildContext) -> dict[str, Any]:
         """What every `VhostUserDevice` is made with."""
+        fd = None if self.fd is None else context.descriptor(descriptor_of(self.fd))
         return {
             "id": self.id,
-            "socket": self.contact,
+            "socket": replace(self.contact, fd=fd),
             "local_migration": self.stays_home is None,
             "queues": context.queues,
             "tracer": context.tracer,

@@ -42,6 +42,10 @@ PING_COUNT_MAX: Final = 1_000_000
 UNANSWERED: Final = -1
 """In a record, the round trip of a request that nobody answered."""
 
+PING_BUFFER_BYTES: Final = 16 << 20
+"""What a pinger's socket keeps of answers that come at once: ten thousand. A guest whose VMM was replaced answers all
+that waited for it in a moment, and the kernel's default has room for some 250."""
+
 PING_GRACE_SECONDS: Final = 1.0
 """How long a pinger waits for its last replies: a thousand times the round trip of a healthy local link."""
 
@@ -56,6 +60,7 @@ STREAM_CONNECTIONS_MAX: Final = 16
 """Streams one receiver serves at once: a thread each, and no test wants more."""
 
 # asm-generic/socket.h; the socket module does not have them.
+_SO_RCVBUFFORCE: Final = 33
 _SO_TIMESTAMPNS: Final = 35
 _SO_MAX_PACING_RATE: Final = 47
 
@@ -247,6 +252,7 @@ class Pinger:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        _set_receive_buffer(self._socket, PING_BUFFER_BYTES)
         self._wake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="pinger", daemon=True)
         self._failure: Exception | None = None
@@ -347,6 +353,14 @@ class Pinger:
                 age = time.time_ns() - (int(seconds) * 1_000_000_000 + int(nanoseconds))
                 return now - max(0, age)
         return now
+
+
+def _set_receive_buffer(sock: socket.socket, size: int) -> None:
+    """Gives a socket so much room, or as much as the machine lets an ordinary user have."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def _checksum(data: bytes) -> int:
