@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from tests.kit.processes import localmig
 
 from localmig.testing.frontend import Frontend
