@@ -8,11 +8,14 @@ from typing import Any, Final
 
 import pytest
 from tests.guest.lab import Lab
-from tests.guest.test_live_migration import CRAWL_BYTES, STEADY_BYTES, Host, Vm, begin, bridged, reached
+from tests.guest.test_live_migration import CRAWL_BYTES, Host, Vm, begin, bridged, reached
 
 from localmig.testing.traffic import Pinger
 
 __all__ = ["bridged"]
+
+STEADY_BYTES: Final = 32 << 20
+"""A second: a migration that takes some seconds."""
 
 GUEST_ADDRESS: Final = "10.9.0.2"
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 from tests.protocol.handover_model import ALL_RULES, Input, explore
@@ -225,6 +225,42 @@ class DiedError(BaseException):
     """Unwinds the task of a process that is dead; it passes no point any more."""
 
 
+class Child:
+    """A process that does nothing. One that outlives a run is there for the next, because starting one takes longer."""
+
+    idle: ClassVar[list[Child]] = []
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        self.pid = self._process.pid
+
+    @classmethod
+    def reserve(cls, count: int) -> None:
+        """Has so many wait to be taken."""
+        cls.idle += [cls() for _ in range(count - len(cls.idle))]
+
+    def kill(self) -> None:
+        """Kills it; it is gone afterwards. Idempotent."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def give_back(self) -> None:
+        """It is needed no more."""
+        if self._process.poll() is None:
+            self.idle.append(self)
+        else:
+            self.kill()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_child_is_left() -> Iterator[None]:
+    yield
+    while Child.idle:
+        Child.idle.pop().kill()
+
+
 class Side:
     """A process: its parts, its end of the channel, and a child that lives and dies in its place."""
 
@@ -232,7 +268,7 @@ class Side:
         self.world = world
         self.name = name
         self.parts: list[FakePart] = []
-        self.child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        self.child = Child.idle.pop()
         self.lives = True
         self.was_ended = False
         """Whether somebody killed it or told it to quit; else it ended by itself."""
@@ -275,7 +311,6 @@ class Side:
         if self.lives:
             self.lives = False
             self.child.kill()
-            self.child.wait()
             for part in self.parts:
                 part.drop()
             if self.sock is not None and self.sock.fileno() >= 0:
@@ -286,10 +321,7 @@ class Side:
     def close(self) -> None:
         for part in self.parts:
             part.drop()
-        self.child.kill()
-        self.child.wait()
-        assert self.child.stdin is not None
-        self.child.stdin.close()
+        self.child.give_back()
 
 
 class WatchedChannel(Channel):
@@ -556,13 +588,14 @@ class World:
 @pytest.fixture(autouse=True)
 def quick_and_as_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits long for a process in this process; each side is known by a child of its own."""
-    monkeypatch.setattr(incoming_module, "RELEASE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(incoming_module, "RELEASE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(outgoing_module, "DEATH_TIMEOUT_S", 0.2)
     monkeypatch.setattr(incoming_module, "DEATH_GRACE_S", 0.05)
     monkeypatch.setattr(incoming_module, "RELEASE_RETRY_S", 0.05)
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, *faults: Fault, running: bool = True, record: str = "") -> World:
+    Child.reserve(2)  # whose descriptors count as ours
     before = set(Path("/proc/self/fd").iterdir())
     world = World(*faults, running=running, record=record)
     kill, tell, let_go = Peer.kill, Revocation.tell, Revocation.let_go

@@ -34,7 +34,14 @@ from localmig.vhost_user.message import (
 )
 from localmig.vhost_user.protocol import LOG_ALL, PROTOCOL_FEATURES_SERVED, Backend, Offer, check_state
 
-OFFER = Offer(features=1, vring_count=2, vring_size_max=256, region_count_max=3, drained_vrings={1: 0})
+OFFER = Offer(
+    features=1,
+    protocol_features=PROTOCOL_FEATURES_SERVED,
+    vring_count=2,
+    vring_size_max=256,
+    region_count_max=3,
+    drained_vrings={1: 0},
+)
 
 # Few values, most of them right, so that messages build on each other.
 INDEXES = st.sampled_from([0, 0, 1, 1, 2])

@@ -37,7 +37,7 @@ from localmig.vhost_user.message import (
 )
 from localmig.vhost_user.ownership import SESSION_COUNT_MAX
 from localmig.vhost_user.protocol import (
-    PROTOCOL_FEATURES_SERVED,
+    PROTOCOL_FEATURES_OFFERED,
     Backend,
     Event,
     MemoryChanged,
@@ -109,7 +109,7 @@ class Frontend:
         return await self.reply()
 
     async def negotiate(self) -> None:
-        features = U64(value=PROTOCOL_FEATURES_SERVED)
+        features = U64(value=PROTOCOL_FEATURES_OFFERED)
         assert await self.ask(Request.SET_PROTOCOL_FEATURES, features) == U64(value=0)
 
     async def sees_the_end(self) -> bool:
@@ -425,7 +425,7 @@ def test_closing_the_endpoint_tells_the_device_and_the_frontend(path: str) -> No
 CONFIG_CHANGE = struct.pack("<III", 2, 1, 0)
 """VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, which wants no answer."""
 
-DEAF = PROTOCOL_FEATURES_SERVED & ~ProtocolFeature.CONFIG
+DEAF = PROTOCOL_FEATURES_OFFERED & ~ProtocolFeature.CONFIG
 """What QEMU acknowledges for a NIC."""
 
 
@@ -437,7 +437,7 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-@pytest.mark.parametrize(("acknowledged", "told"), [(PROTOCOL_FEATURES_SERVED, CONFIG_CHANGE * 2), (DEAF, b"")])
+@pytest.mark.parametrize(("acknowledged", "told"), [(PROTOCOL_FEATURES_OFFERED, CONFIG_CHANGE * 2), (DEAF, b"")])
 def test_a_frontend_that_can_hear_is_told_of_each_change(path: str, acknowledged: int, told: bytes) -> None:
     async def scenario() -> None:
         endpoint = new_endpoint(path, Device())

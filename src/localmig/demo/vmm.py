@@ -72,6 +72,8 @@ def run(kernel_package: Path, *, times: int) -> tuple[Round, Round, DemoGuest]:
                 folder=folder,
                 kernel_package=kernel_package,
                 accelerator=accelerator,
+                # Both QEMUs map it. A copy, under emulation, may miss what the guest's processor writes meanwhile.
+                memory=f"memory-backend-file,mem-path={folder / 'memory'}",
                 more=["-qmp", f"unix:{subject.qmp},server=on,wait=off"],
             )
             linux = resources.enter_context(LinuxGuest(argv, address=GUEST_ADDRESS))
