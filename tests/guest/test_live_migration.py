@@ -31,6 +31,8 @@ CRAWL_BYTES: Final = 1 << 20
 """A second: a migration that goes on for as long as a test needs it to."""
 
 FAST_BYTES: Final = 1 << 33
+"""As fast as it can: each round of a migration is a chance for QEMU's emulation to miss a write of its own processor
+(with QEMU's own TAP too), which the guest may not survive."""
 
 MEMORY: Final = "memory-backend-memfd"
 
