@@ -26,7 +26,7 @@ from functools import partial
 from typing import Final
 
 from localmig.device_api import Part
-from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, reason_of
+from localmig.errors import KernelError, LocalmigError, PeerError, PeerLostError, StateError, reason_of
 from localmig.fds import OwnedFd, close_foreign
 from localmig.migration.channel import Channel, Frame, FrameKind
 from localmig.migration.downtime import rehearse_exchange, switchover_sections, undisturbed, urgent
@@ -434,6 +434,7 @@ class Outgoing:
             for pidfd in hello_descriptors(answer, 1, required=self._parameters.local):
                 self._peer = Peer.from_descriptor(pidfd.take(), known=channel.process)
                 self._destination_pid = self._peer.pid
+            _check_outlives_us(self._destination_pid)
         finally:
             answer.close()
 
@@ -705,6 +706,20 @@ class Outgoing:
         if self.state is SourceState.IN_DOUBT and self.has_ended:
             return "failed"
         return SOURCE_STATUS[self.state]
+
+
+def _check_outlives_us(destination_pid: int) -> None:
+    """Raises StateError where the kernel would kill the destination when this process ends.
+
+    Args:
+        destination_pid: its number, 0 where it has none in our PID namespace.
+    """
+    if os.getpid() == 1 and destination_pid:
+        raise StateError(
+            f"this daemon is process 1 of its PID namespace, a container's, and process {destination_pid}, which would "
+            "take over, is in it: when process 1 ends, the kernel kills all others. Run the container with an init "
+            "(docker run --init), or hand over to a daemon in a container of its own"
+        )
 
 
 def _require(kind: FrameKind, frame: Frame) -> None:
