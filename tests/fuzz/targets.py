@@ -216,12 +216,16 @@ def _message_size(data: bytes) -> int:
     return size + struct.unpack_from("=I", data, 9)[0] if len(data) >= size else size
 
 
+SET_UP_MESSAGES: Final = 60
+"""Of a captured session: the set-up of its rings, and some changes after that."""
+
+
 def _session_seeds() -> Iterator[bytes]:
     """What was captured of one frontend, said by two in turns; then the first one leaves."""
     for name in ("split", "packed"):
         captured = (SEEDS / "vhost-user" / name).read_bytes()
         said = b""
-        while captured:
+        for _ in range(SET_UP_MESSAGES):
             size = _message_size(captured)
             said += b"".join(bytes([number]) + captured[:size] for number in (0, 1))
             captured = captured[size:]

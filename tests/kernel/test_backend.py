@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.processes import localmig
+
 from localmig.testing.frontend import Frontend
 from localmig.testing.namespace import NetworkNamespace
 
@@ -91,3 +93,10 @@ def test_the_description_tells_what_the_program_tells() -> None:
     description = json.loads(DESCRIPTION.read_text())
     assert description["type"] == "net"
     assert Path(description["binary"]).name == "localmig-backend"
+
+
+def test_an_inherited_connection_is_looked_for_nowhere_else() -> None:
+    device = "virtio-net,id=nic0,netdev=net0,socket=/nowhere,server=off,fd=3,reconnect-ms=5"
+    done = localmig("run", "--netdev", "tap,id=net0", "--device", device)
+    assert done.returncode == 1
+    assert "fd= is invalid with reconnect-ms= and second-socket=" in done.stderr

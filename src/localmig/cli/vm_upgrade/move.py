@@ -312,7 +312,11 @@ class Move:
                 )
                 return
         report.notes += _rename_all(self._renames)
-        state = (await new.execute("query-status"))["status"]
+        try:
+            state = (await new.execute("query-status"))["status"]
+        except PeerError as error:
+            report.outcome, report.reason = Outcome.UNKNOWN, f"the guest went on in the new QEMU, and then {error}"
+            return
         if self._plan.resumes and state != "running":
             report.notes.append(f"the guest's run state is '{state}'")
         self._lap("end of the old one")
