@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon
+from tests.faults.matrix import FLOW_SECONDS_MAX, Chain, Daemon, end_of
 
 from localmig.migration.analysis import Field, analyze
 from localmig.testing.faults import Fault
 from localmig.testing.frontend import CLOUD_HYPERVISOR, QEMU, RX, USER_MODE_LINUX, Habits
 from localmig.testing.namespace import unavailable_reason
+
+TRIES_MAX: Final = 10
+"""Handovers under a frontend that never rests: on a loaded machine one or two of them may be taken back."""
 
 LONG_MS: Final = 60_000
 """What nothing here waits for: an answer that came was not waiting for this limit."""
@@ -171,20 +174,29 @@ def test_a_driver_that_resets_during_handovers_is_served_whatever_its_frontend_s
         pytest.skip(f"needs network namespaces: {reason}")
     chain = Chain(tmp_path_factory.mktemp("m"), habits=habits)
     try:
-        for _ in range(3):
+        moves = 0
+        for _ in range(TRIES_MAX):
             chain.frames.stop()
-            source, destination = chain.serving.process, chain.destination()
-            info: dict[str, object] = {}
-            source.execute("migrate", uri=destination.address)
-            waiter = threading.Thread(target=lambda source=source, info=info: info.update(source.wait_migration()))
+            source, destination = chain.serving, chain.destination()
+            info: dict[str, str] = {}
+            source.process.execute("migrate", uri=destination.address)
+            waiter = threading.Thread(target=lambda it=source, info=info: info.update(it.process.wait_migration()))
             waiter.start()
             while waiter.is_alive():
                 chain.guest.reset_driver()
-            assert info["status"] == "completed", info
-            assert source.quit() == 0
-            chain.serving = destination
+            if info["status"] == "completed":
+                assert source.process.quit() == 0
+                chain.serving = destination
+                moves += 1
+            else:
+                # A frontend that never rests may take a handover back, if the source is starved meanwhile.
+                assert "frontend" in info["error-desc"], info
+                end_of(destination)
             chain.reset_driver()
             assert chain.frames.wait_flow(seconds=FLOW_SECONDS_MAX)
             assert not chain.guest.frontend.is_lost()
+            if moves == 3:
+                break
+        assert moves == 3
     finally:
         chain.close()
