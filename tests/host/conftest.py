@@ -41,20 +41,26 @@ GUEST: Final = "10.9.0.2"
 BOOT: Final = """\
 set -e
 cd "$ROOT"
-for folder in "$TREE" "$PYTHON"; do mkdir -p ".$folder"; mount --bind "$folder" ".$folder"; done
+for folder in run tmp var/log etc/systemd/system etc/localmig sys; do mkdir -p "$folder"; done
 mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount --rbind /dev dev
-for folder in run tmp var/log etc/systemd/system etc/localmig sys/fs/cgroup; do
-    mkdir -p "$folder"
-    mount -t tmpfs tmpfs "$folder"
-done
+for folder in run tmp var/log etc/systemd/system etc/localmig sys/fs/cgroup; do mount -t tmpfs tmpfs "$folder"; done
 mkdir sys/fs/cgroup/systemd
 mount -t cgroup -o none,name=systemd systemd sys/fs/cgroup/systemd
+for folder in "$TREE" "$PYTHON"; do
+    mkdir -p ".$folder"
+    mount --bind "$folder" ".$folder"
+    mount -o remount,bind,ro ".$folder"
+done
+for unit in systemd-tmpfiles-setup.service systemd-tmpfiles-clean.timer; do
+    ln -s /dev/null "etc/systemd/system/$unit"
+done
 export container=lab
 exec chroot . /lib/systemd/systemd --unit=multi-user.target
 """
-"""The folders of Debian's that only the root's own package manager writes to stay as they are."""
+"""The folders of Debian's that only the root's own package manager writes to stay as they are. What is lent to the host
+is read-only, and may be in one of the folders that systemd would clear when it starts."""
 
 
 class Host:
