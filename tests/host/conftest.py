@@ -102,6 +102,11 @@ class Host:
         self._wait(lambda: facts.items() <= self.show(unit).items())
         return self.show(unit)
 
+    def processes_of(self, facts: dict[str, str]) -> list[str]:
+        """The processes of a unit that systemd knows these facts of, by their numbers in the host."""
+        group = f"/sys/fs/cgroup/systemd{facts['ControlGroup']}/cgroup.procs"
+        return self.run("cat", group).stdout.split()
+
     def journal(self, *units: str) -> str:
         """What was logged, by these units or by all."""
         return self.run("journalctl", "--no-pager", "--output=cat", *(f"--unit={unit}" for unit in units)).stdout

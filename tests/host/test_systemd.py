@@ -91,8 +91,7 @@ def test_a_reload_moves_the_guest_and_the_unit_follows(service: Service) -> None
         assert facts["StatusText"] == "serves 1 netdev, 1 device"
         assert (facts["NRestarts"], facts["Result"]) == ("0", "success")
         # The old process is gone, and what it logged as well as its successor is the unit's.
-        processes = service.host.path(f"/sys/fs/cgroup/systemd{facts['ControlGroup']}/cgroup.procs").read_text().split()
-        assert len(processes) == 1
+        assert service.host.processes_of(facts) == [facts["MainPID"]]
         assert f"process {facts['MainPID']} is ready" in service.host.journal(UNIT)
 
 
