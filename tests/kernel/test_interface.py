@@ -703,6 +703,7 @@ def test_a_process_without_descriptors_left_opens_no_tap(monkeypatch: pytest.Mon
 # -- a macvtap ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("macvtap")  # two network namespaces may mean the same /dev/tapN
 def test_an_inherited_macvtap_is_seen_as_a_tap_is() -> None:
     ip("link", "add", "v0", "up", "type", "veth", "peer", "name", "v1")
     try:
