@@ -8,7 +8,7 @@ import select
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -47,10 +47,14 @@ def frame(to: str, number: int = 0) -> bytes:
 
 
 @pytest.fixture
-def lower(namespace: NetworkNamespace) -> None:
+def lower(namespace: NetworkNamespace) -> Iterator[None]:
     """The device v0, which a macvtap can be on; what it sends arrives at v1."""
     del namespace
     make_lower()
+    yield
+    # With all that is on it, now: the kernel ends a namespace later, and the next one's macvtap has the same /dev/tapN.
+    with suppress(CommandError):
+        ip("link", "del", "v0")
 
 
 def make_lower() -> None:
