@@ -13,7 +13,9 @@ import argparse
 import asyncio
 import contextlib
 import enum
+import errno
 import json
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +24,10 @@ from typing import Any, Final
 
 from localmig.cli.client import Client, CommandError
 from localmig.cli.text import milliseconds, put, table, tell
-from localmig.errors import LocalmigError, PeerError, StateError
+from localmig.errors import KernelError, LocalmigError, PeerError, StateError
+from localmig.fds import OwnedFd
 from localmig.migration.parameters import Parameters
+from localmig.migration.peer import Peer
 from localmig.monitor.schema import parameters_to_qmp
 
 SETTLE_TIMEOUT_S: Final = 15.0
@@ -280,6 +284,18 @@ class Handover:
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 await self.source.execute("migrate_cancel")
                 await self._watch()
+
+
+def process_of(client: Client) -> Peer:
+    """The process that answers, by a pidfd: its number may be another one's by the time it is ended. KernelError."""
+    try:
+        return Peer(OwnedFd(os.pidfd_open(client.pid)))
+    except OSError as error:
+        raise KernelError(
+            f"cannot see the process that answers at '{client.path}' (number {client.pid}): {error.strerror}; "
+            "is it in another PID namespace?",
+            errno=error.errno or errno.EIO,
+        ) from error
 
 
 async def run_state(client: Client) -> str | None:

@@ -45,6 +45,7 @@ from localmig.cli.handover import (
     ignore_signals,
     let_signals_cancel,
     migration_of,
+    process_of,
     read_settings,
     run_state,
     say,
@@ -141,7 +142,7 @@ async def _upgrade(arguments: argparse.Namespace) -> Report:
     async with contextlib.AsyncExitStack() as resources:
         old = await connect(path)
         resources.push_async_callback(old.close)
-        old_process = _process_of(old)
+        old_process = process_of(old)
         resources.callback(old_process.close)
         settings = await _check_old(old)
         if (unit := unit_of(old.pid)) is not None:
@@ -205,18 +206,6 @@ async def _reload(arguments: argparse.Namespace, unit: Unit, old: Client) -> Rep
     outcome = Outcome.ROLLED_BACK if serves else Outcome.UNKNOWN
     reason = migration.get("error-desc") or reason or "the unit was reloaded, and the old daemon serves on"
     return Report(outcome=outcome, old_pid=old.pid, reason=reason, migration=migration)
-
-
-def _process_of(client: Client) -> Peer:
-    """The daemon's process, by a pidfd: its number may be another process's by the time it is ended."""
-    try:
-        return Peer(OwnedFd(os.pidfd_open(client.pid)))
-    except OSError as error:
-        raise KernelError(
-            f"cannot see the process that answers at '{client.path}' (number {client.pid}): {error.strerror}; "
-            "is it in another PID namespace?",
-            errno=error.errno or errno.EIO,
-        ) from error
 
 
 async def _check_old(old: Client) -> Settings:

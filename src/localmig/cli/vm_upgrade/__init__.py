@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from localmig.cli.client import Client, connect
-from localmig.cli.handover import Outcome, let_signals_cancel, say
+from localmig.cli.handover import Outcome, let_signals_cancel, process_of, say
 from localmig.cli.text import milliseconds, put, seconds, table, tell
 from localmig.cli.vm_upgrade.move import KIND, Move, Report
 from localmig.cli.vm_upgrade.plan import Plan, Way, Wishes, make
 from localmig.cli.vm_upgrade.process import Process, ask, look_at, version_of
 from localmig.errors import ConfigError, KernelError, StateError
-from localmig.fds import OwnedFd
-from localmig.migration.peer import Peer
 from localmig.unix_socket import check_path
 
 _EXAMPLES: Final = """\
@@ -119,7 +117,7 @@ async def _vm_upgrade(arguments: argparse.Namespace) -> Report | None:
     async with contextlib.AsyncExitStack() as resources:
         old = await connect(arguments.socket, kind=KIND)
         resources.push_async_callback(old.close)
-        old_process = _held(old)
+        old_process = process_of(old)
         resources.callback(old_process.close)
         process = look_at(old)
         plan = await _plan(old, process, arguments)
@@ -145,18 +143,6 @@ async def _plan(old: Client, process: Process, arguments: argparse.Namespace) ->
     for path in plan.renames:
         check_path(process.real_path(path))
     return plan
-
-
-def _held(client: Client) -> Peer:
-    """The process that answers, by a pidfd: its number may be another one's by the time it is ended."""
-    try:
-        return Peer(OwnedFd(os.pidfd_open(client.pid)))
-    except OSError as error:
-        raise KernelError(
-            f"cannot see the process that answers at '{client.path}' (number {client.pid}): {error.strerror}; "
-            "is it in another PID namespace?",
-            errno=error.errno or 0,
-        ) from error
 
 
 @contextlib.contextmanager
