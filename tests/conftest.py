@@ -52,8 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    # Before pytest-xdist looks at groups, and after pytest has its own order.
     for item in items:
         tier = tier_of(item)
         if tier in ("kernel", "guest"):
@@ -61,6 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_alone(item):
             # One worker takes them all, and others have nothing left to run then.
             item.add_marker(pytest.mark.xdist_group("alone"))
+    yield
     items.sort(key=lambda item: (is_alone(item), LONGEST_FIRST.index(tier_of(item))))
 
 

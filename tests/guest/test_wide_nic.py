@@ -82,6 +82,7 @@ def use_pairs(guest: Guest, count: int) -> None:
     assert re.findall(r"Combined:\s+(\d+)", said) == [str(QUEUE_PAIRS), str(count)], said
 
 
+@pytest.mark.alone
 def test_queue_pairs_come_and_go_while_traffic_flows_and_daemons_change(lab: Lab) -> None:
     service, guest = start(lab)
     carrier_changes = guest.carrier_changes()
