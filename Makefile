@@ -6,8 +6,9 @@
 PYTHON ?= python3
 CARGO ?= cargo
 PYTEST_ARGS ?=
-# Most tests wait for other processes most of the time: more of them than processors keep the processors busy.
-TEST_WORKERS ?= $(shell expr $$(nproc) + 2)
+# Most tests wait for other processes most of the time: one more of them than processors keeps the processors busy, and
+# starves no emulated guest.
+TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 BENCH_ARGS ?=
 BASE ?=
 DEMO_ARGS ?=

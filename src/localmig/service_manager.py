@@ -80,9 +80,9 @@ class ServiceManager:
         """What people are shown of the service."""
         self._tell(f"STATUS={_line(status)}")
 
-    def tell_main_process(self, pid: int, status: str) -> None:
-        """The process that serves is `pid` from now on."""
-        self._tell(f"MAINPID={pid}\nSTATUS={_line(status)}")
+    def tell_main_process(self, pid: int) -> None:
+        """The process that serves is `pid` from now on. What it does, it tells itself."""
+        self._tell(f"MAINPID={pid}")
 
     def tell_stopping(self) -> None:
         """This process ends, and the service with it."""

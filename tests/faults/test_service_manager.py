@@ -61,8 +61,8 @@ def test_it_follows_the_guest_and_hears_who_ends(site: Site, manager: Manager, m
         source.execute("migrate", uri=site.address)
         assert source.wait_migration()["status"] == "completed"
         # Both say so, one of them first; the old one waits until it was heard.
-        said = Counter(manager.hears() for _ in range(3))
-        assert said == {f"MAINPID={destination.pid}": 2, "BARRIER=1": 1}
+        said = Counter(manager.hears() for _ in range(4))
+        assert said == {f"MAINPID={destination.pid}": 2, "BARRIER=1": 1, "STATUS=serves 1 netdev, 1 device": 1}
         assert source.quit() == 0
         source = destination
         source.execute("migrate-set-parameters", local=True)
@@ -108,6 +108,7 @@ def test_who_waits_for_a_source_keeps_its_own_manager_unless_the_source_has_one(
     source.execute("migrate", uri=site.address)
     assert source.wait_migration()["status"] == "completed"
     assert manager.hears() == f"MAINPID={destination.pid}"
+    assert manager.hears() == "STATUS=serves 1 netdev, 1 device"
     assert source.quit() == 0
     assert destination.quit() == 0
     assert manager.hears() == "STOPPING=1"

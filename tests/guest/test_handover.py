@@ -35,6 +35,7 @@ def boot_uml(lab: Lab, service: Service) -> Guest:
     return lab.boot_uml(service.socket)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("boot", "device", "progress_bytes"),
     [

@@ -31,12 +31,12 @@ def at(manager: socket.socket) -> ServiceManager:
 
 def test_each_fact_is_a_datagram(manager: socket.socket) -> None:
     at(manager).tell_ready("serves\n1 device")
-    at(manager).tell_main_process(17, "process 17 serves")
+    at(manager).tell_main_process(17)
     at(manager).tell_status("x" * 10_000)
     at(manager).tell_stopping()
     said = [manager.recv(65536).decode() for _ in range(4)]
     # A newline in a status would begin another fact.
-    assert said[:2] == ["READY=1\nSTATUS=serves 1 device", "MAINPID=17\nSTATUS=process 17 serves"]
+    assert said[:2] == ["READY=1\nSTATUS=serves 1 device", "MAINPID=17"]
     assert said[2] == "STATUS=" + "x" * 512
     assert said[3] == "STOPPING=1"
 

@@ -582,7 +582,7 @@ class Daemon:
         if not self.parameters.local:
             self._service_manager.tell_status("handed over to another machine")
         elif pid := outgoing.destination_pid:
-            self._service_manager.tell_main_process(pid, f"handed over, process {pid} serves")
+            self._service_manager.tell_main_process(pid)
             await self._service_manager.wait_heard()
         else:
             _logger.warning(
@@ -612,7 +612,8 @@ class Daemon:
     def _tell_taken_over(self) -> None:
         # The source says so too, and waits until it was heard. It may have died before.
         if self._service_manager is not None:
-            self._service_manager.tell_main_process(os.getpid(), self._describe())
+            self._service_manager.tell_main_process(os.getpid())
+            self._service_manager.tell_status(self._describe())
 
     def _describe(self) -> str:
         """What this process does, for people who look at the service."""
